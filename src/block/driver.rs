@@ -1,0 +1,195 @@
+//! What every layer of a disk's stack implements.
+
+use std::fmt;
+
+use crate::block::Node;
+use crate::error::{Error, Result};
+use crate::io::{Buffers, Fut, HostFile};
+use crate::units::ByteRange;
+
+/// Fixed properties of a driver, asked once when a [`Node`] is made and again after a resize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// Smallest unit of reads and writes in bytes (512 or 4096; 1 for files in the page cache).
+    pub request_alignment: u64,
+    /// Alignment of memory that avoids a bounce buffer.
+    pub memory_alignment: usize,
+    /// Best request size and alignment for the host, in bytes; 0 if unknown.
+    pub optimal_io: u64,
+    /// Granularity at which discards have an effect, in bytes; 0 if they have none.
+    pub discard_granularity: u64,
+    /// Whether nothing can be written.
+    pub read_only: bool,
+}
+
+/// What a planned request wants to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlanOp {
+    /// Read the range.
+    Read,
+    /// Write the range; with `fua` the data must be durable on completion.
+    Write {
+        /// Durable on completion.
+        fua: bool,
+    },
+    /// Make everything completed so far durable. The plan lists the files to sync, with empty
+    /// ranges; the range asked about is empty.
+    Flush,
+}
+
+/// Answer of [`Driver::plan`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Planned {
+    /// The plan's extents cover the range; nothing else needs to happen before or after.
+    Ready,
+    /// The request needs the asynchronous path. The plan's content means nothing.
+    NotNow,
+}
+
+/// One piece of a plan, in the order of the disk.
+#[derive(Clone, Copy, Debug)]
+pub enum PlanExtent<'a> {
+    /// Do the I/O at `offset` of this file.
+    File {
+        /// The file. Stays open until the gate has drained the request.
+        file: &'a HostFile,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+    },
+    /// Fill with zeros (reads only).
+    Zero {
+        /// How many bytes.
+        len: u64,
+    },
+}
+
+/// Scratch space for [`Driver::plan`], reused from request to request.
+#[derive(Debug, Default)]
+pub struct Plan<'a> {
+    /// The pieces, covering the range in order.
+    pub extents: Vec<PlanExtent<'a>>,
+    /// Released when the request has completed: keeps what the extents point to from being moved
+    /// or reused meanwhile. `None` where nothing ever moves (raw).
+    pub pin: Option<Pin>,
+}
+
+/// Keeps an extent in place while a planned request uses it. Dropping it releases the extent.
+pub struct Pin(pub Box<dyn Send + Sync>);
+
+impl fmt::Debug for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pin")
+    }
+}
+
+/// What [`Driver::block_status`] says of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatusKind {
+    /// Holds data.
+    Data,
+    /// Reads as zeros and this layer says so.
+    Zero,
+    /// Nothing here: this layer leaves it to its backing (or to zeros without one).
+    Unallocated,
+}
+
+/// A run of a disk and what is known of it without reading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockStatus {
+    /// The run; never empty.
+    pub range: ByteRange,
+    /// What is there.
+    pub kind: StatusKind,
+    /// Where in which file (its name) the bytes lie as they are, if they do.
+    pub host: Option<(String, u64)>,
+    /// How many backing files down the answer was found; 0 is the top.
+    pub depth: u32,
+    /// Whether the data is stored compressed.
+    pub compressed: bool,
+}
+
+/// A layer of a disk: a format, a filter, or the raw file at the bottom.
+///
+/// Callers go through a [`Node`], which guarantees: ranges lie inside the disk, are aligned to
+/// [`Limits::request_alignment`] and not empty, and nothing is written to a read-only layer.
+///
+/// Futures are local (not `Send`) and may be dropped at any await: no metadata may be left half
+/// changed by that, and buffers stay alive by themselves. No method may hold a lock guard across
+/// an await, except an asynchronous range lock.
+pub trait Driver: Send + Sync + fmt::Debug {
+    /// The driver's name as QEMU has it (`raw`, `qcow2`, …), or ours.
+    fn name(&self) -> &'static str;
+
+    /// Fixed properties.
+    fn limits(&self) -> Limits;
+
+    /// Resolves a request to file extents without waiting, taking no lock that anybody holds for
+    /// long and allocating nothing but the plan's own space. See [`PlanOp`].
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        let _ = (op, range, plan);
+        Planned::NotNow
+    }
+
+    /// Reads `buf.len()` bytes at `offset`.
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()>;
+
+    /// Writes `buf.len()` bytes at `offset`; with `fua` durable on completion, mapping included.
+    fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()>;
+
+    /// Makes the range read as zeros; with `may_unmap` its space may be freed.
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()>;
+
+    /// Frees the range's space as far as that is cheap. Reads afterwards give old data or zeros,
+    /// never data of another place or of a backing file.
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()>;
+
+    /// Makes everything completed before this call durable: data, mapping, log, bits.
+    fn flush<'a>(&'a self) -> Fut<'a, ()>;
+
+    /// What is known of the range from its start on without reading data. Answers for at least the
+    /// first byte and may stop before the end of `range`.
+    fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus>;
+
+    /// Changes the size of the disk. New space reads as zeros. Called only while quiesced.
+    fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
+        let _ = size;
+        Box::pin(async move {
+            Err(Error::unsupported(format!("{} images cannot be resized", self.name())))
+        })
+    }
+
+    /// The nodes below this one, with the role each plays ("file", "backing").
+    fn children(&self) -> Vec<(&'static str, Node)> {
+        Vec::new()
+    }
+
+    /// Format-specific facts for `info`, as JSON; `null` if there are none.
+    fn details(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
+    /// Decides what happens to metadata that outlived an earlier process (see
+    /// [`Keep`](crate::block::keep)): the guest of session `nonce` came back and must find every
+    /// write it saw completed, or (`None`) a new guest starts and only what was flushed counts.
+    /// Called before the first request. Drivers that keep nothing have nothing to do.
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        let _ = nonce;
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Starts a session of a guest whose writes must outlive this process; `nonce` names it.
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        let _ = nonce;
+        Ok(())
+    }
+
+    /// Flushes and leaves the image in its cleanest state. Nothing is called afterwards.
+    fn close<'a>(&'a self) -> Fut<'a, ()> {
+        self.flush()
+    }
+}

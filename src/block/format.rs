@@ -1,0 +1,328 @@
+//! Image formats: metadata only, and the one adapter that turns a format into a driver.
+//!
+//! A format never moves guest data. It says where ranges lie ([`Format::map`]) and prepares places
+//! for writes ([`Format::prepare_write`]); [`FormatDriver`] does the splitting, the zero fill and
+//! the payload I/O for all formats alike.
+
+use std::fmt;
+
+use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned};
+use crate::block::{Node, StatusKind};
+use crate::error::{Error, Result};
+use crate::io::{Buffers, File, Fut};
+use crate::units::ByteRange;
+use std::sync::Arc;
+
+/// Where a run of the disk lies.
+#[derive(Clone, Debug)]
+pub enum ExtentKind {
+    /// As it is, at `offset` of `file`.
+    Data {
+        /// The file that holds it.
+        file: Arc<dyn File>,
+        /// Where in the file.
+        offset: u64,
+    },
+    /// Reads as zeros. `explicit` if the format says so of this run, false if it is merely absent
+    /// and there is no backing.
+    Zero {
+        /// Stated by this layer's metadata.
+        explicit: bool,
+    },
+    /// At the same offset of the backing node (zeros past its end).
+    Backing,
+    /// Encoded (compressed): only [`Format::read_opaque`] can read it.
+    Opaque,
+}
+
+/// A run of the disk and where it lies.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// The run; never empty.
+    pub range: ByteRange,
+    /// Where it lies.
+    pub kind: ExtentKind,
+}
+
+/// Makes a prepared write's mapping visible. Dropping it instead undoes the preparation
+/// synchronously.
+pub trait WriteCommit {
+    /// Called once the data has been written (not necessarily flushed). When this returns, reads
+    /// see the data, and the mapping survives the death of this process.
+    fn commit<'a>(self: Box<Self>) -> Fut<'a, ()>
+    where
+        Self: 'a;
+}
+
+/// A place for a write. Covers a prefix of the range that was asked for.
+pub struct Prepared<'a> {
+    /// How much of the range, from its start, may be written now. Never empty.
+    pub range: ByteRange,
+    /// Where its data goes.
+    pub file: Arc<dyn File>,
+    /// Offset in the file of the first byte of `range`.
+    pub offset: u64,
+    /// What makes the data visible; `None` if it is as soon as it is written.
+    pub commit: Option<Box<dyn WriteCommit + 'a>>,
+}
+
+/// Anything whose life keeps something as it is.
+pub trait Guard {}
+
+impl<T> Guard for T {}
+
+/// An image format. Ranges are inside the disk, aligned and not empty, as for [`Driver`].
+pub trait Format: Send + Sync + fmt::Debug {
+    /// Name of the driver.
+    fn name(&self) -> &'static str;
+
+    /// Fixed properties.
+    fn limits(&self) -> Limits;
+
+    /// Resolves a range without waiting, if the metadata is in memory and the extents cannot move
+    /// while a request uses them (or `plan.pin` keeps them). Writes only where nothing but data
+    /// changes.
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        let _ = (op, range, plan);
+        Planned::NotNow
+    }
+
+    /// Where the range lies, from its start on; may answer for less than all of it.
+    fn map<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent>;
+
+    /// Holds the mapping still: while the guard lives, extents got from [`Format::map`] stay valid.
+    fn read_guard<'a>(&'a self) -> Fut<'a, Box<dyn Guard + 'a>> {
+        Box::pin(async { Ok(Box::new(()) as Box<dyn Guard>) })
+    }
+
+    /// Finds or makes a place for a write of a prefix of `range`, copying up what surrounds the
+    /// range inside the format's blocks.
+    fn prepare_write<'a>(&'a self, range: ByteRange) -> Fut<'a, Prepared<'a>>;
+
+    /// Reads a run that [`Format::map`] called opaque.
+    fn read_opaque<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        let _ = (offset, buf);
+        Box::pin(async { Err(Error::unsupported("no encoded data in this format")) })
+    }
+
+    /// Makes the range read as zeros.
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()>;
+
+    /// Frees what is cheap to free. Must not let a backing file show through.
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()>;
+
+    /// Makes all completed writes durable, mapping included.
+    fn flush<'a>(&'a self) -> Fut<'a, ()>;
+
+    /// Changes the size.
+    fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
+        let _ = size;
+        Box::pin(async move {
+            Err(Error::unsupported(format!("{} images cannot be resized", self.name())))
+        })
+    }
+
+    /// The node that [`ExtentKind::Backing`] refers to.
+    fn backing(&self) -> Option<&Node> {
+        None
+    }
+
+    /// Format-specific facts for `info`.
+    fn details(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
+    /// See [`Driver::resume`].
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        let _ = nonce;
+        Box::pin(async { Ok(()) })
+    }
+
+    /// See [`Driver::begin_session`].
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        let _ = nonce;
+        Ok(())
+    }
+
+    /// See [`Driver::close`].
+    fn close<'a>(&'a self) -> Fut<'a, ()> {
+        self.flush()
+    }
+}
+
+/// The adapter: a driver made of a format.
+#[derive(Debug)]
+pub struct FormatDriver<F: Format> {
+    format: F,
+}
+
+impl<F: Format> FormatDriver<F> {
+    /// Turns `format` into a driver.
+    pub fn new(format: F) -> Self {
+        FormatDriver { format }
+    }
+
+    /// The format inside.
+    pub fn format(&self) -> &F {
+        &self.format
+    }
+
+    async fn read_all(&self, mut offset: u64, buf: Buffers) -> Result<()> {
+        let _still = self.format.read_guard().await?;
+        let mut done = 0;
+        while done < buf.len() {
+            let want = ByteRange { offset, len: buf.len() - done };
+            let extent = self.format.map(want).await?;
+            let len = extent.range.len.min(want.len);
+            debug_assert!(extent.range.offset == offset && len > 0);
+            let part = buf.slice(done, len);
+            match extent.kind {
+                ExtentKind::Data { file, offset } => file.read(offset, part).await?,
+                ExtentKind::Zero { .. } => part.fill_zero(),
+                ExtentKind::Backing => read_backing(self.format.backing(), offset, part).await?,
+                ExtentKind::Opaque => self.format.read_opaque(offset, part).await?,
+            }
+            offset += len;
+            done += len;
+        }
+        Ok(())
+    }
+
+    async fn write_all(&self, mut offset: u64, buf: Buffers, fua: bool) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let want = ByteRange { offset, len: buf.len() - done };
+            let place = self.format.prepare_write(want).await?;
+            let len = place.range.len.min(want.len);
+            debug_assert!(place.range.offset == offset && len > 0);
+            place.file.write(place.offset, buf.slice(done, len), false).await?;
+            if let Some(commit) = place.commit {
+                commit.commit().await?;
+            }
+            offset += len;
+            done += len;
+        }
+        if fua {
+            self.format.flush().await?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads from a backing node that may be shorter than the disk above it, or absent.
+async fn read_backing(backing: Option<&Node>, offset: u64, buf: Buffers) -> Result<()> {
+    let Some(backing) = backing else {
+        buf.fill_zero();
+        return Ok(());
+    };
+    let inside = ByteRange { offset, len: buf.len() }
+        .intersect(&ByteRange { offset: 0, len: backing.size() })
+        .len;
+    if inside > 0 {
+        backing.read(offset, buf.slice(0, inside)).await?;
+    }
+    if inside < buf.len() {
+        buf.slice(inside, buf.len() - inside).fill_zero();
+    }
+    Ok(())
+}
+
+impl<F: Format> Driver for FormatDriver<F> {
+    fn name(&self) -> &'static str {
+        self.format.name()
+    }
+
+    fn limits(&self) -> Limits {
+        self.format.limits()
+    }
+
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        self.format.plan(op, range, plan)
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        Box::pin(self.read_all(offset, buf))
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
+        Box::pin(self.write_all(offset, buf, fua))
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        self.format.write_zeroes(range, may_unmap)
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        self.format.discard(range)
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        self.format.flush()
+    }
+
+    fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
+        Box::pin(async move {
+            let _still = self.format.read_guard().await?;
+            let extent = self.format.map(range).await?;
+            let run = extent.range.intersect(&range);
+            let status = |kind, host, compressed| BlockStatus {
+                range: run,
+                kind,
+                host,
+                depth: 0,
+                compressed,
+            };
+            match extent.kind {
+                ExtentKind::Data { file, offset } => {
+                    Ok(status(StatusKind::Data, Some((file.name().to_string(), offset)), false))
+                }
+                ExtentKind::Zero { explicit: true } => Ok(status(StatusKind::Zero, None, false)),
+                ExtentKind::Zero { explicit: false } => {
+                    Ok(status(StatusKind::Unallocated, None, false))
+                }
+                ExtentKind::Opaque => Ok(status(StatusKind::Data, None, true)),
+                ExtentKind::Backing => Ok(status(StatusKind::Unallocated, None, false)),
+            }
+        })
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
+        self.format.resize(size)
+    }
+
+    fn children(&self) -> Vec<(&'static str, Node)> {
+        self.format.backing().map(|node| ("backing", node.clone())).into_iter().collect()
+    }
+
+    fn details(&self) -> serde_json::Value {
+        self.format.details()
+    }
+
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        self.format.resume(nonce)
+    }
+
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        self.format.begin_session(nonce)
+    }
+
+    fn close<'a>(&'a self) -> Fut<'a, ()> {
+        self.format.close()
+    }
+}
+
+/// Appends a file extent to a plan, if the file can take part in one.
+pub fn plan_file<'a>(
+    plan: &mut Plan<'a>,
+    file: &'a Arc<dyn File>,
+    offset: u64,
+    len: u64,
+) -> Planned {
+    match file.as_host() {
+        Some(file) => {
+            plan.extents.push(PlanExtent::File { file, offset, len });
+            Planned::Ready
+        }
+        None => Planned::NotNow,
+    }
+}

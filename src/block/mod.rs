@@ -1,0 +1,22 @@
+//! The block core: nodes, drivers, formats, and what keeps changes to the graph safe.
+//!
+//! ```text
+//! Node ──► dyn Driver ──► (filters forward to child Nodes)
+//!              ▲
+//!              └── FormatDriver<dyn Format> ──► File   (adapter: splitting, zero fill, payload I/O)
+//! ```
+//!
+//! * [`Node`]: the cheap-clone handle all callers hold. Checks range, alignment and rights, counts.
+//! * [`Driver`]: a synchronous `plan` and asynchronous operations.
+//! * [`Format`]: metadata only; [`FormatDriver`] turns one into a driver.
+//! * [`Gate`]: the one place where a running export is paused, drained and changed.
+
+pub mod driver;
+pub mod format;
+pub mod gate;
+pub mod node;
+
+pub use driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned, StatusKind};
+pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
+pub use gate::{Gate, Party, Quiesced};
+pub use node::{Node, NodeOptions, Rights};

@@ -1,0 +1,362 @@
+//! The handle that everybody holds on a disk or a layer of one.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use crate::block::driver::{BlockStatus, Driver, Limits};
+use crate::block::gate::{Gate, Quiesced};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Buffers;
+pub use crate::io::lock::Rights;
+use crate::units::ByteRange;
+
+/// How to make a node.
+#[derive(Clone, Debug, Default)]
+pub struct NodeOptions {
+    /// Its name; unique in a daemon.
+    pub name: String,
+    /// Refuse writes even if the driver would take them.
+    pub read_only: bool,
+}
+
+/// A place in the graph: a driver with a name, limits, rights and counters.
+///
+/// Cheap to clone; clones are the same node. All operations check range, alignment and rights, so
+/// that drivers see only legal requests. Usable from any thread with a reactor.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<NodeInner>,
+}
+
+struct NodeInner {
+    name: String,
+    read_only: bool,
+    /// Replaced only while the gate is closed.
+    driver: RwLock<Arc<dyn Driver>>,
+    /// The driver's limits, as of the last change.
+    limits: RwLock<Limits>,
+    gate: Gate,
+    /// Who uses the node, and what each lets others do.
+    holds: Mutex<Vec<HoldEntry>>,
+    next_hold: AtomicU64,
+    /// Set when a metadata write or flush failed: writes are refused from then on.
+    poisoned: AtomicBool,
+    counters: Counters,
+}
+
+#[derive(Clone)]
+struct HoldEntry {
+    id: u64,
+    holder: String,
+    held: Rights,
+    shared: Rights,
+}
+
+/// Requests that went through the asynchronous path of a node, since it was made.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Reads.
+    pub reads: AtomicU64,
+    /// Writes.
+    pub writes: AtomicU64,
+    /// Flushes.
+    pub flushes: AtomicU64,
+    /// Requests that failed.
+    pub errors: AtomicU64,
+}
+
+/// A claim on a node; dropping it gives the rights back.
+pub struct Hold {
+    node: Node,
+    id: u64,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.node.inner.holds.lock().unwrap().retain(|h| h.id != self.id);
+    }
+}
+
+impl fmt::Debug for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Hold({})", self.node.name())
+    }
+}
+
+impl Node {
+    /// Makes a node of a driver.
+    pub fn new(driver: Arc<dyn Driver>, options: NodeOptions) -> Node {
+        let limits = driver.limits();
+        Node {
+            inner: Arc::new(NodeInner {
+                name: options.name,
+                read_only: options.read_only,
+                driver: RwLock::new(driver),
+                limits: RwLock::new(limits),
+                gate: Gate::new(),
+                holds: Mutex::default(),
+                next_hold: AtomicU64::new(0),
+                poisoned: AtomicBool::new(false),
+                counters: Counters::default(),
+            }),
+        }
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The driver as of now. Holders on other threads reload it after the gate has been closed.
+    pub fn driver(&self) -> Arc<dyn Driver> {
+        Arc::clone(&self.inner.driver.read().unwrap())
+    }
+
+    /// Limits, with the node's own read-only flag applied.
+    pub fn limits(&self) -> Limits {
+        let mut limits = *self.inner.limits.read().unwrap();
+        limits.read_only |= self.inner.read_only;
+        limits
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.inner.limits.read().unwrap().size
+    }
+
+    /// The gate of everybody who issues requests here.
+    pub fn gate(&self) -> &Gate {
+        &self.inner.gate
+    }
+
+    /// Counts of the asynchronous path.
+    pub fn counters(&self) -> &Counters {
+        &self.inner.counters
+    }
+
+    /// Whether both handles are the same node.
+    pub fn is_same(&self, other: &Node) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// Puts another driver in place. The guard proves that nobody uses the old one.
+    pub fn replace_driver(&self, driver: Arc<dyn Driver>, _quiesced: &Quiesced) -> Arc<dyn Driver> {
+        let limits = driver.limits();
+        let old = std::mem::replace(&mut *self.inner.driver.write().unwrap(), driver);
+        *self.inner.limits.write().unwrap() = limits;
+        old
+    }
+
+    /// Takes rights for `holder`, who lets others hold `shared` meanwhile.
+    ///
+    /// # Errors
+    /// Kind [`Busy`](ErrorKind::Busy), naming who is in the way and with which right.
+    pub fn hold(&self, holder: impl Into<String>, held: Rights, shared: Rights) -> Result<Hold> {
+        let holder = holder.into();
+        let mut holds = self.inner.holds.lock().unwrap();
+        for other in holds.iter() {
+            let conflict = held.without(other.shared).and(other.held.without(shared));
+            if !conflict.is_empty() {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!(
+                        "Node {} is in use by {} (right '{}')",
+                        self.name(),
+                        other.holder,
+                        conflict.names().join("', '")
+                    ),
+                ));
+            }
+        }
+        let id = self.inner.next_hold.fetch_add(1, Ordering::Relaxed);
+        holds.push(HoldEntry { id, holder, held, shared });
+        Ok(Hold { node: self.clone(), id })
+    }
+
+    /// Who holds the node.
+    pub fn holders(&self) -> Vec<String> {
+        self.inner.holds.lock().unwrap().iter().map(|h| h.holder.clone()).collect()
+    }
+
+    /// Reads `buf.len()` bytes at `offset`.
+    pub async fn read(&self, offset: u64, buf: Buffers) -> Result<()> {
+        self.check(offset, buf.len(), false)?;
+        if buf.is_empty() {
+            return Ok(());
+        }
+        self.inner.counters.reads.fetch_add(1, Ordering::Relaxed);
+        self.counted(self.driver().read(offset, buf).await)
+    }
+
+    /// Writes `buf.len()` bytes at `offset`; with `fua` durable on completion.
+    pub async fn write(&self, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
+        self.check(offset, buf.len(), true)?;
+        if buf.is_empty() {
+            return Ok(());
+        }
+        self.inner.counters.writes.fetch_add(1, Ordering::Relaxed);
+        self.counted(self.driver().write(offset, buf, fua).await)
+    }
+
+    /// Makes the range read as zeros.
+    pub async fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<()> {
+        self.check(range.offset, range.len, true)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.counted(self.driver().write_zeroes(range, may_unmap).await)
+    }
+
+    /// Frees the range's space as far as that is cheap.
+    pub async fn discard(&self, range: ByteRange) -> Result<()> {
+        self.check(range.offset, range.len, true)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.counted(self.driver().discard(range).await)
+    }
+
+    /// Makes all completed writes durable. A failure poisons the node: what was lost is unknown,
+    /// and a later success would be a lie.
+    pub async fn flush(&self) -> Result<()> {
+        if self.inner.poisoned.load(Ordering::Acquire) {
+            return Err(self.poisoned());
+        }
+        self.inner.counters.flushes.fetch_add(1, Ordering::Relaxed);
+        let result = self.driver().flush().await;
+        if let Err(err) = &result {
+            self.poison(err);
+        }
+        self.counted(result)
+    }
+
+    /// What is known of the range without reading it; see [`Driver::block_status`].
+    pub async fn block_status(&self, range: ByteRange) -> Result<BlockStatus> {
+        self.check_range(range.offset, range.len)?;
+        self.driver().block_status(range).await
+    }
+
+    /// Like [`Node::block_status`], following backing files down the chain.
+    pub async fn block_status_deep(&self, range: ByteRange) -> Result<BlockStatus> {
+        let mut node = self.clone();
+        let mut range = range;
+        let mut depth = 0;
+        loop {
+            let mut status = node.block_status(range).await?;
+            status.depth = depth;
+            let backing = node.backing();
+            let Some(backing) =
+                backing.filter(|_| status.kind == crate::block::driver::StatusKind::Unallocated)
+            else {
+                return Ok(status);
+            };
+            let inside = status.range.intersect(&ByteRange { offset: 0, len: backing.size() });
+            if inside.is_empty() {
+                return Ok(status);
+            }
+            range = inside;
+            node = backing;
+            depth += 1;
+        }
+    }
+
+    /// The backing node of the driver, if it has one.
+    pub fn backing(&self) -> Option<Node> {
+        self.driver().children().into_iter().find(|(role, _)| *role == "backing").map(|(_, n)| n)
+    }
+
+    /// Changes the size, with the gate closed.
+    pub async fn resize(&self, size: u64, _quiesced: &Quiesced) -> Result<()> {
+        if self.limits().read_only {
+            return Err(self.read_only());
+        }
+        let driver = self.driver();
+        driver.resize(size).await?;
+        *self.inner.limits.write().unwrap() = driver.limits();
+        Ok(())
+    }
+
+    /// Reads the driver's limits again (the host changed the size of a device, say).
+    pub fn reload_limits(&self) -> Limits {
+        *self.inner.limits.write().unwrap() = self.driver().limits();
+        self.limits()
+    }
+
+    /// Flushes and closes the driver for good.
+    pub async fn close(&self) -> Result<()> {
+        self.driver().close().await
+    }
+
+    /// Refuses all further writes and flushes because of `cause`. Reads go on.
+    pub fn poison(&self, cause: &Error) {
+        if !self.inner.poisoned.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                node = self.name(),
+                "writes are refused from now on, because a flush failed: {cause}"
+            );
+        }
+    }
+
+    /// Whether writes are refused because of an earlier failure.
+    pub fn is_poisoned(&self) -> bool {
+        self.inner.poisoned.load(Ordering::Acquire)
+    }
+
+    fn counted<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.inner.counters.errors.fetch_add(1, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn check(&self, offset: u64, len: u64, write: bool) -> Result<()> {
+        let range = self.check_range(offset, len)?;
+        let align = self.inner.limits.read().unwrap().request_alignment;
+        if !range.is_aligned(align) {
+            return Err(Error::invalid(format!(
+                "request of {range} on node {} is not aligned to {align} bytes",
+                self.name()
+            )));
+        }
+        if write {
+            if self.limits().read_only {
+                return Err(self.read_only());
+            }
+            if self.is_poisoned() {
+                return Err(self.poisoned());
+            }
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<ByteRange> {
+        let size = self.size();
+        ByteRange::new(offset, len).filter(|r| r.end() <= size).ok_or_else(|| {
+            Error::new(
+                ErrorKind::OutOfRange,
+                format!(
+                    "request of {len} bytes at {offset} on node {} ends beyond its {size} bytes",
+                    self.name()
+                ),
+            )
+        })
+    }
+
+    fn read_only(&self) -> Error {
+        Error::new(ErrorKind::ReadOnly, format!("node {} is read-only", self.name()))
+    }
+
+    fn poisoned(&self) -> Error {
+        Error::new(
+            ErrorKind::Poisoned,
+            format!("node {} refuses writes after a failed flush", self.name()),
+        )
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({}, {:?})", self.name(), self.driver())
+    }
+}

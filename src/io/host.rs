@@ -1,0 +1,475 @@
+//! Files and block devices of the host.
+
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use rustix::fs::{FileType, Mode, OFlags};
+
+use super::buf::AlignedBuf;
+use super::file::{Alignment, File, Fut, Hole};
+use super::lock::{self, Rights};
+use super::{Buffers, reactor};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::units::{ByteRange, align_down, align_up};
+
+/// How to open a host file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenOptions {
+    /// Open for writing too.
+    pub write: bool,
+    /// Bypass the page cache (O_DIRECT).
+    pub direct: bool,
+    /// Create it; an existing file is an error unless `truncate`.
+    pub create: bool,
+    /// With `create`: empty an existing file instead of refusing it.
+    pub truncate: bool,
+}
+
+/// What kind of thing a host file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    BlockDevice,
+}
+
+/// An open file or block device of the host.
+///
+/// Its reads and writes go through the reactor of the calling thread; on a thread without one they
+/// are plain blocking calls.
+pub struct HostFile {
+    fd: OwnedFd,
+    path: PathBuf,
+    /// The path as text, for messages.
+    name: String,
+    kind: HostKind,
+    direct: bool,
+    writable: bool,
+    alignment: Alignment,
+    /// Identifies the open file within the process; never reused.
+    id: u32,
+    /// Whether reads / writes are better done by plain calls than by the ring, which would only
+    /// hand them to a kernel worker.
+    inline: Inline,
+    /// Until when (in [`coarse_now_ms`]) inline calls are suspended because one was slow.
+    inline_suspended_until_ms: AtomicU64,
+}
+
+/// In which directions plain calls beat the ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Inline {
+    /// Reads.
+    pub reads: bool,
+    /// Writes.
+    pub writes: bool,
+}
+
+/// How long plain calls on a file are suspended after one that took too long.
+const INLINE_SUSPENSION_MS: u64 = 100;
+
+static NEXT_ID: AtomicU32 = AtomicU32::new(0);
+
+/// Milliseconds of the coarse monotonic clock (a tick's resolution, a few nanoseconds to read).
+pub fn coarse_now_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+    now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
+}
+
+impl HostFile {
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// Names the path. Refuses what is neither a regular file nor a block device, and files that
+    /// O_DIRECT does not work on.
+    pub fn open(path: &Path, options: OpenOptions) -> Result<HostFile> {
+        let name = path.display().to_string();
+        HostFile::open_named(path, name.clone(), options).context(|| name)
+    }
+
+    fn open_named(path: &Path, name: String, options: OpenOptions) -> Result<HostFile> {
+        let mut flags = OFlags::CLOEXEC | OFlags::NOCTTY;
+        flags |= if options.write { OFlags::RDWR } else { OFlags::RDONLY };
+        if options.direct {
+            flags |= OFlags::DIRECT;
+        }
+        if options.create {
+            flags |= OFlags::CREATE;
+            flags |= if options.truncate { OFlags::TRUNC } else { OFlags::EXCL };
+        } else if let Ok(meta) = std::fs::metadata(path) {
+            // A FIFO would block in open(2), and a directory gives a puzzling error for writers.
+            check_type(FileType::from_raw_mode(mode_of(&meta)))?;
+        }
+        let fd =
+            rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(|errno| {
+                match (errno, options.direct) {
+                    (rustix::io::Errno::INVAL, true) => Error::unsupported(
+                        "its file system does not support O_DIRECT; use --cache writeback",
+                    ),
+                    _ => Error::from(errno),
+                }
+            })?;
+        HostFile::from_fd(fd, path.to_path_buf(), name, options)
+    }
+
+    fn from_fd(fd: OwnedFd, path: PathBuf, name: String, options: OpenOptions) -> Result<Self> {
+        let stat = rustix::fs::fstat(&fd)?;
+        let kind = check_type(FileType::from_raw_mode(stat.st_mode))?;
+        let alignment = if options.direct {
+            direct_alignment(fd.as_fd(), kind)?
+        } else {
+            // Through the page cache any alignment works, on devices too.
+            Alignment::NONE
+        };
+        if options.direct {
+            drop_page_cache(fd.as_fd());
+        }
+        let inline = probe_inline(fd.as_fd(), kind, options.direct);
+        Ok(HostFile {
+            fd,
+            path,
+            name,
+            kind,
+            direct: options.direct,
+            writable: options.write,
+            alignment,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            inline,
+            inline_suspended_until_ms: AtomicU64::new(0),
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Regular file or block device.
+    pub fn kind(&self) -> HostKind {
+        self.kind
+    }
+
+    /// Whether it bypasses the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// A number that no other open file of this process has or had.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// In which directions plain calls are to be preferred right now.
+    pub fn inline(&self) -> Inline {
+        if (self.inline.reads || self.inline.writes)
+            && self.inline_suspended_until_ms.load(Ordering::Relaxed) != 0
+            && coarse_now_ms() < self.inline_suspended_until_ms.load(Ordering::Relaxed)
+        {
+            return Inline::default();
+        }
+        self.inline
+    }
+
+    /// Says that a plain call blocked for long (the host throttles the writer, say): for a while
+    /// requests go through the ring, where they hold up nobody else.
+    pub fn suspend_inline(&self) {
+        self.inline_suspended_until_ms
+            .store(coarse_now_ms() + INLINE_SUSPENSION_MS, Ordering::Relaxed);
+    }
+
+    /// Takes image locks; see [`lock::lock`].
+    pub fn lock(&self, held: Rights, shared: Rights) -> Result<()> {
+        lock::lock(self.as_fd(), held, shared).context(|| self.name.clone())
+    }
+
+    /// Device and inode number: tells whether two files are the same one.
+    pub fn identity(&self) -> Result<(u64, u64)> {
+        let stat = rustix::fs::fstat(&self.fd)?;
+        let dev = if self.kind == HostKind::BlockDevice { stat.st_rdev } else { stat.st_dev };
+        Ok((dev, stat.st_ino))
+    }
+
+    /// Logical block size of a block device; 1 for files, whose writes may have any size.
+    pub fn logical_block_size(&self) -> Result<u64> {
+        match self.kind {
+            HostKind::Regular => Ok(1),
+            HostKind::BlockDevice => Ok(u64::from(rustix::fs::ioctl_blksszget(&self.fd)?)),
+        }
+    }
+
+    /// Preferred I/O size of the host in bytes.
+    pub fn preferred_io_size(&self) -> u64 {
+        rustix::fs::fstat(&self.fd).map_or(0, |stat| stat.st_blksize as u64)
+    }
+
+    /// Space it takes on the host, in bytes.
+    pub fn allocated_size(&self) -> Result<u64> {
+        Ok(rustix::fs::fstat(&self.fd)?.st_blocks as u64 * 512)
+    }
+
+    /// Whether the request meets the demands of O_DIRECT as it is.
+    fn fits_direct(&self, buf: &Buffers) -> bool {
+        buf.is_aligned(self.alignment.memory)
+    }
+
+    async fn rw(&self, dir: reactor::Dir, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
+        if !self.direct || self.fits_direct(&buf) {
+            return reactor::rw(self, dir, offset, buf, fua).await;
+        }
+        // O_DIRECT cannot use this memory: go through a bounce buffer.
+        let bounce = AlignedBuf::zeroed(buf.len() as usize, self.alignment.memory);
+        if dir == reactor::Dir::Write {
+            copy(&buf, &bounce.buffers());
+        }
+        reactor::rw(self, dir, offset, bounce.buffers(), fua).await?;
+        if dir == reactor::Dir::Read {
+            copy(&bounce.buffers(), &buf);
+        }
+        Ok(())
+    }
+
+    /// Writes zeros where the host cannot make them by itself.
+    async fn write_plain_zeroes(&self, range: ByteRange) -> Result<()> {
+        const CHUNK: u64 = 1 << 20;
+        let zeros =
+            AlignedBuf::zeroed(range.len.min(CHUNK) as usize, self.alignment.memory.max(512));
+        let mut offset = range.offset;
+        while offset < range.end() {
+            let len = (range.end() - offset).min(CHUNK);
+            self.rw(reactor::Dir::Write, offset, zeros.buffers().slice(0, len), false).await?;
+            offset += len;
+        }
+        Ok(())
+    }
+}
+
+/// Copies between two buffers of the same length.
+fn copy(from: &Buffers, to: &Buffers) {
+    let mut at = 0;
+    for iov in from.iovecs() {
+        // SAFETY: the range is alive while `from` is; the destination is ours alone, so reading
+        // the source as a slice races only with a guest that changes bytes we copy anyhow.
+        let bytes = unsafe { std::slice::from_raw_parts(iov.iov_base.cast::<u8>(), iov.iov_len) };
+        to.slice(at, iov.iov_len as u64).copy_from_slice(bytes);
+        at += iov.iov_len as u64;
+    }
+}
+
+fn mode_of(meta: &std::fs::Metadata) -> u32 {
+    std::os::unix::fs::MetadataExt::mode(meta)
+}
+
+/// Refuses what cannot be a disk.
+fn check_type(file_type: FileType) -> Result<HostKind> {
+    match file_type {
+        FileType::RegularFile => Ok(HostKind::Regular),
+        FileType::BlockDevice => Ok(HostKind::BlockDevice),
+        FileType::Directory => Err(Error::invalid("is a directory, not an image")),
+        _ => Err(Error::invalid("is neither a regular file nor a block device")),
+    }
+}
+
+/// What O_DIRECT demands of this file.
+fn direct_alignment(fd: BorrowedFd<'_>, kind: HostKind) -> Result<Alignment> {
+    const FALLBACK: Alignment = Alignment { request: 4096, memory: 4096 };
+    if kind == HostKind::BlockDevice {
+        let block = rustix::fs::ioctl_blksszget(fd)?;
+        return Ok(Alignment { request: u64::from(block), memory: block as usize });
+    }
+    // SAFETY: a zeroed statx is a valid one, and the kernel fills it within its size.
+    let (rc, stx) = unsafe {
+        let mut stx: libc::statx = std::mem::zeroed();
+        let rc = libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut stx,
+        );
+        (rc, stx)
+    };
+    if rc != 0 || stx.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return Ok(FALLBACK);
+    }
+    if stx.stx_dio_offset_align == 0 {
+        return Err(Error::unsupported(
+            "its file system does not support O_DIRECT on this file; use --cache writeback",
+        ));
+    }
+    Ok(Alignment {
+        request: u64::from(stx.stx_dio_offset_align),
+        memory: stx.stx_dio_mem_align as usize,
+    })
+}
+
+/// A page left in the cache makes a direct NOWAIT write fail and go to a kernel worker.
+fn drop_page_cache(fd: BorrowedFd<'_>) {
+    let _ = rustix::fs::fdatasync(fd);
+    let _ = rustix::fs::fadvise(fd, 0, None, rustix::fs::Advice::DontNeed);
+}
+
+/// Finds the directions in which the ring could only hand requests to a kernel worker: the file
+/// has no NOWAIT there, so a plain call by the worker itself is cheaper.
+fn probe_inline(fd: BorrowedFd<'_>, kind: HostKind, direct: bool) -> Inline {
+    if direct || kind == HostKind::BlockDevice {
+        return Inline::default();
+    }
+    // Asking for one byte without waiting does no harm and says whether the file knows NOWAIT.
+    let mut byte = [0u8];
+    let mut parts = [std::io::IoSliceMut::new(&mut byte)];
+    let answer = rustix::io::preadv2(fd, &mut parts, 0, rustix::io::ReadWriteFlags::NOWAIT);
+    let reads = matches!(answer, Err(rustix::io::Errno::OPNOTSUPP));
+    // The same question for writes would change the file, so ask the file system for its name.
+    // xfs and btrfs take buffered NOWAIT writes; ext4, tmpfs and most others do not.
+    const XFS: i64 = 0x5846_5342;
+    const BTRFS: i64 = 0x9123_683e;
+    let writes = match rustix::fs::fstatfs(fd) {
+        Ok(fs) => !matches!(fs.f_type as i64, XFS | BTRFS),
+        Err(_) => false,
+    };
+    Inline { reads, writes }
+}
+
+impl File for HostFile {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn len(&self) -> Result<u64> {
+        match self.kind {
+            HostKind::Regular => Ok(rustix::fs::fstat(&self.fd)?.st_size as u64),
+            HostKind::BlockDevice => Ok(rustix::fs::seek(&self.fd, rustix::fs::SeekFrom::End(0))?),
+        }
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        Box::pin(self.rw(reactor::Dir::Read, offset, buf, false))
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
+        Box::pin(self.rw(reactor::Dir::Write, offset, buf, fua))
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        Box::pin(async move {
+            let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let mode = if may_unmap {
+                punch
+            } else {
+                // Not KEEP_SIZE: a write at the end of a file extends it, and so does this.
+                libc::FALLOC_FL_ZERO_RANGE
+            };
+            // Punching does not extend a file, so a range past its end needs the other way.
+            let mode = match self.kind {
+                HostKind::Regular if may_unmap && range.end() > self.len()? => {
+                    libc::FALLOC_FL_ZERO_RANGE
+                }
+                _ => mode,
+            };
+            match reactor::fallocate(self, mode, range).await {
+                // No zero ranges on this file system (tmpfs, say).
+                Err(err) if err.kind() == ErrorKind::Unsupported => {
+                    self.write_plain_zeroes(range).await
+                }
+                other => other,
+            }
+        })
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        Box::pin(async move {
+            // Only whole blocks are worth a call: the rest would be zeroed, not freed.
+            let granularity = self.discard_granularity();
+            let start = align_up(range.offset, granularity).unwrap_or(u64::MAX);
+            let inner = ByteRange::between(start, align_down(range.end(), granularity));
+            if inner.is_empty() {
+                return Ok(());
+            }
+            let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            match reactor::fallocate(self, punch, inner).await {
+                Err(err) if err.kind() == ErrorKind::Unsupported => Ok(()),
+                other => other,
+            }
+        })
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(reactor::fdatasync(self))
+    }
+
+    fn set_len<'a>(&'a self, len: u64) -> Fut<'a, ()> {
+        Box::pin(async move {
+            match self.kind {
+                HostKind::Regular => Ok(rustix::fs::ftruncate(&self.fd, len)?),
+                HostKind::BlockDevice => Err(Error::unsupported(
+                    "the size of a block device cannot be changed from here",
+                )),
+            }
+        })
+    }
+
+    fn hole_at(&self, offset: u64) -> Result<Hole> {
+        let len = self.len()?;
+        let to_end = Hole { range: ByteRange::between(offset, len), is_hole: false };
+        if self.kind == HostKind::BlockDevice || offset >= len {
+            return Ok(to_end);
+        }
+        use rustix::fs::SeekFrom;
+        match rustix::fs::seek(&self.fd, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => {
+                Ok(Hole { range: ByteRange::between(offset, data.min(len)), is_hole: true })
+            }
+            Ok(_) => {
+                let hole = rustix::fs::seek(&self.fd, SeekFrom::Hole(offset))?;
+                Ok(Hole { range: ByteRange::between(offset, hole.min(len)), is_hole: false })
+            }
+            // No data from here to the end.
+            Err(rustix::io::Errno::NXIO) => Ok(Hole { is_hole: true, ..to_end }),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(to_end),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn as_host(&self) -> Option<&HostFile> {
+        Some(self)
+    }
+}
+
+impl HostFile {
+    /// The unit in which the host frees space, in bytes.
+    pub fn discard_granularity(&self) -> u64 {
+        let unit = self.preferred_io_size().max(512);
+        if unit.is_power_of_two() { unit.min(1 << 20) } else { 4096 }
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for HostFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl fmt::Debug for HostFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostFile({}{})", self.name, if self.direct { ", direct" } else { "" })
+    }
+}
