@@ -14,14 +14,18 @@
 pub mod chain;
 pub mod config_space;
 pub mod dirty_log;
+pub mod export;
 pub mod features;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod inflight;
 pub mod mapping;
 pub mod memory;
+pub mod pool;
 pub mod request;
 pub mod ring;
+pub mod rings;
 pub mod sigbus;
 #[cfg(test)]
 pub(crate) mod testing;
+mod worker;

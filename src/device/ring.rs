@@ -98,6 +98,9 @@ pub enum RingError {
         /// What it must be a multiple of.
         align: usize,
     },
+    /// The file of the memory that the ring lives in was truncated.
+    #[error("guest memory is gone")]
+    MemoryGone,
     /// What the in-flight region says cannot be.
     #[error(transparent)]
     Inflight(#[from] InflightError),
@@ -388,6 +391,22 @@ impl Ring {
         }
         self.avail_seen = avail;
         Ok(avail != next)
+    }
+
+    /// Whether the guest has made something available that was not taken. Unlike
+    /// [`Ring::enable_notifications`] it changes nothing.
+    #[inline]
+    pub fn has_available(&self) -> bool {
+        // SAFETY: the available ring is mapped and aligned.
+        let avail = unsafe { load(self.avail.add(AT_IDX), Ordering::Relaxed) };
+        self.broken.is_none() && avail != self.next_avail
+    }
+
+    /// Gives nothing out any more: the memory that the ring lives in is gone.
+    pub fn retire(&mut self) {
+        if self.broken.is_none() {
+            self.break_with(RingError::MemoryGone);
+        }
     }
 
     /// Takes the next available head. `None` if there is none now; an error once, when the ring
