@@ -39,7 +39,8 @@ impl OpenGate {
         // what is wrong with it.
         allowed.extend(directory_of(image).canonicalize().ok());
         for dir in allow_dirs {
-            let resolved = dir.canonicalize().context(|| format!("--allow-dir {}", dir.display()))?;
+            let resolved =
+                dir.canonicalize().context(|| format!("--allow-dir {}", dir.display()))?;
             if !resolved.is_dir() {
                 return Err(Error::invalid(format!(
                     "--allow-dir {}: is not a directory",

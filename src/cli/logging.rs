@@ -60,9 +60,9 @@ pub fn init(args: &LogArgs, default: LevelFilter) -> Result<()> {
         LogFormat::Text => {
             tracing::subscriber::set_global_default(registry.with(layer.with_filter(targets)))
         }
-        LogFormat::Json => {
-            tracing::subscriber::set_global_default(registry.with(layer.json().with_filter(targets)))
-        }
+        LogFormat::Json => tracing::subscriber::set_global_default(
+            registry.with(layer.json().with_filter(targets)),
+        ),
     };
     Ok(())
 }

@@ -24,7 +24,7 @@ pub struct ReadArgs {
     #[arg(short = 'f', long = "format", value_name = "FORMAT")]
     pub format: Option<ImageFormat>,
     #[command(flatten)]
-    pub sharing: SharingArgs,
+    sharing: SharingArgs,
 }
 
 /// Who else may use the image, and what it may pull in.
@@ -111,7 +111,6 @@ pub fn options_help(format: ImageFormat) -> String {
     }
     text
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -65,7 +65,9 @@ impl Progress {
                 bar.set_message(label.to_string());
                 Progress::Bar(bar)
             }
-            When::Always => Progress::Text { total, done: Cell::new(0), shown: Cell::new(u64::MAX) },
+            When::Always => {
+                Progress::Text { total, done: Cell::new(0), shown: Cell::new(u64::MAX) }
+            }
             _ => Progress::Silent,
         }
     }

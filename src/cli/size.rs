@@ -131,7 +131,8 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_the_text() {
-        for text in ["", "K", "1.", ".5G", "-1", "+1", "1 G", "1GiB", "0x10", "1e3", "1,5G", "١K"] {
+        for text in ["", "K", "1.", ".5G", "-1", "+1", "1 G", "1GiB", "0x10", "1e3", "1,5G", "١K"]
+        {
             let err = parse_size(text).unwrap_err().to_string();
             assert!(err.contains(&format!("'{text}'")), "{err}");
         }

@@ -19,8 +19,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
 use crate::block::Node;
+use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuf, Buffers, Fut};
 use crate::units::ByteRange;
@@ -180,7 +180,9 @@ mod tests {
     #[test]
     fn planting_a_magic_fails_and_writes_nothing() {
         let (node, file) = guarded();
-        for magic in [&b"QFI\xfb\0\0\0\x03"[..], b"vhdxfile", b"ADD_COW\xff", b"{\"QBM\": 1}", b"KDMV"] {
+        for magic in
+            [&b"QFI\xfb\0\0\0\x03"[..], b"vhdxfile", b"ADD_COW\xff", b"{\"QBM\": 1}", b"KDMV"]
+        {
             let err = block_on(node.write(0, sectors(magic, 8).buffers(), false)).unwrap_err();
             assert_eq!(err.kind(), ErrorKind::PermissionDenied);
             assert!(err.to_string().contains("-f raw"), "{err}");

@@ -109,7 +109,9 @@ pub fn size_of(request: &CreateRequest) -> Result<u64> {
 pub fn check_size(size: u64) -> Result<()> {
     const MAX: u64 = i64::MAX as u64 - (MIB - 1);
     if size > MAX {
-        return Err(Error::invalid(format!("a size of {size} bytes is more than the {MAX} allowed")));
+        return Err(Error::invalid(format!(
+            "a size of {size} bytes is more than the {MAX} allowed"
+        )));
     }
     Ok(())
 }
@@ -181,7 +183,9 @@ fn create_raw(request: &CreateRequest) -> Result<Created> {
             HostKind::BlockDevice => {}
         }
         match preallocation {
-            "falloc" if size > 0 => file.write_zeroes(ByteRange { offset: 0, len: size }, false).await,
+            "falloc" if size > 0 => {
+                file.write_zeroes(ByteRange { offset: 0, len: size }, false).await
+            }
             "full" => write_zeros(file, size).await,
             _ => Ok(()),
         }

@@ -338,7 +338,10 @@ fn open_link(
         None => (guess(&file)?, true),
     };
     if guessed && confirm.is_some() {
-        tracing::warn!("{}: the image above does not say its format; {format} assumed", file.name());
+        tracing::warn!(
+            "{}: the image above does not say its format; {format} assumed",
+            file.name()
+        );
     }
     if request.locking == Locking::Inspect {
         lock(&file, request, format)?;

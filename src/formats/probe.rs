@@ -44,9 +44,9 @@ const MAGICS: &[Magic] = &[
 /// if there is no sign of any, which leaves raw.
 pub fn by_magic(head: &[u8]) -> Option<ImageFormat> {
     let head = &head[..head.len().min(HEAD_LEN)];
-    let found = MAGICS.iter().find(|magic| {
-        head.get(magic.offset..).is_some_and(|at| at.starts_with(magic.bytes))
-    });
+    let found = MAGICS
+        .iter()
+        .find(|magic| head.get(magic.offset..).is_some_and(|at| at.starts_with(magic.bytes)));
     match found {
         Some(magic) => Some(magic.format),
         None if looks_like_vmdk_descriptor(head) => Some(ImageFormat::Vmdk),
