@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::block::Node;
 use crate::device::config_space::{ConfigParams, ConfigSpace};
-use crate::error::{Error, Result};
 use crate::io::EngineKind;
 
 /// How the guest's flushes and writes are treated.
@@ -83,50 +82,18 @@ pub struct Counters {
 }
 
 impl Export {
-    /// Checks that the node can be served with these options.
-    ///
-    /// # Errors
-    /// Says what does not fit and what would.
-    pub fn new(node: Node, options: ExportOptions) -> Result<Export> {
-        let limits = node.limits();
-        let block = u64::from(options.block_size);
-        if limits.size == 0 {
-            return Err(Error::invalid("the disk has a size of zero"));
-        }
-        if !limits.size.is_multiple_of(block) {
-            return Err(Error::invalid(format!(
-                "its size of {} bytes is not a multiple of the block size {block}; \
-                 grow it to {} bytes with 'vublk resize'{}",
-                limits.size,
-                limits.size.next_multiple_of(block),
-                if block > 512 && limits.size.is_multiple_of(512) {
-                    ", or serve it with --block-size 512"
-                } else {
-                    ""
-                }
-            )));
-        }
-        if limits.request_alignment > block {
-            return Err(Error::invalid(format!(
-                "requests must be multiples of {} bytes here (O_DIRECT); \
-                 use --block-size {} or --cache writeback",
-                limits.request_alignment, limits.request_alignment
-            )));
-        }
-        if options.serial.len() > 20 {
-            return Err(Error::invalid(format!(
-                "the serial number '{}' is longer than 20 bytes",
-                options.serial
-            )));
-        }
+    /// An export of a node whose size is a multiple of the block size and not zero, and whose
+    /// requests need no larger alignment than a block's. (Who opens the image has checked that,
+    /// with messages that name the image.)
+    pub fn new(node: Node, options: ExportOptions) -> Export {
         let config = ConfigSpace::new(&config_params(&node, &options));
-        Ok(Export {
+        Export {
             node,
             options,
             config: Mutex::new(config),
             guest_write_through: AtomicBool::new(false),
             counters: Counters::default(),
-        })
+        }
     }
 
     /// The device configuration as of now.

@@ -11,13 +11,17 @@
 //!
 //! Nothing in these modules waits, locks on the data path, or trusts a byte of shared memory.
 
+pub mod backend_channel;
 pub mod chain;
 pub mod config_space;
+pub mod connection;
+pub mod device_state;
 pub mod dirty_log;
 pub mod export;
 pub mod features;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod handler;
 pub mod inflight;
 pub mod mapping;
 pub mod memory;
@@ -25,6 +29,7 @@ pub mod pool;
 pub mod request;
 pub mod ring;
 pub mod rings;
+pub mod server;
 pub mod sigbus;
 #[cfg(test)]
 pub(crate) mod testing;
