@@ -369,7 +369,7 @@ fn open_link(
 fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
     HostFile::open(path, options).map_err(|err| match err.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnly if options.write => {
-            Error::new(err.kind(), format!("{err} (for writing; --read-only needs only to read)"))
+            Error::new(err.kind(), format!("{err} (to open it for writing)"))
         }
         ErrorKind::NotFound if path.to_str().is_some_and(has_protocol) => Error::unsupported(
             format!("{}: only files and block devices of this host are supported", path.display()),
