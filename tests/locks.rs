@@ -63,46 +63,44 @@ struct Qemu(Child);
 impl Qemu {
     /// qemu-io; `None` if it refuses the image.
     fn io(dir: &Path, args: &[&str]) -> Option<Qemu> {
-        let mut child = Command::new("qemu-io")
-            .args(args)
-            .current_dir(dir)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut qemu = Qemu::start(dir, "qemu-io", args);
         // It reads commands only once the image is open.
-        writeln!(child.stdin.as_mut().unwrap(), "length").ok()?;
-        Qemu::wait_for_lines(child, 1)
+        qemu.say("length")?;
+        qemu.has_printed(1).then_some(qemu)
     }
 
     /// A virtual machine with a virtio-blk disk.
     fn machine(dir: &Path, drive: &str) -> Option<Qemu> {
-        let mut child = Command::new("qemu-system-x86_64")
-            .args(["-nodefaults", "-display", "none", "-S", "-accel", "tcg", "-qmp", "stdio"])
-            .args(["-drive", &format!("if=none,id=d,{drive}")])
-            .args(["-device", "virtio-blk-pci,drive=d"])
-            .current_dir(dir)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let drive = format!("if=none,id=d,{drive}");
+        let mut args = vec!["-nodefaults", "-display", "none", "-S", "-accel", "tcg"];
+        args.extend(["-qmp", "stdio", "-drive", &drive, "-device", "virtio-blk-pci,drive=d"]);
+        let mut qemu = Qemu::start(dir, "qemu-system-x86_64", &args);
         // It greets at once, but answers only when the machine is there.
-        writeln!(child.stdin.as_mut().unwrap(), "{{\"execute\": \"qmp_capabilities\"}}").ok()?;
-        Qemu::wait_for_lines(child, 2)
+        qemu.say("{\"execute\": \"qmp_capabilities\"}")?;
+        qemu.has_printed(2).then_some(qemu)
     }
 
-    /// Waits until it has printed `count` lines; `None` if it gives up before.
-    fn wait_for_lines(mut child: Child, count: usize) -> Option<Qemu> {
-        let mut reader = BufReader::new(child.stdout.take().unwrap());
+    fn start(dir: &Path, program: &str, args: &[&str]) -> Qemu {
+        let mut command = Command::new(program);
+        command.args(args).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Qemu(command.stderr(Stdio::null()).spawn().unwrap())
+    }
+
+    /// Sends a line; `None` if it has gone already.
+    fn say(&mut self, line: &str) -> Option<()> {
+        writeln!(self.0.stdin.as_mut().unwrap(), "{line}").ok()
+    }
+
+    /// Waits until it has printed `count` lines; false if it gives up before.
+    fn has_printed(&mut self, count: usize) -> bool {
+        let mut reader = BufReader::new(self.0.stdout.take().unwrap());
         let mut lines = 0;
         while lines < count && reader.read_line(&mut String::new()).unwrap() > 0 {
             lines += 1;
         }
-        child.stdout = Some(reader.into_inner());
-        let qemu = Qemu(child);
-        (lines == count).then_some(qemu)
+        // A closed pipe would end it.
+        self.0.stdout = Some(reader.into_inner());
+        lines == count
     }
 }
 
