@@ -233,16 +233,20 @@ fn peek(socket: &UnixStream) -> Result<Option<Peeked>> {
             files.extend(received);
         }
     }
+    let name = RequestName(request);
+    // Alignment may have left room for one more than the codec takes.
+    if files.len() > MAX_ATTACHED_FD_ENTRIES
+        || (files.len() == MAX_ATTACHED_FD_ENTRIES && received.flags.contains(ReturnFlags::CTRUNC))
+    {
+        return Err(Error::invalid(format!(
+            "{name} carries more than {MAX_ATTACHED_FD_ENTRIES} files"
+        )));
+    }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        let name = RequestName(request);
-        return Err(if files.len() == MAX_ATTACHED_FD_ENTRIES {
-            Error::invalid(format!("{name} carries more than {MAX_ATTACHED_FD_ENTRIES} files"))
-        } else {
-            Error::new(
-                ErrorKind::Io,
-                format!("cannot receive the files of {name}: out of file descriptors (ulimit -n)"),
-            )
-        });
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("cannot receive the files of {name}: out of file descriptors (ulimit -n)"),
+        ));
     }
     Ok(Some(Peeked { request, files }))
 }
