@@ -1107,6 +1107,58 @@ fn sessions_follow_the_region() {
     assert_eq!(session(&fe), Some(Session::Returned(nonce)));
 }
 
+/// A guest that has switched the write cache off sends no FLUSH; a process that takes over has to
+/// know, and no front-end repeats it.
+#[test]
+fn the_write_cache_mode_comes_back_with_the_region_and_with_nothing_else() {
+    let features = FEATURES | CONFIG_WCE;
+    let start = |fe: &FrontEnd, region: &Region| {
+        fe.negotiate(features);
+        fe.add_memory();
+        assert!(fe.set_inflight(region));
+        fe.set_ring(0, 0);
+        assert!(fe.enable(0, true));
+    };
+    let fe = FrontEnd::new(1);
+    fe.negotiate(features);
+    let region = fe.get_inflight((1, 128));
+    start(&fe, &region);
+    assert!(fe.calls().contains(&Call::WriteThrough(false)));
+    assert!(fe.set_config(32, &[0]));
+    let (device, rings) = (fe.device.clone(), fe.rings.clone());
+    fe.leave().unwrap();
+    // Another process, the same guest; whether or not the front-end looks at the config space.
+    for looks in [false, true] {
+        let fe = FrontEnd::new(1);
+        if looks {
+            fe.negotiate(features);
+            assert_eq!(fe.config(32, 1), [1]);
+        }
+        start(&fe, &region);
+        let calls = fe.calls();
+        assert!(calls.contains(&Call::Writeback(false)), "{calls:?}");
+        assert!(calls.contains(&Call::WriteThrough(true)), "{calls:?}");
+    }
+    // The same process, a new guest, which reads the config space first.
+    rings.take_calls();
+    let fe = FrontEnd::connect(&device, &rings);
+    fe.negotiate(features);
+    assert_eq!(fe.config(32, 1), [1]);
+    let new = fe.get_inflight((1, 128));
+    start(&fe, &new);
+    let calls = fe.calls();
+    assert!(calls.contains(&Call::WriteThrough(false)), "{calls:?}");
+    // Reading later changes nothing.
+    assert!(fe.set_config(32, &[0]));
+    assert_eq!(fe.config(32, 1), [0]);
+    // What this connection has set goes before what a region remembers.
+    let fe = FrontEnd::new(1);
+    fe.negotiate(features);
+    assert!(fe.set_config(32, &[1]));
+    start(&fe, &region);
+    assert!(!fe.calls().contains(&Call::Writeback(false)));
+}
+
 #[test]
 fn inflight_regions_that_do_not_fit() {
     let fe = FrontEnd::new(2);
@@ -1270,6 +1322,41 @@ fn stop_drains_and_closes() {
 fn somebody_who_only_looks() {
     let fe = FrontEnd::new(1);
     assert_eq!(fe.leave().unwrap(), Ended::Silent);
+}
+
+/// With no file descriptors left a message is not misread: the connection ends and says why, and
+/// the process goes on. The limit is the process's, so this runs in one of its own.
+#[test]
+fn out_of_file_descriptors() {
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", "device::message_tests::out_of_file_descriptors_child"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&status.stdout);
+    assert!(status.status.success() && text.contains("1 passed"), "{text}");
+}
+
+#[test]
+#[ignore = "changes the limits of its process"]
+fn out_of_file_descriptors_child() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let fe = FrontEnd::new(1);
+    fe.run(1);
+    let event = event();
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, rustix::process::Rlimit { current: Some(64), ..limit }).unwrap();
+    let mut hoard = Vec::new();
+    while let Ok(file) = File::open("/dev/null") {
+        hoard.push(file);
+    }
+    fe.tell(R::SET_VRING_CALL, &longs(&[0]), &[event.as_fd()]);
+    let err = fe.thread.join().unwrap().unwrap_err().to_string();
+    assert!(err.contains("SET_VRING_CALL") && err.contains("out of file descriptors"), "{err}");
+    assert!(fe.rings.live().is_empty());
+    // The next client, when there is room again.
+    drop(hoard);
+    let again = FrontEnd::connect(&fe.device, &fe.rings);
+    again.run(1);
 }
 
 /// Thousands of connections leave no file behind.
