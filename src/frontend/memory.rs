@@ -316,6 +316,21 @@ impl Arena {
         Ok(start)
     }
 
+    /// A run of whole pages that is never given back.
+    pub fn alloc_pages(&mut self, len: u64) -> Result<u64> {
+        let start = align_up(self.next, 4096);
+        let end = start.and_then(|s| align_up(s.checked_add(len)?, 4096));
+        match (start, end.filter(|end| *end <= self.end)) {
+            (Some(start), Some(end)) => {
+                self.next = end;
+                Ok(start)
+            }
+            _ => {
+                Err(Error::new(ErrorKind::NoSpace, format!("guest memory has no {len} bytes left")))
+            }
+        }
+    }
+
     /// Gives a buffer of `len` bytes back.
     pub fn free(&mut self, addr: u64, len: u64) {
         self.free.entry(Arena::class(len)).or_default().push(addr);

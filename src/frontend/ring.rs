@@ -676,7 +676,7 @@ mod tests {
         let (memory, mut ring) = ring(4);
         ring.set_event_idx(true);
         let event = ring.layout().used + 4 + 8 * 4;
-        let mut publish = |ring: &mut Ring, count: u16| {
+        let publish = |ring: &mut Ring, count: u16| {
             (0..count).for_each(|_| ring.push(0));
             ring.publish();
             ring.kick_wanted()

@@ -146,14 +146,19 @@ impl Session {
     /// Connects and starts all queues.
     pub fn open(path: &Path, options: SessionOptions) -> Result<Self> {
         let mut session = Session::connect(path, options)?;
-        let personality = session.options.personality;
-        personality.start(&mut session).context(|| "cannot start the queues")?;
+        session.start().context(|| "cannot start the queues")?;
         Ok(session)
     }
 
     /// Connects and reads the configuration; the queues are not started.
     pub fn connect(path: &Path, options: SessionOptions) -> Result<Self> {
         let client = Client::connect_retry(path, options.timeout)?;
+        Session::negotiate(client, path, options)
+    }
+
+    /// Reads the configuration over a connection on which nothing has been said; the queues are
+    /// not started.
+    pub fn negotiate(client: Client, path: &Path, options: SessionOptions) -> Result<Self> {
         let mut session = Session::with_client(client, path, options)?;
         let personality = session.options.personality;
         personality.connect(&mut session).context(|| "cannot negotiate with the back-end")?;
