@@ -34,6 +34,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::memory::{Memory, Region};
@@ -199,7 +200,8 @@ impl Ring {
         if size == 0 || !size.is_power_of_two() || size > 1 << 15 {
             return Err(Error::invalid(format!("ring size {size} is not a power of two")));
         }
-        if descriptors % 16 != 0 || available % 2 != 0 || used % 4 != 0 {
+        let aligned = |address: u64, align| address.is_multiple_of(align);
+        if !aligned(descriptors, 16) || !aligned(available, 2) || !aligned(used, 4) {
             return Err(Error::invalid(format!("ring parts are misaligned: {layout:x?}")));
         }
         let n = u64::from(size);
@@ -533,10 +535,12 @@ impl Ring {
             match rustix::io::read(&*self.call, &mut bytes) {
                 Ok(_) => break,
                 Err(Errno::INTR) => {}
-                // A back-end made the shared descriptor non-blocking.
+                // The flag belongs to the description that both sides share, and some back-ends
+                // (qemu-storage-daemon) set it. All back-ends should meet a driver that sleeps
+                // alike, by one system call, so it is taken away again.
                 Err(Errno::AGAIN) => {
-                    let deadline = Instant::now() + std::time::Duration::from_secs(3600);
-                    wait_for(&*self.call, PollFlags::IN, deadline, "an interrupt")?;
+                    let flags = rustix::fs::fcntl_getfl(&*self.call)?;
+                    rustix::fs::fcntl_setfl(&*self.call, flags - OFlags::NONBLOCK)?;
                 }
                 Err(err) => return Err(err.into()),
             }
@@ -726,6 +730,15 @@ mod tests {
         ring.waker().wake().unwrap();
         assert!(!ring.sleep().unwrap());
         assert_eq!(ring.counters().interrupts, 3);
+        // A back-end that makes the descriptor non-blocking does not make the driver spin.
+        rustix::fs::fcntl_setfl(ring.call_fd(), OFlags::NONBLOCK).unwrap();
+        let waker = ring.waker();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            waker.wake().unwrap();
+        });
+        assert!(!ring.sleep().unwrap());
+        thread.join().unwrap();
         // A used element that is there already needs no interrupt.
         complete(&memory, ring.layout(), 0, &[1]);
         ring.wait_used(Instant::now()).unwrap();

@@ -201,10 +201,10 @@ impl BenchArgs {
     /// Refuses what makes no sense together.
     pub fn check(&self) -> Result<()> {
         let block = u64::from(self.block_size);
-        if block == 0 || block % SECTOR_SIZE != 0 {
+        if block == 0 || !block.is_multiple_of(SECTOR_SIZE) {
             return Err(Error::invalid(format!("--block-size {block} is no multiple of 512")));
         }
-        if self.offset % SECTOR_SIZE != 0 {
+        if !self.offset.is_multiple_of(SECTOR_SIZE) {
             return Err(Error::invalid(format!("--offset {} is no multiple of 512", self.offset)));
         }
         if !self.queue_size.is_power_of_two() {

@@ -338,6 +338,9 @@ struct Worker {
     timeout: Duration,
     /// Latencies of the measured requests.
     latency: Histogram<u64>,
+    /// A latency and how often in a row it was seen: requests of one batch share theirs, and the
+    /// histogram is the dearest part of a completion.
+    same_latency: (u64, u64),
     /// Requests completed, at any time.
     done: u64,
     /// Bytes of them.
@@ -385,6 +388,7 @@ impl Worker {
             quota: plan.requests.map(share),
             timeout: args.timeout,
             latency: histogram()?,
+            same_latency: (1, 0),
             done: 0,
             bytes: 0,
             errors: 0,
@@ -585,7 +589,6 @@ impl Worker {
             let phase = phase.load(Ordering::Relaxed);
             if phase == MEASURE && !measuring {
                 measuring = true;
-                self.latency.reset();
             }
             let mut stop = phase == STOP;
             for _ in 0..self.batch {
@@ -597,7 +600,7 @@ impl Worker {
                 }
                 if measuring && !stop {
                     let taken = now.duration_since(request.submitted).as_nanos() as u64;
-                    self.latency.saturating_record(taken.clamp(1, SLOWEST_NS));
+                    self.record(taken);
                     measured += 1;
                     stop = self.quota.is_some_and(|quota| measured >= quota);
                 }
@@ -610,7 +613,23 @@ impl Worker {
             self.report(shared);
         }
         self.report(shared);
+        // Whatever the last run of equal latencies was, it is recorded now.
+        self.record(u64::MAX);
+        self.same_latency = (1, 0);
         Ok(())
+    }
+
+    /// Records a latency.
+    #[inline]
+    fn record(&mut self, nanoseconds: u64) {
+        if self.same_latency.0 == nanoseconds {
+            self.same_latency.1 += 1;
+        } else {
+            let (value, count) = std::mem::replace(&mut self.same_latency, (nanoseconds, 1));
+            if count > 0 {
+                self.latency.saturating_record_n(value.clamp(1, SLOWEST_NS), count);
+            }
+        }
     }
 
     /// Lets the main thread see the counters.
