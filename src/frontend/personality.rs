@@ -392,3 +392,143 @@ pub fn stop_rings(session: &mut Session) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::path::Path;
+    use std::thread::{self, JoinHandle};
+    use std::time::{Duration, Instant};
+
+    use super::super::memory::{Pages, shared_file};
+    use super::super::session::SessionOptions;
+    use super::super::wire::{self, Fields, Payload, Wire};
+    use super::*;
+
+    /// A back-end that agrees to everything, and tells afterwards what it was sent: the number of
+    /// each message.
+    fn agreeable(wire: Wire) -> JoinHandle<Vec<u32>> {
+        thread::spawn(move || {
+            let deadline = || Instant::now() + Duration::from_secs(5);
+            let area = shared_file("inflight", 8192, Pages::Small).unwrap();
+            let mut seen = Vec::new();
+            while let Ok(message) = wire.recv(deadline()) {
+                seen.push(message.request);
+                let number = |n: u64| Some(n.to_ne_bytes().to_vec());
+                let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
+                let reply = match message.request {
+                    id::GET_FEATURES => number(u64::MAX),
+                    id::GET_PROTOCOL_FEATURES => number(u64::MAX & !protocol::STATUS),
+                    id::GET_QUEUE_NUM | id::GET_MAX_MEM_SLOTS => number(64),
+                    id::GET_CONFIG | id::GET_VRING_BASE => Some(message.payload.clone()),
+                    id::GET_INFLIGHT_FD => {
+                        fds.push(area.as_fd());
+                        Some(Payload::new().u64(8192).u64(0).u32(0).u32(0).build())
+                    }
+                    id::SET_LOG_BASE => number(0),
+                    _ if message.flags & wire::FLAG_NEED_REPLY != 0 => number(0),
+                    _ => None,
+                };
+                if let Some(payload) = reply {
+                    wire.send(message.request, wire::FLAG_REPLY, &payload, &fds, deadline())
+                        .unwrap();
+                }
+            }
+            seen
+        })
+    }
+
+    /// Connects, starts and stops as `personality`, and returns what was sent in each step.
+    fn messages(personality: Personality, queues: u16) -> [Vec<u32>; 3] {
+        let sent = |steps: usize| {
+            let (ours, theirs) = Wire::pair().unwrap();
+            let back_end = agreeable(theirs);
+            let client = Client::new(ours, Duration::from_secs(5));
+            let options = SessionOptions::new(personality).queues(queues);
+            let mut session = Session::with_client(client, Path::new(""), options).unwrap();
+            type Step = fn(Personality, &mut Session) -> Result<()>;
+            let all: [Step; 3] = [Personality::connect, Personality::start, Personality::stop];
+            all.iter().take(steps).for_each(|step| step(personality, &mut session).unwrap());
+            drop(session);
+            back_end.join().unwrap()
+        };
+        let (one, two, three) = (sent(1), sent(2), sent(3));
+        let (start, stop) = (two[one.len()..].to_vec(), three[two.len()..].to_vec());
+        [one, start, stop]
+    }
+
+    #[test]
+    fn qemu_sends_what_was_seen_on_the_wire() {
+        let [connect, start, stop] = messages(Personality::Qemu, 2);
+        assert_eq!(connect, [1, 15, 16, 17, 36, 21, 3, 1, 13, 14, 13, 14, 24]);
+        let rings = [8, 10, 9, 12, 8, 10, 9, 12];
+        assert_eq!(start[..6], [2, 31, 32, 13, 13, 2]);
+        assert_eq!(start[6..], [&[37][..], &rings, &[18, 18]].concat());
+        assert_eq!(stop, [18, 18, 11, 11, 38]);
+    }
+
+    #[test]
+    fn cloud_hypervisor_sends_sizes_first_and_its_channel_last() {
+        let [connect, start, stop] = messages(Personality::CloudHypervisor, 2);
+        assert_eq!(connect, [3, 1, 15, 16, 17, 24]);
+        assert_eq!(start, [2, 5, 8, 8, 31, 32, 9, 10, 13, 12, 9, 10, 13, 12, 18, 18, 21]);
+        assert_eq!(stop, [18, 18]);
+    }
+
+    #[test]
+    fn firecracker_enables_each_ring_with_it() {
+        let [connect, start, _] = messages(Personality::Firecracker, 1);
+        assert_eq!(connect, [3, 1, 2, 15, 16, 24]);
+        assert_eq!(start, [2, 5, 8, 9, 10, 13, 12, 18, 1]);
+    }
+
+    #[test]
+    fn qemu_reconnects_with_the_area_it_kept_and_from_the_used_index() {
+        let (ours, theirs) = Wire::pair().unwrap();
+        let first = agreeable(theirs);
+        let options = SessionOptions::default();
+        let client = Client::new(ours, Duration::from_secs(5));
+        let mut session = Session::with_client(client, Path::new(""), options).unwrap();
+        Personality::Qemu.connect(&mut session).unwrap();
+        Personality::Qemu.start(&mut session).unwrap();
+        // Three requests were made available, two of them completed.
+        let used = session.rings[0].layout().used;
+        session.memory.write(used + 2, &[2, 0]).unwrap();
+        session.rings[0].force_available_index(3);
+        let (ours, theirs) = Wire::pair().unwrap();
+        session.client = Client::new(ours, Duration::from_secs(5));
+        first.join().unwrap();
+        let back_end = thread::spawn(move || {
+            let mut bases = Vec::new();
+            let deadline = Instant::now() + Duration::from_secs(5);
+            let (relay, inner) = Wire::pair().unwrap();
+            let answers = agreeable(inner);
+            while let Ok(message) = theirs.recv(deadline) {
+                if message.request == id::SET_VRING_BASE {
+                    let mut fields = Fields::new(&message.payload);
+                    bases.push((fields.u32().unwrap(), fields.u32().unwrap()));
+                }
+                let fds: Vec<BorrowedFd<'_>> = message.fds.iter().map(|fd| fd.as_fd()).collect();
+                relay
+                    .send(message.request, message.flags, &message.payload, &fds, deadline)
+                    .unwrap();
+                let silent = message.flags & wire::FLAG_NEED_REPLY == 0
+                    && ![1, 15, 17, 36, 24, 31, 11].contains(&message.request);
+                if !silent {
+                    let answer = relay.recv(deadline).unwrap();
+                    theirs
+                        .send(answer.request, answer.flags, &answer.payload, &[], deadline)
+                        .unwrap();
+                }
+            }
+            drop(relay);
+            (bases, answers.join().unwrap())
+        });
+        Personality::Qemu.reconnect(&mut session).unwrap();
+        drop(session);
+        let (bases, seen) = back_end.join().unwrap();
+        assert_eq!(bases, [(0, 2)]);
+        assert!(seen.contains(&id::SET_INFLIGHT_FD));
+        assert!(!seen.contains(&id::GET_INFLIGHT_FD) && !seen.contains(&id::GET_CONFIG));
+    }
+}

@@ -372,6 +372,14 @@ impl Wire {
         Ok(Message { request, flags, payload, fds })
     }
 
+    /// Whether the peer has hung up.
+    pub fn has_hung_up(&self) -> bool {
+        use rustix::event::{PollFd, Timespec, poll};
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(poll(&mut fds, Some(&now)), Ok(n) if n > 0)
+    }
+
     /// Waits until the peer hangs up, throwing away what it still says.
     pub fn wait_hang_up(&self, deadline: Instant) -> Result<()> {
         let mut byte = [0; 256];
@@ -430,7 +438,9 @@ mod tests {
         assert_eq!(err.errno(), Some(libc::ETIMEDOUT));
         // Half a message, then silence for good.
         b.send_bytes(&[1, 2, 3], &[], soon()).unwrap();
+        assert!(!a.has_hung_up());
         drop(b);
+        assert!(a.has_hung_up());
         assert_eq!(a.recv(soon()).unwrap_err().errno(), Some(libc::ECONNRESET));
         a.wait_hang_up(soon()).unwrap();
     }

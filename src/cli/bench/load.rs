@@ -21,7 +21,7 @@ use crate::error::{Error, Result, ResultExt};
 use crate::frontend::process::{self, Footprint, Usage};
 use crate::frontend::request::STATUS_OK;
 use crate::frontend::ring::{Ring, Waker};
-use crate::frontend::{Session, SlotKind, Slots, client::feature};
+use crate::frontend::{Session, SlotKind, Slots, Wire, client::feature};
 use crate::units::SECTOR_SIZE;
 
 /// Load without measuring.
@@ -30,6 +30,8 @@ const RAMP: u8 = 0;
 const MEASURE: u8 = 1;
 /// Submit nothing more.
 const STOP: u8 = 2;
+/// The back-end is gone: wait for nothing.
+const GONE: u8 = 3;
 /// Mismatches that are described; the rest is counted.
 const DESCRIBED: usize = 5;
 /// Latencies above this are counted as this, in nanoseconds.
@@ -51,12 +53,16 @@ struct Shared {
     ended: AtomicU8,
 }
 
-/// A sample of the counters of all threads.
+/// A sample of the counters of all threads, added up.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
+    /// Requests completed.
     done: u64,
+    /// Bytes of them.
     bytes: u64,
+    /// Kicks sent.
     kicks: u64,
+    /// Interrupts received.
     interrupts: u64,
 }
 
@@ -138,12 +144,13 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         .collect::<Result<_, _>>()
         .context(|| "cannot start a thread")?;
 
-    let watch = Watch { shared: &shared, wakers: &wakers };
+    let wire = session.client.wire();
+    let watch = Watch { shared: &shared, wakers: &wakers, wire, phase: &phase };
     watch.sleep(args.ramp);
     let own_before = process::usage(std::process::id())?.cpu;
     let usage_before = pid.map(process::usage).transpose()?;
     let before = Counts::sample(&shared);
-    phase.store(MEASURE, Ordering::Release);
+    advance(&phase, MEASURE);
     let begin = Instant::now();
     watch.sleep(if args.requests.is_some() { Duration::MAX } else { args.duration });
     let elapsed = begin.elapsed();
@@ -151,7 +158,7 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
     let usage_after = pid.map(process::usage).transpose();
     let own_cpu = process::usage(std::process::id())?.cpu - own_before;
     let footprint = pid.map(process::footprint).transpose();
-    phase.store(STOP, Ordering::Release);
+    advance(&phase, STOP);
     watch.sleep(Duration::MAX);
 
     let mut outcome = Outcome {
@@ -191,6 +198,11 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
     Ok(outcome)
 }
 
+/// Goes on to a later phase.
+fn advance(phase: &AtomicU8, to: u8) {
+    phase.fetch_max(to, Ordering::AcqRel);
+}
+
 /// An empty histogram of latencies.
 fn histogram() -> Result<Histogram<u64>> {
     Histogram::new_with_bounds(1, SLOWEST_NS, 3).map_err(|err| Error::invalid(err.to_string()))
@@ -198,8 +210,14 @@ fn histogram() -> Result<Histogram<u64>> {
 
 /// Watches the threads while the main thread has nothing else to do.
 struct Watch<'a> {
+    /// What the threads tell.
     shared: &'a [Shared],
+    /// How to wake them.
     wakers: &'a [Waker],
+    /// The connection, which must not end.
+    wire: &'a Wire,
+    /// What the threads are told.
+    phase: &'a AtomicU8,
 }
 
 impl Watch<'_> {
@@ -217,7 +235,9 @@ impl Watch<'_> {
             }
             // Threads that end unpark this one.
             thread::park_timeout(left.min(Duration::from_millis(100)));
-            if looked.elapsed() < Duration::from_millis(500) {
+            if self.wire.has_hung_up() {
+                advance(self.phase, GONE);
+            } else if looked.elapsed() < Duration::from_millis(500) {
                 continue;
             }
             looked = Instant::now();
@@ -296,7 +316,9 @@ struct InFlight {
 
 /// The thread of one queue.
 struct Worker {
+    /// The queue.
     ring: Ring,
+    /// Its requests.
     slots: Slots,
     /// What each slot is doing.
     in_flight: Vec<InFlight>,
@@ -345,9 +367,13 @@ struct Worker {
     done: u64,
     /// Bytes of them.
     bytes: u64,
+    /// Requests that failed.
     errors: u64,
+    /// Blocks checked.
     checked: u64,
+    /// Blocks found wrong.
     mismatches: u64,
+    /// What failed or was wrong, the first few.
     described: Vec<String>,
 }
 
@@ -573,6 +599,12 @@ impl Worker {
             if used == self.ring.next_used() {
                 if self.ring.want_interrupt() {
                     let interrupted = self.ring.sleep()?;
+                    if !interrupted && phase.load(Ordering::Acquire) == GONE {
+                        return Err(Error::from_errno(libc::ECONNRESET).context(format!(
+                            "the back-end closed the connection with {} requests in flight",
+                            self.pending
+                        )));
+                    }
                     if !interrupted && progress.elapsed() > self.timeout {
                         return Err(Error::from_errno(libc::ETIMEDOUT).context(format!(
                             "{} requests are in flight and none completed in {:.1} s",
@@ -590,7 +622,7 @@ impl Worker {
             if phase == MEASURE && !measuring {
                 measuring = true;
             }
-            let mut stop = phase == STOP;
+            let mut stop = phase >= STOP;
             for _ in 0..self.batch {
                 let Some(element) = self.ring.take_used_below(used) else { break };
                 let (slot, request) = self.complete(element.id)?;
