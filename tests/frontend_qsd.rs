@@ -288,3 +288,28 @@ fn bench_finds_data_that_changed_behind_its_back() {
     let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert!(report["load"]["mismatches"].as_u64().unwrap() > 0, "{text}");
 }
+
+#[test]
+fn bench_carries_on_across_kills() {
+    let Some(mut daemon) = Daemon::start(2) else { return };
+    let bench = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["bench", "--rw", "randrw", "--verify", "--duration", "3", "--ramp", "0"])
+        .args(["--reconnect", "20", "--timeout", "20", "--queues", "2", "--output", "json"])
+        // This daemon tracks nothing in flight, so there may be one request of each queue.
+        .args(["--iodepth", "1", "--socket-path"])
+        .arg(&daemon.socket)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("vublk runs");
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(600));
+        daemon.restart(2);
+    }
+    let output = bench.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(report["load"]["outages_ms"].as_array().unwrap().len(), 3, "{text}");
+    assert_eq!(report["load"]["mismatches"], 0, "{text}");
+}

@@ -109,7 +109,7 @@ impl Personality {
             Personality::CloudHypervisor => {
                 cloud_hypervisor_connect(session)?;
                 for (base, ring) in session.bases.iter_mut().zip(&session.rings) {
-                    *base = ring.next_available();
+                    *base = ring.available_index();
                 }
             }
             Personality::Firecracker => {

@@ -251,6 +251,31 @@ impl Ring {
         self.chains.iter_mut().for_each(Vec::clear);
     }
 
+    /// A second view of this ring: same memory, same eventfds, bookkeeping as of now.
+    ///
+    /// For a control thread that has to tell a new back-end about a ring while another thread
+    /// drives it. The view must not push, take or wait.
+    pub fn view(&self) -> Ring {
+        Ring {
+            index: self.index,
+            layout: self.layout,
+            region: self.region.clone(),
+            descriptors: self.descriptors,
+            available: self.available,
+            used: self.used,
+            event_idx: self.event_idx,
+            next_available: self.next_available,
+            considered: self.considered,
+            next_used: self.next_used,
+            free: Vec::new(),
+            chains: Vec::new(),
+            kick: self.kick.clone(),
+            call: self.call.clone(),
+            err: self.err.clone(),
+            counters: self.counters,
+        }
+    }
+
     /// Number of the queue.
     pub fn index(&self) -> u16 {
         self.index
@@ -447,6 +472,11 @@ impl Ring {
             Ok(_) | Err(Errno::AGAIN) => Ok(()),
             Err(err) => Err(err.into()),
         }
+    }
+
+    /// The available index, as the device sees it.
+    pub fn available_index(&self) -> u16 {
+        u16::from_le(self.word(self.available, 2).load(Ordering::Acquire))
     }
 
     /// The device's used index.

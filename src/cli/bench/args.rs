@@ -153,6 +153,11 @@ pub struct BenchArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// When the back-end goes away under load, wait so many seconds for the next one on the same
+    /// socket and carry on with the requests in flight (needs in-flight tracking, or depth 1)
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub reconnect: Option<Duration>,
+
     /// Seed of the random sequence
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub seed: u64,

@@ -21,7 +21,7 @@ use crate::error::{Error, Result, ResultExt};
 use crate::frontend::process::{self, Footprint, Usage};
 use crate::frontend::request::STATUS_OK;
 use crate::frontend::ring::{Ring, Waker};
-use crate::frontend::{Session, SlotKind, Slots, Wire, client::feature};
+use crate::frontend::{Session, SlotKind, Slots, client::feature};
 use crate::units::SECTOR_SIZE;
 
 /// Load without measuring.
@@ -103,6 +103,8 @@ pub struct Outcome {
     pub mismatches: u64,
     /// Descriptions of the first of them.
     pub described: Vec<String>,
+    /// Times that the back-end was away, each from the hang-up to running queues.
+    pub outages: Vec<Duration>,
     /// The back-end's counters when measuring began.
     pub usage_before: Option<Usage>,
     /// The same at the end.
@@ -120,7 +122,10 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
     let mut wakers = Vec::new();
     let mut workers = Vec::new();
     let plan = Plan::new(args, session)?;
-    for (queue, ring) in std::mem::take(&mut session.rings).into_iter().enumerate() {
+    // The threads drive the rings; the session keeps views, to tell a new back-end about them.
+    let views = session.rings.iter().map(Ring::view).collect();
+    let rings = std::mem::replace(&mut session.rings, views);
+    for (queue, ring) in rings.into_iter().enumerate() {
         let mut shape = slot_shape(args);
         shape.indirect = session.features() & feature::INDIRECT_DESC != 0;
         let base = session.arena.alloc_pages(shape.memory())?;
@@ -144,8 +149,16 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         .collect::<Result<_, _>>()
         .context(|| "cannot start a thread")?;
 
-    let wire = session.client.wire();
-    let watch = Watch { shared: &shared, wakers: &wakers, wire, phase: &phase };
+    let mut watch = Watch {
+        shared: &shared,
+        wakers: &wakers,
+        session,
+        phase: &phase,
+        patience: args.reconnect,
+        depth: args.iodepth,
+        outages: Vec::new(),
+        failure: None,
+    };
     watch.sleep(args.ramp);
     let own_before = process::usage(std::process::id())?.cpu;
     let usage_before = pid.map(process::usage).transpose()?;
@@ -160,6 +173,7 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
     let footprint = pid.map(process::footprint).transpose();
     advance(&phase, STOP);
     watch.sleep(Duration::MAX);
+    let Watch { outages, failure, .. } = watch;
 
     let mut outcome = Outcome {
         elapsed,
@@ -172,6 +186,7 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         checked: 0,
         mismatches: 0,
         described: Vec::new(),
+        outages,
         usage_before,
         usage_after: usage_after.unwrap_or(None),
         footprint: footprint.unwrap_or(None),
@@ -180,6 +195,12 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
     let mut finished = Vec::new();
     for thread in threads {
         let (worker, result) = thread.join().map_err(|_| Error::invalid("a thread panicked"))?;
+        // Why the connection could not be had again says more than that requests are stuck.
+        if result.is_err()
+            && let Some(failure) = failure
+        {
+            return Err(failure);
+        }
         result.context(|| format!("queue {}", worker.ring.index()))?;
         finished.push(worker);
     }
@@ -192,7 +213,6 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         outcome.checked += worker.checked;
         outcome.mismatches += worker.mismatches;
         outcome.described.append(&mut worker.described);
-        session.rings.push(worker.ring);
     }
     outcome.described.truncate(DESCRIBED);
     Ok(outcome)
@@ -214,16 +234,45 @@ struct Watch<'a> {
     shared: &'a [Shared],
     /// How to wake them.
     wakers: &'a [Waker],
-    /// The connection, which must not end.
-    wire: &'a Wire,
+    /// The disk, whose connection may end; its rings are views.
+    session: &'a mut Session,
     /// What the threads are told.
     phase: &'a AtomicU8,
+    /// How long to wait for another back-end when this one goes away.
+    patience: Option<Duration>,
+    /// Requests in flight on each queue.
+    depth: u16,
+    /// How long each one was away.
+    outages: Vec<Duration>,
+    /// Why there was no other one.
+    failure: Option<Error>,
 }
 
 impl Watch<'_> {
+    /// Carries on with the next back-end, if that is wanted.
+    fn reconnect(&mut self) -> Result<()> {
+        let begin = Instant::now();
+        let gone =
+            || Error::from_errno(libc::ECONNRESET).context("the back-end went away under load");
+        let patience = self.patience.ok_or_else(gone)?;
+        // One request at a time completes in order, and the used index says it all.
+        if self.session.inflight.is_none() && self.depth > 1 {
+            return Err(gone().context("cannot carry on: it does not track what is in flight"));
+        }
+        self.session.options.timeout = patience;
+        self.session.reconnect()?;
+        if self.session.inflight.is_none() {
+            // With the area a back-end looks at its rings by itself; without, it may wait for
+            // the kick that its predecessor ate.
+            self.session.rings.iter_mut().try_for_each(Ring::kick)?;
+        }
+        self.outages.push(begin.elapsed());
+        Ok(())
+    }
+
     /// Sleeps for `time`, or until all threads have ended. Wakes threads that made no progress
     /// for half a second, so that they look at their deadline and at the phase.
-    fn sleep(&self, time: Duration) {
+    fn sleep(&mut self, time: Duration) {
         let begin = Instant::now();
         let mut last: Vec<u64> = vec![u64::MAX; self.shared.len()];
         let mut looked = begin;
@@ -235,8 +284,11 @@ impl Watch<'_> {
             }
             // Threads that end unpark this one.
             thread::park_timeout(left.min(Duration::from_millis(100)));
-            if self.wire.has_hung_up() {
-                advance(self.phase, GONE);
+            if self.session.client.wire().has_hung_up() {
+                if let Err(failure) = self.reconnect() {
+                    self.failure = self.failure.take().or(Some(failure));
+                    advance(self.phase, GONE);
+                }
             } else if looked.elapsed() < Duration::from_millis(500) {
                 continue;
             }

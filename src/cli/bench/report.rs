@@ -70,6 +70,8 @@ pub struct Load {
     pub mismatches: u64,
     /// What was wrong, the first few.
     pub described: Vec<String>,
+    /// Milliseconds of each outage, with --reconnect.
+    pub outages_ms: Vec<f64>,
 }
 
 /// What the back-end process spent.
@@ -188,6 +190,7 @@ impl Report {
             checked: if args.verify { outcome.checked } else { 0 },
             mismatches: outcome.mismatches,
             described: outcome.described.clone(),
+            outages_ms: outcome.outages.iter().map(|time| time.as_secs_f64() * 1e3).collect(),
         });
     }
 
@@ -262,6 +265,11 @@ impl Report {
                     "verified",
                     format!("{} blocks, {} wrong", load.checked, load.mismatches),
                 ));
+            }
+            if !load.outages_ms.is_empty() {
+                let longest = load.outages_ms.iter().copied().fold(0.0, f64::max);
+                let count = load.outages_ms.len();
+                rows.push(("reconnects", format!("{count}, the longest took {longest:.1} ms")));
             }
             if load.errors > 0 {
                 rows.push(("errors", load.errors.to_string()));
