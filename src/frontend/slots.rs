@@ -13,7 +13,7 @@ use super::memory::{Memory, Region};
 use super::request::{HEADER_LEN, ID_LEN, Layout, STATUS_UNTOUCHED, kind};
 use super::ring::{DESC_INDIRECT, DESC_LEN, Descriptor, Ring, chain};
 use crate::error::{Error, Result};
-use crate::units::align_up;
+use crate::units::{MIB, align_up};
 
 /// Types of requests that slots can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,11 +78,19 @@ impl SlotShape {
         u64::from(self.data.max(ID_LEN)).next_multiple_of(4096)
     }
 
+    /// Alignment of the data buffers: to their own size up to that of a huge page, so that large
+    /// buffers do not straddle more of those than they must.
+    fn data_align(&self) -> u64 {
+        self.data_stride().next_power_of_two().min(2 * MIB)
+    }
+
     /// Bytes of guest memory that all slots together need, from an address that is a multiple of
     /// a page.
     pub fn memory(&self) -> u64 {
-        let control = (u64::from(self.count) * self.control_len()).next_multiple_of(4096);
-        control + u64::from(self.count) * self.data_stride()
+        let control = u64::from(self.count) * self.control_len();
+        control.next_multiple_of(4096)
+            + self.data_align()
+            + u64::from(self.count) * self.data_stride()
     }
 }
 
@@ -133,7 +141,8 @@ impl Slots {
         let base = align_up(base, 4096).ok_or_else(|| Error::invalid("no such address"))?;
         let region = memory.region_of(base, shape.memory())?.clone();
         let control_len = shape.control_len();
-        let data_base = base + (u64::from(shape.count) * control_len).next_multiple_of(4096);
+        let data_base =
+            (base + u64::from(shape.count) * control_len).next_multiple_of(shape.data_align());
         let mut slots = Vec::with_capacity(usize::from(shape.count));
         for index in 0..u64::from(shape.count) {
             let control = base + index * control_len;
