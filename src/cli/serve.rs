@@ -13,7 +13,6 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -153,21 +152,8 @@ fn say_what_is_served(args: &ServeArgs, image: &Image, where_: &str) {
 }
 
 fn say_what_was_served(export: &Export) {
-    let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    let c = &export.counters;
-    tracing::info!(
-        requests = count(&c.requests),
-        reads = count(&c.reads),
-        writes = count(&c.writes),
-        flushes = count(&c.flushes),
-        bytes_read = count(&c.bytes_read),
-        bytes_written = count(&c.bytes_written),
-        errors = count(&c.errors),
-        kicks = count(&c.kicks),
-        interrupts = count(&c.interrupts),
-        enters = count(&c.enters),
-        "served"
-    );
+    let totals = export.totals().map(|(name, count)| format!("{name}={count}"));
+    tracing::info!("served {}", totals.join(" "));
 }
 
 /// SIGTERM, SIGINT and SIGHUP, as a file descriptor.

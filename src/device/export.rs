@@ -1,7 +1,7 @@
 //! What is served: a node, and how the guest is to see it.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::block::Node;
 use crate::device::config_space::{ConfigParams, ConfigSpace};
@@ -52,33 +52,74 @@ pub struct Export {
     /// Completed writes must be durable, whatever the cache policy: the guest has no FLUSH, or
     /// has switched its cache to write-through.
     guest_write_through: AtomicBool,
-    /// Sums over all workers, kept for the line at the end.
-    pub counters: Counters,
+    /// What each worker that there is or was has done.
+    workers: Mutex<Vec<Arc<Counters>>>,
 }
 
-/// What an export has done since it was made.
+/// What a worker has done since it was made. Only the worker adds; anybody may read.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Requests completed.
-    pub requests: AtomicU64,
+    pub requests: Counter,
     /// Of these, reads.
-    pub reads: AtomicU64,
+    pub reads: Counter,
     /// Of these, writes.
-    pub writes: AtomicU64,
+    pub writes: Counter,
     /// Of these, flushes.
-    pub flushes: AtomicU64,
+    pub flushes: Counter,
     /// Bytes read.
-    pub bytes_read: AtomicU64,
+    pub bytes_read: Counter,
     /// Bytes written.
-    pub bytes_written: AtomicU64,
+    pub bytes_written: Counter,
     /// Requests that ended with an error.
-    pub errors: AtomicU64,
+    pub errors: Counter,
     /// Kicks that woke a worker.
-    pub kicks: AtomicU64,
+    pub kicks: Counter,
     /// Interrupts sent to the guest.
-    pub interrupts: AtomicU64,
+    pub interrupts: Counter,
     /// Times a worker entered the kernel to submit or wait.
-    pub enters: AtomicU64,
+    pub enters: Counter,
+}
+
+/// A count that one thread adds to: a plain addition, no locked instruction.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds to the count. Only its one writer may call this.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Replaces the count. Only its one writer may call this.
+    #[inline]
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
+    /// The count as of now, on any thread.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Counters {
+    /// Each count with its name, in the order that people read them.
+    pub fn named(&self) -> [(&'static str, u64); 10] {
+        [
+            ("requests", self.requests.get()),
+            ("reads", self.reads.get()),
+            ("writes", self.writes.get()),
+            ("flushes", self.flushes.get()),
+            ("bytes_read", self.bytes_read.get()),
+            ("bytes_written", self.bytes_written.get()),
+            ("errors", self.errors.get()),
+            ("kicks", self.kicks.get()),
+            ("interrupts", self.interrupts.get()),
+            ("enters", self.enters.get()),
+        ]
+    }
 }
 
 impl Export {
@@ -92,8 +133,26 @@ impl Export {
             options,
             config: Mutex::new(config),
             guest_write_through: AtomicBool::new(false),
-            counters: Counters::default(),
+            workers: Mutex::default(),
         }
+    }
+
+    /// Counters for a new worker.
+    pub(super) fn new_counters(&self) -> Arc<Counters> {
+        let counters = Arc::new(Counters::default());
+        self.workers.lock().unwrap().push(Arc::clone(&counters));
+        counters
+    }
+
+    /// What all workers together have done since the export was made.
+    pub fn totals(&self) -> [(&'static str, u64); 10] {
+        let mut totals = Counters::default().named();
+        for worker in self.workers.lock().unwrap().iter() {
+            for (total, (_, count)) in totals.iter_mut().zip(worker.named()) {
+                total.1 += count;
+            }
+        }
+        totals
     }
 
     /// The device configuration as of now.

@@ -28,7 +28,6 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
@@ -103,7 +102,7 @@ struct Worker {
     /// Distinguishes the kick watches of successive rings.
     next_watch: u64,
     serial: [u8; request::ID_LEN],
-    counts: Counts,
+    counts: Arc<Counters>,
     failures: FailureLog,
     quit: bool,
 }
@@ -279,22 +278,6 @@ impl Part {
     }
 }
 
-/// Counted here, added to the export's sums now and then.
-#[derive(Default)]
-struct Counts {
-    requests: u64,
-    reads: u64,
-    writes: u64,
-    flushes: u64,
-    bytes_read: u64,
-    bytes_written: u64,
-    errors: u64,
-    kicks: u64,
-    interrupts: u64,
-    /// The engine's count at the last report.
-    enters: u64,
-}
-
 impl Worker {
     fn new(
         export: Arc<Export>,
@@ -303,6 +286,7 @@ impl Worker {
         party: Party,
     ) -> Worker {
         let node = export.node.clone();
+        let counts = export.new_counters();
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
@@ -323,7 +307,7 @@ impl Worker {
             chain: Chain::new(),
             events: Vec::with_capacity(64),
             next_watch: 0,
-            counts: Counts::default(),
+            counts,
             failures: FailureLog::default(),
             quit: false,
         };
@@ -360,7 +344,6 @@ impl Worker {
                 self.idle(open);
             }
         }
-        self.report_counts();
     }
 
     /// Whether requests may be popped. Reports quiet when the gate is closed and all is drained;
@@ -392,7 +375,7 @@ impl Worker {
         let mut busy = !events.is_empty();
         for event in events.drain(..) {
             if event.user & WATCH != 0 {
-                self.counts.kicks += 1;
+                self.counts.kicks.add(1);
                 if let Some(served) = self.rings.iter_mut().find(|r| r.watch == event.user) {
                     served.ring.disable_notifications();
                 }
@@ -434,7 +417,7 @@ impl Worker {
                 return;
             }
         }
-        self.report_counts();
+        self.counts.enters.set(self.reactor.engine().enters());
         // A wake-up that the turn before this has swallowed: what it was for is in plain sight.
         if self.mailbox.is_full() || self.party.is_closed() == open {
             return;
@@ -704,21 +687,21 @@ impl Worker {
             .expect("a ring leaves only when it is drained");
         // SAFETY: the ring keeps the memory of this request mapped until `release_table` below.
         let len = unsafe { slot.request.finish(status) };
-        self.counts.requests += 1;
+        self.counts.requests.add(1);
         match slot.request.kind {
             Kind::Read { .. } => {
-                self.counts.reads += 1;
-                self.counts.bytes_read += slot.request.data_len;
+                self.counts.reads.add(1);
+                self.counts.bytes_read.add(slot.request.data_len);
             }
             Kind::Write { .. } => {
-                self.counts.writes += 1;
-                self.counts.bytes_written += slot.request.data_len;
+                self.counts.writes.add(1);
+                self.counts.bytes_written.add(slot.request.data_len);
             }
-            Kind::Flush => self.counts.flushes += 1,
+            Kind::Flush => self.counts.flushes.add(1),
             _ => {}
         }
         if status != Status::Ok {
-            self.counts.errors += 1;
+            self.counts.errors.add(1);
         }
         if let Some(log) = served.ring.dirty_log() {
             let log = Arc::clone(log);
@@ -740,7 +723,7 @@ impl Worker {
         }
         served.unpublished = 0;
         if served.ring.publish() {
-            self.counts.interrupts += 1;
+            self.counts.interrupts.add(1);
             served.interrupt();
         }
     }
@@ -898,7 +881,6 @@ impl Worker {
                 let _ = reply.send(served.ring.last_avail());
             }
         }
-        self.report_counts();
     }
 
     fn set_memory(&mut self, at: usize, memory: &Arc<GuestMemory>) {
@@ -945,32 +927,6 @@ impl Worker {
         served.ring.retire();
         served.resubmit.clear();
         self.report_broken(at, "the front-end has truncated the file of its shared memory");
-    }
-
-    /// Adds what was counted to the export's sums.
-    fn report_counts(&mut self) {
-        let enters = self.reactor.engine().enters();
-        let counts = std::mem::take(&mut self.counts);
-        let Counters { requests, reads, writes, flushes, .. } = &self.export.counters;
-        let Counters { bytes_read, bytes_written, errors, .. } = &self.export.counters;
-        let Counters { kicks, interrupts, enters: all_enters, .. } = &self.export.counters;
-        for (sum, add) in [
-            (requests, counts.requests),
-            (reads, counts.reads),
-            (writes, counts.writes),
-            (flushes, counts.flushes),
-            (bytes_read, counts.bytes_read),
-            (bytes_written, counts.bytes_written),
-            (errors, counts.errors),
-            (kicks, counts.kicks),
-            (interrupts, counts.interrupts),
-            (all_enters, enters - counts.enters),
-        ] {
-            if add != 0 {
-                sum.fetch_add(add, Ordering::Relaxed);
-            }
-        }
-        self.counts.enters = enters;
     }
 }
 

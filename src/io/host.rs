@@ -503,6 +503,14 @@ impl AsRawFd for HostFile {
     }
 }
 
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        // A ring that had the file registered may keep the open file description, and so the
+        // locks, for a moment longer than we do.
+        lock::unlock(self.as_fd());
+    }
+}
+
 impl fmt::Debug for HostFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HostFile({}{})", self.name, if self.direct { ", direct" } else { "" })
