@@ -79,10 +79,6 @@ impl<'a> Boot<'a> {
     /// Starts QEMU with `backend`'s disk as `/dev/vda`. Waits for a free slot first.
     pub fn start(self, backend: &Backend) -> Guest {
         let slot = Slot::take();
-        self.start_in(backend, slot)
-    }
-
-    fn start_in(self, backend: &Backend, slot: Slot) -> Guest {
         let initrd = self.scratch.file(&format!("{}.cpio", self.name));
         self.write_initrd(&initrd);
         let control = self.scratch.socket(&format!("{}.qmp", self.name));
@@ -115,7 +111,7 @@ impl<'a> Boot<'a> {
             format!("socket,id=disk-socket,path={},reconnect-ms=200", text(backend.socket()));
         command.args(["-chardev", &chardev]);
         if self.behind_port {
-            command.args(["-device", "pcie-root-port,id=port,chassis=1,slot=1"]);
+            command.args(["-device", "pcie-root-port,id=port0,chassis=1,slot=1"]);
         }
         command.args(["-device", &device_line(&device)]);
         if let Some(state) = &self.incoming {
@@ -156,7 +152,7 @@ impl<'a> Boot<'a> {
             log,
             kernel: Vec::new(),
             said: HashMap::new(),
-            _slot: slot,
+            slot: Some(slot),
         }
     }
 
@@ -203,7 +199,8 @@ pub struct Guest {
     kernel: Vec<String>,
     /// The last text said under each name.
     said: HashMap<String, String>,
-    _slot: Slot,
+    /// Given back as soon as QEMU has ended, as tests keep a guest to ask what it said.
+    slot: Option<Slot>,
 }
 
 impl Guest {
@@ -245,6 +242,7 @@ impl Guest {
     pub fn await_exit(&mut self) {
         loop {
             if let Some(status) = self.child.try_wait().expect("a status") {
+                self.slot = None;
                 assert!(status.success(), "QEMU ended with {status}");
                 return;
             }
@@ -314,7 +312,7 @@ fn device(backend: &Backend, behind_port: bool) -> serde_json::Value {
         "num-queues": backend.queues(),
     });
     if behind_port {
-        device["bus"] = "port".into();
+        device["bus"] = "port0".into();
     }
     if backend.program() == Program::StorageDaemon {
         // It offers the bit but reports a write-through cache, and then the guest never flushes.
