@@ -402,7 +402,7 @@ mount -t ext4 -o errors=panic /dev/vda /mnt
 dd if=/dev/urandom of=/tmp/data bs=1M count=2 2>/dev/null
 say writing
 worker() {
-  for i in $(seq 25); do
+  for i in $(seq 60); do
     dd if=/tmp/data of=/mnt/$1.$i bs=32k conv=fsync 2>/dev/null
     [ $(($i % 5)) = 0 ] && rm /mnt/$1.$(($i - 4))
     say wrote $1.$i
@@ -421,13 +421,16 @@ e2fsck -fn /dev/vda >/tmp/check 2>&1 || { cat /tmp/check; exit 1; }
     let mut guest = Boot::new(&scratch, "mounted", job).cpus(2).start(&backend);
     guest.expect("writing");
     for round in 0..KILLS {
+        // The guest has gone on since the last kill when it says this afresh.
+        guest.forget();
         guest.expect("wrote");
-        std::thread::sleep(Duration::from_millis(u64::from(round) * 31));
+        guest.expect("wrote");
+        std::thread::sleep(Duration::from_millis(u64::from(round) * 7));
         backend.kill();
         backend.restart();
     }
     guest.finish();
-    assert_eq!(guest.said("files"), "40");
+    assert_eq!(guest.said("files"), "96");
     assert_stops(&mut backend);
     check_on_host("ext4", &image);
 }
