@@ -10,13 +10,16 @@
 //! * [`Driver`]: a synchronous `plan` and asynchronous operations.
 //! * [`Format`]: metadata only; [`FormatDriver`] turns one into a driver.
 //! * [`Gate`]: the one place where a running export is paused, drained and changed.
+//! * [`OpenGate`]: which files an image may pull in.
 
 pub mod driver;
 pub mod format;
 pub mod gate;
 pub mod node;
+pub mod open_gate;
 
 pub use driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned, StatusKind};
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
 pub use gate::{Gate, Party, Quiesced};
 pub use node::{Node, NodeOptions, Rights};
+pub use open_gate::OpenGate;
