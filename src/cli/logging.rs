@@ -74,17 +74,23 @@ fn parse_level(origin: &str, text: &str) -> Result<Targets> {
              list such as warn,vublk::device=debug)"
         ))
     };
-    let mut targets = Targets::new().with_default(LevelFilter::WARN);
+    // The parser behind this takes an empty text and numbers, too.
+    let level = |text: &str| match text.starts_with(|c: char| c.is_ascii_alphabetic()) {
+        true => text.parse::<LevelFilter>().map_err(|_| bad()),
+        false => Err(bad()),
+    };
+    let mut targets = Targets::new();
+    let mut default = LevelFilter::WARN;
     for part in text.split(',') {
-        targets = match part.split_once('=') {
-            Some((target, level)) if !target.is_empty() => {
-                targets.with_target(target, level.parse::<LevelFilter>().map_err(|_| bad())?)
+        match part.split_once('=') {
+            Some((target, text)) if !target.is_empty() => {
+                targets = targets.with_target(target, level(text)?);
             }
             Some(_) => return Err(bad()),
-            None => targets.with_default(part.parse::<LevelFilter>().map_err(|_| bad())?),
-        };
+            None => default = level(part)?,
+        }
     }
-    Ok(targets)
+    Ok(targets.with_default(default))
 }
 
 #[cfg(test)]

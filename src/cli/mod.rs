@@ -12,6 +12,7 @@
 //! | 4 | for `compare` an image cannot be read |
 //! | 63 | for `check` the format cannot be checked |
 
+pub mod bench;
 mod check;
 mod compare;
 mod convert;
@@ -63,9 +64,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     Compare(compare::CompareArgs),
     Resize(resize::ResizeArgs),
-    // HOOK(bench): `Bench(bench::BenchArgs)`.
-    /// Measure any vhost-user-blk back-end (not built in yet)
-    Bench,
+    Bench(Box<bench::BenchArgs>),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
 }
@@ -97,7 +96,7 @@ impl Command {
             Command::Convert(args) => convert::run(args),
             Command::Compare(args) => compare::run(args),
             Command::Resize(args) => resize::run(args),
-            Command::Bench => Err(Error::unsupported("bench is not built in yet")),
+            Command::Bench(args) => bench::run(args).map(|()| DONE),
             Command::Completions(args) => shell::completions(args),
             Command::Man(args) => shell::man(args),
         }

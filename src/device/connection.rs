@@ -126,7 +126,7 @@ fn serve_messages(
         if stop.is_requested() {
             return Ok(Ended::Stopped);
         }
-        let Some(mut peeked) = peek(socket)? else {
+        let Some(peeked) = peek(socket)? else {
             return Ok(match (stop.is_requested(), silent) {
                 (true, _) => Ended::Stopped,
                 (false, true) => Ended::Silent,
@@ -136,9 +136,10 @@ fn serve_messages(
         if std::mem::take(&mut silent) {
             tracing::info!("{name}: front-end connected");
         }
-        let request = RequestName(peeked.request);
+        let (request, files) = (RequestName(peeked.request), peeked.files.len());
         tracing::trace!("{name}: {request}");
-        handler.set_peeked_socket(peeked.take_socket());
+        // The other duplicates are closed here, before the files themselves are received.
+        handler.set_peeked_socket(peeked.into_socket());
         let result = codec.handle_request();
         handler.set_peeked_socket(None);
         match result {
@@ -160,7 +161,7 @@ fn serve_messages(
             Err(err) => {
                 let err = match handler.take_failure() {
                     Some(failure) => failure,
-                    None => explain(&peeked, &err),
+                    None => explain(&request, files, &err),
                 };
                 return Err(err.context(format!("{request} ends the connection")));
             }
@@ -195,12 +196,10 @@ struct Peeked {
 
 impl Peeked {
     /// The duplicate of the one file, if this message brings the back-end channel.
-    fn take_socket(&mut self) -> Option<OwnedFd> {
-        if self.request != FrontendReq::SET_BACKEND_REQ_FD as u32 || self.files.len() != 1 {
-            return None;
-        }
+    fn into_socket(self) -> Option<OwnedFd> {
+        let [file] = <[OwnedFd; 1]>::try_from(self.files).ok()?;
         // The codec checks that it is a stream socket before it believes the message.
-        Some(self.files.remove(0))
+        Some(file).filter(|_| self.request == FrontendReq::SET_BACKEND_REQ_FD as u32)
     }
 }
 
@@ -234,27 +233,28 @@ fn peek(socket: &UnixStream) -> Result<Option<Peeked>> {
             files.extend(received);
         }
     }
+    let name = RequestName(request);
+    // Alignment may have left room for one more than the codec takes.
+    if files.len() > MAX_ATTACHED_FD_ENTRIES
+        || (files.len() == MAX_ATTACHED_FD_ENTRIES && received.flags.contains(ReturnFlags::CTRUNC))
+    {
+        return Err(Error::invalid(format!(
+            "{name} carries more than {MAX_ATTACHED_FD_ENTRIES} files"
+        )));
+    }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        let name = RequestName(request);
-        return Err(if files.len() == MAX_ATTACHED_FD_ENTRIES {
-            Error::invalid(format!("{name} carries more than {MAX_ATTACHED_FD_ENTRIES} files"))
-        } else {
-            Error::new(
-                ErrorKind::Io,
-                format!("cannot receive the files of {name}: out of file descriptors (ulimit -n)"),
-            )
-        });
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("cannot receive the files of {name}: out of file descriptors (ulimit -n)"),
+        ));
     }
     Ok(Some(Peeked { request, files }))
 }
 
 /// A sentence for an error of the codec, which itself says little more than "invalid message".
-fn explain(message: &Peeked, err: &WireError) -> Error {
-    let request = FrontendReq::try_from(message.request);
-    match (request, err) {
-        (Ok(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG), _)
-            if message.files.is_empty() =>
-        {
+fn explain(request: &RequestName, files: usize, err: &WireError) -> Error {
+    match (FrontendReq::try_from(request.0), err) {
+        (Ok(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG), _) if files == 0 => {
             Error::invalid(
                 "no memory shared by the front-end: a region came without a file (QEMU: a \
                  memory-backend with share=on; Cloud Hypervisor: --memory shared=on)",

@@ -34,7 +34,8 @@
 //! # Invariants
 //!
 //! * `ring.live` is true exactly while the workers have the ring.
-//! * A refused message changes nothing.
+//! * A refused message changes nothing, but for one whose only fault is that the ring it completes
+//!   cannot start: what it said is kept, and the next message for the ring tries again.
 //! * Nothing here is indexed by a number of the front-end that was not checked.
 
 use std::fs::File;
@@ -74,6 +75,8 @@ pub struct Device {
     client: Mutex<Option<Arc<BackendChannel>>>,
     /// Size of the disk, in sectors, that a front-end was told last.
     told_capacity: Mutex<Option<u64>>,
+    /// Whether a new guest finds the write cache on.
+    default_writeback: bool,
 }
 
 impl Device {
@@ -81,6 +84,7 @@ impl Device {
     pub fn new(name: impl Into<String>, rings: Arc<dyn Rings>) -> Arc<Device> {
         Arc::new(Device {
             name: name.into(),
+            default_writeback: rings.config().writeback(),
             rings,
             client: Mutex::new(None),
             told_capacity: Mutex::new(None),
@@ -222,8 +226,14 @@ struct State {
     load: Option<File>,
     /// How a save went, for CHECK_DEVICE_STATE.
     save_failed: bool,
-    /// Whether the front-end has read the size of the disk on this connection.
+    /// Whether the front-end has read the size of the disk on this connection, or was told that
+    /// it should.
     config_read: bool,
+    /// Whether the write cache's mode was set or loaded on this connection.
+    writeback_set: bool,
+    /// Whether it is too late to give the guest the mode of a new guest: it was set, loaded or
+    /// read on this connection, or a ring has run.
+    writeback_settled: bool,
     /// A duplicate of the socket that the message being handled carries, if it carries one.
     peeked_socket: Option<OwnedFd>,
     /// Why the connection has to end.
@@ -251,6 +261,8 @@ impl Handler {
                 load: None,
                 save_failed: false,
                 config_read: false,
+                writeback_set: false,
+                writeback_settled: false,
                 peeked_socket: None,
                 failure: None,
             }),
@@ -439,7 +451,32 @@ impl Handler {
             self.device.rings.session(session)?;
             state.told_session = Some(session);
         }
+        state.writeback_settled = true;
+        let Some(region) = &state.inflight else { return Ok(()) };
+        // A front-end that reconnects does not repeat what the guest did with the write cache.
+        // This goes before what it has read of us meanwhile: the guest has not.
+        if let (Session::Returned(_), Some(on), false) =
+            (session, region.write_cache(), state.writeback_set)
+            && self.rings().config().writeback() != on
+        {
+            self.device.rings.set_writeback(on);
+        }
+        region.note_write_cache(self.rings().config().writeback());
         Ok(())
+    }
+
+    /// Sets the write cache byte, here and for the process after us. What completes under the old
+    /// mode is the workers' business.
+    fn set_writeback(&self, state: &mut State, on: bool) {
+        state.writeback_set = true;
+        state.writeback_settled = true;
+        self.device.rings.set_writeback(on);
+        if state.any_live() {
+            self.sync_write_through(state);
+        }
+        if let Some(region) = &state.inflight {
+            region.note_write_cache(on);
+        }
     }
 
     /// Tells the workers whether completed writes must be durable, if that is not what they know.
@@ -521,10 +558,7 @@ impl Handler {
         };
         saved.check_against(&self.device_state())?;
         let mut state = self.state();
-        self.device.rings.set_writeback(saved.writeback);
-        if state.any_live() {
-            self.sync_write_through(&mut state);
-        }
+        self.set_writeback(&mut state, saved.writeback);
         Ok(())
     }
 }
@@ -824,6 +858,13 @@ impl VhostUserBackendReqHandler for Handler {
                 self.channel.config_was_read();
                 state.config_read = true;
             }
+            // Who reads before anything has run or was set belongs to a new guest: it finds the
+            // cache as it was in the beginning, not as another guest has left it.
+            if !std::mem::replace(&mut state.writeback_settled, true)
+                && self.rings().config().writeback() != self.device.default_writeback
+            {
+                self.device.rings.set_writeback(self.device.default_writeback);
+            }
             let bytes = self.rings().config().read(offset, size)?;
             if let Some(capacity) = bytes.first_chunk::<8>().filter(|_| whole_capacity) {
                 *lock(&self.device.told_capacity) = Some(u64::from_le_bytes(*capacity));
@@ -843,10 +884,7 @@ impl VhostUserBackendReqHandler for Handler {
                 return Err(Error::unsupported("the write cache of this disk cannot be switched"));
             }
             let on = self.rings().config().write(offset, bytes)?;
-            self.device.rings.set_writeback(on);
-            if state.any_live() {
-                self.sync_write_through(state);
-            }
+            self.set_writeback(state, on);
             Ok(())
         })
     }

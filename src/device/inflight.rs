@@ -9,8 +9,8 @@
 //! ┌─ queue 0, rounded up to 64 bytes ─────────────┬─ queue 1 ─┬ ┄ ┬─ next page: our own tail ──┐
 //! │ features u64 · version u16 · desc_num u16     │           │   │ magic · version · queues · │
 //! │ last_batch_head u16 · used_idx u16            │           │   │ queue size · session nonce │
-//! │ desc_num × { inflight u8 · 5 unused ·         │           │   └────────────────────────────┘
-//! │              next u16 · counter u64 }         │           │
+//! │ desc_num × { inflight u8 · 5 unused ·         │           │   │ · write cache              │
+//! │              next u16 · counter u64 }         │           │   └────────────────────────────┘
 //! └───────────────────────────────────────────────┴───────────┘
 //! ```
 //!
@@ -26,7 +26,8 @@
 //! index plus their number.
 //!
 //! The tail is ours alone: it carries a nonce by which a new process finds what its predecessor
-//! kept for this guest elsewhere (design rule 7). A region of another back-end has none.
+//! kept for this guest elsewhere (design rule 7), and the write cache's mode, which no front-end
+//! repeats. A region of another back-end has none.
 //!
 //! Invariants:
 //! * All of it can be written by the front-end at any time: each index is bounded before use, each
@@ -67,6 +68,9 @@ const TAIL_LEN: u64 = 4096;
 const TAIL_MAGIC: [u8; 8] = *b"vublk-if";
 const TAIL_VERSION: u32 = 1;
 const TAIL_USED: usize = 32;
+/// Behind it, the one byte of the tail that changes: whether the guest has the write cache on (2)
+/// or off (1), 0 until that was noted.
+const AT_WRITE_CACHE: usize = TAIL_USED;
 
 /// Called after each store that a death may follow; tests look at the memory there.
 #[cfg(test)]
@@ -193,6 +197,33 @@ impl InflightRegion {
     /// The session this region belongs to, if it was made by us (this or an earlier process).
     pub fn session_nonce(&self) -> Option<u128> {
         self.session_nonce
+    }
+
+    /// The write cache mode that was noted last; `None` if none was, or the tail is not ours.
+    ///
+    /// A guest that has switched the cache off sends no FLUSH any more, and a front-end that
+    /// reconnects does not tell the process after us. So it is kept here.
+    pub fn write_cache(&self) -> Option<bool> {
+        match self.write_cache_byte()?.load(Ordering::Acquire) {
+            1 => Some(false),
+            2 => Some(true),
+            _ => None,
+        }
+    }
+
+    /// Notes the write cache mode, if the tail is ours.
+    pub fn note_write_cache(&self, on: bool) {
+        if let Some(byte) = self.write_cache_byte() {
+            byte.store(1 + u8::from(on), Ordering::Release);
+        }
+    }
+
+    fn write_cache_byte(&self) -> Option<&AtomicU8> {
+        self.session_nonce?;
+        let at = tail_offset(self.num_queues, self.queue_size) as usize + AT_WRITE_CACHE;
+        // SAFETY: a region with a nonce is mapped with its tail (`from_front_end`); the memory is
+        // shared, so it is reached as an atomic.
+        Some(unsafe { AtomicU8::from_ptr(self.mapping.as_ptr().add(at)) })
     }
 
     /// Whether any queue was in use before: the region comes from an earlier start of the device.

@@ -427,3 +427,357 @@ unsafe fn read_16(iovs: &[libc::iovec], mut offset: u64) -> Option<[u64; 2]> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Guest, INDIRECT, NEXT, SECOND, WRITE, guest_ranges};
+    use super::*;
+    use crate::device::chain::ChainError;
+    use crate::device::ring::Ring;
+
+    /// Where the tests keep the header, the status byte and data.
+    struct Place {
+        guest: Guest,
+        ring: Ring,
+        chain: Chain,
+        request: Request,
+        limits: Limits,
+        header: u64,
+        status: u64,
+        data: u64,
+    }
+
+    impl Place {
+        fn new() -> Place {
+            let guest = Guest::new(16);
+            let ring = guest.ring(true);
+            let header = guest.free_addr();
+            Place {
+                ring,
+                chain: Chain::new(),
+                request: Request::new(),
+                limits: Limits::new(1 << 20, 512, false, u64::MAX),
+                header,
+                status: header + 0x100,
+                data: header + 0x1000,
+                guest,
+            }
+        }
+
+        fn write_header(&self, kind: u32, sector: u64) {
+            self.guest.write(self.header, &kind.to_le_bytes());
+            self.guest.write(self.header + 8, &sector.to_le_bytes());
+            self.guest.write(self.status, &[0xff]);
+        }
+
+        /// Offers what is at descriptor 0 and takes it as far as it goes.
+        fn serve(&mut self) -> (Result<(), ChainError>, Parsed) {
+            self.guest.offer(0);
+            let head = self.ring.pop().unwrap().unwrap();
+            let walked = self.ring.walk(head, &mut self.chain);
+            // SAFETY: the guest's memory is mapped.
+            let parsed = unsafe { self.request.parse(&self.chain, &self.limits) };
+            self.ring.complete(head, 0);
+            let _interrupt = self.ring.publish();
+            (walked, parsed)
+        }
+
+        /// The same for a chain of header, these parts, and status.
+        fn ask(&mut self, kind: u32, sector: u64, parts: &[(u64, u32, bool)]) -> Parsed {
+            self.write_header(kind, sector);
+            let mut all = vec![(self.header, 16, false)];
+            all.extend_from_slice(parts);
+            all.push((self.status, 1, true));
+            self.guest.chain(0, &all);
+            let (walked, parsed) = self.serve();
+            walked.unwrap();
+            parsed
+        }
+
+        /// The same for segments of (sector, sectors, flags).
+        fn ask_segments(&mut self, kind: u32, segments: &[(u64, u32, u32)]) -> Parsed {
+            for (i, (sector, sectors, flags)) in segments.iter().enumerate() {
+                let at = self.data + 16 * i as u64;
+                self.guest.write(at, &sector.to_le_bytes());
+                self.guest.write(at + 8, &sectors.to_le_bytes());
+                self.guest.write(at + 12, &flags.to_le_bytes());
+            }
+            self.ask(kind, 0, &[(self.data, 16 * segments.len() as u32, false)])
+        }
+
+        /// Finishes the request; the used length and the status byte the guest sees.
+        fn finish(&self, status: Status) -> (u32, u8) {
+            // SAFETY: the guest's memory is mapped.
+            let len = unsafe { self.request.finish(status) };
+            (len, self.guest.read::<1>(self.status)[0])
+        }
+
+        fn data(&self) -> Vec<(u64, usize)> {
+            guest_ranges(&self.guest.memory, &self.request.data)
+        }
+    }
+
+    const IN: u32 = VIRTIO_BLK_T_IN;
+    const OUT: u32 = VIRTIO_BLK_T_OUT;
+    const IOERR: Parsed = Parsed::Done(Status::IoErr);
+    const UNSUPP: Parsed = Parsed::Done(Status::Unsupported);
+
+    #[test]
+    fn reads_and_writes() {
+        let mut p = Place::new();
+        let data = p.data;
+        assert_eq!(p.ask(IN, 8, &[(data, 512, true), (data + 0x2000, 1024, true)]), Parsed::Submit);
+        assert_eq!(p.request.kind, Kind::Read { offset: 4096 });
+        assert_eq!(p.data(), [(data, 512), (data + 0x2000, 1024)]);
+        assert_eq!(p.request.data_len, 1536);
+        assert_eq!(p.finish(Status::Ok), (1537, 0));
+        assert_eq!(p.finish(Status::IoErr), (1, 1));
+        assert_eq!(p.ask(OUT, 2047, &[(data, 512, false)]), Parsed::Submit);
+        assert_eq!(p.request.kind, Kind::Write { offset: 2047 * 512 });
+        assert_eq!(p.data(), [(data, 512)]);
+        assert_eq!(p.finish(Status::Ok), (1, 0));
+        // SAFETY: that is the memory the chain was walked in.
+        assert_eq!(unsafe { p.request.buffers(&p.guest.memory) }.len(), 512);
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let mut p = Place::new();
+        let data = p.data;
+        let mut read = |sector, len| p.ask(IN, sector, &[(data, len, true)]);
+        assert_eq!(read(2047, 1024), IOERR);
+        assert_eq!(read(2048, 512), IOERR);
+        assert_eq!(read(u64::MAX, 512), IOERR);
+        assert_eq!(read(u64::MAX / 512, 512), IOERR);
+        assert_eq!(read(0, 513), IOERR);
+        assert_eq!(read(0, 511), IOERR);
+        assert_eq!(read(2048, 0), Parsed::Done(Status::Ok));
+        assert_eq!(read(2049, 0), IOERR);
+        p.limits.block_size = 4096;
+        let mut read = |sector, len| p.ask(IN, sector, &[(data, len, true)]);
+        assert_eq!(read(8, 4096), Parsed::Submit);
+        assert_eq!(read(1, 4096), IOERR);
+        assert_eq!(read(0, 512), IOERR);
+        assert_eq!(p.finish(Status::IoErr), (1, 1));
+    }
+
+    #[test]
+    fn a_read_only_disk_is_only_read() {
+        let mut p = Place::new();
+        let data = p.data;
+        p.limits.read_only = true;
+        assert_eq!(p.ask(IN, 0, &[(data, 512, true)]), Parsed::Submit);
+        assert_eq!(p.ask(VIRTIO_BLK_T_FLUSH, 0, &[]), Parsed::Submit);
+        assert_eq!(p.ask(OUT, 0, &[(data, 512, false)]), IOERR);
+        assert_eq!(p.ask_segments(VIRTIO_BLK_T_DISCARD, &[(0, 1, 0)]), IOERR);
+        assert_eq!(p.ask_segments(VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 1, 0)]), IOERR);
+    }
+
+    #[test]
+    fn segments() {
+        let mut p = Place::new();
+        let range = |offset, len| ByteRange { offset, len };
+        let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+        assert_eq!(p.ask_segments(discard, &[(8, 8, 0), (0, 0, 0), (2040, 8, 0)]), Parsed::Submit);
+        assert_eq!(p.request.kind, Kind::Discard);
+        let want = [(4096, 4096), (2040 * 512, 4096)]
+            .map(|(offset, len)| Segment { range: range(offset, len), unmap: false });
+        assert_eq!(p.request.segments, want);
+        assert_eq!(p.finish(Status::Ok), (1, 0));
+        assert_eq!(p.ask_segments(discard, &[(8, 8, 1)]), UNSUPP);
+        assert_eq!(p.ask_segments(zeroes, &[(8, 8, 1), (16, 8, 0)]), Parsed::Submit);
+        assert_eq!(p.request.kind, Kind::WriteZeroes);
+        assert_eq!(p.request.segments.iter().map(|s| s.unmap).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(p.ask_segments(zeroes, &[(8, 8, 2)]), UNSUPP);
+        assert_eq!(p.ask_segments(zeroes, &[(8, 8, 0x8000_0001)]), UNSUPP);
+        assert_eq!(p.ask_segments(zeroes, &[(0, 1, 0), (2048, 1, 0)]), IOERR);
+        assert!(p.request.segments.is_empty());
+        assert_eq!(p.ask_segments(zeroes, &[(u64::MAX, u32::MAX, 0)]), IOERR);
+        assert_eq!(p.ask_segments(zeroes, &[(0, 0, 0)]), Parsed::Done(Status::Ok));
+        assert_eq!(p.ask_segments(zeroes, &[(0, 1, 0); 32]), Parsed::Submit);
+        assert_eq!(p.ask_segments(zeroes, &[(0, 1, 0); 33]), IOERR);
+        assert_eq!(p.ask_segments(zeroes, &[]), IOERR);
+        let data = p.data;
+        assert_eq!(p.ask(discard, 0, &[(data, 15, false)]), IOERR);
+        assert_eq!(p.ask(discard, 0, &[(data, 17, false)]), IOERR);
+        p.limits.max_discard_sectors = 7;
+        assert_eq!(p.ask_segments(discard, &[(8, 8, 0)]), IOERR);
+        assert_eq!(p.ask_segments(zeroes, &[(8, 8, 0)]), Parsed::Submit);
+        p.limits.discard = false;
+        assert_eq!(p.ask_segments(discard, &[(8, 1, 0)]), UNSUPP);
+    }
+
+    #[test]
+    fn the_serial() {
+        let mut p = Place::new();
+        let data = p.data;
+        let id = id_bytes("vublk-serial-0123456789");
+        assert_eq!(&id, b"vublk-serial-0123456");
+        for (room, used) in [(20, 21), (7, 8), (100, 21)] {
+            p.guest.write(data, &[0xee; 100]);
+            assert_eq!(p.ask(VIRTIO_BLK_T_GET_ID, 0, &[(data, room, true)]), Parsed::Submit);
+            assert_eq!(p.request.kind, Kind::GetId);
+            // SAFETY: the guest's memory is mapped.
+            unsafe { p.request.write_id(&id) };
+            assert_eq!(p.finish(Status::Ok), (used, 0));
+            let n = used as usize - 1;
+            let got = p.guest.read::<100>(data);
+            assert_eq!(got[..n], id[..n]);
+            assert!(got[n..].iter().all(|b| *b == 0xee));
+        }
+        assert_eq!(p.ask(VIRTIO_BLK_T_GET_ID, 0, &[]), Parsed::Done(Status::Ok));
+    }
+
+    #[test]
+    fn unknown_types_are_unsupported() {
+        let mut p = Place::new();
+        for kind in [2, 3, 5, 9, 10, 12, 14, 15, 0x8000_0000, u32::MAX] {
+            assert_eq!(p.ask(kind, 0, &[]), UNSUPP);
+            assert_eq!(p.finish(Status::Unsupported), (1, 2));
+        }
+    }
+
+    #[test]
+    fn any_layout_will_do() {
+        let mut p = Place::new();
+        // The header in five parts (one empty, one with data behind it), at odd addresses.
+        p.write_header(OUT, 3);
+        let header = p.guest.read::<16>(p.header);
+        let base = p.data + 1;
+        p.guest.write(base, &header[..3]);
+        p.guest.write(base + 0x100, &header[3..4]);
+        p.guest.write(base + 0x200, &header[4..15]);
+        p.guest.write(base + 0x300, &header[15..]);
+        let parts = [
+            (base, 3, false),
+            (base + 0x100, 1, false),
+            (base + 0x400, 0, false),
+            (base + 0x200, 11, false),
+            (base + 0x300, 1 + 500, false),
+            (base + 0x600, 12, false),
+            (p.status - 40, 20, true),
+            (p.status - 20, 21, true),
+            (base + 0x700, 0, true),
+        ];
+        p.guest.chain(0, &parts);
+        assert_eq!(p.serve(), (Ok(()), Parsed::Submit));
+        assert_eq!(p.request.kind, Kind::Write { offset: 1536 });
+        assert_eq!(p.data(), [(base + 0x301, 500), (base + 0x600, 12)]);
+        assert_eq!(p.finish(Status::Ok), (1, 0));
+        // A read with status and data in one descriptor that crosses into the second region.
+        p.write_header(IN, 3);
+        p.guest.chain(0, &[(p.header, 16, false), (SECOND - 500, 513, true)]);
+        assert_eq!(p.serve(), (Ok(()), Parsed::Submit));
+        assert_eq!(p.data(), [(SECOND - 500, 500), (SECOND, 12)]);
+        p.finish(Status::IoErr);
+        assert_eq!(p.guest.read::<1>(SECOND + 12), [1]);
+    }
+
+    #[test]
+    fn indirect_tables() {
+        let mut p = Place::new();
+        p.write_header(IN, 0);
+        // Unaligned on purpose.
+        let table = p.data + 0x1004;
+        p.guest.desc_in(table, 0, p.header, 16, NEXT, 2);
+        p.guest.desc_in(table, 2, p.data, 512, NEXT | WRITE, 1);
+        p.guest.desc_in(table, 1, p.status, 1, WRITE, 0);
+        p.guest.desc(0, table, 48, INDIRECT, 0);
+        assert_eq!(p.serve(), (Ok(()), Parsed::Submit));
+        assert_eq!(p.data(), [(p.data, 512)]);
+        // After a direct descriptor.
+        p.guest.desc(0, p.header, 16, NEXT, 1);
+        p.guest.desc(1, table + 16, 32, INDIRECT | WRITE, 0);
+        p.guest.desc_in(table, 1, p.data, 512, NEXT | WRITE, 1);
+        p.guest.desc_in(table, 2, p.status, 1, WRITE, 0);
+        assert_eq!(p.serve(), (Ok(()), Parsed::Submit));
+        // A table that crosses into the second region.
+        let table = SECOND - 16;
+        p.guest.desc_in(table, 0, p.header, 16, NEXT, 1);
+        p.guest.desc_in(table, 1, p.data, 512, NEXT | WRITE, 2);
+        p.guest.desc_in(table, 2, p.status, 1, WRITE, 0);
+        p.guest.desc(0, table, 48, INDIRECT, 0);
+        assert_eq!(p.serve(), (Ok(()), Parsed::Submit));
+        assert_eq!(p.data(), [(p.data, 512)]);
+    }
+
+    #[test]
+    fn bad_chains_fail_alone() {
+        let mut p = Place::new();
+        let (header, status, data) = (p.header, p.status, p.data);
+        p.write_header(IN, 0);
+        // Data outside of memory: the status is still told.
+        p.guest.chain(0, &[(header, 16, false), (0x10, 512, true), (status, 1, true)]);
+        let (walked, parsed) = p.serve();
+        assert!(matches!(walked, Err(ChainError::Unmapped(_))));
+        assert_eq!(parsed, IOERR);
+        assert_eq!(p.finish(Status::IoErr), (1, 1));
+        // Readable after writable.
+        p.guest.chain(0, &[(header, 16, false), (data, 512, true), (data, 1, false)]);
+        assert_eq!(p.serve(), (Err(ChainError::ReadableAfterWritable), IOERR));
+        // A circle.
+        p.guest.chain(0, &[(header, 16, false), (data, 512, true), (status, 1, true)]);
+        p.guest.desc(2, status, 1, WRITE | NEXT, 0);
+        assert!(matches!(p.serve().0, Err(ChainError::ReadableAfterWritable)));
+        p.guest.desc(2, status, 1, WRITE | NEXT, 1);
+        assert_eq!(p.serve(), (Err(ChainError::Endless(16)), IOERR));
+        assert_eq!(p.finish(Status::IoErr).0, 0, "no place for a status");
+        // Out of the table.
+        p.guest.desc(2, status, 1, WRITE | NEXT, 16);
+        assert_eq!(p.serve(), (Err(ChainError::BadIndex { index: 16, len: 16 }), IOERR));
+        // Indirect tables: empty, cut, nested, with a successor, outside of memory.
+        for (len, flags) in [(0, 0), (17, 0), (15, 0)] {
+            p.guest.desc(0, data, len, INDIRECT | flags, 0);
+            assert_eq!(p.serve(), (Err(ChainError::IndirectLength(len)), IOERR));
+        }
+        p.guest.desc(0, data, 16, INDIRECT | NEXT, 1);
+        assert_eq!(p.serve(), (Err(ChainError::IndirectMisplaced), IOERR));
+        p.guest.desc(0, data, 16, INDIRECT, 0);
+        p.guest.desc_in(data, 0, data, 16, INDIRECT, 0);
+        assert_eq!(p.serve(), (Err(ChainError::IndirectMisplaced), IOERR));
+        p.guest.desc(0, 0x10, 16, INDIRECT, 0);
+        assert!(matches!(p.serve(), (Err(ChainError::Unmapped(_)), IOERR)));
+        // A circle in an indirect table of a million entries.
+        p.guest.desc_in(data, 0, data, 16, NEXT, 0);
+        p.guest.desc(0, data, 16, INDIRECT, 0);
+        assert_eq!(p.serve(), (Err(ChainError::Endless(1)), IOERR));
+        // Too short for a header; nothing to write a status to; more data than one request moves.
+        p.guest.chain(0, &[(header, 15, false), (status, 1, true)]);
+        assert_eq!(p.serve(), (Ok(()), IOERR));
+        assert_eq!(p.finish(Status::IoErr), (1, 1));
+        p.guest.chain(0, &[(header, 16, false)]);
+        assert_eq!(p.serve(), (Ok(()), IOERR));
+        assert_eq!(p.finish(Status::IoErr).0, 0);
+        // And the ring goes on.
+        assert_eq!(p.ask(IN, 0, &[(data, 512, true)]), Parsed::Submit);
+    }
+
+    #[test]
+    fn indirect_must_be_negotiated() {
+        let mut p = Place::new();
+        p.ring = Ring::new(p.guest.config(0)).unwrap().0;
+        p.guest.desc(0, p.data, 16, INDIRECT, 0);
+        assert_eq!(p.serve(), (Err(ChainError::IndirectNotNegotiated), IOERR));
+    }
+
+    #[test]
+    fn what_was_written_is_logged() {
+        use std::os::unix::fs::FileExt;
+        let mut p = Place::new();
+        let file = crate::device::mapping::tests::memfd(4096);
+        let log = DirtyLog::new(file.try_clone().unwrap(), 0, 4096).unwrap();
+        let data = p.data + 0x1000;
+        let marked = || {
+            let mut map = [0u8; 4096];
+            file.read_exact_at(&mut map, 0).unwrap();
+            file.write_all_at(&[0; 4096], 0).unwrap();
+            (0..32768u64).filter(|i| map[*i as usize / 8] & 1 << (i % 8) != 0).collect::<Vec<_>>()
+        };
+        assert_eq!(p.ask(IN, 0, &[(data, 8192, true)]), Parsed::Submit);
+        p.request.mark_dirty(&p.guest.memory, &log);
+        assert_eq!(marked(), [p.status / 4096, data / 4096, data / 4096 + 1]);
+        assert_eq!(p.ask(OUT, 0, &[(data, 8192, false)]), Parsed::Submit);
+        p.request.mark_dirty(&p.guest.memory, &log);
+        assert_eq!(marked(), [p.status / 4096]);
+    }
+}

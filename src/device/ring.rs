@@ -829,4 +829,160 @@ mod tests {
         ring.enable_notifications();
         assert!(marked().is_empty());
     }
+
+    /// What the guest knows: the heads it offered, in order, and what we completed, in order.
+    #[derive(Default)]
+    struct Model {
+        offered: Vec<u16>,
+        /// Indices into `offered`.
+        completed: Vec<usize>,
+    }
+
+    /// Index that all counters start at, so that they wrap around soon.
+    const START: u16 = 65_530;
+
+    /// Copies of memory as a process that dies now leaves it.
+    struct Remains {
+        files: [std::fs::File; 2],
+        inflight: std::fs::File,
+    }
+
+    fn copy(file: &std::fs::File) -> std::fs::File {
+        use std::os::unix::fs::FileExt;
+        let len = file.metadata().unwrap().len();
+        let mut bytes = vec![0; len.min(8192) as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let copy = memfd(len);
+        copy.write_all_at(&bytes, 0).unwrap();
+        copy
+    }
+
+    impl Remains {
+        fn new(files: &[std::fs::File; 2], inflight: &std::fs::File) -> Remains {
+            Remains { files: [copy(&files[0]), memfd(LEN)], inflight: copy(inflight) }
+        }
+
+        /// Starts a ring on them, like the process after us.
+        fn start(&self, size: u16) -> (Ring, Vec<u16>) {
+            let mut guest = Guest::new(size);
+            guest.memory = crate::device::testing::map(&self.files);
+            let mut config = guest.config(EVENT_IDX);
+            config.inflight = Some(queue_of(&self.inflight, size));
+            config.base = 0x4242; // Ignored.
+            Ring::new(config).unwrap()
+        }
+
+        /// Recovers, and checks that exactly what the guest waits for is done, in order.
+        fn check(&self, size: u16, model: &Model) {
+            let (mut ring, resubmit) = self.start(size);
+            let published = usize::from(ring.used_idx().wrapping_sub(START));
+            let mut owed: Vec<usize> = (0..model.offered.len())
+                .filter(|index| !model.completed[..published].contains(index))
+                .collect();
+            let next = usize::from(ring.last_avail().wrapping_sub(START));
+            assert_eq!(resubmit.len(), usize::from(ring.in_flight()));
+            let read_before: Vec<usize> = owed.iter().copied().filter(|i| *i < next).collect();
+            let want: Vec<u16> = read_before.iter().map(|i| model.offered[*i]).collect();
+            assert_eq!(resubmit, want, "in the order they were offered");
+            owed.retain(|i| *i >= next);
+            let rest = pop_all(&mut ring);
+            let want: Vec<u16> = owed.iter().map(|i| model.offered[*i]).collect();
+            assert_eq!(rest, want);
+            // All of them can be completed.
+            for head in resubmit.into_iter().chain(rest) {
+                ring.complete(head, 0);
+            }
+            let _interrupt = ring.publish();
+            let done = usize::from(ring.used_idx().wrapping_sub(START));
+            assert_eq!(done, model.offered.len());
+        }
+    }
+
+    fn queue_of(file: &std::fs::File, size: u16) -> InflightQueue {
+        let len = file.metadata().unwrap().len();
+        let file = file.try_clone().unwrap();
+        let region = crate::device::inflight::InflightRegion::from_front_end(file, len, 0, 1, size);
+        region.unwrap().queue(0).unwrap()
+    }
+
+    #[test]
+    fn dying_at_any_store_loses_and_repeats_nothing() {
+        use std::cell::{Cell, RefCell};
+        use std::rc::Rc;
+
+        use crate::device::inflight::InflightRegion;
+        use crate::device::inflight::tests::on_each_step;
+
+        const SIZE: u16 = 4;
+        let mut guest = Guest::new(SIZE);
+        for addr in [guest.avail_addr(), guest.used_addr()] {
+            guest.write_u16(addr + 2, START);
+        }
+        guest.avail_idx = START;
+        let inflight = InflightRegion::create(1, SIZE).unwrap().file;
+        let model = Rc::new(RefCell::new(Model::default()));
+        let deaths = Rc::new(Cell::new(0));
+
+        let at_each_step = {
+            let (model, deaths) = (Rc::clone(&model), Rc::clone(&deaths));
+            let files = guest.files.each_ref().map(|f| f.try_clone().unwrap());
+            let inflight = inflight.try_clone().unwrap();
+            move || {
+                deaths.set(deaths.get() + 1);
+                let remains = Rc::new(Remains::new(&files, &inflight));
+                // The process after us dies at each store of its recovery, too.
+                let again = {
+                    let (remains, model) = (Rc::clone(&remains), Rc::clone(&model));
+                    move || {
+                        Remains::new(&remains.files, &remains.inflight)
+                            .check(SIZE, &model.borrow());
+                    }
+                };
+                on_each_step(again, || drop(remains.start(SIZE)));
+                remains.check(SIZE, &model.borrow());
+            }
+        };
+
+        on_each_step(at_each_step, || {
+            let mut config = guest.config(EVENT_IDX);
+            config.base = START;
+            config.inflight = Some(queue_of(&inflight, SIZE));
+            let (mut ring, resubmit) = Ring::new(config).unwrap();
+            assert!(resubmit.is_empty());
+            // A fixed sequence of pseudo-random choices.
+            let mut seed = 1u32;
+            let mut choose = |n: usize| {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (seed >> 16) as usize % n
+            };
+            let mut free: Vec<u16> = (0..SIZE).collect();
+            let mut popped: Vec<u16> = Vec::new();
+            let mut pending: Vec<u16> = Vec::new();
+            for _ in 0..400 {
+                match choose(4) {
+                    0 if !free.is_empty() => {
+                        let head = free.swap_remove(choose(free.len()));
+                        model.borrow_mut().offered.push(head);
+                        guest.offer(head);
+                    }
+                    1 => popped.extend(ring.pop().map(Result::unwrap)),
+                    2 if !popped.is_empty() => {
+                        let head = popped.swap_remove(choose(popped.len()));
+                        let mut m = model.borrow_mut();
+                        let index = m.offered.iter().rposition(|h| *h == head).unwrap();
+                        m.completed.push(index);
+                        drop(m);
+                        ring.complete(head, 0);
+                        pending.push(head);
+                    }
+                    3 => {
+                        let _interrupt = ring.publish();
+                        free.append(&mut pending);
+                    }
+                    _ => {}
+                }
+            }
+        });
+        assert!(deaths.get() > 300, "{} deaths", deaths.get());
+    }
 }

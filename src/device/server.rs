@@ -291,7 +291,7 @@ impl Server {
             stop_event: eventfd(0, flags).context(what)?,
             ended_event: eventfd(0, flags).context(what)?,
         });
-        let name = format!("vu-{}", device.name());
+        let name = format!("vu-{}", device.name()).replace('\0', "");
         let description = what();
         let thread = std::thread::Builder::new().name(name).spawn({
             let shared = shared.clone();
@@ -424,5 +424,199 @@ fn serve(stream: UnixStream, device: &Arc<Device>, shared: &Shared) {
         Ok(Ended::Silent) => tracing::debug!("{name}: somebody connected and left"),
         Ok(Ended::Stopped) => tracing::info!("{name}: stopped"),
         Err(err) => tracing::error!("{name}: {err}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message_fuzzing::{Call, MockRings, send_message};
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixDatagram;
+
+    fn device() -> (Arc<Device>, Arc<MockRings>) {
+        let rings = MockRings::new(1);
+        (Device::new("test", rings.clone()), rings)
+    }
+
+    fn directory() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    fn message(result: Result<ServerSocket>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    /// Sends GET_FEATURES and waits for the answer; false if the connection is closed.
+    fn talk(mut client: &UnixStream) -> bool {
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        send_message(client, 1, 1, &[], &[]).is_ok() && client.read_exact(&mut [0; 20]).is_ok()
+    }
+
+    #[test]
+    fn misuse_of_a_path_is_told() {
+        let dir = directory();
+        let long = dir.path().join("x".repeat(120));
+        let err = message(ServerSocket::bind(&long, None));
+        assert!(err.contains("bytes long, the system allows 107"), "{err}");
+        let file = dir.path().join("file");
+        std::fs::write(&file, "precious").unwrap();
+        let err = message(ServerSocket::bind(&file, None));
+        assert!(err.contains("is not a socket; it is not touched"), "{err}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+        let err = message(ServerSocket::bind(&dir.path().join("no/such"), None));
+        assert!(err.contains("No such file or directory"), "{err}");
+        // The longest that goes.
+        let len = MAX_SOCKET_PATH - dir.path().as_os_str().len() - 1;
+        ServerSocket::bind(&dir.path().join("x".repeat(len)), None).unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_is_respected_and_a_stale_one_replaced() {
+        let dir = directory();
+        let path = dir.path().join("socket");
+        let first = ServerSocket::bind(&path, None).unwrap();
+        let err = message(ServerSocket::bind(&path, None));
+        assert!(err.contains("a live process listens on it"), "{err}");
+        assert!(UnixStream::connect(&path).is_ok(), "the live one is as it was");
+        // As after kill -9: the file stays, nobody listens.
+        let ServerSocket { source, bound, .. } = first;
+        drop(source);
+        std::mem::forget(bound);
+        assert!(path.exists());
+        let second = ServerSocket::bind(&path, Some(0o600)).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        // A socket whose place was taken by another is not unlinked by its owner.
+        std::fs::remove_file(&path).unwrap();
+        let third = ServerSocket::bind(&path, None).unwrap();
+        drop(second);
+        assert!(path.exists());
+        drop(third);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn many_processes_that_find_the_same_stale_socket_agree_on_one() {
+        let dir = directory();
+        let path = dir.path().join("socket");
+        for _ in 0..20 {
+            drop(UnixListener::bind(&path).unwrap());
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> =
+                    (0..4).map(|_| scope.spawn(|| ServerSocket::bind(&path, None))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+            assert!(UnixStream::connect(&path).is_ok());
+        }
+    }
+
+    #[test]
+    fn file_descriptors_are_sorted_out() {
+        let dir = directory();
+        for (fd, words) in [(1, "standard input"), (-1, "standard input"), (9999, "is not open")] {
+            let err = message(ServerSocket::from_fd(fd));
+            assert!(err.contains(words), "{err}");
+        }
+        let file = std::fs::File::open(dir.path()).unwrap();
+        assert!(message(ServerSocket::from_fd(file.into_raw_fd())).contains("is not a socket"));
+        let datagram = UnixDatagram::unbound().unwrap().into_raw_fd();
+        assert!(message(ServerSocket::from_fd(datagram)).contains("Unix stream"));
+        let loose = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        let err = message(ServerSocket::from_fd(loose.into_raw_fd()));
+        assert!(err.contains("neither listens nor is connected"), "{err}");
+        let path = dir.path().join("given");
+        let listener = UnixListener::bind(&path).unwrap();
+        let given = ServerSocket::from_fd(listener.into_raw_fd()).unwrap();
+        assert!(matches!(given.source, Source::Listening(_)));
+        // Served as any other, and its file is not ours to remove.
+        let server = Server::start(given, device().0).unwrap();
+        assert!(talk(&UnixStream::connect(&path).unwrap()));
+        server.stop();
+        assert!(path.exists());
+        // No activation by systemd.
+        let mut none = listenfd::ListenFd::empty();
+        assert!(ServerSocket::from_systemd(&mut none, 0).unwrap().is_none());
+    }
+
+    #[test]
+    fn one_client_after_the_other_on_one_socket() {
+        let dir = directory();
+        let path = dir.path().join("socket");
+        let (device, rings) = device();
+        let server =
+            Server::start(ServerSocket::bind(&path, None).unwrap(), device.clone()).unwrap();
+        let inode = || std::fs::metadata(&path).unwrap().ino();
+        let before = inode();
+        // Somebody who only looks does no harm.
+        drop(UnixStream::connect(&path).unwrap());
+        let mut clients: Vec<_> = (0..5).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        while !clients.is_empty() {
+            let client = clients.remove(0);
+            assert!(talk(&client));
+            if let Some(mut next) = clients.first() {
+                // It waits: its message is taken, and not answered.
+                next.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
+                send_message(next, 1, 1, &[], &[]).unwrap();
+                assert!(next.read(&mut [0]).is_err(), "two clients at a time");
+                drop(client);
+                next.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+                next.read_exact(&mut [0; 20]).unwrap();
+            }
+        }
+        assert_eq!(inode(), before, "the socket was not bound again");
+        server.stop();
+        assert!(!path.exists());
+        let ends = rings.take_calls().iter().filter(|call| **call == Call::Disconnected).count();
+        assert_eq!(ends, 6);
+    }
+
+    #[test]
+    fn a_connected_socket_is_served_once() {
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        let socket = ServerSocket::from_fd(theirs.into_raw_fd()).unwrap();
+        let server = Server::start(socket, device().0).unwrap();
+        assert!(talk(&mine));
+        let ended = |timeout| wait_any(&[server.ended()], Some(timeout));
+        assert!(!ended(Duration::from_millis(20)));
+        drop(mine);
+        assert!(ended(Duration::from_secs(20)));
+        assert!(ended(Duration::ZERO), "it stays readable");
+    }
+
+    #[test]
+    fn stop_ends_waiting_and_served_clients() {
+        let dir = directory();
+        let path = dir.path().join("socket");
+        let start = || Server::start(ServerSocket::bind(&path, None).unwrap(), device().0).unwrap();
+        // Nobody there.
+        start().stop();
+        // One is served, one waits; both find the socket closed.
+        let server = start();
+        let clients = [(); 2].map(|()| UnixStream::connect(&path).unwrap());
+        assert!(talk(&clients[0]));
+        server.request_stop();
+        server.stop();
+        assert!(!talk(&clients[0]) && !talk(&clients[1]));
+        // Dropping does the same.
+        drop(start());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn stop_does_not_wait_for_a_client_that_reads_no_answers() {
+        let (mut mine, theirs) = UnixStream::pair().unwrap();
+        let socket = ServerSocket::from_fd(theirs.into_raw_fd()).unwrap();
+        let server = Server::start(socket, device().0).unwrap();
+        // Until neither questions nor answers find a place any more.
+        mine.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+        let question: Vec<u8> = [1u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        while mine.write_all(&question).is_ok() {}
+        let began = Instant::now();
+        server.stop();
+        assert!(began.elapsed() < STOP_GRACE * 3);
     }
 }

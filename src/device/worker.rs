@@ -355,10 +355,10 @@ impl Worker {
                 }
             }
             busy |= self.turn(false);
-            if !busy {
+            self.settle_stops();
+            if !busy && !self.quit {
                 self.idle(open);
             }
-            self.settle_stops();
         }
         self.report_counts();
     }
@@ -435,6 +435,10 @@ impl Worker {
             }
         }
         self.report_counts();
+        // A wake-up that the turn before this has swallowed: what it was for is in plain sight.
+        if self.mailbox.is_full() || self.party.is_closed() == open {
+            return;
+        }
         if kickless {
             std::thread::sleep(KICKLESS_PAUSE);
             return;

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! To add a format: a variant of [`ImageFormat`], its magic in [`probe`], an arm in
-//! [`open`](mod@open) and [`create`](mod@create), and (where it can be checked) one in [`check`].
+//! [`open`](mod@open) and [`create`](mod@create), and (where it can be
+//! checked) one in [`check`](mod@check).
 
 pub mod check;
 pub mod create;

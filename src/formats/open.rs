@@ -216,14 +216,14 @@ impl Image {
                 self.format
             )));
         }
-        if limits.size % block_size != 0 {
+        if !limits.size.is_multiple_of(block_size) {
             let up = limits.size.next_multiple_of(block_size);
             return Err(Error::invalid(format!(
                 "{name}: its size of {} bytes is not a multiple of the block size of {block_size}; \
                  make it larger (vublk resize -f {} {name} {up}){}",
                 limits.size,
                 self.format,
-                if block_size > 512 && limits.size % 512 == 0 {
+                if block_size > 512 && limits.size.is_multiple_of(512) {
                     " or use --block-size 512"
                 } else {
                     ""
@@ -369,7 +369,7 @@ fn open_link(
 fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
     HostFile::open(path, options).map_err(|err| match err.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnly if options.write => {
-            Error::new(err.kind(), format!("{err} (for writing; --read-only needs only to read)"))
+            Error::new(err.kind(), format!("{err} (to open it for writing)"))
         }
         ErrorKind::NotFound if path.to_str().is_some_and(has_protocol) => Error::unsupported(
             format!("{}: only files and block devices of this host are supported", path.display()),
@@ -543,6 +543,45 @@ mod tests {
         open(&writer).unwrap_err();
         drop((first, second));
         open(&writer).unwrap();
+    }
+
+    #[test]
+    fn files_that_an_image_names_pass_the_gate() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("images")).unwrap();
+        for name in ["images/top", "images/base", "images/data", "images/disk.vdi", "outside"] {
+            std::fs::write(path(name), [0; 4096]).unwrap();
+        }
+        std::os::unix::fs::symlink("top", path("images/tail")).unwrap();
+        let request = OpenRequest::write(path("images/top"));
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let file = Arc::new(HostFile::open(&request.path, options).unwrap());
+        let gate = OpenGate::new(&request.path, &[]).unwrap();
+        let mut chain = Chain::default();
+        chain.push(&file).unwrap();
+        let mut opening = Opening { request: &request, file, gate: &gate, chain: &mut chain };
+
+        let base = opening.child("backing", "base", Some("raw"), Access::Read).unwrap();
+        assert!(base.node.limits().read_only);
+        assert_eq!(base.node.name(), "disk/backing");
+        let data = opening.child("data", "data", None, Access::Write).unwrap();
+        assert!(data.guessed && !data.node.limits().read_only);
+        // The base is locked as a reader's, the data file as a writer's.
+        open(&OpenRequest::read(path("images/base"))).unwrap();
+        open(&OpenRequest::write(path("images/base"))).unwrap_err();
+        open(&OpenRequest::read(path("images/data"))).unwrap_err();
+
+        let mut refused = |reference, format, message: &str| {
+            let err = opening.child("backing", reference, format, Access::Read).unwrap_err();
+            let err = err.to_string();
+            assert!(err.contains("top: its backing file: ") && err.contains(message), "{err}");
+        };
+        refused("../outside", None, "--allow-dir");
+        refused("tail", None, "already part of this chain");
+        refused("base", Some("qcow3"), "unknown format 'qcow3'");
+        refused("disk.vdi", Some("vdi"), "vdi images are not supported");
+        refused("gone", None, "No such file");
     }
 
     #[test]
