@@ -309,7 +309,7 @@ fn killed_under_load(disk: &Disk, scratch: &Scratch, cpus: u32) -> String {
         .cpus(cpus)
         .start(&backend);
     guest.expect("load-started");
-    ping(&mut guest, 0);
+    ping(&mut guest, &mut backend, 0);
     for round in 1..=KILLS {
         // Different moments of the load, and outages from nothing to longer than QEMU's retry.
         let spread = seed.rotate_left(round * 7);
@@ -317,7 +317,7 @@ fn killed_under_load(disk: &Disk, scratch: &Scratch, cpus: u32) -> String {
         backend.kill();
         std::thread::sleep(Duration::from_millis((spread >> 16) % 300));
         backend.restart();
-        ping(&mut guest, round);
+        ping(&mut guest, &mut backend, round);
     }
     guest.tell("stop");
     let done = guest.expect("load-done");
@@ -333,9 +333,9 @@ fn killed_under_load(disk: &Disk, scratch: &Scratch, cpus: u32) -> String {
 
 /// Waits until every worker of the load has gone on since now.
 #[track_caller]
-fn ping(guest: &mut Guest, round: u32) {
+fn ping(guest: &mut Guest, backend: &mut Backend, round: u32) {
     guest.tell(&format!("ping {round}"));
-    let answer = guest.expect("pong");
+    let answer = guest.expect_while("pong", || backend.assert_alive());
     assert_eq!(word(&answer), round.to_string());
 }
 
@@ -423,8 +423,8 @@ e2fsck -fn /dev/vda >/tmp/check 2>&1 || { cat /tmp/check; exit 1; }
     for round in 0..KILLS {
         // The guest has gone on since the last kill when it says this afresh.
         guest.forget();
-        guest.expect("wrote");
-        guest.expect("wrote");
+        guest.expect_while("wrote", || backend.assert_alive());
+        guest.expect_while("wrote", || backend.assert_alive());
         std::thread::sleep(Duration::from_millis(u64::from(round) * 7));
         backend.kill();
         backend.restart();
@@ -460,7 +460,7 @@ fn guest_migrates_through_a_file_under_load() {
 
     let mut source = boot("source").start(&backend);
     source.expect("load-started");
-    ping(&mut source, 1);
+    ping(&mut source, &mut backend, 1);
     let end = source.end();
     let mut qmp = source.qmp();
     // Slow at first, so that the save is under way while the guest reads.
@@ -472,7 +472,7 @@ fn guest_migrates_through_a_file_under_load() {
     }
     source.tell(&format!("cache {offset} {length}"));
     source.expect("cached");
-    ping(&mut source, 2);
+    ping(&mut source, &mut backend, 2);
     let fast = json!({"max-bandwidth": 4096 * MIB, "downtime-limit": 2000});
     qmp.run("migrate-set-parameters", fast, end);
     loop {
@@ -497,7 +497,7 @@ fn guest_migrates_through_a_file_under_load() {
         assert!(Instant::now() < end, "the saved guest does not run");
         std::thread::sleep(Duration::from_millis(20));
     }
-    ping(&mut target, 3);
+    ping(&mut target, &mut backend, 3);
     target.tell(&format!("sum {offset} {length}"));
     assert_eq!(target.expect("sum"), format!("{expected:016x}"), "the guest's page cache");
     target.tell("stop");

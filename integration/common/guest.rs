@@ -207,8 +207,15 @@ impl Guest {
     /// Waits until the guest says `@@name …` and returns what follows the name.
     #[track_caller]
     pub fn expect(&mut self, name: &str) -> String {
+        self.expect_while(name, || {})
+    }
+
+    /// The same, and calls `check` every now and then while the guest is silent: it panics when
+    /// there is nothing left to wait for.
+    #[track_caller]
+    pub fn expect_while(&mut self, name: &str, mut check: impl FnMut()) -> String {
         loop {
-            let line = self.next_line(name);
+            let line = self.next_line(name, &mut check);
             let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
             match word {
                 "kernel" => self.kernel.push(rest.to_owned()),
@@ -289,15 +296,18 @@ impl Guest {
     }
 
     #[track_caller]
-    fn next_line(&mut self, awaited: &str) -> String {
-        let left = self.end.saturating_duration_since(Instant::now());
-        match self.lines.recv_timeout(left) {
-            Ok(line) => line,
-            Err(RecvTimeoutError::Timeout) => {
-                panic!("the guest did not say {awaited} in {:.1} s", self.seconds())
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                panic!("QEMU ended before the guest said {awaited}")
+    fn next_line(&mut self, awaited: &str, check: &mut dyn FnMut()) -> String {
+        loop {
+            let left = self.end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left.min(Duration::from_millis(500))) {
+                Ok(line) => return line,
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => {
+                    panic!("the guest did not say {awaited} in {:.1} s", self.seconds())
+                }
+                Err(RecvTimeoutError::Timeout) => check(),
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!("QEMU ended before the guest said {awaited}")
+                }
             }
         }
     }
