@@ -165,6 +165,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
         })
     }
 
+    /// Looks at the size of what is below again: the host may have grown a device or file.
+    /// [`Driver::limits`] tells the result. Called only while quiesced.
+    fn refresh(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The nodes below this one, with the role each plays ("file", "backing").
     fn children(&self) -> Vec<(&'static str, Node)> {
         Vec::new()

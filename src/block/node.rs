@@ -277,10 +277,12 @@ impl Node {
         Ok(())
     }
 
-    /// Reads the driver's limits again (the host changed the size of a device, say).
-    pub fn reload_limits(&self) -> Limits {
-        *self.inner.limits.write().unwrap() = self.driver().limits();
-        self.limits()
+    /// Looks at the driver's size again, with the gate closed.
+    pub fn refresh(&self, _quiesced: &Quiesced) -> Result<Limits> {
+        let driver = self.driver();
+        driver.refresh()?;
+        *self.inner.limits.write().unwrap() = driver.limits();
+        Ok(self.limits())
     }
 
     /// Flushes and closes the driver for good.

@@ -113,13 +113,7 @@ fn wait(signals: &Signals, server: &Server, device: &Device, pool: &Pool) -> Res
             continue;
         }
         match signals.next() {
-            Some(libc::SIGHUP) => {
-                if pool.export().refresh_capacity() {
-                    let size = pool.export().node.size();
-                    tracing::info!(size, "the size of the disk has changed");
-                    device.notify_config_change();
-                }
-            }
+            Some(libc::SIGHUP) => look_at_the_size_again(device, pool),
             Some(signal) => {
                 let name = if signal == libc::SIGINT { "SIGINT" } else { "SIGTERM" };
                 tracing::info!("{name}: stopping; what is in flight completes first");
@@ -128,6 +122,19 @@ fn wait(signals: &Signals, server: &Server, device: &Device, pool: &Pool) -> Res
             }
             None => {}
         }
+    }
+}
+
+/// Tells the guest if the size of the disk has changed.
+fn look_at_the_size_again(device: &Device, pool: &Pool) {
+    match pool.export().refresh_capacity() {
+        Ok(false) => {}
+        Ok(true) => {
+            let size = pool.export().node.size();
+            tracing::info!("the disk has {size} bytes now");
+            device.notify_config_change();
+        }
+        Err(err) => tracing::error!("cannot look at the size of the disk again: {err}"),
     }
 }
 

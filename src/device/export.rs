@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::block::Node;
 use crate::device::config_space::{ConfigParams, ConfigSpace};
+use crate::error::Result;
 use crate::io::EngineKind;
 
 /// How the guest's flushes and writes are treated.
@@ -165,13 +166,13 @@ impl Export {
         self.config.lock().unwrap().set_writeback(on);
     }
 
-    /// Takes over a changed size of the node. Returns whether the capacity differs.
-    pub fn refresh_capacity(&self) -> bool {
-        let size = self.node.reload_limits().size;
-        let mut config = self.config.lock().unwrap();
-        let before = config.read(0, 8).ok();
-        config.set_capacity(size);
-        before != config.read(0, 8).ok()
+    /// Looks at the size of the disk again and takes over a change. Returns whether there was one.
+    /// Blocks until the workers have drained; not for the message thread or a worker.
+    pub fn refresh_capacity(&self) -> Result<bool> {
+        let before = self.node.size();
+        let size = self.node.refresh(&self.node.gate().quiesce())?.size;
+        self.config.lock().unwrap().set_capacity(size);
+        Ok(size != before)
     }
 
     /// Sets whether the guest wants each completed write to be durable.

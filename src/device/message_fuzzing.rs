@@ -450,7 +450,7 @@ fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix
             .into_iter()
             .for_each(&mut word),
         10 | 11 => [ring, input.number()].into_iter().for_each(&mut word),
-        18 => [ring, u64::from(input.byte() % 5 != 0)].into_iter().for_each(&mut word),
+        18 => [ring, u64::from(!input.byte().is_multiple_of(5))].into_iter().for_each(&mut word),
         9 => {
             word(ring);
             word(u64::from(input.byte() & 1));
@@ -461,7 +461,7 @@ fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix
             }
         }
         12..=14 => {
-            let none = input.byte() % 4 == 0;
+            let none = input.byte().is_multiple_of(4);
             let value = ring | if none { 0x100 } else { 0 };
             body.extend_from_slice(&value.to_ne_bytes());
             if !none {

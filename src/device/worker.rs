@@ -96,7 +96,7 @@ struct Worker {
     /// Requests in flight on all rings.
     in_flight: usize,
     /// Asynchronous requests that have ended: slot and outcome.
-    ended: Rc<RefCell<Vec<(u32, Result<()>)>>>,
+    ended: Ended,
     chain: Chain,
     events: Vec<Event>,
     /// Distinguishes the kick watches of successive rings.
@@ -106,6 +106,9 @@ struct Worker {
     failures: FailureLog,
     quit: bool,
 }
+
+/// Slots of asynchronous requests that have ended, with the outcome of each.
+type Ended = Rc<RefCell<Vec<(u32, Result<()>)>>>;
 
 /// A ring in service.
 struct Served {

@@ -445,6 +445,9 @@ pub fn lock_for_writing(file: &HostFile) -> Result<()> {
     lock_host(file, WRITER, SHARED, Duration::ZERO, "")
 }
 
+/// How long a lock that no living process holds is waited for.
+const ORPHANED_LOCK_WAIT: Duration = Duration::from_secs(15);
+
 fn lock_host(
     file: &HostFile,
     held: Rights,
@@ -452,11 +455,27 @@ fn lock_host(
     wait: Duration,
     advice: &str,
 ) -> Result<()> {
-    let deadline = Instant::now() + wait;
+    let mut deadline = Instant::now() + wait;
+    let mut is_orphaned = false;
     loop {
         match file.lock(held, shared) {
             Err(err) if err.kind() == ErrorKind::Busy && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(5));
+            }
+            // A lock that no process holds is one that the kernel has not yet let go of: it does
+            // so when the last I/O of the dead process has ended, which the disk decides.
+            Err(err)
+                if err.kind() == ErrorKind::Busy
+                    && !wait.is_zero()
+                    && !std::mem::replace(&mut is_orphaned, true)
+                    && users::of(file).is_empty() =>
+            {
+                tracing::info!(
+                    "{}: locked, though no process has it open; waiting for the host to end the \
+                     I/O of the one that died",
+                    file.name()
+                );
+                deadline = Instant::now() + ORPHANED_LOCK_WAIT;
             }
             Err(err) if err.kind() == ErrorKind::Busy => {
                 let users = users::of(file);

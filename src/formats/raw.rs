@@ -93,6 +93,11 @@ impl Driver for Raw {
         })
     }
 
+    fn refresh(&self) -> Result<()> {
+        self.size.store(self.file.len()?, Ordering::Release);
+        Ok(())
+    }
+
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         Box::pin(async move {
             self.file.set_len(size).await?;
