@@ -418,7 +418,7 @@ mod tests {
                 let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
                 let reply = match message.request {
                     id::GET_FEATURES => number(u64::MAX),
-                    id::GET_PROTOCOL_FEATURES => number(u64::MAX & !protocol::STATUS),
+                    id::GET_PROTOCOL_FEATURES => number(!protocol::STATUS),
                     id::GET_QUEUE_NUM | id::GET_MAX_MEM_SLOTS => number(64),
                     id::GET_CONFIG | id::GET_VRING_BASE => Some(message.payload.clone()),
                     id::GET_INFLIGHT_FD => {
