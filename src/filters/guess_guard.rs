@@ -123,6 +123,10 @@ impl Driver for GuessGuard {
         self.below.block_status(range)
     }
 
+    fn refresh(&self) -> Result<()> {
+        self.below.refresh()
+    }
+
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         self.below.resize(size)
     }
