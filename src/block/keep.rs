@@ -454,7 +454,7 @@ impl Keep {
         let halves = [half(0), half(1)];
         // The capacity is that of the process that wrote it.
         let capacity = get_u64(&header, at::CAPACITY);
-        if capacity % 4096 != 0 || halves.iter().any(|half| half.committed > capacity) {
+        if !capacity.is_multiple_of(4096) || halves.iter().any(|half| half.committed > capacity) {
             return None;
         }
         let active = usize::from(halves[1].generation > halves[0].generation);
@@ -562,7 +562,7 @@ fn is_tmpfs(path: &Path) -> Result<bool> {
     const TMPFS: i64 = 0x0102_1994;
     const RAMFS: i64 = 0x8584_58f6;
     let fs = rustix::fs::statfs(path)?;
-    Ok(matches!(fs.f_type as i64, TMPFS | RAMFS))
+    Ok(matches!(fs.f_type, TMPFS | RAMFS))
 }
 
 /// Makes the directory if need be and checks that it is one of ours, in memory.

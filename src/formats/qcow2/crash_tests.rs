@@ -123,9 +123,10 @@ fn created(name: &'static str, options: CreateOptions, longest: u64, seeds: u64)
     Case { name, file, size, base, start, longest, seeds: 0..seeds }
 }
 
-/// An image made by qemu-img, all of it data.
+/// An image made by qemu-img, all of it data. Small, so that all that shares a cluster of
+/// compressed data is soon overwritten, and the cluster free.
 fn converted(name: &'static str, compressed: bool, snapshot: bool, seeds: u64) -> Option<Case> {
-    let size = 256 << 10;
+    let size = 64 << 10;
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     std::fs::write(dir.path().join("base.raw"), base_content(size)).unwrap();
     let mut args = vec!["convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096"];
@@ -227,7 +228,7 @@ fn run(case: &Case) {
             if rng.one_in(12) {
                 cuts += 1;
                 let what = format!("{}, seed {seed}, step {step}", case.name);
-                let image = file.power_cut(rng.next());
+                let image = file.power_cut(rng.word());
                 check_cut(case, &model, image, cuts % 16 == 0, &what);
             }
             false
@@ -259,10 +260,10 @@ fn power_cuts_with_tiny_clusters() {
 
 #[test]
 fn power_cuts_while_refcount_tables_move() {
-    let options = CreateOptions { refcount_bits: 64, ..backed(6 << 20, 512, false) };
-    run(&created("moving", options, 400, 8));
-    let options = CreateOptions { refcount_bits: 1, ..backed(512 << 10, 512, false) };
-    run(&created("bits", options, 100, 8));
+    let options = CreateOptions { refcount_bits: 64, ..backed(5 << 19, 512, false) };
+    run(&created("moving", options, 300, 5));
+    let options = CreateOptions { refcount_bits: 1, ..backed(256 << 10, 512, false) };
+    run(&created("bits", options, 60, 5));
 }
 
 #[test]
@@ -270,7 +271,7 @@ fn power_cuts_on_compressed_images_and_snapshots() {
     for (name, compressed, snapshot) in
         [("compressed", true, false), ("snapshot", false, true), ("both", true, true)]
     {
-        if let Some(case) = converted(name, compressed, snapshot, 15) {
+        if let Some(case) = converted(name, compressed, snapshot, 20) {
             run(&case);
         }
     }
@@ -305,7 +306,7 @@ fn power_cuts_during_flushes_that_were_dropped() {
             for _ in 0..3 {
                 sim.step();
                 let what = format!("dropped flush, seed {seed}, round {round}");
-                let cut = file.power_cut(rng.next());
+                let cut = file.power_cut(rng.word());
                 check_cut(&case, &model, cut, rng.one_in(25), &what);
             }
         }

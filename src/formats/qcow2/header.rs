@@ -204,7 +204,7 @@ impl Header {
                 self.refcount_order
             )));
         }
-        if self.size % 512 != 0 {
+        if !self.size.is_multiple_of(512) {
             return Err(Error::unsupported(format!(
                 "disk size {} at header offset 24 is not a multiple of 512",
                 self.size
@@ -266,7 +266,9 @@ impl Header {
             }
         }
         let known = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
-        for bit in (0..64).filter(|bit| self.incompatible & !known & (1 << bit) != 0) {
+        let unknown = self.incompatible & !known;
+        if unknown != 0 {
+            let bit = u64::from(unknown.trailing_zeros());
             let name = self.feature_names.iter().find(|(number, _)| u64::from(*number) == bit);
             let name = name.map_or("which the image does not name", |(_, name)| name.as_str());
             return Err(Error::unsupported(format!(

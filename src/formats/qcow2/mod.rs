@@ -992,7 +992,7 @@ impl Qcow2 {
                 self.name()
             )));
         }
-        if size % BLOCK != 0 {
+        if !size.is_multiple_of(BLOCK) {
             return Err(Error::invalid(format!(
                 "{}: size {size} is not a multiple of {BLOCK}",
                 self.name()

@@ -182,7 +182,8 @@ impl Store {
     /// The bytes at `offset` as imago sees them.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
         let granule = self.inner.granule;
-        let whole = offset % self.inner.cluster_size == 0 && len as u64 == self.inner.cluster_size;
+        let whole =
+            offset.is_multiple_of(self.inner.cluster_size) && len as u64 == self.inner.cluster_size;
         loop {
             let mut out = vec![0; len];
             let evictions = {

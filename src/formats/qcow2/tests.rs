@@ -82,7 +82,7 @@ pub(super) fn random_request(rng: &mut Rng, size: u64, unit: u64, longest: u64) 
         1 | 2 => Request::Zero(range, rng.one_in(2)),
         3 | 4 => Request::Discard(range),
         _ => {
-            let data = (0..range.len / 8).flat_map(|_| rng.next().to_le_bytes()).collect();
+            let data = (0..range.len / 8).flat_map(|_| rng.word().to_le_bytes()).collect();
             Request::Write(range.offset, data)
         }
     }
@@ -150,7 +150,7 @@ pub(super) fn check_with_qemu(
 
 fn random_bytes(seed: u64, len: u64) -> Vec<u8> {
     let mut rng = Rng::new(seed);
-    (0..len / 8).flat_map(|_| rng.next().to_le_bytes()).collect()
+    (0..len / 8).flat_map(|_| rng.word().to_le_bytes()).collect()
 }
 
 /// One model run: random requests against a byte vector, with reopens.
@@ -234,7 +234,7 @@ fn many_requests_at_once_on_a_slow_disk() {
                             driver.flush().await.unwrap();
                             continue;
                         }
-                        let data = vec![rng.next() as u8; 512];
+                        let data = vec![rng.word() as u8; 512];
                         write(driver, offset, &data).await.unwrap();
                         let at = offset as usize..offset as usize + 512;
                         models[i as usize].lock().unwrap()[at.clone()].copy_from_slice(&data);
@@ -392,12 +392,12 @@ fn killed_in_the_middle_of_requests_and_flushes() {
                 assert!(possible.contains(&found), "seed {seed}: block {block} is {found}");
                 *possible = vec![found];
             }
-            let sim = Sim::new(rng.next());
+            let sim = Sim::new(rng.word());
             sim.attach(&file);
             let tasks: Vec<SimTask<'_>> = (0..lanes)
                 .map(|i| {
                     let (driver, model) = (&driver, &model);
-                    let mut rng = Rng::new(rng.next());
+                    let mut rng = Rng::new(rng.word());
                     Box::pin(async move {
                         for _ in 0..12 {
                             if rng.one_in(8) {
@@ -405,7 +405,7 @@ fn killed_in_the_middle_of_requests_and_flushes() {
                                 continue;
                             }
                             let block = rng.below(size / 512 / lanes) * lanes + i;
-                            let value = rng.next() as u8;
+                            let value = rng.word() as u8;
                             model.lock().unwrap()[block as usize].push(value);
                             write(driver, block * 512, &[value; 512]).await.unwrap();
                             model.lock().unwrap()[block as usize] = vec![value];
@@ -630,7 +630,7 @@ fn hostile_images_are_refused_or_read_without_harm() {
             let at = rng.below(reach.min(bytes.len() as u64)) as usize;
             if rng.one_in(2) {
                 let Some(byte) = bytes.get_mut(at) else { continue };
-                *byte = rng.next() as u8;
+                *byte = rng.word() as u8;
             } else {
                 let at = at & !7;
                 let Some(field) = bytes.get_mut(at..at + 8) else { continue };
@@ -813,6 +813,57 @@ fn discards_give_space_back_to_the_host() {
     assert!(block_on(read(&driver, 4 << 20, 1 << 20)).iter().all(|byte| *byte == 0));
     block_on(driver.close()).unwrap();
     check_with_qemu(&std::fs::read(&path).unwrap(), None, None, "discard");
+}
+
+#[test]
+fn several_threads_at_once() {
+    let dir = scratch();
+    let path = dir.path().join("image.qcow2");
+    std::fs::write(&path, []).unwrap();
+    let size = 8u64 << 20;
+    block_on(create(host(&path, true, false), &CreateOptions::new(size))).unwrap();
+    let state = state_dir();
+    let keep = Keep::open_with_capacity(state.path(), IMAGE, "qcow2", 128 << 10).unwrap();
+    let options = OpenOptions { read_only: false, backing: None, keep: Some(keep) };
+    let image = block_on(Qcow2::open(host(&path, true, false), options)).unwrap();
+    let driver = Arc::new(FormatDriver::new(image));
+    driver.begin_session(1).unwrap();
+    const THREADS: u64 = 4;
+    let threads: Vec<_> = (0..THREADS)
+        .map(|i| {
+            let driver = Arc::clone(&driver);
+            std::thread::spawn(move || {
+                let mut rng = Rng::new(i);
+                let mut written = std::collections::HashMap::new();
+                for step in 0..400 {
+                    let offset = (rng.below(size / 4096 / THREADS) * THREADS + i) * 4096;
+                    let value = (step % 250) as u8 + 1;
+                    match rng.below(20) {
+                        0 => block_on(driver.flush()).unwrap(),
+                        1 => {
+                            let range = ByteRange { offset, len: 4096 };
+                            block_on(driver.write_zeroes(range, true)).unwrap();
+                            written.insert(offset, 0);
+                        }
+                        _ => {
+                            block_on(write(&driver, offset, &[value; 4096])).unwrap();
+                            written.insert(offset, value);
+                        }
+                    }
+                }
+                written
+            })
+        })
+        .collect();
+    let mut expected = vec![0; size as usize];
+    for thread in threads {
+        for (offset, value) in thread.join().unwrap() {
+            expected[offset as usize..][..4096].fill(value);
+        }
+    }
+    assert!(block_on(read(&driver, 0, size)) == expected);
+    block_on(driver.close()).unwrap();
+    check_with_qemu(&std::fs::read(&path).unwrap(), Some(&expected), None, "threads");
 }
 
 #[test]
