@@ -229,7 +229,7 @@ fn run(case: &Case) {
                 cuts += 1;
                 let what = format!("{}, seed {seed}, step {step}", case.name);
                 let image = file.power_cut(rng.word());
-                check_cut(case, &model, image, cuts % 16 == 0, &what);
+                check_cut(case, &model, image, cuts.is_multiple_of(16), &what);
             }
             false
         });

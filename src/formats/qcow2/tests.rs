@@ -373,10 +373,9 @@ fn killed_in_the_middle_of_requests_and_flushes() {
         let dir = state_dir();
         let keep = || Keep::open_with_capacity(dir.path(), IMAGE, "qcow2", 256 << 10).unwrap();
         let file = new_image(&backed(size, cluster_size, false), Alignment::NONE);
-        let mut nonce = 1;
         // Of each block: the values it may have, the last completed one first.
         let model: Mutex<Vec<Vec<u8>>> = Mutex::new(vec![vec![0]; (size / 512) as usize]);
-        for _ in 0..4 {
+        for nonce in 1..5 {
             let driver = open_image(&file, None, Some(keep()));
             if nonce == 1 {
                 block_on(driver.resume(None)).unwrap();
@@ -384,7 +383,6 @@ fn killed_in_the_middle_of_requests_and_flushes() {
                 block_on(driver.resume(Some(nonce - 1))).unwrap();
             }
             driver.begin_session(nonce).unwrap();
-            nonce += 1;
             let content = block_on(read(&driver, 0, size));
             for (block, possible) in model.lock().unwrap().iter_mut().enumerate() {
                 let found = content[block * 512];
