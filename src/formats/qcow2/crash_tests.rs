@@ -106,6 +106,8 @@ struct Case {
     /// The values of all blocks at the start.
     start: Vec<u64>,
     longest: u64,
+    /// The power fails once in so many steps.
+    cut_every: u64,
     seeds: std::ops::Range<u64>,
 }
 
@@ -120,7 +122,7 @@ fn created(name: &'static str, options: CreateOptions, longest: u64, seeds: u64)
     let base = options.backing.is_some().then(|| base_content(align_down(size * 3 / 4, 512)));
     let covered = base.as_ref().map_or(0, |base| base.len() as u64 / 512);
     let start = (0..size / 512).map(|block| u64::from(block < covered)).collect();
-    Case { name, file, size, base, start, longest, seeds: 0..seeds }
+    Case { name, file, size, base, start, longest, cut_every: 12, seeds: 0..seeds }
 }
 
 /// An image made by qemu-img, all of it data. Small, so that all that shares a cluster of
@@ -142,7 +144,8 @@ fn converted(name: &'static str, compressed: bool, snapshot: bool, seeds: u64) -
     let image = std::fs::read(dir.path().join("image.qcow2")).unwrap();
     let file = SimFile::from_bytes("test.qcow2", image);
     let start = vec![1; size as usize / 512];
-    Some(Case { name, file, size, base: None, start, longest: 24, seeds: 0..seeds })
+    let (longest, cut_every) = (24, 12);
+    Some(Case { name, file, size, base: None, start, longest, cut_every, seeds: 0..seeds })
 }
 
 /// Opens what a power cut left, compares, and goes on with it.
@@ -225,7 +228,7 @@ fn run(case: &Case) {
             .collect();
         let mut rng = Rng::new(!seed);
         sim.run_until(tasks, |step| {
-            if rng.one_in(12) {
+            if rng.one_in(case.cut_every) {
                 cuts += 1;
                 let what = format!("{}, seed {seed}, step {step}", case.name);
                 let image = file.power_cut(rng.word());
@@ -261,9 +264,9 @@ fn power_cuts_with_tiny_clusters() {
 #[test]
 fn power_cuts_while_refcount_tables_move() {
     let options = CreateOptions { refcount_bits: 64, ..backed(5 << 19, 512, false) };
-    run(&created("moving", options, 300, 5));
+    run(&Case { cut_every: 60, ..created("moving", options, 300, 5) });
     let options = CreateOptions { refcount_bits: 1, ..backed(256 << 10, 512, false) };
-    run(&created("bits", options, 60, 5));
+    run(&Case { cut_every: 25, ..created("bits", options, 60, 5) });
 }
 
 #[test]
