@@ -12,7 +12,7 @@
 //!    ▲
 //! block              Node, Driver, Format, the adapter, gate, rights, locks, open gate, keep
 //!    ▲
-//! formats            raw, qcow2 (a bridge to the imago crate)
+//! formats filters    raw, qcow2 (a bridge to the imago crate), open and create; guess guard
 //!    ▲
 //! cli                serve create info check map convert compare resize bench
 //!
@@ -51,6 +51,7 @@ pub mod block;
 pub mod cli;
 pub mod device;
 pub mod error;
+pub mod filters;
 pub mod formats;
 pub mod frontend;
 pub mod io;

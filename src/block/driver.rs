@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use smallvec::SmallVec;
+
 use crate::block::Node;
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, HostFile};
@@ -72,7 +74,7 @@ pub enum PlanExtent<'a> {
 #[derive(Debug, Default)]
 pub struct Plan<'a> {
     /// The pieces, covering the range in order.
-    pub extents: Vec<PlanExtent<'a>>,
+    pub extents: SmallVec<[PlanExtent<'a>; 2]>,
     /// Released when the request has completed: keeps what the extents point to from being moved
     /// or reused meanwhile. `None` where nothing ever moves (raw).
     pub pin: Option<Pin>,

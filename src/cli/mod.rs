@@ -1,6 +1,139 @@
-//! The command line.
+//! The command line: qemu-img's verbs, and `serve`.
+//!
+//! Each command is a module with its arguments (`…Args`) and a `run` that returns the exit code.
+//! Errors come back here and are printed as one line on stderr, `vublk: …`.
+//!
+//! | exit code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed; for `compare` the images differ |
+//! | 2 | wrong usage; for `check` the image is corrupt; for `compare` an image cannot be opened |
+//! | 3 | for `check` there are leaks only; for `compare` what is allocated cannot be found out |
+//! | 4 | for `compare` an image cannot be read |
+//! | 63 | for `check` the format cannot be checked |
+
+pub mod bench;
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod info;
+pub mod lanes;
+pub mod logging;
+mod map;
+mod measure;
+pub mod options;
+pub mod output;
+pub mod progress;
+mod resize;
+pub mod serve;
+pub mod serve_args;
+mod shell;
+pub mod size;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::error::{Error, Result};
+
+pub use serve_args::ServeArgs;
+
+/// Exit code of a command that did what it should.
+pub(crate) const DONE: u8 = 0;
+
+/// A virtio-blk vhost-user back-end, and a tool for disk images
+#[derive(Debug, Parser)]
+#[command(name = "vublk", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(flatten)]
+    log: logging::LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(Box<ServeArgs>),
+    Create(create::CreateArgs),
+    Info(info::InfoArgs),
+    Check(check::CheckArgs),
+    Map(map::MapArgs),
+    Measure(measure::MeasureArgs),
+    Convert(convert::ConvertArgs),
+    Compare(compare::CompareArgs),
+    Resize(resize::ResizeArgs),
+    Bench(Box<bench::BenchArgs>),
+    Completions(shell::CompletionsArgs),
+    Man(shell::ManArgs),
+}
+
+impl Command {
+    /// What is logged unless the operator says otherwise: a server tells what it does, a tool
+    /// only what is wrong.
+    fn default_level(&self) -> LevelFilter {
+        match self {
+            Command::Serve(_) => LevelFilter::INFO,
+            _ => LevelFilter::WARN,
+        }
+    }
+
+    fn run(&self) -> Result<u8> {
+        match self {
+            Command::Serve(args) => {
+                if args.print_capabilities {
+                    return serve_args::print_capabilities();
+                }
+                args.check()?;
+                serve::run(args)
+            }
+            Command::Create(args) => create::run(args),
+            Command::Info(args) => info::run(args),
+            Command::Check(args) => check::run(args),
+            Command::Map(args) => map::run(args),
+            Command::Measure(args) => measure::run(args),
+            Command::Convert(args) => convert::run(args),
+            Command::Compare(args) => compare::run(args),
+            Command::Resize(args) => resize::run(args),
+            Command::Bench(args) => bench::run(args).map(|()| DONE),
+            Command::Completions(args) => shell::completions(args),
+            Command::Man(args) => shell::man(args),
+        }
+    }
+}
 
 /// Runs the program.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result =
+        logging::init(&cli.log, cli.command.default_level()).and_then(|()| cli.command.run());
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(err) => {
+            report(&err);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints an error as the one line that an operator sees.
+pub(crate) fn report(err: &Error) {
+    use std::io::Write;
+    // Names come from images and paths and may hold anything; the line stays one line.
+    let line: String =
+        err.to_string().chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    // Nobody is left to be told if stderr is gone.
+    let _ = writeln!(std::io::stderr(), "vublk: {line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_tree_is_sound() {
+        Cli::command().debug_assert();
+    }
 }

@@ -41,6 +41,8 @@ pub struct Hole {
 /// All methods may be called from any thread that has a reactor. Dropping a future does not stop
 /// what was already handed to the host: the operation may still happen, and its memory stays
 /// alive until it has. Requests that overlap in flight have no defined order.
+// A length of zero is not worth a method.
+#[allow(clippy::len_without_is_empty)]
 pub trait File: Send + Sync + fmt::Debug {
     /// What to call the file in messages: its path as the operator gave it.
     fn name(&self) -> &str;

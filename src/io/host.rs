@@ -5,11 +5,13 @@
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::buf::AlignedBuf;
+use super::engine::{Op, blocking};
 use super::file::{Alignment, File, Fut, Hole};
 use super::lock::{self, Rights};
 use super::{Buffers, reactor};
@@ -43,7 +45,8 @@ pub enum HostKind {
 /// Its reads and writes go through the reactor of the calling thread; on a thread without one they
 /// are plain blocking calls.
 pub struct HostFile {
-    fd: OwnedFd,
+    /// Shared with operations in flight, which must not meet another file of the same number.
+    fd: Arc<OwnedFd>,
     path: PathBuf,
     /// The path as text, for messages.
     name: String,
@@ -58,6 +61,8 @@ pub struct HostFile {
     inline: Inline,
     /// Until when (in [`coarse_now_ms`]) inline calls are suspended because one was slow.
     inline_suspended_until_ms: AtomicU64,
+    /// Slow inline calls in a row; each doubles the suspension.
+    inline_slow_streak: AtomicU32,
 }
 
 /// In which directions plain calls beat the ring.
@@ -69,8 +74,13 @@ pub struct Inline {
     pub writes: bool,
 }
 
-/// How long plain calls on a file are suspended after one that took too long.
+/// A plain call that takes this long has held up its queue. Two ticks of the coarse clock at 250
+/// Hz, so that a quick call across one tick does not count.
+const INLINE_SLOW_MS: u64 = 8;
+/// How long plain calls on a file are suspended after a slow one; doubled for each in a row.
 const INLINE_SUSPENSION_MS: u64 = 100;
+/// Most doublings: 100 ms << 6 is 6.4 s.
+const INLINE_MAX_DOUBLINGS: u32 = 6;
 
 static NEXT_ID: AtomicU32 = AtomicU32::new(0);
 
@@ -130,7 +140,7 @@ impl HostFile {
         }
         let inline = probe_inline(fd.as_fd(), kind, options.direct);
         Ok(HostFile {
-            fd,
+            fd: Arc::new(fd),
             path,
             name,
             kind,
@@ -140,6 +150,7 @@ impl HostFile {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             inline,
             inline_suspended_until_ms: AtomicU64::new(0),
+            inline_slow_streak: AtomicU32::new(0),
         })
     }
 
@@ -179,11 +190,35 @@ impl HostFile {
         self.inline
     }
 
-    /// Says that a plain call blocked for long (the host throttles the writer, say): for a while
-    /// requests go through the ring, where they hold up nobody else.
-    pub fn suspend_inline(&self) {
-        self.inline_suspended_until_ms
-            .store(coarse_now_ms() + INLINE_SUSPENSION_MS, Ordering::Relaxed);
+    /// Performs a transfer in place. One that blocks for long (the host throttles the writer, say)
+    /// suspends inline calls for a while: the next requests go through the ring, where they hold
+    /// up nobody else.
+    ///
+    /// # Safety
+    /// As for [`blocking`].
+    #[inline]
+    pub unsafe fn inline_call(&self, op: &Op) -> i32 {
+        let start = coarse_now_ms();
+        // SAFETY: passed on to the caller.
+        let result = unsafe { blocking(op) };
+        if coarse_now_ms() - start >= INLINE_SLOW_MS {
+            self.suspend_inline();
+        } else if self.inline_slow_streak.load(Ordering::Relaxed) != 0 {
+            self.inline_slow_streak.store(0, Ordering::Relaxed);
+        }
+        result
+    }
+
+    #[cold]
+    fn suspend_inline(&self) {
+        let streak = self.inline_slow_streak.fetch_add(1, Ordering::Relaxed);
+        let pause = INLINE_SUSPENSION_MS << streak.min(INLINE_MAX_DOUBLINGS);
+        self.inline_suspended_until_ms.store(coarse_now_ms() + pause, Ordering::Relaxed);
+    }
+
+    /// The descriptor, shared with an operation.
+    pub(super) fn share_fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.fd)
     }
 
     /// Takes image locks; see [`lock::lock`].
@@ -333,7 +368,7 @@ fn probe_inline(fd: BorrowedFd<'_>, kind: HostKind, direct: bool) -> Inline {
     const XFS: i64 = 0x5846_5342;
     const BTRFS: i64 = 0x9123_683e;
     let writes = match rustix::fs::fstatfs(fd) {
-        Ok(fs) => !matches!(fs.f_type as i64, XFS | BTRFS),
+        Ok(fs) => !matches!(fs.f_type, XFS | BTRFS),
         Err(_) => false,
     };
     Inline { reads, writes }

@@ -16,6 +16,8 @@
 //! * The engine is the only place where a thread of ours waits.
 
 pub mod buf;
+pub mod engine;
+pub mod exec;
 pub mod file;
 pub mod host;
 pub mod lock;
@@ -23,7 +25,8 @@ pub mod reactor;
 pub mod sim;
 
 pub use buf::{AlignedBuf, BufferOwner, Buffers};
+pub use engine::{Engine, EngineKind};
 pub use file::{Alignment, File, Fut, Hole};
 pub use host::{HostFile, HostKind, OpenOptions};
 pub use lock::Rights;
-pub use reactor::block_on;
+pub use reactor::{Reactor, block_on, spawn_local};

@@ -1,0 +1,91 @@
+//! A small client of QEMU's control socket: one command at a time, events kept aside.
+
+use std::collections::VecDeque;
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// An open connection past the capabilities handshake.
+pub struct Qmp {
+    reader: BufReader<UnixStream>,
+    events: VecDeque<Value>,
+}
+
+impl Qmp {
+    /// Connects, trying until `end`, and negotiates.
+    pub fn connect(path: &Path, end: Instant) -> Qmp {
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(error) => {
+                    assert!(Instant::now() < end, "no control socket: {error}");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        };
+        let mut qmp = Qmp { reader: BufReader::new(stream), events: VecDeque::new() };
+        let greeting = qmp.read(end);
+        assert!(greeting.get("QMP").is_some(), "not a greeting: {greeting}");
+        qmp.run("qmp_capabilities", json!({}), end);
+        qmp
+    }
+
+    /// Runs a command and returns its result; panics on an error.
+    #[track_caller]
+    pub fn run(&mut self, command: &str, arguments: Value, end: Instant) -> Value {
+        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
+        line.push('\n');
+        self.reader.get_mut().write_all(line.as_bytes()).expect("QEMU listens");
+        loop {
+            let mut answer = self.read(end);
+            if answer.get("event").is_some() {
+                self.events.push_back(answer);
+            } else if let Some(error) = answer.get("error") {
+                panic!("{line}{error}");
+            } else {
+                return answer["return"].take();
+            }
+        }
+    }
+
+    /// Waits for an event of this name for which `wanted` is true, and returns its data. Earlier
+    /// events are dropped.
+    pub fn await_event(
+        &mut self,
+        name: &str,
+        end: Instant,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Value {
+        loop {
+            let mut event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.read(end),
+            };
+            if event["event"] == name && wanted(&event["data"]) {
+                return event["data"].take();
+            }
+        }
+    }
+
+    fn read(&mut self, end: Instant) -> Value {
+        let mut line = Vec::new();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "QEMU's control socket was silent until the deadline");
+            self.reader.get_ref().set_read_timeout(Some(left)).expect("a timeout can be set");
+            match self.reader.read_until(b'\n', &mut line) {
+                Ok(0) => panic!("QEMU closed its control socket"),
+                Ok(_) if line.ends_with(b"\n") => break,
+                Ok(_) => {}
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => {}
+                    _ => panic!("QEMU's control socket: {error}"),
+                },
+            }
+        }
+        serde_json::from_slice(&line).expect("QEMU speaks JSON")
+    }
+}

@@ -1,0 +1,420 @@
+//! `vublk convert`: copies an image's content to a new image of any format.
+//!
+//! ```text
+//! block status of the source ──► runs of data and of nothing
+//!     data:    chunks of 1 MiB, several in flight:  read ──► look for zeros ──► write
+//!     nothing: skipped where the target is known to be zero, else made zero there
+//! ```
+//!
+//! Holes stay holes, and zeros that were stored become holes (`-S 0` stores everything instead).
+//! The order of writes does not matter, because nothing reads the target before the flush at the
+//! end; so `-W` changes nothing and is accepted for compatibility.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::block::{Node, StatusKind};
+use crate::cli::lanes::Lanes;
+use crate::cli::options::{SharingArgs, is_help, options_help, parse_options, take_option};
+use crate::cli::progress::{Progress, ProgressArgs};
+use crate::cli::size::parse_size;
+use crate::cli::{DONE, output};
+use crate::error::{Error, Result, ResultExt};
+use crate::formats::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
+use crate::io::{AlignedBuf, HostFile, HostKind, OpenOptions, block_on};
+use crate::units::{ByteRange, MIB, align_down, align_up};
+
+/// How much is copied at a time.
+const CHUNK: u64 = MIB;
+/// Zeros shorter than this are stored, unless `-S` says otherwise: as qemu-img.
+const SPARSE_SIZE: u64 = 4096;
+
+/// Copy an image to another, converting the format; unused space stays unused
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Format of the source; guessed from its first bytes if not given
+    #[arg(short = 'f', long = "source-format", value_name = "FORMAT")]
+    format: Option<ImageFormat>,
+    /// Format of the target
+    #[arg(short = 'O', long = "target-format", value_name = "FORMAT", default_value = "raw")]
+    target_format: ImageFormat,
+    /// Options of the target's format, key=value,key=value; -o help lists them
+    #[arg(short = 'o', long = "target-options", value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Make the target an overlay of this backing file, and copy only what differs in layers
+    #[arg(short = 'B', long = "backing", value_name = "FILE")]
+    backing: Option<String>,
+    /// Format of the backing file
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT", requires = "backing")]
+    backing_format: Option<ImageFormat>,
+    /// Write to an existing target of at least the source's size
+    #[arg(short = 'n', long, conflicts_with_all = ["options", "backing"])]
+    no_create: bool,
+    /// The existing target is known to read as zeros
+    #[arg(long, requires = "no_create")]
+    target_is_zero: bool,
+    /// Zeros of at least this length become holes in the target; 0 stores everything
+    #[arg(short = 'S', long, value_name = "SIZE")]
+    sparse_size: Option<String>,
+    /// How the source is cached: writeback or none
+    #[arg(short = 'T', long, value_name = "MODE", default_value_t)]
+    source_cache: CacheMode,
+    /// How the target is cached: writeback, none, or unsafe (no flush at the end)
+    #[arg(short = 't', long, value_name = "MODE", default_value_t)]
+    target_cache: CacheMode,
+    /// How many pieces are copied at a time
+    #[arg(short = 'm', long, value_name = "N", default_value_t = 8,
+          value_parser = clap::value_parser!(u8).range(1..=16))]
+    parallel: u8,
+    /// Write out of order (always done)
+    #[arg(short = 'W', long)]
+    oob_writes: bool,
+    #[command(flatten)]
+    sharing: SharingArgs,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// The image to copy
+    #[arg(value_name = "SOURCE", required_unless_present = "options")]
+    source: Option<PathBuf>,
+    /// The image to write: a file or a block device
+    #[arg(value_name = "TARGET", required_unless_present = "options")]
+    target: Option<PathBuf>,
+}
+
+pub fn run(args: &ConvertArgs) -> Result<u8> {
+    if is_help(&args.options) {
+        output::print(&options_help(args.target_format))?;
+        return Ok(DONE);
+    }
+    let (Some(source_path), Some(target_path)) = (&args.source, &args.target) else {
+        return Err(Error::invalid("give a SOURCE and a TARGET"));
+    };
+    let sparse_size = match &args.sparse_size {
+        Some(text) => parse_size(text).context(|| "-S")?,
+        None => SPARSE_SIZE,
+    };
+    let request = args.sharing.request(source_path, args.format).cache(args.source_cache);
+    let source = formats::open(&request)?;
+    refuse_same_file(&source, target_path)?;
+    let target = open_target(args, &source, target_path)?;
+    let copy = Copy::new(args, &source, &target, sparse_size)?;
+    block_on(copy.run()).context(|| {
+        format!("converting {} to {} (which is incomplete)", source.name(), target.name())
+    })?;
+    copy.progress.finish();
+    Ok(DONE)
+}
+
+/// A file that is its own target would be emptied before it is read.
+fn refuse_same_file(source: &Image, target: &std::path::Path) -> Result<()> {
+    // A target that cannot be opened is not there yet, or the next step says why.
+    let Ok(target) = HostFile::open(target, OpenOptions::default()) else { return Ok(()) };
+    if target.identity()? == source.file.identity()? {
+        return Err(Error::invalid(format!(
+            "{}: source and target are the same file",
+            source.name()
+        )));
+    }
+    Ok(())
+}
+
+/// Makes the target, unless it is to exist already, and opens it.
+fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Result<Image> {
+    let size = source.node.size();
+    if !args.no_create {
+        let mut options = parse_options(&args.options)?;
+        let size = match take_option(&mut options, "size") {
+            Some(text) => parse_size(&text).context(|| "-o size")?.max(size),
+            None => size,
+        };
+        formats::create(&CreateRequest {
+            path: path.to_path_buf(),
+            format: args.target_format,
+            size: Some(size),
+            options,
+            backing: args.backing.clone(),
+            backing_format: args.backing_format,
+            backing_unchecked: false,
+        })?;
+    }
+    let request = OpenRequest::write(path)
+        .format(Some(args.target_format))
+        .cache(args.target_cache)
+        .allow_dirs(&args.sharing.allow_dirs);
+    let target = formats::open(&request)?;
+    if target.node.size() < size {
+        return Err(Error::invalid(format!(
+            "{}: has {} bytes, and the source {size}; make it larger (vublk resize) first",
+            target.name(),
+            target.node.size()
+        )));
+    }
+    Ok(target)
+}
+
+/// What happens to a run of the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    /// Read it and write what is not zero.
+    Copy,
+    /// Make it zero in the target.
+    Zero,
+    /// Nothing: the target reads the same already.
+    Skip,
+}
+
+/// A copy under way.
+struct Copy<'a> {
+    source: &'a Node,
+    target: &'a Node,
+    /// Whether the target reads as zeros where nothing was written yet.
+    target_is_zero: bool,
+    /// Whether what the source's top layer does not hold is left to the target's backing file.
+    target_has_backing: bool,
+    /// Zeros of this length become holes; 0 stores everything.
+    sparse_size: u64,
+    /// What requests to both sides must be multiples of.
+    align: u64,
+    /// Alignment of buffers that suits both sides.
+    memory_align: usize,
+    lanes: usize,
+    flush: bool,
+    progress: Progress,
+}
+
+impl<'a> Copy<'a> {
+    fn new(
+        args: &ConvertArgs,
+        source: &'a Image,
+        target: &'a Image,
+        sparse_size: u64,
+    ) -> Result<Self> {
+        let (from, to) = (source.node.limits(), target.node.limits());
+        let align = from.request_alignment.max(to.request_alignment);
+        if from.size % align != 0 {
+            return Err(Error::unsupported(format!(
+                "{}: its size of {} bytes is not a multiple of the {align} that direct I/O takes \
+                 here; use -T writeback -t writeback",
+                source.name(),
+                from.size
+            )));
+        }
+        let created_zero = !args.no_create && target.file.kind() == HostKind::Regular;
+        Ok(Copy {
+            source: &source.node,
+            target: &target.node,
+            target_is_zero: created_zero || args.target_is_zero,
+            target_has_backing: args.backing.is_some(),
+            sparse_size,
+            align,
+            memory_align: from.memory_alignment.max(to.memory_alignment).max(4096),
+            lanes: usize::from(args.parallel),
+            flush: !args.target_cache.ignores_flush(),
+            progress: Progress::new(args.progress, "converting", from.size),
+        })
+    }
+
+    async fn run(&self) -> Result<()> {
+        let mut lanes = Lanes::new(self.lanes);
+        let copied = self.start_all(&mut lanes).await;
+        // Even after a failure nothing may be in flight when the files are closed.
+        let drained = lanes.drain().await;
+        copied.and(drained)?;
+        if self.flush {
+            self.target.flush().await.context(|| "flushing")?;
+        }
+        self.target.close().await.context(|| "closing")
+    }
+
+    async fn start_all<'c>(&'c self, lanes: &mut Lanes<'c>) -> Result<()> {
+        let size = self.source.size();
+        let mut offset = 0;
+        while offset < size {
+            let (run, work) = self.next_run(ByteRange::between(offset, size)).await?;
+            offset = run.end();
+            match work {
+                Work::Skip => self.progress.advance(run.len),
+                Work::Zero => lanes.push(self.zero(run)).await?,
+                Work::Copy => {
+                    for chunk in chunks(run) {
+                        lanes.push(self.copy(chunk)).await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next run of the source and what to do with it. Runs keep to the alignment: a unit that
+    /// holds some data is data.
+    async fn next_run(&self, rest: ByteRange) -> Result<(ByteRange, Work)> {
+        let status = match self.target_has_backing {
+            true => self.source.block_status(rest).await,
+            false => self.source.block_status_deep(rest).await,
+        };
+        let status =
+            status.context(|| format!("finding out what is allocated at {}", rest.offset))?;
+        let work = match status.kind {
+            StatusKind::Data => Work::Copy,
+            StatusKind::Unallocated if self.target_has_backing => Work::Skip,
+            _ if self.sparse_size == 0 => Work::Copy,
+            _ if self.target_is_zero && !self.target_has_backing => Work::Skip,
+            _ => Work::Zero,
+        };
+        let end = status.range.end().min(rest.end());
+        let unit_end = align_down(end, self.align);
+        let end = match work {
+            _ if end == rest.end() => end,
+            Work::Copy => align_up(end, self.align).unwrap_or(end).min(rest.end()),
+            _ if unit_end > rest.offset => unit_end,
+            // Less than a unit of nothing, with something else after it.
+            _ => {
+                let unit = ByteRange { offset: rest.offset, len: self.align.min(rest.len) };
+                return Ok((unit, Work::Copy));
+            }
+        };
+        Ok((ByteRange::between(rest.offset, end), work))
+    }
+
+    /// Copies one chunk.
+    async fn copy(&self, chunk: ByteRange) -> Result<()> {
+        let mut buf = AlignedBuf::zeroed(chunk.len as usize, self.memory_align);
+        self.source
+            .read(chunk.offset, buf.buffers())
+            .await
+            .context(|| format!("reading {chunk} of the source"))?;
+        let pieces = match self.sparse_size {
+            0 => vec![Piece { range: ByteRange { offset: 0, len: chunk.len }, is_zero: false }],
+            min => {
+                let granule = min.min(SPARSE_SIZE).next_power_of_two().max(512).max(self.align);
+                find_zeros(buf.as_slice(), granule as usize, min.min(CHUNK))
+            }
+        };
+        for piece in pieces {
+            let range = ByteRange { offset: chunk.offset + piece.range.offset, ..piece.range };
+            if !piece.is_zero {
+                let data = buf.buffers().slice(piece.range.offset, piece.range.len);
+                self.target
+                    .write(range.offset, data, false)
+                    .await
+                    .context(|| format!("writing {range} of the target"))?;
+            } else if !self.target_is_zero || self.target_has_backing {
+                self.make_zero(range).await?;
+            }
+        }
+        self.progress.advance(chunk.len);
+        Ok(())
+    }
+
+    async fn zero(&self, range: ByteRange) -> Result<()> {
+        self.make_zero(range).await?;
+        self.progress.advance(range.len);
+        Ok(())
+    }
+
+    async fn make_zero(&self, range: ByteRange) -> Result<()> {
+        (self.target.write_zeroes(range, true).await)
+            .context(|| format!("writing zeros, {range} of the target"))
+    }
+}
+
+/// Cuts a run into chunks that end at multiples of the chunk's size.
+fn chunks(run: ByteRange) -> impl Iterator<Item = ByteRange> {
+    let mut offset = run.offset;
+    std::iter::from_fn(move || {
+        let end = (align_down(offset, CHUNK) + CHUNK).min(run.end());
+        let chunk = ByteRange::between(offset, end);
+        offset = end;
+        (!chunk.is_empty()).then_some(chunk)
+    })
+}
+
+/// A part of a chunk, all zeros or not.
+#[derive(Debug, PartialEq, Eq)]
+struct Piece {
+    range: ByteRange,
+    is_zero: bool,
+}
+
+/// Cuts bytes into pieces of data and pieces of zeros: whole granules, at least `min` bytes long.
+fn find_zeros(bytes: &[u8], granule: usize, min: u64) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (i, part) in bytes.chunks(granule).enumerate() {
+        let is_zero = is_zero(part);
+        let len = part.len() as u64;
+        match pieces.last_mut() {
+            Some(last) if last.is_zero == is_zero => last.range.len += len,
+            _ => {
+                let range = ByteRange { offset: (i * granule) as u64, len };
+                pieces.push(Piece { range, is_zero });
+            }
+        }
+    }
+    if pieces.iter().any(|piece| piece.is_zero && piece.range.len < min) {
+        let mut merged: Vec<Piece> = Vec::new();
+        for mut piece in pieces {
+            // A tail of the disk that is shorter than asked for is still all zeros to its end,
+            // but nobody can know here: it is stored.
+            piece.is_zero &= piece.range.len >= min;
+            match merged.last_mut() {
+                Some(last) if !last.is_zero && !piece.is_zero => last.range.len += piece.range.len,
+                _ => merged.push(piece),
+            }
+        }
+        pieces = merged;
+    }
+    pieces
+}
+
+/// Whether all bytes are zero. Most data shows its first non-zero byte early.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<64>();
+    words.iter().all(|w| w.iter().fold(0, |all, b| all | b) == 0) && rest.iter().all(|b| *b == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_a_run_and_end_at_multiples() {
+        let run = ByteRange { offset: CHUNK - 1, len: 2 * CHUNK };
+        let cut: Vec<_> = chunks(run).collect();
+        assert_eq!(cut.iter().map(|c| c.len).collect::<Vec<_>>(), [1, CHUNK, CHUNK - 1]);
+        assert!(cut.windows(2).all(|pair| pair[0].end() == pair[1].offset));
+        assert_eq!(chunks(ByteRange { offset: 5, len: 0 }).count(), 0);
+    }
+
+    /// The pieces as a text: `D` and `z` for each granule of four bytes.
+    fn picture(bytes: &[u8], min: u64) -> String {
+        let piece = |p: Piece| {
+            let letter = if p.is_zero { "z" } else { "D" };
+            letter.repeat(p.range.len.div_ceil(4) as usize)
+        };
+        find_zeros(bytes, 4, min).into_iter().map(piece).collect()
+    }
+
+    #[test]
+    fn zeros_are_found_in_granules() {
+        let bytes = [[1; 4], [0; 4], [0; 4], [0, 0, 1, 0], [0; 4]].concat();
+        assert_eq!(picture(&bytes, 4), "DzzDz");
+        assert_eq!(picture(&bytes, 8), "DzzDD");
+        assert_eq!(picture(&bytes, 12), "DDDDD");
+        assert_eq!(picture(&[0; 6], 4), "zz");
+        assert_eq!(picture(&[], 4), "");
+    }
+
+    #[test]
+    fn zeros_are_told_from_data() {
+        assert!(is_zero(&[0; 1000]));
+        for at in [0, 63, 64, 511, 999] {
+            let mut bytes = [0; 1000];
+            bytes[at] = 1;
+            assert!(!is_zero(&bytes), "{at}");
+        }
+    }
+}

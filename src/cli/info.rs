@@ -1,0 +1,168 @@
+//! `vublk info`: what an image is.
+//!
+//! The JSON is QEMU's `BlockNodeInfo` as `qemu-img info --output json` prints it. A driver's
+//! [`details`](crate::block::Driver::details) fill it: keys that QEMU has at the top
+//! (`cluster-size`, `backing-filename`, `backing-filename-format`, `encrypted`, `compressed`,
+//! `dirty-flag`, `snapshots`) go there, all others under `format-specific.data`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Map, Value, json};
+
+use crate::cli::options::{Output, ReadArgs};
+use crate::cli::size::human_size;
+use crate::cli::{DONE, output};
+use crate::error::{Result, ResultExt};
+use crate::formats::open::{full_backing_name, protocol_name};
+use crate::formats::{self, Image, Locking, OpenRequest};
+use crate::io::File;
+
+/// Keys of a driver's details that stand at the top of the answer.
+const TOP_KEYS: &[&str] = &[
+    "cluster-size",
+    "backing-filename",
+    "backing-filename-format",
+    "encrypted",
+    "compressed",
+    "dirty-flag",
+    "snapshots",
+];
+
+/// Show what an image is
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    #[command(flatten)]
+    read: ReadArgs,
+    /// Show the backing files, too
+    #[arg(short, long)]
+    backing_chain: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+pub fn run(args: &InfoArgs) -> Result<u8> {
+    let request = args.read.request(&args.file);
+    let locking = if request.locking == Locking::Share { Locking::Share } else { Locking::Inspect };
+    let request = OpenRequest { locking, backing: false, ..request };
+    let images = match args.backing_chain {
+        true => formats::open_chain(&request)?,
+        false => vec![formats::open(&request)?],
+    };
+    let infos = images.iter().map(describe).collect::<Result<Vec<_>>>()?;
+    match args.output {
+        Output::Json if args.backing_chain => output::print_json(&infos)?,
+        Output::Json => output::print_json(&infos[0])?,
+        Output::Human => {
+            let texts: Vec<_> = infos.iter().map(human).collect();
+            output::print(&texts.join("\n"))?;
+        }
+    }
+    Ok(DONE)
+}
+
+/// QEMU's description of an image.
+fn describe(image: &Image) -> Result<Value> {
+    let name = || image.name().to_string();
+    let actual_size = image.file.allocated_size().context(name)?;
+    let protocol = protocol_name(&image.file);
+    let child = json!({
+        "children": [],
+        "virtual-size": image.file.len().context(name)?,
+        "filename": image.name(),
+        "format": protocol,
+        "actual-size": actual_size,
+        "format-specific": { "type": protocol, "data": {} },
+        "dirty-flag": false,
+    });
+    let mut info = Map::new();
+    info.insert("children".into(), json!([{ "name": "file", "info": child }]));
+    info.insert("virtual-size".into(), image.node.size().into());
+    info.insert("filename".into(), image.name().into());
+    info.insert("format".into(), image.format.name().into());
+    info.insert("actual-size".into(), actual_size.into());
+    info.insert("dirty-flag".into(), false.into());
+    let mut specific = Map::new();
+    if let Value::Object(details) = image.node.driver().details() {
+        for (key, value) in details {
+            match TOP_KEYS.contains(&key.as_str()) {
+                true => info.insert(key, value),
+                false => specific.insert(key, value),
+            };
+        }
+    }
+    if !specific.is_empty() {
+        let typed = json!({ "type": image.format.name(), "data": specific });
+        info.insert("format-specific".into(), typed);
+    }
+    if let Some(reference) = info.get("backing-filename").and_then(Value::as_str) {
+        let full = full_backing_name(image.file.path(), reference).display().to_string();
+        info.insert("full-backing-filename".into(), full.into());
+    }
+    Ok(Value::Object(info))
+}
+
+/// The description in qemu-img's words.
+fn human(info: &Value) -> String {
+    let size = |value: &Value| value.as_u64().unwrap_or(0);
+    let text_of = |value: &Value| value.as_str().unwrap_or_default().to_string();
+    let virtual_size = size(&info["virtual-size"]);
+    let mut lines = vec![
+        format!("image: {}", text_of(&info["filename"])),
+        format!("file format: {}", text_of(&info["format"])),
+        format!("virtual size: {} ({virtual_size} bytes)", human_size(virtual_size)),
+        format!("disk size: {}", human_size(size(&info["actual-size"]))),
+    ];
+    if info["encrypted"] == true {
+        lines.push("encrypted: yes".into());
+    }
+    if let Some(cluster) = info["cluster-size"].as_u64() {
+        lines.push(format!("cluster_size: {cluster}"));
+    }
+    if info["dirty-flag"] == true {
+        lines.push("cleanly shut down: no".into());
+    }
+    if let Some(backing) = info["backing-filename"].as_str() {
+        let full = text_of(&info["full-backing-filename"]);
+        let actual =
+            if full == backing { String::new() } else { format!(" (actual path: {full})") };
+        lines.push(format!("backing file: {backing}{actual}"));
+    }
+    if let Some(format) = info["backing-filename-format"].as_str() {
+        lines.push(format!("backing file format: {format}"));
+    }
+    if let Some(specific) = info["format-specific"]["data"].as_object() {
+        lines.push("Format specific information:".into());
+        push_tree(&mut lines, specific, 1);
+    }
+    for child in info["children"].as_array().into_iter().flatten() {
+        let node = &child["info"];
+        let len = size(&node["virtual-size"]);
+        lines.push(format!("Child node '/{}':", text_of(&child["name"])));
+        lines.push(format!("    filename: {}", text_of(&node["filename"])));
+        lines.push(format!("    protocol type: {}", text_of(&node["format"])));
+        lines.push(format!("    file length: {} ({len} bytes)", human_size(len)));
+        lines.push(format!("    disk size: {}", human_size(size(&node["actual-size"]))));
+    }
+    lines.join("\n") + "\n"
+}
+
+/// Writes an object as indented lines, `key: value`.
+fn push_tree(lines: &mut Vec<String>, object: &Map<String, Value>, depth: usize) {
+    let indent = "    ".repeat(depth);
+    for (key, value) in object {
+        let key = key.replace('-', " ");
+        match value {
+            Value::Object(inner) => {
+                lines.push(format!("{indent}{key}:"));
+                push_tree(lines, inner, depth + 1);
+            }
+            Value::String(text) => lines.push(format!("{indent}{key}: {text}")),
+            other => lines.push(format!("{indent}{key}: {other}")),
+        }
+    }
+}

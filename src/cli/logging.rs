@@ -1,0 +1,110 @@
+//! Where log lines go: stderr, as plain text or JSON.
+//!
+//! Plain lines are `time level target: message key=value …`, greppable and without colours unless
+//! stderr is a terminal. The level comes from `--log-level`, else from the environment variable
+//! `VUBLK_LOG`, else from the command. Either is a level (`info`), or a list of levels by part of
+//! the program (`warn,vublk::device=debug`).
+
+use std::io::IsTerminal;
+
+use clap::{Args, ValueEnum};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+
+use crate::error::{Error, Result};
+
+/// The environment variable that sets the level.
+pub const ENV: &str = "VUBLK_LOG";
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Plain text.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Log options")]
+pub struct LogArgs {
+    /// What to log on stderr: off, error, warn, info, debug, trace, or a list by part of the
+    /// program (warn,vublk::device=debug); the environment variable VUBLK_LOG does the same
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// How log lines look
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// Starts logging; `default` is the level if nobody says otherwise.
+///
+/// # Errors
+/// If the level makes no sense.
+pub fn init(args: &LogArgs, default: LevelFilter) -> Result<()> {
+    let from_env = std::env::var(ENV).ok().filter(|text| !text.is_empty());
+    let targets = match (&args.log_level, &from_env) {
+        (Some(text), _) => parse_level("--log-level", text)?,
+        (None, Some(text)) => parse_level(ENV, text)?,
+        (None, None) => Targets::new().with_default(default),
+    };
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    let registry = tracing_subscriber::registry();
+    // Fails only if something was set before, which a test in this process may have done.
+    let _ = match args.log_format {
+        LogFormat::Text => {
+            tracing::subscriber::set_global_default(registry.with(layer.with_filter(targets)))
+        }
+        LogFormat::Json => tracing::subscriber::set_global_default(
+            registry.with(layer.json().with_filter(targets)),
+        ),
+    };
+    Ok(())
+}
+
+fn parse_level(origin: &str, text: &str) -> Result<Targets> {
+    let bad = || {
+        Error::invalid(format!(
+            "{origin}: '{text}' is not a log level (off, error, warn, info, debug, trace, or a \
+             list such as warn,vublk::device=debug)"
+        ))
+    };
+    // The parser behind this takes an empty text and numbers, too.
+    let level = |text: &str| match text.starts_with(|c: char| c.is_ascii_alphabetic()) {
+        true => text.parse::<LevelFilter>().map_err(|_| bad()),
+        false => Err(bad()),
+    };
+    let mut targets = Targets::new();
+    let mut default = LevelFilter::WARN;
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some((target, text)) if !target.is_empty() => {
+                targets = targets.with_target(target, level(text)?);
+            }
+            Some(_) => return Err(bad()),
+            None => default = level(part)?,
+        }
+    }
+    Ok(targets.with_default(default))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_words_or_lists() {
+        for text in ["info", "off", "WARN", "warn,vublk::device=debug", "vublk=trace"] {
+            parse_level("--log-level", text).unwrap();
+        }
+        for text in ["", "loud", "vublk=loud", "=info", "info,"] {
+            let err = parse_level("--log-level", text).unwrap_err().to_string();
+            assert!(err.starts_with("--log-level: '"), "{err}");
+        }
+    }
+}

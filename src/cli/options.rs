@@ -1,0 +1,147 @@
+//! Options that several commands share, and the `key=value,…` grammar of `-o`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::error::{Error, Result};
+use crate::formats::{ImageFormat, Locking, OpenRequest};
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Human,
+    /// For programs; field names are qemu-img's and stay as they are.
+    Json,
+}
+
+/// How an image that is only read is opened.
+#[derive(Clone, Debug, Args)]
+pub struct ReadArgs {
+    /// Format of the image; guessed from its first bytes if not given
+    #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
+    #[command(flatten)]
+    sharing: SharingArgs,
+}
+
+/// Who else may use the image, and what it may pull in.
+#[derive(Clone, Debug, Args)]
+pub struct SharingArgs {
+    /// Read the image even while somebody else writes to it; what is read may be out of date or
+    /// inconsistent
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Allow images to pull in files (backing files, data files) from below DIR; their own
+    /// directory is always allowed
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    pub allow_dirs: Vec<PathBuf>,
+}
+
+impl SharingArgs {
+    /// A request to read `path`.
+    pub fn request(&self, path: &std::path::Path, format: Option<ImageFormat>) -> OpenRequest {
+        let locking = if self.force_share { Locking::Share } else { Locking::Guard };
+        OpenRequest::read(path).format(format).locking(locking).allow_dirs(&self.allow_dirs)
+    }
+}
+
+impl ReadArgs {
+    /// A request to read `path`.
+    pub fn request(&self, path: &std::path::Path) -> OpenRequest {
+        self.sharing.request(path, self.format)
+    }
+}
+
+/// Parses `-o key=value,key=value`. A doubled comma stands for a comma inside of a value; a key
+/// without a value is `on`.
+pub fn parse_options(texts: &[String]) -> Result<Vec<(String, String)>> {
+    let mut options: Vec<(String, String)> = Vec::new();
+    for text in texts {
+        for part in split_commas(text) {
+            let (key, value) = part.split_once('=').unwrap_or((&part, "on"));
+            if key.is_empty() {
+                return Err(Error::invalid(format!(
+                    "-o {text}: an option has no name (key=value,key=value is expected)"
+                )));
+            }
+            // The last one wins, as in QEMU.
+            options.retain(|(known, _)| known != key);
+            options.push((key.to_string(), value.to_string()));
+        }
+    }
+    Ok(options)
+}
+
+/// Splits at single commas; a pair of them is one comma of the text.
+fn split_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            ',' if chars.peek() == Some(&',') => {
+                chars.next();
+                parts.last_mut().expect("never empty").push(',');
+            }
+            ',' => parts.push(String::new()),
+            c => parts.last_mut().expect("never empty").push(c),
+        }
+    }
+    parts
+}
+
+/// Takes an option out of a list.
+pub fn take_option(options: &mut Vec<(String, String)>, key: &str) -> Option<String> {
+    let at = options.iter().position(|(name, _)| name == key)?;
+    Some(options.remove(at).1)
+}
+
+/// Whether `-o help` (or `?`) was asked for.
+pub fn is_help(texts: &[String]) -> bool {
+    texts.iter().any(|text| matches!(text.as_str(), "help" | "?"))
+}
+
+/// The text for `-o help`.
+pub fn options_help(format: ImageFormat) -> String {
+    let mut text = format!("Supported {format} options:\n");
+    for (name, meaning) in crate::formats::create::options(format) {
+        text += &format!("  {name}=<value> - {meaning}\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Vec<(String, String)> {
+        parse_options(&[text.to_string()]).unwrap()
+    }
+
+    #[test]
+    fn options_are_split_at_single_commas() {
+        let pair = |k: &str, v: &str| (k.to_string(), v.to_string());
+        assert_eq!(parse("size=1G"), [pair("size", "1G")]);
+        assert_eq!(parse("a=1,b=x=y,c"), [pair("a", "1"), pair("b", "x=y"), pair("c", "on")]);
+        assert_eq!(parse("file=a,,b,c=1"), [pair("file", "a,b"), pair("c", "1")]);
+        assert_eq!(parse("a=1,a=2"), [pair("a", "2")]);
+        assert_eq!(parse("a="), [pair("a", "")]);
+    }
+
+    #[test]
+    fn options_without_a_name_are_refused() {
+        for text in ["", "=1", "a=1,", ",a=1"] {
+            assert!(parse_options(&[text.to_string()]).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn taking_removes() {
+        let mut options = parse("a=1,b=2");
+        assert_eq!(take_option(&mut options, "a").as_deref(), Some("1"));
+        assert_eq!(take_option(&mut options, "a"), None);
+        assert_eq!(options.len(), 1);
+    }
+}

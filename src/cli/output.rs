@@ -1,0 +1,27 @@
+//! Printing to stdout without panics when the reader has gone.
+
+use std::io::Write;
+
+use serde::Serialize;
+
+use crate::error::{Result, ResultExt};
+
+/// Prints `text` as it is. Where the reader has closed its end (`vublk map … | head`), the program
+/// ends quietly, as a program that does not ignore SIGPIPE would.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(err) if err.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.context(|| "writing to stdout"),
+    }
+}
+
+/// Prints a value as indented JSON (four spaces, as qemu-img does) and a line end.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let mut bytes = Vec::new();
+    let format = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, format);
+    value.serialize(&mut serializer).map_err(std::io::Error::from)?;
+    bytes.push(b'\n');
+    print(&String::from_utf8_lossy(&bytes))
+}

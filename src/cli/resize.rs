@@ -1,0 +1,67 @@
+//! `vublk resize`: changes the size of a disk.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::cli::size::SizeChange;
+use crate::cli::{DONE, output};
+use crate::error::{Error, Result, ResultExt};
+use crate::formats::{self, ImageFormat, OpenRequest};
+use crate::io::block_on;
+
+/// Change the size of a disk that nobody uses
+#[derive(Debug, Args)]
+pub struct ResizeArgs {
+    /// Format of the image; guessed from its first bytes if not given
+    #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    format: Option<ImageFormat>,
+    /// Allow the disk to become smaller, which loses what lies beyond the new end
+    #[arg(long)]
+    shrink: bool,
+    /// Allow images to pull in files from below DIR; their own directory is always allowed
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    allow_dirs: Vec<PathBuf>,
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// The new size, or with + or - by how much to grow or shrink (K, M, G, T, P, E multiply by
+    /// powers of 1024)
+    #[arg(value_name = "SIZE", allow_hyphen_values = true)]
+    size: SizeChange,
+}
+
+pub fn run(args: &ResizeArgs) -> Result<u8> {
+    let request = OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
+    let image = formats::open(&request)?;
+    let name = image.name();
+    let old = image.node.size();
+    let new = args.size.apply(old).context(|| name.to_string())?;
+    formats::create::check_size(new).context(|| name.to_string())?;
+    if new < old && !args.shrink {
+        return Err(Error::invalid(format!(
+            "{name}: {new} bytes are less than the {old} it has, and what lies beyond would be \
+             lost; use --shrink if that is meant"
+        )));
+    }
+    if new == 0 {
+        return Err(Error::invalid(format!("{name}: a disk needs at least one block")));
+    }
+    block_on(async {
+        let quiesced = image.node.gate().quiesce();
+        image.node.resize(new, &quiesced).await?;
+        image.node.flush().await?;
+        image.node.close().await
+    })
+    .context(|| format!("{name}: resizing it to {new} bytes"))?;
+    if new % 512 != 0 {
+        tracing::warn!("{name}: {new} bytes are not a multiple of 512; a guest cannot use it so");
+    }
+    if !args.quiet {
+        output::print("Image resized.\n")?;
+    }
+    Ok(DONE)
+}

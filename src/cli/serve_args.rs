@@ -1,0 +1,253 @@
+//! The options of `vublk serve`.
+//!
+//! Names follow the conventions of vhost-user back-ends (`--socket-path`, `--fd`,
+//! `--print-capabilities`, `--blk-file`, `--read-only`), so that a manager that starts other
+//! back-ends can start this one.
+
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::cli::{DONE, output};
+use crate::error::{Error, Result};
+use crate::formats::{Access, CacheMode, ImageFormat, Locking, OpenRequest};
+
+/// The most queues that one disk can have: the wire's mask of queues has 64 bits.
+pub const MAX_QUEUES: u16 = 64;
+/// The largest size of a queue.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// The longest serial number: the request that reads it has room for so many bytes.
+pub const MAX_SERIAL: usize = 20;
+/// The longest path of a Unix socket, in bytes.
+pub const MAX_SOCKET_PATH: usize = 107;
+/// How long `serve` waits for an image that is locked. A killed predecessor's locks stay until the
+/// kernel has finished its I/O, and a supervisor may be faster than that.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+
+/// How the host's I/O is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Aio {
+    /// io_uring; refused if the host does not allow it
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads
+    Threads,
+}
+
+/// Serve a disk to a virtual machine over vhost-user
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// Listen for front-ends on this Unix socket; a stale one is replaced
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+    /// Listen on this inherited socket
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    pub fd: Option<RawFd>,
+    /// Print what this back-end can do as JSON (vhost-user conventions) and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// The disk's image: a file or a block device
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["blk_file", "print_capabilities"])]
+    pub image: Option<PathBuf>,
+    /// The same as IMAGE, in vhost-user's spelling
+    #[arg(long, value_name = "PATH", conflicts_with = "image")]
+    pub blk_file: Option<PathBuf>,
+    /// Format of the image; guessed from its first bytes if not given
+    #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
+    /// Do not let the guest write
+    #[arg(short = 'r', long)]
+    pub read_only: bool,
+    /// How the host caches: writeback (the page cache), none (O_DIRECT), writethrough and directsync
+    /// (the same, every write durable before it completes), unsafe (flushes are ignored)
+    #[arg(long, value_name = "MODE", default_value_t)]
+    pub cache: CacheMode,
+    /// Allow images to pull in files (backing files, data files) from below DIR; their own
+    /// directory is always allowed
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    pub allow_dirs: Vec<PathBuf>,
+    /// Do not lock the image files against other users; two writers destroy an image
+    #[arg(long)]
+    pub no_lock: bool,
+
+    /// The most queues a front-end may use; those it does not use cost nothing
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub num_queues: u16,
+    /// The largest queue a front-end may set up
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE,
+          value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_QUEUE_SIZE)))]
+    pub queue_size: u16,
+    /// Serial number that the guest sees, at most 20 bytes
+    #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
+    pub serial: Option<String>,
+    /// Size of the disk's blocks in bytes: 512 or 4096
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = parse_block_size)]
+    pub block_size: u64,
+
+    /// How the host's I/O is done; io_uring where the host allows it, if not given
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub aio: Option<Aio>,
+    /// Number of worker threads; one for each queue in use, if not given
+    #[arg(long, value_name = "N",
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub threads: Option<u16>,
+    /// Before sleeping, look for new requests for up to this many microseconds; costs CPU time
+    #[arg(long, value_name = "N", default_value_t = 0,
+          value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub poll_us: u32,
+
+    /// Write the process id here once the socket is ready, and lock it
+    #[arg(long, value_name = "PATH")]
+    pub pidfile: Option<PathBuf>,
+    /// Where what must outlive this process is kept (a directory on tmpfs; default
+    /// $RUNTIME_DIRECTORY or /run/vublk)
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+impl ServeArgs {
+    /// Checks what the grammar cannot.
+    ///
+    /// # Errors
+    /// Names the option and the way out.
+    pub fn check(&self) -> Result<()> {
+        if self.socket_path.is_none() && self.fd.is_none() && !is_socket_activated() {
+            return Err(Error::invalid(
+                "where to listen? give --socket-path PATH (or --fd N, or start it from a systemd \
+                 socket unit)",
+            ));
+        }
+        if let Some(path) = &self.socket_path {
+            let len = path.as_os_str().len();
+            if len > MAX_SOCKET_PATH {
+                return Err(Error::invalid(format!(
+                    "--socket-path {}: has {len} bytes, and sockets allow {MAX_SOCKET_PATH}; use a \
+                     shorter path, or a relative one",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The image's path. (The grammar sees to it that there is one, unless only capabilities are
+    /// printed.)
+    pub fn image_path(&self) -> Result<&Path> {
+        let path = self.image.as_deref().or(self.blk_file.as_deref());
+        path.ok_or_else(|| Error::invalid("which image? give IMAGE or --blk-file PATH"))
+    }
+
+    /// What to open for the guest.
+    pub fn open_request(&self) -> Result<OpenRequest> {
+        let access = if self.read_only { Access::Read } else { Access::Write };
+        let locking = if self.no_lock { Locking::Off } else { Locking::Guard };
+        let request = OpenRequest::read(self.image_path()?)
+            .format(self.format)
+            .cache(self.cache)
+            .locking(locking)
+            .allow_dirs(&self.allow_dirs);
+        Ok(OpenRequest { access, lock_wait: LOCK_WAIT, ..request })
+    }
+}
+
+/// Whether systemd passed a socket to this process.
+fn is_socket_activated() -> bool {
+    std::env::var_os("LISTEN_FDS").is_some()
+}
+
+/// Prints what a manager of vhost-user back-ends wants to know.
+pub fn print_capabilities() -> Result<u8> {
+    output::print("{\"type\":\"block\",\"features\":[\"read-only\",\"blk-file\"]}\n")?;
+    Ok(DONE)
+}
+
+fn parse_serial(text: &str) -> Result<String> {
+    if text.len() > MAX_SERIAL {
+        return Err(Error::invalid(format!(
+            "a serial number has at most {MAX_SERIAL} bytes, and this one {}",
+            text.len()
+        )));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(Error::invalid("a serial number has no control characters"));
+    }
+    Ok(text.to_string())
+}
+
+fn parse_block_size(text: &str) -> Result<u64> {
+    match text {
+        "512" => Ok(512),
+        "4096" | "4k" | "4K" => Ok(4096),
+        _ => Err(Error::invalid("a block has 512 or 4096 bytes")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Only {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn parse(line: &str) -> Result<ServeArgs, String> {
+        let words = ["vublk"].into_iter().chain(line.split_whitespace());
+        Only::try_parse_from(words).map(|only| only.serve).map_err(|err| err.to_string())
+    }
+
+    #[test]
+    fn one_word_and_a_socket_are_enough() {
+        let args = parse("--socket-path /run/x.sock disk.raw").unwrap();
+        args.check().unwrap();
+        assert_eq!(args.image_path().unwrap(), Path::new("disk.raw"));
+        assert_eq!((args.num_queues, args.queue_size, args.block_size), (64, 1024, 512));
+        let request = args.open_request().unwrap();
+        assert_eq!(request.access, Access::Write);
+        assert_eq!(request.locking, Locking::Guard);
+    }
+
+    #[test]
+    fn the_spelling_of_vhost_user_works() {
+        let args = parse("--fd=3 --blk-file=disk.raw --read-only").unwrap();
+        args.check().unwrap();
+        assert_eq!(args.fd, Some(3));
+        assert_eq!(args.open_request().unwrap().access, Access::Read);
+        parse("--print-capabilities").unwrap();
+    }
+
+    #[test]
+    fn misuse_is_refused_by_name() {
+        for (line, word) in [
+            ("--socket-path s", "<IMAGE>"),
+            ("--socket-path s --fd 3 x", "--fd"),
+            ("--socket-path s --blk-file x y", "--blk-file"),
+            ("--socket-path s --num-queues 65 x", "65 is not in 1..=64"),
+            ("--socket-path s --num-queues 0 x", "0 is not in 1..=64"),
+            ("--socket-path s --queue-size 2048 x", "2048 is not in 2..=1024"),
+            ("--socket-path s --serial 123456789012345678901 x", "at most 20 bytes"),
+            ("--socket-path s --block-size 1024 x", "512 or 4096"),
+            ("--socket-path s --cache off x", "unknown cache mode 'off'"),
+            ("--socket-path s -f qcow3 x", "unknown format 'qcow3'"),
+            ("--socket-path s --aio native x", "io_uring"),
+            ("--fd -1 x", "-1"),
+        ] {
+            let err = parse(line).unwrap_err();
+            assert!(err.contains(word), "{line}: {err}");
+        }
+    }
+
+    #[test]
+    fn socket_paths_have_a_limit() {
+        let long = format!("/{}", "x".repeat(MAX_SOCKET_PATH));
+        let err = parse(&format!("--socket-path {long} x")).unwrap().check().unwrap_err();
+        assert!(err.to_string().contains("has 108 bytes"), "{err}");
+        parse(&format!("--socket-path {} x", &long[1..])).unwrap().check().unwrap();
+    }
+}

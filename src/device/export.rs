@@ -1,0 +1,161 @@
+//! What is served: a node, and how the guest is to see it.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::block::Node;
+use crate::device::config_space::{ConfigParams, ConfigSpace};
+use crate::io::EngineKind;
+
+/// How the guest's flushes and writes are treated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CachePolicy {
+    /// Volatile cache, flushes honoured.
+    #[default]
+    WriteBack,
+    /// Every write is durable before it completes.
+    WriteThrough,
+    /// Flushes are ignored: fast, and a power cut loses the disk.
+    Unsafe,
+}
+
+/// Settings of an export, fixed while it lives.
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    /// What the guest gets for GET_ID: at most 20 bytes.
+    pub serial: String,
+    /// Logical block size the guest sees, in bytes: 512 or 4096.
+    pub block_size: u32,
+    /// Most queues a front-end may use, 1 to 64.
+    pub num_queues: usize,
+    /// Largest queue size, a power of two up to 1024.
+    pub queue_size: u16,
+    /// Worker threads; queues are dealt out to them. At most one per queue is made.
+    pub threads: usize,
+    /// What to do with flushes.
+    pub cache: CachePolicy,
+    /// How I/O is done.
+    pub engine: EngineKind,
+    /// How long a worker may poll its rings before it sleeps, in microseconds; 0 is never.
+    pub poll_us: u32,
+}
+
+/// A served disk. Shared by the message thread and the workers.
+#[derive(Debug)]
+pub struct Export {
+    /// The disk.
+    pub node: Node,
+    /// How it is served.
+    pub options: ExportOptions,
+    /// What the guest reads as device configuration.
+    config: Mutex<ConfigSpace>,
+    /// Completed writes must be durable, whatever the cache policy: the guest has no FLUSH, or
+    /// has switched its cache to write-through.
+    guest_write_through: AtomicBool,
+    /// Sums over all workers, kept for the line at the end.
+    pub counters: Counters,
+}
+
+/// What an export has done since it was made.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests completed.
+    pub requests: AtomicU64,
+    /// Of these, reads.
+    pub reads: AtomicU64,
+    /// Of these, writes.
+    pub writes: AtomicU64,
+    /// Of these, flushes.
+    pub flushes: AtomicU64,
+    /// Bytes read.
+    pub bytes_read: AtomicU64,
+    /// Bytes written.
+    pub bytes_written: AtomicU64,
+    /// Requests that ended with an error.
+    pub errors: AtomicU64,
+    /// Kicks that woke a worker.
+    pub kicks: AtomicU64,
+    /// Interrupts sent to the guest.
+    pub interrupts: AtomicU64,
+    /// Times a worker entered the kernel to submit or wait.
+    pub enters: AtomicU64,
+}
+
+impl Export {
+    /// An export of a node whose size is a multiple of the block size and not zero, and whose
+    /// requests need no larger alignment than a block's. (Who opens the image has checked that,
+    /// with messages that name the image.)
+    pub fn new(node: Node, options: ExportOptions) -> Export {
+        let config = ConfigSpace::new(&config_params(&node, &options));
+        Export {
+            node,
+            options,
+            config: Mutex::new(config),
+            guest_write_through: AtomicBool::new(false),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The device configuration as of now.
+    pub fn config(&self) -> ConfigSpace {
+        self.config.lock().unwrap().clone()
+    }
+
+    /// Sets the byte that tells whether the disk has a volatile cache.
+    pub fn set_writeback(&self, on: bool) {
+        self.config.lock().unwrap().set_writeback(on);
+    }
+
+    /// Takes over a changed size of the node. Returns whether the capacity differs.
+    pub fn refresh_capacity(&self) -> bool {
+        let size = self.node.reload_limits().size;
+        let mut config = self.config.lock().unwrap();
+        let before = config.read(0, 8).ok();
+        config.set_capacity(size);
+        before != config.read(0, 8).ok()
+    }
+
+    /// Sets whether the guest wants each completed write to be durable.
+    pub fn set_guest_write_through(&self, on: bool) {
+        self.guest_write_through.store(on, Ordering::Release);
+    }
+
+    /// Whether the guest wants each completed write to be durable.
+    pub fn guest_write_through(&self) -> bool {
+        self.guest_write_through.load(Ordering::Acquire)
+    }
+
+    /// Whether each completed write must be durable.
+    pub fn writes_through(&self) -> bool {
+        match self.options.cache {
+            CachePolicy::WriteBack => self.guest_write_through.load(Ordering::Acquire),
+            CachePolicy::WriteThrough => true,
+            CachePolicy::Unsafe => false,
+        }
+    }
+
+    /// The name for log lines.
+    pub fn name(&self) -> &str {
+        self.node.name()
+    }
+}
+
+/// What the guest is told of the disk.
+fn config_params(node: &Node, options: &ExportOptions) -> ConfigParams {
+    let limits = node.limits();
+    let block = u64::from(options.block_size);
+    // Hosts work in pages or more; a disk that says so gets aligned requests.
+    let physical = limits.optimal_io.clamp(block, 4096).max(block);
+    ConfigParams {
+        capacity: limits.size,
+        block_size: options.block_size,
+        physical_block_size: if physical.is_power_of_two() { physical as u32 } else { 4096 },
+        min_io: 0,
+        opt_io: 0,
+        seg_max: u32::from(options.queue_size.min(128)) - 2,
+        num_queues: options.num_queues as u16,
+        discard_granularity: limits.discard_granularity,
+        may_unmap: limits.discard_granularity > 0,
+        writeback: options.cache != CachePolicy::WriteThrough,
+    }
+}

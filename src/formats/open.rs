@@ -1,0 +1,631 @@
+//! From a path to a node: lock, probe, open, and follow the files that an image names.
+//!
+//! Used by every command and by exports, so that all of them have the same rules:
+//!
+//! * **Locks** as QEMU's, on every file of the chain ([`Locking`]), taken before anything of the
+//!   file is believed. A writer holds consistent read, write and resize, and shares consistent
+//!   read and write unchanged; a reader (a backing file, too) holds consistent read and shares the
+//!   same. So readers coexist, a writer is alone, and QEMU's virtio-blk devices, which do not
+//!   share write either, refuse our images as we refuse theirs.
+//! * **Guessing** only when no format was said; a writable image that was guessed to be raw stands
+//!   behind a [`GuessGuard`].
+//! * **The open gate** ([`crate::block::open_gate`]) for every file that an image names.
+//! * A refused image is not modified.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::block::open_gate::{self, Chain, OpenGate};
+use crate::block::{Driver, Node, NodeOptions};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::filters::GuessGuard;
+use crate::formats::raw::Raw;
+use crate::formats::{ImageFormat, probe, users};
+use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
+
+/// What may be done with an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read it.
+    Read,
+    /// Read, write and resize it.
+    Write,
+}
+
+/// QEMU's cache modes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// The host's page cache; flushes are honoured.
+    #[default]
+    Writeback,
+    /// O_DIRECT; flushes are honoured.
+    None,
+    /// The host's page cache; every write is durable before it completes.
+    Writethrough,
+    /// O_DIRECT; every write is durable before it completes.
+    Directsync,
+    /// The host's page cache; flushes are ignored.
+    Unsafe,
+}
+
+impl CacheMode {
+    /// The names, in the order that messages list them.
+    pub const NAMES: [(&'static str, CacheMode); 5] = [
+        ("writeback", CacheMode::Writeback),
+        ("none", CacheMode::None),
+        ("writethrough", CacheMode::Writethrough),
+        ("directsync", CacheMode::Directsync),
+        ("unsafe", CacheMode::Unsafe),
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, mode)| *mode == self).map_or("unknown", |(name, _)| name)
+    }
+
+    /// Whether the page cache is bypassed.
+    pub fn is_direct(self) -> bool {
+        matches!(self, CacheMode::None | CacheMode::Directsync)
+    }
+
+    /// Whether each write must be durable before it completes.
+    pub fn is_writethrough(self) -> bool {
+        matches!(self, CacheMode::Writethrough | CacheMode::Directsync)
+    }
+
+    /// Whether flushes are to be ignored.
+    pub fn ignores_flush(self) -> bool {
+        self == CacheMode::Unsafe
+    }
+}
+
+impl std::fmt::Display for CacheMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for CacheMode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let known = Self::NAMES.iter().find(|(name, _)| *name == text).map(|(_, mode)| *mode);
+        known.ok_or_else(|| {
+            let names: Vec<_> = Self::NAMES.iter().map(|(name, _)| *name).collect();
+            Error::invalid(format!("unknown cache mode '{text}' (known: {})", names.join(", ")))
+        })
+    }
+}
+
+/// How an image is guarded against others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// As a user of the content: nobody else may write, and with [`Access::Write`] only readers
+    /// that do not mind may be there.
+    #[default]
+    Guard,
+    /// As a reader of the metadata only, like `qemu-img info`: a raw image has none and is not
+    /// locked, others must not be written meanwhile.
+    Inspect,
+    /// As a reader who takes what comes while others write (`-U`).
+    Share,
+    /// Not at all.
+    Off,
+}
+
+/// What to open, and how.
+#[derive(Clone, Debug)]
+pub struct OpenRequest {
+    /// The image, as the operator named it.
+    pub path: PathBuf,
+    /// Its format; guessed if absent.
+    pub format: Option<ImageFormat>,
+    /// What may be done with it. Files below the top are opened for reading unless their role
+    /// demands more.
+    pub access: Access,
+    /// How host files are opened.
+    pub cache: CacheMode,
+    /// How the files are locked.
+    pub locking: Locking,
+    /// How long to wait for a lock. The kernel may hold a killed process's files (and so its
+    /// locks) until the I/O it had in flight is done, so whoever restarts one should wait a moment.
+    pub lock_wait: Duration,
+    /// Directories that files named by images may be in, besides the image's own.
+    pub allow_dirs: Vec<PathBuf>,
+    /// Whether to open backing files; without them what they hold is not seen.
+    pub backing: bool,
+    /// The node's name.
+    pub node_name: String,
+}
+
+impl OpenRequest {
+    /// Opens `path` for reading, with all else as usual.
+    pub fn read(path: impl Into<PathBuf>) -> OpenRequest {
+        OpenRequest {
+            path: path.into(),
+            format: None,
+            access: Access::Read,
+            cache: CacheMode::Writeback,
+            locking: Locking::Guard,
+            lock_wait: Duration::ZERO,
+            allow_dirs: Vec::new(),
+            backing: true,
+            node_name: "disk".into(),
+        }
+    }
+
+    /// Opens `path` for reading and writing, with all else as usual.
+    pub fn write(path: impl Into<PathBuf>) -> OpenRequest {
+        OpenRequest { access: Access::Write, ..OpenRequest::read(path) }
+    }
+
+    /// With this format.
+    pub fn format(self, format: Option<ImageFormat>) -> OpenRequest {
+        OpenRequest { format, ..self }
+    }
+
+    /// With this cache mode.
+    pub fn cache(self, cache: CacheMode) -> OpenRequest {
+        OpenRequest { cache, ..self }
+    }
+
+    /// With these locks.
+    pub fn locking(self, locking: Locking) -> OpenRequest {
+        OpenRequest { locking, ..self }
+    }
+
+    /// Letting images pull in files from these directories, too.
+    pub fn allow_dirs(self, allow_dirs: &[PathBuf]) -> OpenRequest {
+        OpenRequest { allow_dirs: allow_dirs.to_vec(), ..self }
+    }
+}
+
+/// An open image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The disk.
+    pub node: Node,
+    /// The file that the operator (or the image above) named.
+    pub file: Arc<HostFile>,
+    /// Its format.
+    pub format: ImageFormat,
+    /// Whether the format was guessed.
+    pub guessed: bool,
+    /// The cache mode it was opened with.
+    pub cache: CacheMode,
+}
+
+impl Image {
+    /// Name of the file, for messages.
+    pub fn name(&self) -> &str {
+        self.file.name()
+    }
+
+    /// Checks that the disk can be given to a guest with blocks of `block_size` bytes.
+    ///
+    /// # Errors
+    /// Says what is wrong with the size and how to change it.
+    pub fn check_for_guest(&self, block_size: u64) -> Result<()> {
+        let name = self.name();
+        let limits = self.node.limits();
+        if limits.size == 0 {
+            return Err(Error::invalid(format!(
+                "{name}: is empty, and a disk needs a size: vublk resize -f {} {name} 10G",
+                self.format
+            )));
+        }
+        if !limits.size.is_multiple_of(block_size) {
+            let up = limits.size.next_multiple_of(block_size);
+            return Err(Error::invalid(format!(
+                "{name}: its size of {} bytes is not a multiple of the block size of {block_size}; \
+                 make it larger (vublk resize -f {} {name} {up}){}",
+                limits.size,
+                self.format,
+                if block_size > 512 && limits.size.is_multiple_of(512) {
+                    " or use --block-size 512"
+                } else {
+                    ""
+                },
+            )));
+        }
+        if limits.request_alignment > block_size {
+            return Err(Error::unsupported(format!(
+                "{name}: the host takes direct I/O only in units of {0} bytes, more than the \
+                 block size of {block_size}; use --block-size {0} or --cache writeback",
+                limits.request_alignment
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Opens an image and all that it stands on.
+///
+/// # Errors
+/// Names the file, the reason and, where there is one, the way out.
+pub fn open(request: &OpenRequest) -> Result<Image> {
+    let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
+    let mut chain = Chain::default();
+    open_link(request, &gate, &mut chain, None)
+}
+
+/// Opens the image and each of its backing files by itself, top first, for a look at their
+/// metadata. The nodes do not see their backing files' content.
+pub fn open_chain(request: &OpenRequest) -> Result<Vec<Image>> {
+    let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
+    let mut chain = Chain::default();
+    let mut request = OpenRequest { backing: false, ..request.clone() };
+    let mut images = vec![open_link(&request, &gate, &mut chain, None)?];
+    loop {
+        let top = images.last().expect("never empty");
+        let details = top.node.driver().details();
+        let Some(reference) = details["backing-filename"].as_str() else { return Ok(images) };
+        let context = || format!("{}: its backing file", top.name());
+        request.path = gate.resolve(top.file.path(), reference).context(context)?;
+        request.format = match details["backing-filename-format"].as_str() {
+            Some(name) => Some(name.parse().context(context)?),
+            None => None,
+        };
+        request.access = Access::Read;
+        let image = open_link(&request, &gate, &mut chain, Some(&gate)).context(context)?;
+        images.push(image);
+    }
+}
+
+/// What a format's opening code has at hand.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    /// The request for this very file (for a backing file, the one made for it).
+    pub request: &'a OpenRequest,
+    /// The image's file, open and locked.
+    pub file: Arc<HostFile>,
+    gate: &'a OpenGate,
+    chain: &'a mut Chain,
+}
+
+impl Opening<'_> {
+    /// Opens a file that this image names, as an image of its own: a backing file (`access` read)
+    /// or an external data file. `format` is what the image says of it; a missing one is guessed.
+    pub fn child(
+        &mut self,
+        role: &str,
+        reference: &str,
+        format: Option<&str>,
+        access: Access,
+    ) -> Result<Image> {
+        let context = || format!("{}: its {role} file", self.file.name());
+        let path = self.gate.resolve(self.file.path(), reference).context(context)?;
+        let format = match format {
+            Some(name) => Some(name.parse::<ImageFormat>().context(context)?),
+            None => None,
+        };
+        let request = OpenRequest {
+            path,
+            format,
+            access,
+            node_name: format!("{}/{role}", self.request.node_name),
+            ..self.request.clone()
+        };
+        open_link(&request, self.gate, self.chain, Some(self.gate)).context(context)
+    }
+}
+
+/// Opens one file of a chain. `confirm` is the gate it must (still) pass, for files that an image
+/// named.
+fn open_link(
+    request: &OpenRequest,
+    gate: &OpenGate,
+    chain: &mut Chain,
+    confirm: Option<&OpenGate>,
+) -> Result<Image> {
+    let options = OpenOptions {
+        write: request.access == Access::Write,
+        direct: request.cache.is_direct(),
+        ..OpenOptions::default()
+    };
+    let file = Arc::new(open_host(&request.path, options)?);
+    if let Some(gate) = confirm {
+        gate.confirm(&file)?;
+    }
+    chain.push(&file)?;
+    if request.locking != Locking::Inspect {
+        lock(&file, request, ImageFormat::Raw)?;
+    }
+    let (format, guessed) = match request.format {
+        Some(format) => (format, false),
+        None => (guess(&file)?, true),
+    };
+    if guessed && confirm.is_some() {
+        tracing::warn!(
+            "{}: the image above does not say its format; {format} assumed",
+            file.name()
+        );
+    }
+    if request.locking == Locking::Inspect {
+        lock(&file, request, format)?;
+    }
+    let read_only = request.access == Access::Read;
+    let mut opening = Opening { request, file: Arc::clone(&file), gate, chain };
+    let driver: Arc<dyn Driver> = match format {
+        ImageFormat::Raw => open_raw(&opening, guessed)?,
+        // HOOK(qcow2): becomes `qcow2::open(&mut opening)?`, which opens its backing and data files
+        // with `opening.child(…)` unless `request.backing` is false.
+        ImageFormat::Qcow2 => {
+            let _ = &mut opening;
+            return Err(Error::unsupported(format!(
+                "{}: qcow2 support is not built in yet",
+                file.name()
+            )));
+        }
+        other => return Err(other.refusal().context(file.name())),
+    };
+    let options = NodeOptions { name: request.node_name.clone(), read_only };
+    Ok(Image { node: Node::new(driver, options), file, format, guessed, cache: request.cache })
+}
+
+/// Opens a host file for a disk. Explains what only an operator of disks would be told.
+fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
+    HostFile::open(path, options).map_err(|err| match err.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnly if options.write => {
+            Error::new(err.kind(), format!("{err} (to open it for writing)"))
+        }
+        ErrorKind::NotFound if path.to_str().is_some_and(has_protocol) => Error::unsupported(
+            format!("{}: only files and block devices of this host are supported", path.display()),
+        ),
+        _ => err,
+    })
+}
+
+/// Whether a path looks like an address on some other host (`nbd://…`, `ssh:…`).
+fn has_protocol(path: &str) -> bool {
+    const KNOWN: &[&str] =
+        &["nbd", "http", "https", "ftp", "ftps", "ssh", "iscsi", "rbd", "gluster", "nfs", "json"];
+    path.split_once(':').is_some_and(|(prefix, _)| {
+        KNOWN.contains(&prefix) || prefix.split_once('+').is_some_and(|(p, _)| KNOWN.contains(&p))
+    })
+}
+
+fn open_raw(opening: &Opening<'_>, guessed: bool) -> Result<Arc<dyn Driver>> {
+    let read_only = opening.request.access == Access::Read;
+    let file = &opening.file;
+    let raw = Raw::open(Arc::clone(file) as Arc<dyn File>, read_only)
+        .context(|| file.name().to_string())?;
+    if !guessed || read_only {
+        return Ok(Arc::new(raw));
+    }
+    tracing::warn!(
+        "{}: no format was given, and it was taken for raw; writes that would make its first \
+         sector look like another format will fail. Say -f raw to allow them",
+        file.name()
+    );
+    let recognise = |head: &[u8]| probe::by_magic(head).map(|format| format.to_string());
+    Ok(Arc::new(GuessGuard::new(Arc::new(raw), file.name(), recognise)))
+}
+
+/// The format of an open file, by its first bytes.
+pub fn guess(file: &HostFile) -> Result<ImageFormat> {
+    let alignment = file.alignment();
+    let unit = alignment.request.max(probe::HEAD_LEN as u64);
+    let len = file.len().context(|| file.name().to_string())?.min(unit);
+    if len < alignment.request {
+        return Ok(ImageFormat::Raw);
+    }
+    let mut head = AlignedBuf::zeroed(len as usize, alignment.memory.max(512));
+    block_on(file.read(0, head.buffers())).context(|| format!("{}: reading", file.name()))?;
+    Ok(probe::by_magic(head.as_slice()).unwrap_or(ImageFormat::Raw))
+}
+
+/// What a writer holds.
+const WRITER: Rights = Rights::CONSISTENT_READ.and(Rights::WRITE).and(Rights::RESIZE);
+/// What everybody who relies on the content lets others hold.
+const SHARED: Rights = Rights::CONSISTENT_READ.and(Rights::WRITE_UNCHANGED);
+
+/// Takes the locks that the request asks for. `format` matters to [`Locking::Inspect`] only.
+fn lock(file: &HostFile, request: &OpenRequest, format: ImageFormat) -> Result<()> {
+    let (held, shared) = match (request.locking, request.access) {
+        (Locking::Off, _) => return Ok(()),
+        (Locking::Inspect, _) if format == ImageFormat::Raw => return Ok(()),
+        (Locking::Inspect, _) => (Rights::NONE, SHARED),
+        (Locking::Share, _) => (Rights::CONSISTENT_READ, Rights::ALL),
+        (Locking::Guard, Access::Read) => (Rights::CONSISTENT_READ, SHARED),
+        (Locking::Guard, Access::Write) => (WRITER, SHARED),
+    };
+    let advice = if request.access == Access::Read && request.locking != Locking::Share {
+        "; -U reads it all the same"
+    } else {
+        ""
+    };
+    lock_host(file, held, shared, request.lock_wait, advice)
+}
+
+/// Locks a host file as the sole writer: what creating and overwriting an image needs.
+pub fn lock_for_writing(file: &HostFile) -> Result<()> {
+    lock_host(file, WRITER, SHARED, Duration::ZERO, "")
+}
+
+fn lock_host(
+    file: &HostFile,
+    held: Rights,
+    shared: Rights,
+    wait: Duration,
+    advice: &str,
+) -> Result<()> {
+    let deadline = Instant::now() + wait;
+    loop {
+        match file.lock(held, shared) {
+            Err(err) if err.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(err) if err.kind() == ErrorKind::Busy => {
+                let users = users::of(file);
+                let open_in = if users.is_empty() {
+                    String::new()
+                } else {
+                    format!("; it is open in {}", users.join(", "))
+                };
+                return Err(Error::new(ErrorKind::Busy, format!("{err}{open_in}{advice}")));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Name of the driver at the bottom, as QEMU has it.
+pub fn protocol_name(file: &HostFile) -> &'static str {
+    match file.kind() {
+        HostKind::Regular => "file",
+        HostKind::BlockDevice => "host_device",
+    }
+}
+
+/// The path by which a backing file named in the image at `from` would be opened, for display.
+pub fn full_backing_name(from: &Path, reference: &str) -> PathBuf {
+    open_gate::combine(from, reference)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_of(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn guessed_raw_is_guarded_and_said_raw_is_not() {
+        let file = file_of(&[0; 4096]);
+        let image = open(&OpenRequest::write(file.path())).unwrap();
+        assert!(image.guessed);
+        assert_eq!(image.node.driver().name(), "guess-guard");
+        drop(image);
+        let raw = OpenRequest::write(file.path()).format(Some(ImageFormat::Raw));
+        assert_eq!(open(&raw).unwrap().node.driver().name(), "raw");
+    }
+
+    #[test]
+    fn known_formats_are_named_in_the_refusal() {
+        for (magic, word) in [
+            (&b"vhdxfile"[..], "vhdx images cannot be opened by this version yet"),
+            (b"KDMV", "vmdk images are not supported"),
+            (b"LUKS\xba\xbe", "luks"),
+            (b"rhswfsj\0", "log of writes"),
+        ] {
+            let file = file_of(magic);
+            let err = open(&OpenRequest::read(file.path())).unwrap_err();
+            assert_eq!(err.kind(), ErrorKind::Unsupported);
+            assert!(err.to_string().contains(word), "{err}");
+            assert!(err.to_string().contains(file.path().to_str().unwrap()), "{err}");
+            // The operator may insist.
+            open(&OpenRequest::read(file.path()).format(Some(ImageFormat::Raw))).unwrap();
+        }
+    }
+
+    #[test]
+    fn locks_of_each_role() {
+        let file = file_of(&[0; 4096]);
+        let writer = OpenRequest::write(file.path()).format(Some(ImageFormat::Raw));
+        let reader = OpenRequest::read(file.path());
+        let held = open(&writer).unwrap();
+        let err = open(&writer).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Busy);
+        let err = open(&reader).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Busy);
+        assert!(err.to_string().contains("-U reads it all the same"), "{err}");
+        open(&reader.clone().locking(Locking::Share)).unwrap();
+        open(&reader.clone().locking(Locking::Inspect)).unwrap();
+        drop(held);
+        let first = open(&reader).unwrap();
+        let second = open(&reader).unwrap();
+        open(&writer).unwrap_err();
+        drop((first, second));
+        open(&writer).unwrap();
+    }
+
+    #[test]
+    fn files_that_an_image_names_pass_the_gate() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("images")).unwrap();
+        for name in ["images/top", "images/base", "images/data", "images/disk.vdi", "outside"] {
+            std::fs::write(path(name), [0; 4096]).unwrap();
+        }
+        std::os::unix::fs::symlink("top", path("images/tail")).unwrap();
+        let request = OpenRequest::write(path("images/top"));
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let file = Arc::new(HostFile::open(&request.path, options).unwrap());
+        let gate = OpenGate::new(&request.path, &[]).unwrap();
+        let mut chain = Chain::default();
+        chain.push(&file).unwrap();
+        let mut opening = Opening { request: &request, file, gate: &gate, chain: &mut chain };
+
+        let base = opening.child("backing", "base", Some("raw"), Access::Read).unwrap();
+        assert!(base.node.limits().read_only);
+        assert_eq!(base.node.name(), "disk/backing");
+        let data = opening.child("data", "data", None, Access::Write).unwrap();
+        assert!(data.guessed && !data.node.limits().read_only);
+        // The base is locked as a reader's, the data file as a writer's.
+        open(&OpenRequest::read(path("images/base"))).unwrap();
+        open(&OpenRequest::write(path("images/base"))).unwrap_err();
+        open(&OpenRequest::read(path("images/data"))).unwrap_err();
+
+        let mut refused = |reference, format, message: &str| {
+            let err = opening.child("backing", reference, format, Access::Read).unwrap_err();
+            let err = err.to_string();
+            assert!(err.contains("top: its backing file: ") && err.contains(message), "{err}");
+        };
+        refused("../outside", None, "--allow-dir");
+        refused("tail", None, "already part of this chain");
+        refused("base", Some("qcow3"), "unknown format 'qcow3'");
+        refused("disk.vdi", Some("vdi"), "vdi images are not supported");
+        refused("gone", None, "No such file");
+    }
+
+    #[test]
+    fn a_lock_can_be_waited_for() {
+        let file = file_of(&[0; 4096]);
+        let writer = OpenRequest::write(file.path());
+        let held = open(&writer).unwrap();
+        let freed = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(held);
+        });
+        open(&OpenRequest { lock_wait: Duration::from_secs(10), ..writer }).unwrap();
+        freed.join().unwrap();
+    }
+
+    #[test]
+    fn what_a_guest_cannot_use_is_said_with_the_way_out() {
+        let check = |len: u64, block| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(len).unwrap();
+            open(&OpenRequest::read(file.path())).unwrap().check_for_guest(block)
+        };
+        check(1 << 20, 4096).unwrap();
+        assert!(check(0, 512).unwrap_err().to_string().contains("is empty"));
+        let err = check(1000, 512).unwrap_err().to_string();
+        assert!(err.contains("vublk resize") && err.ends_with(" 1024)"), "{err}");
+        let err = check(512, 4096).unwrap_err().to_string();
+        assert!(err.ends_with("or use --block-size 512"), "{err}");
+    }
+
+    #[test]
+    fn other_hosts_are_refused_as_such() {
+        let err = open(&OpenRequest::read("nbd://localhost/disk")).unwrap_err();
+        assert!(err.to_string().contains("only files and block devices"), "{err}");
+        let err = open(&OpenRequest::read("/nowhere/at/all")).unwrap_err();
+        assert_eq!(err.to_string(), "/nowhere/at/all: No such file or directory");
+    }
+
+    #[test]
+    fn cache_modes_have_names() {
+        for (name, mode) in CacheMode::NAMES {
+            assert_eq!(name.parse::<CacheMode>().unwrap(), mode);
+            assert_eq!(mode.to_string(), name);
+        }
+        "off".parse::<CacheMode>().unwrap_err();
+    }
+}

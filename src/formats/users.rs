@@ -1,0 +1,39 @@
+//! Who else has a file open, for the message that refuses to share it.
+//!
+//! Image locks belong to open files, not to processes, so the kernel does not say whose they are.
+//! Looking through the descriptors of all processes does, as far as they may be looked at. Only
+//! done once something has failed.
+
+use std::os::unix::fs::MetadataExt;
+
+use crate::io::HostFile;
+
+/// The most processes that are named.
+const MAX_NAMED: usize = 3;
+
+/// The other processes that have this file open, as `name (pid 1234)`; empty if none can be seen.
+pub fn of(file: &HostFile) -> Vec<String> {
+    let Ok(wanted) = std::fs::metadata(file.path()) else { return Vec::new() };
+    let own = std::process::id().to_string();
+    let mut users = Vec::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = process.file_name().to_string_lossy().into_owned();
+        if pid == own || !pid.bytes().all(|b| b.is_ascii_digit()) {
+            continue;
+        }
+        let descriptors = std::fs::read_dir(process.path().join("fd")).into_iter().flatten();
+        let is_user = descriptors.flatten().any(|fd| {
+            // Follows the link to the open file itself.
+            std::fs::metadata(fd.path())
+                .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
+        });
+        if is_user {
+            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            users.push(format!("{} (pid {pid})", name.trim_end()));
+            if users.len() == MAX_NAMED {
+                break;
+            }
+        }
+    }
+    users
+}

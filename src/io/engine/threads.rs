@@ -1,0 +1,220 @@
+//! The engine on a pool of blocking threads, for hosts that refuse io_uring.
+//!
+//! One pool serves all engines of the process; it grows with the load up to a limit and its
+//! threads end after idling. Completions come back through a queue and an eventfd that the engine
+//! polls together with its watches.
+
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::Duration;
+
+use rustix::event::EventfdFlags;
+
+use super::{Event, Op, blocking};
+use crate::error::{Result, ResultExt};
+
+/// Most threads of the pool. A disk's queue is rarely served better by more.
+const MAX_THREADS: usize = 16;
+/// How long a thread of the pool waits for work before it ends.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// See the module's text.
+pub struct ThreadsEngine {
+    /// Pushed, not yet handed to the pool.
+    queued: Vec<Job>,
+    done: Arc<Done>,
+    watches: Vec<(u64, RawFd)>,
+    /// Watch events found while polling, not yet reaped.
+    fired: Vec<Event>,
+    enters: u64,
+}
+
+/// Completions on their way back to an engine.
+struct Done {
+    events: Mutex<Vec<Event>>,
+    /// Whether `wake` has been written since the engine last looked.
+    signalled: AtomicBool,
+    wake: OwnedFd,
+}
+
+struct Job {
+    op: Op,
+    user: u64,
+    done: Arc<Done>,
+}
+
+// SAFETY: the operation's pointers are valid until its event is reaped, on any thread; that is the
+// promise of `Engine::push`.
+unsafe impl Send for Job {}
+
+struct Pool {
+    state: Mutex<PoolState>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct PoolState {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+fn pool() -> &'static Pool {
+    static POOL: OnceLock<Pool> = OnceLock::new();
+    POOL.get_or_init(|| Pool { state: Mutex::default(), work: Condvar::new() })
+}
+
+impl ThreadsEngine {
+    /// Makes an engine for the calling thread.
+    pub fn new() -> Result<ThreadsEngine> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .context(|| "eventfd")?;
+        let done = Done { events: Mutex::default(), signalled: AtomicBool::new(false), wake };
+        Ok(ThreadsEngine {
+            queued: Vec::new(),
+            done: Arc::new(done),
+            watches: Vec::new(),
+            fired: Vec::new(),
+            enters: 0,
+        })
+    }
+
+    /// See [`super::Engine::push`].
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn push(&mut self, op: &Op, user: u64) {
+        self.queued.push(Job { op: *op, user, done: Arc::clone(&self.done) });
+    }
+
+    /// See [`super::Engine::watch`].
+    pub fn watch(&mut self, fd: RawFd, user: u64) {
+        self.watches.push((user, fd));
+    }
+
+    /// See [`super::Engine::unwatch`].
+    pub fn unwatch(&mut self, user: u64) {
+        self.watches.retain(|(u, _)| *u != user);
+    }
+
+    /// See [`super::Engine::submit`].
+    pub fn submit(&mut self) {
+        if self.queued.is_empty() {
+            return;
+        }
+        self.enters += 1;
+        let pool = pool();
+        let mut state = pool.state.lock().unwrap();
+        let n = self.queued.len();
+        state.jobs.extend(self.queued.drain(..));
+        let mut missing = n.saturating_sub(state.idle);
+        while missing > 0 && state.threads < MAX_THREADS {
+            let spawned = std::thread::Builder::new()
+                .name("vublk-io".into())
+                .stack_size(128 * 1024)
+                .spawn(run);
+            if spawned.is_err() && state.threads > 0 {
+                // Those that exist will do the work.
+                break;
+            }
+            spawned.expect("cannot start an I/O thread");
+            state.threads += 1;
+            missing -= 1;
+        }
+        drop(state);
+        for _ in 0..n {
+            pool.work.notify_one();
+        }
+    }
+
+    /// See [`super::Engine::wait`].
+    pub fn wait(&mut self) {
+        self.submit();
+        self.poll(-1);
+    }
+
+    fn poll(&mut self, timeout_ms: i32) {
+        if !self.done.events.lock().unwrap().is_empty() || !self.fired.is_empty() {
+            return;
+        }
+        self.enters += 1;
+        let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut fds = vec![entry(self.done.wake.as_raw_fd())];
+        fds.extend(self.watches.iter().map(|(_, fd)| entry(*fd)));
+        // SAFETY: `fds` is a valid array of that many entries.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
+        if n <= 0 {
+            return;
+        }
+        for (slot, (user, fd)) in fds[1..].iter().zip(&self.watches) {
+            if slot.revents & libc::POLLIN != 0 {
+                drain(*fd);
+                self.fired.push(Event { user: *user, result: 1 });
+            }
+        }
+    }
+
+    /// See [`super::Engine::reap`].
+    pub fn reap(&mut self, out: &mut Vec<Event>) {
+        if self.done.signalled.swap(false, Ordering::AcqRel) {
+            drain(self.done.wake.as_raw_fd());
+        }
+        out.append(&mut self.done.events.lock().unwrap());
+        if self.fired.is_empty() && !self.watches.is_empty() && out.is_empty() {
+            self.poll(0);
+        }
+        out.append(&mut self.fired);
+    }
+
+    /// See [`super::Engine::enters`].
+    pub fn enters(&self) -> u64 {
+        self.enters
+    }
+}
+
+/// Resets an eventfd's counter.
+fn drain(fd: RawFd) {
+    let mut value = 0u64;
+    // SAFETY: eight bytes to a u64 of ours.
+    unsafe { libc::read(fd, (&raw mut value).cast(), 8) };
+}
+
+/// A thread of the pool.
+fn run() {
+    let pool = pool();
+    let mut state = pool.state.lock().unwrap();
+    loop {
+        if let Some(job) = state.jobs.pop_front() {
+            drop(state);
+            // SAFETY: who pushed the job keeps its memory and file until the event is reaped.
+            let result = unsafe { blocking(&job.op) };
+            job.done.events.lock().unwrap().push(Event { user: job.user, result });
+            if !job.done.signalled.swap(true, Ordering::AcqRel) {
+                let one = 1u64.to_ne_bytes();
+                let _ = rustix::io::write(&job.done.wake, &one);
+            }
+            drop(job);
+            state = pool.state.lock().unwrap();
+            continue;
+        }
+        state.idle += 1;
+        let (next, timeout) = pool.work.wait_timeout(state, IDLE).unwrap();
+        state = next;
+        state.idle -= 1;
+        if timeout.timed_out() && state.jobs.is_empty() {
+            state.threads -= 1;
+            return;
+        }
+    }
+}
+
+impl fmt::Debug for ThreadsEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ThreadsEngine({} watches)", self.watches.len())
+    }
+}

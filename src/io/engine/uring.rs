@@ -1,0 +1,310 @@
+//! The engine on an io_uring of the thread's own.
+//!
+//! * `SINGLE_ISSUER | DEFER_TASKRUN`: completions are processed when this thread enters the
+//!   kernel, never by interrupting it; `TASKRUN_FLAG` tells without a system call whether there is
+//!   anything to enter for. Older kernels get a plain ring.
+//! * Files are registered at first use, which saves a reference count per operation.
+//! * The ring's own descriptor is registered, which saves one per enter.
+
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::RawFd;
+
+use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, opcode, squeue, types};
+
+use super::{Event, Op, OpCode, WATCH};
+use crate::error::{Error, Result, ResultExt};
+
+/// Operations queued before the kernel must be entered. A worker takes at most a small batch at a
+/// time, so this is never the limit.
+const SQ_ENTRIES: u32 = 128;
+/// Completions that fit before the kernel keeps the rest aside.
+const CQ_ENTRIES: u32 = 2048;
+/// Slots for registered files.
+const FILE_SLOTS: u32 = 64;
+
+/// See the module's text.
+pub struct UringEngine {
+    submitter: Submitter<'static>,
+    sq: SubmissionQueue<'static>,
+    cq: CompletionQueue<'static>,
+    /// Files by their registered slot; `u32::MAX` is free.
+    files: Vec<u32>,
+    /// Whether registering works at all.
+    can_register: bool,
+    /// The kernel tells by a flag whether there are completions to process.
+    has_taskrun_flag: bool,
+    enters: u64,
+    /// Watches by user number, to arm them again when the kernel ends a multishot poll.
+    watches: Vec<(u64, RawFd)>,
+    /// What the halves borrow from. The last field: dropped after them.
+    _ring: RingBox,
+}
+
+/// Owns the ring that the engine's halves borrow from.
+struct RingBox(*mut IoUring);
+
+impl Drop for RingBox {
+    fn drop(&mut self) {
+        // SAFETY: made by `Box::into_raw` in `new`; those who borrow from it are gone.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
+
+/// User number of operations whose events nobody wants.
+const IGNORE: u64 = u64::MAX;
+
+impl UringEngine {
+    /// Makes a ring for the calling thread.
+    pub fn new() -> Result<UringEngine> {
+        let modern = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_coop_taskrun()
+            .setup_submit_all()
+            .setup_cqsize(CQ_ENTRIES)
+            .dontfork()
+            .build(SQ_ENTRIES);
+        let has_taskrun_flag = modern.is_ok();
+        let ring = match modern {
+            Ok(ring) => ring,
+            Err(_) => IoUring::builder()
+                .setup_cqsize(CQ_ENTRIES)
+                .dontfork()
+                .build(SQ_ENTRIES)
+                .context(|| "io_uring_setup")?,
+        };
+        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
+            return Err(Error::unsupported("this kernel's io_uring is too old (5.11 is needed)"));
+        }
+        let ring = RingBox(Box::into_raw(Box::new(ring)));
+        // SAFETY: the box is freed by `RingBox`, after the halves that borrow from it.
+        let (mut submitter, sq, cq) = unsafe { (*ring.0).split() };
+        // Both registrations only save time; without them everything works.
+        let _ = submitter.register_ring_fd();
+        let can_register = submitter.register_files_sparse(FILE_SLOTS).is_ok();
+        Ok(UringEngine {
+            submitter,
+            sq,
+            cq,
+            files: Vec::new(),
+            can_register,
+            has_taskrun_flag,
+            enters: 0,
+            watches: Vec::new(),
+            _ring: ring,
+        })
+    }
+
+    /// See [`super::Engine::push`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub unsafe fn push(&mut self, op: &Op, user: u64) {
+        let entry = match self.slot_of(op) {
+            Some(slot) => build(op, types::Fixed(slot)),
+            None => build(op, types::Fd(op.fd)),
+        };
+        self.push_entry(entry.user_data(user));
+    }
+
+    #[inline]
+    fn push_entry(&mut self, entry: squeue::Entry) {
+        // SAFETY: the caller of `push` keeps what the entry points to valid; other entries point
+        // to nothing.
+        while unsafe { self.sq.push(&entry) }.is_err() {
+            self.enter(0);
+        }
+    }
+
+    /// The registered slot of the operation's file.
+    #[inline]
+    fn slot_of(&mut self, op: &Op) -> Option<u32> {
+        // Nearly always one to three files: a scan beats a map.
+        if let Some(slot) = self.files.iter().position(|id| *id == op.file_id) {
+            return Some(slot as u32);
+        }
+        self.register(op)
+    }
+
+    #[cold]
+    fn register(&mut self, op: &Op) -> Option<u32> {
+        if !self.can_register || self.files.len() >= FILE_SLOTS as usize {
+            return None;
+        }
+        let slot = self.files.len() as u32;
+        self.submitter.register_files_update(slot, &[op.fd]).ok()?;
+        self.files.push(op.file_id);
+        Some(slot)
+    }
+
+    /// See [`super::Engine::forget_files`].
+    pub fn forget_files(&mut self) {
+        if self.files.is_empty() {
+            return;
+        }
+        let none = vec![-1; self.files.len()];
+        let _ = self.submitter.register_files_update(0, &none);
+        self.files.clear();
+    }
+
+    /// See [`super::Engine::watch`].
+    pub fn watch(&mut self, fd: RawFd, user: u64) {
+        self.watches.push((user, fd));
+        self.arm(fd, user);
+    }
+
+    /// Arms a multishot poll. The eventfd's counter is never read: each write wakes the poll anew.
+    fn arm(&mut self, fd: RawFd, user: u64) {
+        let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true);
+        self.push_entry(poll.build().user_data(user));
+    }
+
+    /// See [`super::Engine::unwatch`].
+    pub fn unwatch(&mut self, user: u64) {
+        self.watches.retain(|(u, _)| *u != user);
+        self.push_entry(opcode::PollRemove::new(user).build().user_data(IGNORE));
+        // The descriptor may be closed right after this returns.
+        self.enter(0);
+    }
+
+    /// See [`super::Engine::submit`].
+    #[inline]
+    pub fn submit(&mut self) {
+        self.sq.sync();
+        if !self.sq.is_empty()
+            || !self.has_taskrun_flag
+            || self.sq.taskrun()
+            || self.sq.cq_overflow()
+        {
+            self.enter(0);
+        }
+    }
+
+    /// See [`super::Engine::wait`].
+    pub fn wait(&mut self) {
+        self.cq.sync();
+        self.enter(u32::from(self.cq.is_empty()));
+    }
+
+    /// Enters the kernel: submits everything queued, processes completions, waits for `want`.
+    #[inline]
+    fn enter(&mut self, want: u32) {
+        const GETEVENTS: u32 = 1;
+        self.sq.sync();
+        let queued = self.sq.len() as u32;
+        self.enters += 1;
+        // SAFETY: no argument structure is passed.
+        let result =
+            unsafe { self.submitter.enter::<libc::sigset_t>(queued, want, GETEVENTS, None) };
+        self.sq.sync();
+        if let Err(err) = result {
+            match err.raw_os_error() {
+                // Interrupted; or completions must be reaped before more can be submitted.
+                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME) => {}
+                // The ring is ours, so nothing else can be wrong with it.
+                _ => panic!("io_uring_enter: {err}"),
+            }
+        }
+    }
+
+    /// See [`super::Engine::reap`].
+    #[inline]
+    pub fn reap(&mut self, out: &mut Vec<Event>) {
+        self.cq.sync();
+        let mut ended = false;
+        for cqe in &mut self.cq {
+            let user = cqe.user_data();
+            if user == IGNORE {
+                continue;
+            }
+            if user & WATCH != 0 && !io_uring::cqueue::more(cqe.flags()) && cqe.result() > 0 {
+                ended = true;
+            }
+            out.push(Event { user, result: cqe.result() });
+        }
+        self.cq.sync();
+        if ended {
+            self.rearm(out);
+        }
+    }
+
+    /// Arms again the watches that the kernel has ended (it may at any time), if still wanted.
+    #[cold]
+    fn rearm(&mut self, events: &[Event]) {
+        for (user, fd) in self.watches.clone() {
+            if events.iter().any(|e| e.user == user) {
+                // Harmless if another one of the same number is still armed: remove that first.
+                self.push_entry(opcode::PollRemove::new(user).build().user_data(IGNORE));
+                self.arm(fd, user);
+            }
+        }
+    }
+
+    /// See [`super::Engine::enters`].
+    pub fn enters(&self) -> u64 {
+        self.enters
+    }
+}
+
+#[inline]
+fn build(op: &Op, fd: impl types_use::UseFd) -> squeue::Entry {
+    fd.build(op)
+}
+
+/// The crate's builders are generic over a sealed trait; this makes one function serve both kinds
+/// of descriptor.
+mod types_use {
+    use super::*;
+
+    pub trait UseFd {
+        fn build(self, op: &Op) -> squeue::Entry;
+    }
+
+    macro_rules! use_fd {
+        ($kind:ty) => {
+            impl UseFd for $kind {
+                #[inline]
+                fn build(self, op: &Op) -> squeue::Entry {
+                    match op.code {
+                        OpCode::Read => {
+                            opcode::Readv::new(self, op.iovs, op.n_iovs).offset(op.offset).build()
+                        }
+                        OpCode::Write { dsync } => {
+                            let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                            opcode::Writev::new(self, op.iovs, op.n_iovs)
+                                .offset(op.offset)
+                                .rw_flags(flags)
+                                .build()
+                        }
+                        OpCode::Sync => {
+                            opcode::Fsync::new(self).flags(types::FsyncFlags::DATASYNC).build()
+                        }
+                        OpCode::Allocate { mode } => opcode::Fallocate::new(self, op.len)
+                            .offset(op.offset)
+                            .mode(mode)
+                            .build(),
+                    }
+                }
+            }
+        };
+    }
+
+    use_fd!(types::Fd);
+    use_fd!(types::Fixed);
+}
+
+impl Drop for UringEngine {
+    fn drop(&mut self) {
+        let _ = self.submitter.unregister_ring_fd();
+    }
+}
+
+impl fmt::Debug for UringEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "UringEngine({} enters)", self.enters)
+    }
+}
