@@ -1250,7 +1250,8 @@ impl WriteCommit for Commit<'_> {
         Self: 'b,
     {
         Box::pin(async move {
-            let Commit { image, mapping, promise, run, place, _guards } = *self;
+            // The guards come first, so that they go last if this future is dropped.
+            let Commit { _guards, image, mapping, promise, run, place } = *self;
             if let Some(mapping) = mapping {
                 // Before, in case this future is dropped half-way.
                 image.changes.fetch_add(1, Ordering::SeqCst);
