@@ -33,9 +33,9 @@
 //!              ─ flush ────► checkpoint: imago's state → overlay → file, in phases
 //! ```
 //!
-//! * [`store`]: what imago takes for its file: an overlay over the metadata.
-//! * [`checkpoint`]: writes the overlay out; power cuts.
-//! * [`disk`]: access to the file itself, whatever its alignment; who still writes where.
+//! * `store`: what imago takes for its file: an overlay over the metadata.
+//! * `checkpoint`: writes the overlay out; power cuts.
+//! * `disk`: access to the file itself, whatever its alignment; who still writes where.
 //!
 //! **Power cuts.** Between two checkpoints the file's metadata does not change at all. A flush is a
 //! checkpoint. One is also made when much metadata has piled up or the keep is full.
