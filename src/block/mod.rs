@@ -9,17 +9,23 @@
 //! * [`Node`]: the cheap-clone handle all callers hold. Checks range, alignment and rights, counts.
 //! * [`Driver`]: a synchronous `plan` and asynchronous operations.
 //! * [`Format`]: metadata only; [`FormatDriver`] turns one into a driver.
+//! * [`Keep`]: what must outlive the process but not the power.
+//! * [`RangeLock`]: the one lock that may be held across an await.
 //! * [`Gate`]: the one place where a running export is paused, drained and changed.
 //! * [`OpenGate`]: which files an image may pull in.
 
 pub mod driver;
 pub mod format;
 pub mod gate;
+pub mod keep;
 pub mod node;
 pub mod open_gate;
+pub mod range_lock;
 
 pub use driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned, StatusKind};
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
 pub use gate::{Gate, Party, Quiesced};
+pub use keep::Keep;
 pub use node::{Node, NodeOptions, Rights};
 pub use open_gate::OpenGate;
+pub use range_lock::{RangeGuard, RangeLock};

@@ -18,6 +18,7 @@ pub mod check;
 pub mod create;
 pub mod open;
 pub mod probe;
+pub mod qcow2;
 pub mod raw;
 mod users;
 

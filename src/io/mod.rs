@@ -22,6 +22,7 @@ pub mod file;
 pub mod host;
 pub mod lock;
 pub mod reactor;
+pub mod sim;
 
 pub use buf::{AlignedBuf, BufferOwner, Buffers};
 pub use engine::{Engine, EngineKind};

@@ -1,0 +1,758 @@
+//! Keeps what must outlive the process but not the power.
+//!
+//! A guest lives on when vublk is killed, and never repeats a write that it saw completed
+//! (design rule 7). Data written to the image's file is in the host's page cache by then; metadata
+//! whose place on disk must wait for a flush is not. A [`Keep`] holds it meanwhile, in a file on
+//! tmpfs: gone with the power, as everything that was not flushed may be, but not with the process.
+//!
+//! ```text
+//! begin(nonce)          a guest's session starts: the keep is empty and bears the session's name
+//!   append(record)      before a request completes that changed metadata not yet on disk
+//!   append(record)
+//!   rotate()            a flush starts: records from here on belong to the next one
+//!   append(record)
+//!   release()           the flush is durable: what was appended before rotate() is dropped
+//!      ╳  kill -9
+//! open(), take_over(nonce)   the same guest is back: here are the records, oldest first
+//!   … redo them, flush …
+//! begin(new nonce)
+//! ```
+//!
+//! What a record means is the owner's business. It must be safe to redo records whose effect is on
+//! disk already, in order, on top of what later requests wrote; so a request that touches what a
+//! kept record covers must be recorded too, even if by itself it would not need to be. An owner
+//! whose redo is not idempotent puts a sequence number into its records.
+//!
+//! A keep belongs to an image (device and inode number), a format, a boot of the host and a
+//! session (a random nonce, which the device puts into the in-flight region that the front-end
+//! hands back). Records of anything else are never given out.
+//!
+//! # The file
+//!
+//! ```text
+//! 0      header: magic, boot id, image, format, nonce, and of each half: generation, committed
+//! 4096   half 0: records ▏length, CRC32C, payload, padding to 8▕ …
+//! 4096+N half 1: the same; the half with the higher generation is the one appended to
+//! ```
+//!
+//! An append writes the record and then, as one aligned 8-byte write, the committed length. Killed
+//! anywhere in between, the record does not exist, and neither did the completion it was to
+//! precede. `release` sets the committed length of the older half to 0, again one 8-byte write.
+//! The CRC covers generation and position, so nothing stale passes for a record.
+//!
+//! Invariants: `rotate` is called only while nothing of the half before the current one is left;
+//! every committed record stays until `release`, `reset`, `begin` or `discard`.
+
+use std::fs::File;
+use std::io::IoSlice;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
+
+use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::units::align_up;
+
+/// Space for records between two flushes, in bytes, if the owner does not say otherwise.
+pub const DEFAULT_CAPACITY: u64 = 16 << 20;
+
+const MAGIC: &[u8; 8] = b"vublkKP1";
+const HEADER_LEN: u64 = 4096;
+/// Length and CRC of a record.
+const RECORD_HEADER: u64 = 8;
+
+/// Where the header's fields lie.
+mod at {
+    pub const MAGIC: usize = 0;
+    /// 1 while the header describes a session.
+    pub const VALID: usize = 8;
+    pub const BOOT_ID: usize = 16;
+    pub const DEV: usize = 56;
+    pub const INO: usize = 64;
+    pub const FORMAT: usize = 72;
+    pub const NONCE: usize = 104;
+    pub const CAPACITY: usize = 120;
+    /// Generation and committed length, twice.
+    pub const HALVES: usize = 128;
+    pub const END: usize = 160;
+}
+
+/// Keeps records of one image in memory that outlives the process. See the [module](self).
+///
+/// All methods block for no longer than a copy to memory takes, and may be called from any thread.
+#[derive(Debug)]
+pub struct Keep {
+    path: PathBuf,
+    /// Locked (flock) for as long as this lives.
+    file: File,
+    boot_id: [u8; 40],
+    image: (u64, u64),
+    format: [u8; 32],
+    /// Of one half.
+    capacity: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The session named in the file, if it is one of this image and boot.
+    nonce: Option<u128>,
+    halves: [Half; 2],
+    /// Which half is appended to.
+    active: usize,
+    /// Space in the active half promised to [`Reservation`]s.
+    reserved: u64,
+    /// Whether `begin` was called, that is: whether records may be appended.
+    recording: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Half {
+    generation: u64,
+    /// How many bytes of records are valid.
+    committed: u64,
+}
+
+impl Keep {
+    /// Opens or makes the keep of an image in `dir`, which is made if need be. `image` is the
+    /// image's device and inode number ([`HostFile::identity`](crate::io::HostFile::identity)).
+    ///
+    /// # Errors
+    /// Kind [`Unsupported`](ErrorKind::Unsupported) if `dir` is not on tmpfs (its content would
+    /// outlive the power, or cost as much as a flush), [`PermissionDenied`] if others may write
+    /// to it, [`Busy`](ErrorKind::Busy) if another process keeps state for the same image.
+    ///
+    /// [`PermissionDenied`]: ErrorKind::PermissionDenied
+    pub fn open(dir: &Path, image: (u64, u64), format: &str) -> Result<Keep> {
+        Keep::open_with_capacity(dir, image, format, DEFAULT_CAPACITY)
+    }
+
+    /// As [`Keep::open`], with room for `capacity` bytes of records between two flushes.
+    pub fn open_with_capacity(
+        dir: &Path,
+        image: (u64, u64),
+        format: &str,
+        capacity: u64,
+    ) -> Result<Keep> {
+        assert!(format.len() <= 31, "format name too long");
+        prepare_dir(dir).context(|| format!("state directory {}", dir.display()))?;
+        let path = dir.join(format!("{format}-{:x}-{:x}.keep", image.0, image.1));
+        let keep = Keep::open_file(&path, image, format, capacity)
+            .context(|| format!("{}", path.display()))?;
+        Ok(keep)
+    }
+
+    fn open_file(path: &Path, image: (u64, u64), format: &str, capacity: u64) -> Result<Keep> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file: File = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))?.into();
+        lock(&file)?;
+        // The header must never fail to be written once a session runs.
+        rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, HEADER_LEN)?;
+        let mut name = [0; 32];
+        name[..format.len()].copy_from_slice(format.as_bytes());
+        let mut keep = Keep {
+            path: path.to_path_buf(),
+            file,
+            boot_id: read_boot_id()?,
+            image,
+            format: name,
+            capacity: align_up(capacity, 4096).unwrap_or(capacity),
+            state: Mutex::default(),
+        };
+        if let Some((state, capacity)) = keep.read_header() {
+            keep.state = Mutex::new(state);
+            keep.capacity = capacity;
+        }
+        Ok(keep)
+    }
+
+    /// The state directory to use if the operator names none: `/run/vublk` for root where `/run`
+    /// is on tmpfs, else `$XDG_RUNTIME_DIR/vublk`, else `/dev/shm/vublk-UID`.
+    pub fn default_dir() -> PathBuf {
+        let uid = rustix::process::geteuid();
+        if uid.is_root() && is_tmpfs(Path::new("/run")).unwrap_or(false) {
+            return PathBuf::from("/run/vublk");
+        }
+        match std::env::var_os("XDG_RUNTIME_DIR") {
+            Some(dir) if !dir.is_empty() && is_tmpfs(Path::new(&dir)).unwrap_or(false) => {
+                Path::new(&dir).join("vublk")
+            }
+            _ => PathBuf::from(format!("/dev/shm/vublk-{}", uid.as_raw())),
+        }
+    }
+
+    /// The file it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Room for records between two flushes, in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// Whether a session runs, that is: whether records are wanted.
+    pub fn is_recording(&self) -> bool {
+        self.lock().recording
+    }
+
+    /// Whether a record with this much payload fits an empty keep.
+    pub fn can_ever_hold(&self, payload: u64) -> bool {
+        record_len(payload) <= self.capacity
+    }
+
+    /// Starts a session: drops all that is kept, and from now on appends are allowed. `nonce` is
+    /// what [`Keep::take_over`] will ask for.
+    pub fn begin(&self, nonce: u128) -> Result<()> {
+        let mut state = self.lock();
+        self.begin_locked(&mut state, nonce).context(|| self.path.display().to_string())
+    }
+
+    fn begin_locked(&self, state: &mut State, nonce: u128) -> Result<()> {
+        // Killed within this, the keep holds nothing, which is what the caller wants.
+        self.put(at::VALID, 0)?;
+        *state = State::default();
+        rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
+        let mut header = [0u8; at::END];
+        header[at::MAGIC..at::MAGIC + 8].copy_from_slice(MAGIC);
+        header[at::BOOT_ID..at::BOOT_ID + 40].copy_from_slice(&self.boot_id);
+        put_u64(&mut header, at::DEV, self.image.0);
+        put_u64(&mut header, at::INO, self.image.1);
+        header[at::FORMAT..at::FORMAT + 32].copy_from_slice(&self.format);
+        header[at::NONCE..at::NONCE + 16].copy_from_slice(&nonce.to_le_bytes());
+        put_u64(&mut header, at::CAPACITY, self.capacity);
+        state.halves[0].generation = 1;
+        put_u64(&mut header, at::HALVES, 1);
+        self.file.write_all_at(&header, 0)?;
+        self.put(at::VALID, 1)?;
+        state.nonce = Some(nonce);
+        state.recording = true;
+        Ok(())
+    }
+
+    /// Sets room for one record aside, so that a later append cannot find the keep full. `None` if
+    /// there is not enough left: flush first.
+    pub fn reserve(&self, payload: u64) -> Option<Reservation<'_>> {
+        let mut state = self.lock();
+        let len = record_len(payload);
+        let used = state.halves[state.active].committed + state.reserved;
+        if used.checked_add(len)? > self.capacity {
+            return None;
+        }
+        state.reserved += len;
+        Some(Reservation { keep: self, len })
+    }
+
+    /// Appends a record, given in pieces. When this returns, the record survives `kill -9`.
+    ///
+    /// # Errors
+    /// Kind [`NoSpace`](ErrorKind::NoSpace) if the keep or the tmpfs is full: flush, `release`, and
+    /// try again (or do without the record, as it is flushed then).
+    pub fn append(&self, pieces: &[&[u8]]) -> Result<()> {
+        let payload = pieces.iter().map(|piece| piece.len() as u64).sum();
+        let Some(reservation) = self.reserve(payload) else {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("{}: full ({} bytes)", self.path.display(), self.capacity),
+            ));
+        };
+        reservation.append(pieces)
+    }
+
+    fn append_locked(&self, state: &mut State, pieces: &[&[u8]]) -> Result<()> {
+        assert!(state.recording, "append to a keep without a session");
+        let payload: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
+        let half = &mut state.halves[state.active];
+        let position = half.committed;
+        let crc = checksum(half.generation, position, pieces);
+        let mut header = [0u8; RECORD_HEADER as usize];
+        header[..4].copy_from_slice(&(payload as u32).to_le_bytes());
+        header[4..].copy_from_slice(&crc.to_le_bytes());
+        let mut parts = vec![IoSlice::new(&header)];
+        parts.extend(pieces.iter().map(|piece| IoSlice::new(piece)));
+        let offset = HEADER_LEN + state.active as u64 * self.capacity + position;
+        write_vectored_at(&self.file, &mut parts, offset)?;
+        let committed = position + record_len(payload);
+        self.put(at::HALVES + 16 * state.active + 8, committed)?;
+        state.halves[state.active].committed = committed;
+        Ok(())
+    }
+
+    /// A flush starts: records appended from now on belong to the next one. What was appended
+    /// before stays until [`Keep::release`].
+    ///
+    /// # Panics
+    /// If the flush before was not released, or a [`Reservation`] is still open.
+    pub fn rotate(&self) -> Result<()> {
+        let mut state = self.lock();
+        let (old, new) = (state.active, 1 - state.active);
+        assert_eq!(state.halves[new].committed, 0, "the flush before was not released");
+        assert_eq!(state.reserved, 0, "a reservation is open");
+        if state.halves[old].committed == 0 {
+            return Ok(());
+        }
+        let generation = state.halves[old].generation + 1;
+        self.put(at::HALVES + 16 * new, generation)?;
+        state.halves[new].generation = generation;
+        state.active = new;
+        Ok(())
+    }
+
+    /// The flush that began at [`Keep::rotate`] is durable: drops the records from before it.
+    pub fn release(&self) -> Result<()> {
+        let mut state = self.lock();
+        let old = 1 - state.active;
+        self.clear_half(&mut state, old)
+    }
+
+    /// Drops all records; the session goes on. For owners that let nothing complete during a
+    /// flush, instead of `rotate` and `release`.
+    pub fn reset(&self) -> Result<()> {
+        let mut state = self.lock();
+        // The older half first: killed in between, what is left is redone on top of more.
+        let old = 1 - state.active;
+        self.clear_half(&mut state, old)?;
+        let active = state.active;
+        self.clear_half(&mut state, active)
+    }
+
+    fn clear_half(&self, state: &mut State, half: usize) -> Result<()> {
+        if state.halves[half].committed == 0 {
+            return Ok(());
+        }
+        // A new generation for the next records of this half, unless it waits for its rotation.
+        if half == state.active {
+            self.put(at::HALVES + 16 * half + 8, 0)?;
+            state.halves[half].generation += 1;
+            self.put(at::HALVES + 16 * half, state.halves[half].generation)?;
+        } else {
+            self.put(at::HALVES + 16 * half + 8, 0)?;
+        }
+        state.halves[half].committed = 0;
+        // Gives the memory back. Not vital.
+        let start = HEADER_LEN + half as u64 * self.capacity;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let _ = rustix::fs::fallocate(&self.file, flags, start, self.capacity);
+        Ok(())
+    }
+
+    /// The records of session `nonce`, oldest first; `None` if this keep holds nothing of it. They
+    /// stay until [`Keep::begin`] or [`Keep::discard`], so a redo that is killed can be repeated.
+    ///
+    /// # Errors
+    /// Kind [`Corrupt`](ErrorKind::Corrupt) if a record is damaged: none may be applied then.
+    pub fn take_over(&self, nonce: u128) -> Result<Option<Vec<Vec<u8>>>> {
+        let state = self.lock();
+        if state.nonce != Some(nonce) {
+            return Ok(None);
+        }
+        let mut order = [0, 1];
+        order.sort_by_key(|half| state.halves[*half].generation);
+        let mut records = Vec::new();
+        for half in order {
+            self.read_half(&state, half, &mut records)
+                .context(|| self.path.display().to_string())?;
+        }
+        Ok(Some(records))
+    }
+
+    /// The session whose records are here, if there are any.
+    pub fn found(&self) -> Option<u128> {
+        let state = self.lock();
+        state.nonce.filter(|_| state.halves.iter().any(|half| half.committed > 0))
+    }
+
+    fn read_half(&self, state: &State, half: usize, out: &mut Vec<Vec<u8>>) -> Result<()> {
+        let Half { generation, committed } = state.halves[half];
+        let start = HEADER_LEN + half as u64 * self.capacity;
+        let mut position = 0;
+        while position < committed {
+            let damaged = |what: &str| {
+                Error::corrupt(format!(
+                    "kept record at {position} of generation {generation} {what}; nothing was \
+                     applied. To go on without what the guest had not flushed, stop the guest and \
+                     remove this file"
+                ))
+            };
+            let mut header = [0u8; RECORD_HEADER as usize];
+            self.file.read_exact_at(&mut header, start + position)?;
+            let len = u64::from(u32::from_le_bytes(header[..4].try_into().unwrap()));
+            let crc = u32::from_le_bytes(header[4..].try_into().unwrap());
+            if position + record_len(len) > committed {
+                return Err(damaged("runs past the end"));
+            }
+            let mut payload = vec![0; len as usize];
+            self.file.read_exact_at(&mut payload, start + position + RECORD_HEADER)?;
+            if checksum(generation, position, &[&payload]) != crc {
+                return Err(damaged("has a wrong checksum"));
+            }
+            out.push(payload);
+            position += record_len(len);
+        }
+        Ok(())
+    }
+
+    /// Drops what an earlier session left here, with a line in the log if there was anything.
+    pub fn forget(&self) -> Result<()> {
+        if let Some(nonce) = self.found() {
+            tracing::warn!(
+                path = %self.path.display(),
+                session = format_args!("{nonce:032x}"),
+                "a new guest starts: what an earlier guest had written but not flushed is dropped"
+            );
+        }
+        let mut state = self.lock();
+        self.put(at::VALID, 0)?;
+        rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
+        *state = State::default();
+        Ok(())
+    }
+
+    /// Removes the file: the image was closed in order and nothing needs to be kept.
+    pub fn discard(&self) -> Result<()> {
+        let mut state = self.lock();
+        self.put(at::VALID, 0)?;
+        *state = State::default();
+        match std::fs::remove_file(&self.path) {
+            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::from(err).context(self.path.display().to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Writes a header field as one aligned word.
+    fn put(&self, at: usize, value: u64) -> Result<()> {
+        self.file
+            .write_all_at(&value.to_le_bytes(), at as u64)
+            .context(|| self.path.display().to_string())
+    }
+
+    /// What an earlier process left, if it is of this image, format and boot.
+    fn read_header(&self) -> Option<(State, u64)> {
+        let mut header = [0u8; at::END];
+        self.file.read_exact_at(&mut header, 0).ok()?;
+        let fits = header[at::MAGIC..at::MAGIC + 8] == *MAGIC
+            && get_u64(&header, at::VALID) == 1
+            && header[at::BOOT_ID..at::BOOT_ID + 40] == self.boot_id
+            && (get_u64(&header, at::DEV), get_u64(&header, at::INO)) == self.image
+            && header[at::FORMAT..at::FORMAT + 32] == self.format;
+        if !fits {
+            return None;
+        }
+        let nonce = u128::from_le_bytes(header[at::NONCE..at::NONCE + 16].try_into().ok()?);
+        let half = |i: usize| Half {
+            generation: get_u64(&header, at::HALVES + 16 * i),
+            committed: get_u64(&header, at::HALVES + 16 * i + 8),
+        };
+        let halves = [half(0), half(1)];
+        // The capacity is that of the process that wrote it.
+        let capacity = get_u64(&header, at::CAPACITY);
+        if !capacity.is_multiple_of(4096) || halves.iter().any(|half| half.committed > capacity) {
+            return None;
+        }
+        let active = usize::from(halves[1].generation > halves[0].generation);
+        Some((
+            State { nonce: Some(nonce), halves, active, reserved: 0, recording: false },
+            capacity,
+        ))
+    }
+}
+
+/// Room for one record, set aside by [`Keep::reserve`]. Dropping it gives the room back.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation<'a> {
+    keep: &'a Keep,
+    len: u64,
+}
+
+impl Reservation<'_> {
+    /// Appends the record; see [`Keep::append`]. Fails only if the tmpfs itself is full.
+    ///
+    /// # Panics
+    /// If the record is longer than what was reserved.
+    pub fn append(self, pieces: &[&[u8]]) -> Result<()> {
+        let payload = pieces.iter().map(|piece| piece.len() as u64).sum();
+        assert!(record_len(payload) <= self.len, "record longer than its reservation");
+        let mut state = self.keep.lock();
+        let result = self.keep.append_locked(&mut state, pieces);
+        drop(state);
+        result.context(|| self.keep.path.display().to_string())
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut state = self.keep.lock();
+        state.reserved -= self.len.min(state.reserved);
+    }
+}
+
+/// Space a record takes.
+fn record_len(payload: u64) -> u64 {
+    (RECORD_HEADER + payload).next_multiple_of(8)
+}
+
+fn checksum(generation: u64, position: u64, pieces: &[&[u8]]) -> u32 {
+    let mut crc = crc32c::crc32c(&generation.to_le_bytes());
+    crc = crc32c::crc32c_append(crc, &position.to_le_bytes());
+    pieces.iter().fold(crc, |crc, piece| crc32c::crc32c_append(crc, piece))
+}
+
+fn put_u64(header: &mut [u8], at: usize, value: u64) {
+    header[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+fn get_u64(header: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn write_vectored_at(file: &File, mut parts: &mut [IoSlice<'_>], mut offset: u64) -> Result<()> {
+    while !parts.is_empty() {
+        match rustix::io::pwritev(file, parts, offset) {
+            Ok(0) => return Err(Error::from_errno(libc::ENOSPC)),
+            Ok(n) => {
+                offset += n as u64;
+                IoSlice::advance_slices(&mut parts, n);
+                // Empty pieces at the end would make the next call return 0.
+                if parts.iter().all(|part| part.is_empty()) {
+                    break;
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Locks the file against other processes. One that was just killed may still be going away.
+fn lock(file: &File) -> Result<()> {
+    const TRIES: u32 = 50;
+    for _ in 0..TRIES {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            other => return Ok(other?),
+        }
+    }
+    Err(Error::new(ErrorKind::Busy, "another process serves this image"))
+}
+
+/// Names this boot of the host.
+fn read_boot_id() -> Result<[u8; 40]> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(PATH).context(|| PATH)?;
+    let text = text.trim().as_bytes();
+    let mut id = [0; 40];
+    let len = text.len().min(id.len());
+    id[..len].copy_from_slice(&text[..len]);
+    Ok(id)
+}
+
+fn is_tmpfs(path: &Path) -> Result<bool> {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    let fs = rustix::fs::statfs(path)?;
+    Ok(matches!(fs.f_type, TMPFS | RAMFS))
+}
+
+/// Makes the directory if need be and checks that it is one of ours, in memory.
+fn prepare_dir(dir: &Path) -> Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    match std::fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(err) if err.kind() != std::io::ErrorKind::AlreadyExists => return Err(err.into()),
+        _ => {}
+    }
+    let open = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(dir, open, Mode::empty())?;
+    let meta = File::from(fd.as_fd().try_clone_to_owned()?).metadata()?;
+    if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
+        return Err(Error::new(
+            ErrorKind::PermissionDenied,
+            "belongs to, or can be written by, others; name another with --state-dir",
+        ));
+    }
+    if !is_tmpfs(dir)? {
+        return Err(Error::unsupported(
+            "is not on tmpfs, so what is kept there would survive a power cut that the disk's \
+             own content did not; name a directory on tmpfs with --state-dir",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A state directory on tmpfs, removed with the value.
+    pub(crate) fn state_dir() -> tempfile::TempDir {
+        tempfile::Builder::new().prefix("vublk-test-").tempdir_in("/dev/shm").unwrap()
+    }
+
+    fn open(dir: &Path) -> Keep {
+        Keep::open_with_capacity(dir, (7, 42), "test", 64 << 10).unwrap()
+    }
+
+    fn records(keep: &Keep, nonce: u128) -> Option<Vec<Vec<u8>>> {
+        keep.take_over(nonce).unwrap()
+    }
+
+    #[test]
+    fn records_outlive_the_process() {
+        let dir = state_dir();
+        let keep = open(dir.path());
+        assert_eq!(records(&keep, 1), None);
+        keep.begin(1).unwrap();
+        keep.append(&[b"one"]).unwrap();
+        keep.append(&[b"t", b"", b"wo"]).unwrap();
+        keep.append(&[]).unwrap();
+        drop(keep);
+        let keep = open(dir.path());
+        let expected = vec![b"one".to_vec(), b"two".to_vec(), vec![]];
+        assert_eq!(records(&keep, 1), Some(expected.clone()));
+        // A redo that is killed can be repeated; another session's nonce opens nothing.
+        assert_eq!(records(&keep, 1), Some(expected));
+        assert_eq!(records(&keep, 2), None);
+        keep.begin(2).unwrap();
+        assert_eq!(records(&keep, 1), None);
+        assert_eq!(records(&keep, 2), Some(vec![]));
+        keep.discard().unwrap();
+        assert!(!keep.path().exists());
+    }
+
+    #[test]
+    fn a_flush_drops_only_what_it_covers() {
+        let dir = state_dir();
+        let keep = open(dir.path());
+        keep.begin(1).unwrap();
+        for round in 0..5u8 {
+            keep.append(&[&[round, 1]]).unwrap();
+            keep.rotate().unwrap();
+            keep.append(&[&[round, 2]]).unwrap();
+            drop(open_copy(&keep, dir.path(), |copy| {
+                let got = records(copy, 1).unwrap();
+                let n = got.len();
+                assert_eq!(got[n - 2..], [vec![round, 1], vec![round, 2]]);
+            }));
+            keep.release().unwrap();
+            assert_eq!(records(&keep, 1).unwrap(), [vec![round, 2]]);
+        }
+        keep.reset().unwrap();
+        assert_eq!(records(&keep, 1).unwrap(), Vec::<Vec<u8>>::new());
+        keep.append(&[b"x"]).unwrap();
+        assert_eq!(records(&keep, 1).unwrap(), [b"x".to_vec()]);
+    }
+
+    /// Opens a copy of the file under another directory, as a process that comes later would.
+    fn open_copy(keep: &Keep, _dir: &Path, check: impl FnOnce(&Keep)) -> tempfile::TempDir {
+        let dir = state_dir();
+        std::fs::copy(keep.path(), dir.path().join(keep.path().file_name().unwrap())).unwrap();
+        check(&open(dir.path()));
+        dir
+    }
+
+    #[test]
+    fn killed_at_any_write_of_an_append() {
+        // An append is: record bytes in any number of pieces, then the committed length. Cut the
+        // file's change at every byte of the record, without the length.
+        let dir = state_dir();
+        let keep = open(dir.path());
+        keep.begin(1).unwrap();
+        keep.append(&[b"first"]).unwrap();
+        let before = std::fs::read(keep.path()).unwrap();
+        keep.append(&[b"second record"]).unwrap();
+        let after = std::fs::read(keep.path()).unwrap();
+        let name = keep.path().file_name().unwrap().to_os_string();
+        for cut in before.len()..=after.len() {
+            let dir = state_dir();
+            let mut torn = after[..cut].to_vec();
+            torn[..at::END].copy_from_slice(&before[..at::END]);
+            std::fs::write(dir.path().join(&name), &torn).unwrap();
+            assert_eq!(records(&open(dir.path()), 1).unwrap(), [b"first".to_vec()]);
+        }
+    }
+
+    #[test]
+    fn damage_is_found_and_nothing_applied() {
+        let dir = state_dir();
+        let keep = open(dir.path());
+        keep.begin(1).unwrap();
+        keep.append(&[b"first"]).unwrap();
+        keep.append(&[b"second"]).unwrap();
+        let mut bytes = std::fs::read(keep.path()).unwrap();
+        bytes[HEADER_LEN as usize + 9] ^= 1;
+        std::fs::write(keep.path(), &bytes).unwrap();
+        let err = keep.take_over(1).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Corrupt);
+        assert!(err.to_string().contains("remove this file"), "{err}");
+    }
+
+    #[test]
+    fn another_image_boot_or_format_finds_nothing() {
+        let dir = state_dir();
+        let keep = open(dir.path());
+        keep.begin(1).unwrap();
+        keep.append(&[b"first"]).unwrap();
+        let path = keep.path().to_path_buf();
+        drop(keep);
+        for at in [at::BOOT_ID, at::DEV, at::INO, at::FORMAT, at::MAGIC, at::VALID] {
+            let bytes = std::fs::read(&path).unwrap();
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            std::fs::write(&path, &changed).unwrap();
+            assert_eq!(records(&open(dir.path()), 1), None, "field at {at}");
+            std::fs::write(&path, &bytes).unwrap();
+        }
+        assert_eq!(records(&open(dir.path()), 1).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn it_is_bounded_and_locked() {
+        let dir = state_dir();
+        let keep = open(dir.path());
+        keep.begin(1).unwrap();
+        let payload = vec![7; 8000];
+        let mut n = 0;
+        while keep.append(&[&payload]).is_ok() {
+            n += 1;
+        }
+        assert_eq!(n, 8);
+        assert!(!keep.can_ever_hold(64 << 10));
+        keep.rotate().unwrap();
+        keep.append(&[&payload]).unwrap();
+        keep.release().unwrap();
+        let reservation = keep.reserve(8000).unwrap();
+        assert!(keep.reserve(56000).is_none());
+        drop(reservation);
+        assert!(keep.reserve(50000).is_some());
+        let err = Keep::open_with_capacity(dir.path(), (7, 42), "test", 64 << 10).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Busy);
+    }
+
+    #[test]
+    fn a_directory_on_disk_or_open_to_others_is_refused() {
+        let dir = state_dir();
+        let open_to_all = dir.path().join("open");
+        std::fs::create_dir(&open_to_all).unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&open_to_all, PermissionsExt::from_mode(0o777)).unwrap();
+        let err = Keep::open(&open_to_all, (1, 1), "test").unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::PermissionDenied);
+        let on_disk = tempfile::tempdir().unwrap();
+        if !is_tmpfs(on_disk.path()).unwrap() {
+            let err = Keep::open(on_disk.path(), (1, 1), "test").unwrap_err();
+            assert_eq!(err.kind(), ErrorKind::Unsupported);
+            assert!(err.to_string().contains("--state-dir"), "{err}");
+        }
+    }
+}
