@@ -36,6 +36,7 @@ pub mod memory;
 pub mod message_fuzzing;
 #[cfg(test)]
 mod message_tests;
+mod pace;
 pub mod pool;
 pub mod request;
 pub mod ring;

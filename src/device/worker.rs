@@ -4,15 +4,14 @@
 //! loop:
 //!   commands of the message thread      start, stop, new memory, …
 //!   gate                                closed: pop nothing, report quiet once drained
-//!   for each ring: pop at most 8        parse, plan; submit, or start a task
+//!   for each ring: pop a batch          parse, plan; submit, or start a task
 //!   reactor.turn()                      enter the kernel at most once; reap; run tasks
 //!   completions                         status byte, used element
 //!   for each ring: publish              one index store, at most one interrupt
 //!   nothing came: ask for a kick, look once more, sleep in the reactor
 //! ```
 //!
-//! Small batches keep both sides of the ring busy: a worker that takes the whole ring at once works
-//! in lock-step with its guest, each sleeping while the other works.
+//! How large a batch is depends on where the guest runs: see [`super::pace`].
 //!
 //! Invariants:
 //! * Each popped chain is completed exactly once: its slot is freed only by [`Worker::finish`].
@@ -38,20 +37,17 @@ use crate::device::dirty_log::DirtyLog;
 use crate::device::export::{CachePolicy, Counters, Export};
 use crate::device::features;
 use crate::device::memory::GuestMemory;
+use crate::device::pace::Pace;
 use crate::device::pool::{Command, Mailbox, Stopped};
 use crate::device::request::{self, Kind, Limits, Parsed, Request, Segment, Status};
 use crate::device::ring::{Ring, RingConfig};
 use crate::device::rings::{Notifier, RingStart};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::buf::{Buffers, iovecs_aligned, slice_iovecs};
-use crate::io::engine::{Event, MAX_IOVECS, Op, OpCode, WATCH};
+use crate::io::engine::{Event, MAX_IOVECS, Op, OpCode, WATCH, nowait_read};
 use crate::io::{HostFile, Reactor};
 use crate::units::ByteRange;
 
-/// Most requests taken from a ring before the others and the completions get their turn.
-const BATCH: usize = 8;
-/// Most completions of inline I/O that wait for publication.
-const PUBLISH_EVERY: usize = 4;
 /// A ring without a kick descriptor has to be looked at now and then.
 const KICKLESS_PAUSE: Duration = Duration::from_micros(50);
 
@@ -103,6 +99,7 @@ struct Worker {
     next_watch: u64,
     serial: [u8; request::ID_LEN],
     counts: Arc<Counters>,
+    pace: Pace,
     failures: FailureLog,
     quit: bool,
 }
@@ -178,8 +175,9 @@ enum Prepared {
 }
 
 impl Slot {
-    /// Asks the driver for a plan and cuts the request into parts accordingly. A single part on a
-    /// file where the ring would only hand it to a kernel worker is done at once.
+    /// Asks the driver for a plan and cuts the request into parts accordingly. A single part is
+    /// done at once on a file where the ring would only hand it to a kernel worker, or if it is
+    /// `alone` in flight and what it reads is in the page cache.
     #[inline]
     fn plan(
         &mut self,
@@ -187,6 +185,7 @@ impl Slot {
         op: PlanOp,
         range: ByteRange,
         memory_alignment: usize,
+        alone: bool,
     ) -> Prepared {
         let data = &self.request.data;
         if data.len() > MAX_IOVECS
@@ -202,13 +201,19 @@ impl Slot {
         self.parts.clear();
         if let [PlanExtent::File { file, offset, len }] = plan.extents[..] {
             let part = Part::new(op, file, offset, len, data, Vec::new());
-            let inline = match op {
-                PlanOp::Read => file.inline().reads,
-                PlanOp::Write { fua } => file.inline().writes && !fua,
-                PlanOp::Flush => false,
+            let result = match op {
+                // SAFETY: this slot keeps the iovecs, the ring the memory, the driver the file.
+                PlanOp::Read if alone && file.reads_nowait() => unsafe { nowait_read(&part.op) },
+                PlanOp::Read if file.inline().reads => {
+                    // SAFETY: as above.
+                    Some(unsafe { file.inline_call(&part.op) })
+                }
+                PlanOp::Write { fua: false } if file.inline().writes => {
+                    // SAFETY: as above.
+                    Some(unsafe { file.inline_call(&part.op) })
+                }
+                _ => None,
             };
-            // SAFETY: this slot keeps the iovecs, the ring the memory, the driver the file.
-            let result = inline.then(|| unsafe { file.inline_call(&part.op) });
             self.parts.push(part);
             self.parts_left = 1;
             self.pin = plan.pin;
@@ -311,6 +316,7 @@ impl Worker {
             events: Vec::with_capacity(64),
             next_watch: 0,
             counts,
+            pace: Pace::new(),
             failures: FailureLog::default(),
             quit: false,
         };
@@ -453,7 +459,7 @@ impl Worker {
 
     // ---- from the ring ----
 
-    /// Takes at most [`BATCH`] requests from a ring and starts them. True if there were any.
+    /// Takes a batch of requests from a ring and starts them. True if there were any.
     #[inline]
     fn take_batch(&mut self, at: usize) -> bool {
         // A ring that is to stop still takes up again what an earlier process owed.
@@ -466,7 +472,7 @@ impl Worker {
             return false;
         }
         let mut taken = 0;
-        while taken < BATCH {
+        while taken < self.pace.batch() {
             let served = &mut self.rings[at];
             let head = match served.resubmit.pop_front() {
                 Some(head) => head,
@@ -482,7 +488,7 @@ impl Worker {
             };
             taken += 1;
             self.take(at, head);
-            if self.rings[at].unpublished >= PUBLISH_EVERY {
+            if self.rings[at].unpublished >= self.pace.show() {
                 self.publish(at);
             }
         }
@@ -549,7 +555,8 @@ impl Worker {
     #[inline]
     fn submit_planned(&mut self, index: u32, op: PlanOp, range: ByteRange) -> bool {
         let slot = &mut self.slots[index as usize];
-        match slot.plan(self.driver.as_ref(), op, range, self.memory_alignment) {
+        let alone = self.in_flight == 1;
+        match slot.plan(self.driver.as_ref(), op, range, self.memory_alignment, alone) {
             Prepared::NotNow => return false,
             Prepared::Nothing => self.finish(index, Status::Ok),
             Prepared::Inline(result) => self.part_done(index, 0, result),
@@ -728,6 +735,7 @@ impl Worker {
         if served.ring.publish() {
             self.counts.interrupts.add(1);
             served.interrupt();
+            self.pace.interrupted();
         }
     }
 

@@ -59,6 +59,8 @@ pub struct HostFile {
     /// Whether reads / writes are better done by plain calls than by the ring, which would only
     /// hand them to a kernel worker.
     inline: Inline,
+    /// Whether a plain call can read from the page cache without waiting.
+    reads_nowait: bool,
     /// Until when (in [`coarse_now_ms`]) inline calls are suspended because one was slow.
     inline_suspended_until_ms: AtomicU64,
     /// Slow inline calls in a row; each doubles the suspension.
@@ -138,7 +140,7 @@ impl HostFile {
         if options.direct {
             drop_page_cache(fd.as_fd());
         }
-        let inline = probe_inline(fd.as_fd(), kind, options.direct);
+        let (inline, reads_nowait) = probe_inline(fd.as_fd(), kind, options.direct);
         Ok(HostFile {
             fd: Arc::new(fd),
             path,
@@ -149,6 +151,7 @@ impl HostFile {
             alignment,
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             inline,
+            reads_nowait,
             inline_suspended_until_ms: AtomicU64::new(0),
             inline_slow_streak: AtomicU32::new(0),
         })
@@ -188,6 +191,12 @@ impl HostFile {
             return Inline::default();
         }
         self.inline
+    }
+
+    /// Whether a plain call can read from the page cache without waiting.
+    #[inline]
+    pub fn reads_nowait(&self) -> bool {
+        self.reads_nowait
     }
 
     /// Performs a transfer in place. One that blocks for long (the host throttles the writer, say)
@@ -354,9 +363,9 @@ fn drop_page_cache(fd: BorrowedFd<'_>) {
 
 /// Finds the directions in which the ring could only hand requests to a kernel worker: the file
 /// has no NOWAIT there, so a plain call by the worker itself is cheaper.
-fn probe_inline(fd: BorrowedFd<'_>, kind: HostKind, direct: bool) -> Inline {
+fn probe_inline(fd: BorrowedFd<'_>, kind: HostKind, direct: bool) -> (Inline, bool) {
     if direct || kind == HostKind::BlockDevice {
-        return Inline::default();
+        return (Inline::default(), false);
     }
     // Asking for one byte without waiting does no harm and says whether the file knows NOWAIT.
     let mut byte = [0u8];
@@ -371,7 +380,7 @@ fn probe_inline(fd: BorrowedFd<'_>, kind: HostKind, direct: bool) -> Inline {
         Ok(fs) => !matches!(fs.f_type, XFS | BTRFS),
         Err(_) => false,
     };
-    Inline { reads, writes }
+    (Inline { reads, writes }, !reads)
 }
 
 impl File for HostFile {

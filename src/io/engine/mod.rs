@@ -239,3 +239,16 @@ pub unsafe fn blocking(op: &Op) -> i32 {
         }
     }
 }
+
+/// Reads what is in the page cache, without waiting; `None` if it is not.
+///
+/// # Safety
+/// As for [`Engine::push`], until the call returns.
+#[inline]
+pub unsafe fn nowait_read(op: &Op) -> Option<i32> {
+    let (n, offset) = (op.n_iovs as libc::c_int, op.offset as libc::off_t);
+    // SAFETY: the caller keeps memory and file valid during the call.
+    let rc = unsafe { libc::preadv2(op.fd, op.iovs, n, offset, libc::RWF_NOWAIT) };
+    // Zero (the end of the file) and errors take the usual way, which reports them.
+    (rc > 0).then_some(rc as i32)
+}
