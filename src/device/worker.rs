@@ -37,7 +37,7 @@ use crate::device::dirty_log::DirtyLog;
 use crate::device::export::{CachePolicy, Counters, Export};
 use crate::device::features;
 use crate::device::memory::GuestMemory;
-use crate::device::pace::Pace;
+use crate::device::pace::{Pace, Patience};
 use crate::device::pool::{Command, Mailbox, Stopped};
 use crate::device::request::{self, Kind, Limits, Parsed, Request, Segment, Status};
 use crate::device::ring::{Ring, RingConfig};
@@ -100,6 +100,7 @@ struct Worker {
     serial: [u8; request::ID_LEN],
     counts: Arc<Counters>,
     pace: Pace,
+    patience: Patience,
     failures: FailureLog,
     quit: bool,
 }
@@ -295,6 +296,7 @@ impl Worker {
     ) -> Worker {
         let node = export.node.clone();
         let counts = export.new_counters();
+        let patience = Patience::new(export.options.poll_us);
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
@@ -317,6 +319,7 @@ impl Worker {
             next_watch: 0,
             counts,
             pace: Pace::new(),
+            patience,
             failures: FailureLog::default(),
             quit: false,
         };
@@ -422,7 +425,7 @@ impl Worker {
                 }
                 kickless |= served.kick.is_none() && served.ring.broken().is_none();
             }
-            if self.export.options.poll_us > 0 && self.in_flight == 0 && self.poll() {
+            if self.in_flight == 0 && self.look_around() {
                 return;
             }
         }
@@ -438,23 +441,16 @@ impl Worker {
         self.turn(true);
     }
 
-    /// Polls the rings for as long as the operator allows; true if something came. Never while
-    /// the disk has work: its completions would wait for the poll to end.
-    #[cold]
-    fn poll(&mut self) -> bool {
-        let until = Instant::now() + Duration::from_micros(self.export.options.poll_us.into());
-        while Instant::now() < until {
-            for _ in 0..16 {
-                if self.rings.iter_mut().any(|served| served.ring.has_available()) {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-            if self.mailbox.is_full() || self.party.is_closed() {
-                return true;
-            }
-        }
-        false
+    /// Looks at the rings for as long as the operator allows; true if something came. Never while
+    /// the disk has work: its completions would wait for the look to end.
+    #[inline]
+    fn look_around(&mut self) -> bool {
+        let Worker { rings, mailbox, party, patience, .. } = self;
+        patience.wait_for(|| {
+            rings.iter().any(|served| served.ring.has_available())
+                || mailbox.is_full()
+                || party.is_closed()
+        })
     }
 
     // ---- from the ring ----
