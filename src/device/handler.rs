@@ -106,6 +106,12 @@ impl Device {
         self.log_notified(Some(channel.notify()));
     }
 
+    /// Size of the disk, in sectors, that a front-end was told last.
+    #[cfg(test)]
+    pub(super) fn told_capacity(&self) -> Option<u64> {
+        *lock(&self.told_capacity)
+    }
+
     fn log_notified(&self, notified: Option<Notified>) {
         match notified {
             Some(Notified::Sent) => {
