@@ -303,11 +303,13 @@ impl Worker {
         party: Party,
     ) -> Worker {
         let node = export.node.clone();
+        // Before the driver: if that is replaced in between, the generation is already old.
+        let generation = party.generation();
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
             node,
-            generation: party.generation(),
+            generation,
             export,
             mailbox,
             reactor,
@@ -437,6 +439,10 @@ impl Worker {
         self.report_counts();
         // A wake-up that the turn before this has swallowed: what it was for is in plain sight.
         if self.mailbox.is_full() || self.party.is_closed() == open {
+            return;
+        }
+        // Opened and closed again since the report: the new closer waits for a new one.
+        if self.in_flight == 0 && self.party.owes_report() {
             return;
         }
         if kickless {
