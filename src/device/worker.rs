@@ -91,6 +91,8 @@ struct Worker {
     capacity: u64,
     read_only: bool,
     memory_alignment: usize,
+    /// Of the length of each memory range, where `memory_alignment` demands anything at all.
+    length_alignment: usize,
     rings: Vec<Served>,
     slots: Vec<Slot>,
     free_slots: Vec<u32>,
@@ -184,11 +186,11 @@ impl Slot {
         driver: &dyn Driver,
         op: PlanOp,
         range: ByteRange,
-        memory_alignment: usize,
+        (memory_alignment, length_alignment): (usize, usize),
     ) -> Prepared {
         let data = &self.request.data;
         if data.len() > MAX_IOVECS
-            || (memory_alignment > 1 && !iovecs_aligned(data, memory_alignment))
+            || (length_alignment > 1 && !iovecs_aligned(data, memory_alignment, length_alignment))
         {
             return Prepared::NotNow;
         }
@@ -317,6 +319,7 @@ impl Worker {
             capacity: 0,
             read_only: false,
             memory_alignment: 1,
+            length_alignment: 1,
             rings: Vec::new(),
             slots: Vec::new(),
             free_slots: Vec::new(),
@@ -338,6 +341,7 @@ impl Worker {
         self.capacity = limits.size;
         self.read_only = limits.read_only;
         self.memory_alignment = limits.memory_alignment;
+        self.length_alignment = limits.request_alignment as usize;
         for served in &mut self.rings {
             served.limits.capacity = limits.size;
             served.limits.read_only = limits.read_only;
@@ -569,7 +573,8 @@ impl Worker {
     #[inline]
     fn submit_planned(&mut self, index: u32, op: PlanOp, range: ByteRange) -> bool {
         let slot = &mut self.slots[index as usize];
-        match slot.plan(self.driver.as_ref(), op, range, self.memory_alignment) {
+        let alignment = (self.memory_alignment, self.length_alignment);
+        match slot.plan(self.driver.as_ref(), op, range, alignment) {
             Prepared::NotNow => return false,
             Prepared::Nothing => self.finish(index, Status::Ok),
             Prepared::Inline(result) => self.part_done(index, 0, result),
