@@ -366,6 +366,11 @@ impl Worker {
                 self.idle(open);
             }
         }
+        // All rings should have been stopped before. If not: the slots own what the host still
+        // reads and writes, so they stay until it is done.
+        while self.in_flight > 0 {
+            self.turn(true);
+        }
         self.report_counts();
     }
 
@@ -908,6 +913,11 @@ impl Worker {
             if let Some(reply) = served.stopping {
                 let _ = reply.send(served.ring.last_avail());
             }
+        }
+        if self.in_flight == 0 && self.rings.is_empty() {
+            // Slots keep the longest lists their guest ever made them hold.
+            self.slots = Vec::new();
+            self.free_slots = Vec::new();
         }
         self.report_counts();
     }
