@@ -37,6 +37,8 @@ pub mod message_fuzzing;
 #[cfg(test)]
 mod message_tests;
 pub mod pool;
+#[cfg(test)]
+mod pool_tests;
 pub mod request;
 pub mod ring;
 pub mod rings;
