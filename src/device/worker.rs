@@ -86,6 +86,8 @@ struct Worker {
     capacity: u64,
     read_only: bool,
     memory_alignment: usize,
+    /// Of the length of each memory range, where `memory_alignment` demands anything at all.
+    length_alignment: usize,
     rings: Vec<Served>,
     slots: Vec<Slot>,
     free_slots: Vec<u32>,
@@ -185,12 +187,12 @@ impl Slot {
         driver: &dyn Driver,
         op: PlanOp,
         range: ByteRange,
-        memory_alignment: usize,
+        (memory_alignment, length_alignment): (usize, usize),
         alone: bool,
     ) -> Prepared {
         let data = &self.request.data;
         if data.len() > MAX_IOVECS
-            || (memory_alignment > 1 && !iovecs_aligned(data, memory_alignment))
+            || (length_alignment > 1 && !iovecs_aligned(data, memory_alignment, length_alignment))
         {
             return Prepared::NotNow;
         }
@@ -297,11 +299,13 @@ impl Worker {
         let node = export.node.clone();
         let counts = export.new_counters();
         let patience = Patience::new(export.options.poll_us);
+        // Before the driver: if that is replaced in between, the generation is already old.
+        let generation = party.generation();
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
             node,
-            generation: party.generation(),
+            generation,
             export,
             mailbox,
             reactor,
@@ -309,6 +313,7 @@ impl Worker {
             capacity: 0,
             read_only: false,
             memory_alignment: 1,
+            length_alignment: 1,
             rings: Vec::new(),
             slots: Vec::new(),
             free_slots: Vec::new(),
@@ -332,6 +337,7 @@ impl Worker {
         self.capacity = limits.size;
         self.read_only = limits.read_only;
         self.memory_alignment = limits.memory_alignment;
+        self.length_alignment = limits.request_alignment as usize;
         for served in &mut self.rings {
             served.limits.capacity = limits.size;
             served.limits.read_only = limits.read_only;
@@ -355,6 +361,11 @@ impl Worker {
             if !busy && !self.quit {
                 self.idle(open);
             }
+        }
+        // All rings should have been stopped before. If not: the slots own what the host still
+        // reads and writes, so they stay until it is done.
+        while self.in_flight > 0 {
+            self.turn(true);
         }
     }
 
@@ -432,6 +443,10 @@ impl Worker {
         self.counts.enters.set(self.reactor.engine().enters());
         // A wake-up that the turn before this has swallowed: what it was for is in plain sight.
         if self.mailbox.is_full() || self.party.is_closed() == open {
+            return;
+        }
+        // Opened and closed again since the report: the new closer waits for a new one.
+        if self.in_flight == 0 && self.party.owes_report() {
             return;
         }
         if kickless {
@@ -551,8 +566,9 @@ impl Worker {
     #[inline]
     fn submit_planned(&mut self, index: u32, op: PlanOp, range: ByteRange) -> bool {
         let slot = &mut self.slots[index as usize];
+        let alignment = (self.memory_alignment, self.length_alignment);
         let alone = self.in_flight == 1;
-        match slot.plan(self.driver.as_ref(), op, range, self.memory_alignment, alone) {
+        match slot.plan(self.driver.as_ref(), op, range, alignment, alone) {
             Prepared::NotNow => return false,
             Prepared::Nothing => self.finish(index, Status::Ok),
             Prepared::Inline(result) => self.part_done(index, 0, result),
@@ -887,6 +903,11 @@ impl Worker {
             if let Some(reply) = served.stopping {
                 let _ = reply.send(served.ring.last_avail());
             }
+        }
+        if self.in_flight == 0 && self.rings.is_empty() {
+            // Slots keep the longest lists their guest ever made them hold.
+            self.slots = Vec::new();
+            self.free_slots = Vec::new();
         }
     }
 
