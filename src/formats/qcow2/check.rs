@@ -321,7 +321,7 @@ impl Check<'_> {
 
     /// How many refcounts a block holds.
     fn per_block(&self) -> u64 {
-        self.cluster * 8 >> self.header.refcount_order
+        (self.cluster * 8) >> self.header.refcount_order
     }
 
     /// The highest refcount there can be.
