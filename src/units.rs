@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use crate::error::{Error, Result};
+
 /// Size of the sector that virtio-blk counts in, whatever the block size of the disk.
 pub const SECTOR_SIZE: u64 = 512;
 
@@ -16,6 +18,49 @@ pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
 /// A tebibyte, in bytes.
 pub const TIB: u64 = 1 << 40;
+
+/// The suffixes that multiply by powers of 1024, as in qemu-img; `b` and none are bytes.
+const SUFFIXES: &[(char, u32)] =
+    &[('b', 0), ('k', 10), ('m', 20), ('g', 30), ('t', 40), ('p', 50), ('e', 60)];
+
+/// Parses a size: digits, an optional fraction and an optional suffix (b, k, K, M, G, T, P, E;
+/// powers of 1024). A fraction must come out as whole bytes or is rounded down.
+///
+/// # Errors
+/// Says what is wrong with the text.
+pub fn parse_size(text: &str) -> Result<u64> {
+    let bad = || {
+        Error::invalid(format!(
+            "'{text}' is not a size (digits, then nothing for bytes or one of K, M, G, T, P, E)"
+        ))
+    };
+    let too_large = || Error::invalid(format!("the size '{text}' does not fit 64 bits"));
+    let last = text.chars().last().ok_or_else(bad)?.to_ascii_lowercase();
+    let shift = SUFFIXES.iter().find(|(suffix, _)| *suffix == last).map(|(_, shift)| *shift);
+    let number = if shift.is_some() { &text[..text.len() - 1] } else { text };
+    let shift = shift.unwrap_or(0);
+    let (whole, fraction) = match number.split_once('.') {
+        Some((whole, fraction)) if !fraction.is_empty() => (whole, fraction),
+        Some(_) => return Err(bad()),
+        None => (number, ""),
+    };
+    let all_digits = |s: &str| s.bytes().all(|b| b.is_ascii_digit());
+    if whole.is_empty() || !all_digits(whole) || !all_digits(fraction) {
+        return Err(bad());
+    }
+    let whole: u64 = whole.parse().map_err(|_| too_large())?;
+    let bytes = whole.checked_mul(1 << shift).ok_or_else(too_large)?;
+    // Eighteen digits after the point are more than any size of ours can use.
+    let digits = &fraction[..fraction.len().min(18)];
+    let fraction = match digits {
+        "" => 0,
+        _ => {
+            let value: u128 = digits.parse().map_err(|_| bad())?;
+            (value << shift) / 10u128.pow(digits.len() as u32)
+        }
+    };
+    bytes.checked_add(fraction as u64).ok_or_else(too_large)
+}
 
 /// A run of bytes: `offset..offset + len`. The end never overflows: [`ByteRange::new`] checks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -169,6 +169,14 @@ impl Party {
         }
     }
 
+    /// Whether the party is closed and has not said yet that it is quiet. To be looked at before a
+    /// sleep: the gate may have opened and closed again since the last report, and the wake-ups of
+    /// both may have been taken for those of something else.
+    pub fn owes_report(&self) -> bool {
+        // Opening clears `quiet` before `closed`, so a report that was withdrawn is seen as such.
+        self.inner.closed.load(Ordering::SeqCst) && !self.inner.quiet.load(Ordering::SeqCst)
+    }
+
     /// Changes whenever the gate has been open again after a pause: the graph may have changed.
     pub fn generation(&self) -> u64 {
         self.shared.generation.load(Ordering::Acquire)
@@ -229,6 +237,32 @@ mod tests {
         assert!(party.is_closed());
         drop(second);
         assert!(!party.is_closed());
+    }
+
+    #[test]
+    fn a_report_does_not_outlive_its_pause() {
+        let gate = Gate::new();
+        let party = gate.join("sleepy", || {});
+        assert!(!party.owes_report());
+        let close = || {
+            let gate = gate.clone();
+            let closer = std::thread::spawn(move || gate.quiesce());
+            while !party.is_closed() {
+                std::thread::yield_now();
+            }
+            closer
+        };
+        let first = close();
+        assert!(party.owes_report());
+        party.report_quiet();
+        assert!(!party.owes_report());
+        drop(first.join().unwrap());
+        // Closed again before the party looked: what it said of the first pause is void.
+        let second = close();
+        assert!(party.owes_report());
+        party.report_quiet();
+        drop(second.join().unwrap());
+        assert!(!party.owes_report());
     }
 
     #[test]

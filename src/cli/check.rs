@@ -137,7 +137,13 @@ fn human(report: &CheckReport) -> String {
         && total > 0
     {
         let percent = allocated as f64 * 100.0 / total as f64;
-        text += &format!("{allocated}/{total} = {percent:.2}% allocated\n");
+        let of_allocated = |part: Option<u64>| part.unwrap_or(0) as f64 * 100.0 / allocated as f64;
+        text += &format!(
+            "{allocated}/{total} = {percent:.2}% allocated, {:.2}% fragmented, {:.2}% compressed \
+             clusters\n",
+            of_allocated(report.fragmented_clusters),
+            of_allocated(report.compressed_clusters)
+        );
     }
     if let Some(end) = report.image_end_offset {
         text += &format!("Image end offset: {end}\n");

@@ -13,7 +13,7 @@ use crate::cli::{DONE, output, report};
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::{self, ImageFormat};
 use crate::io::{AlignedBuf, block_on};
-use crate::units::{ByteRange, MIB};
+use crate::units::{ByteRange, MIB, align_down};
 
 /// The images differ.
 const DIFFERENT: u8 = 1;
@@ -206,11 +206,10 @@ impl Comparison<'_> {
 
     /// Compares one chunk and notes the first byte that differs.
     async fn chunk(&self, range: ByteRange, run1: Run, run2: Run) -> Result<()> {
-        let mut bytes1 = read(self.one, range, run1).await?;
-        let mut bytes2 = read(self.other, range, run2).await?;
-        let (bytes1, bytes2) = (bytes1.as_slice(), bytes2.as_slice());
+        let bytes1 = read(self.one, range, run1).await?;
+        let bytes2 = read(self.other, range, run2).await?;
         if bytes1 != bytes2 {
-            let at = bytes1.iter().zip(bytes2.iter()).take_while(|(a, b)| a == b).count();
+            let at = bytes1.iter().zip(&bytes2).take_while(|(a, b)| a == b).count();
             self.first.set(self.first.get().min(range.offset + at as u64));
         }
         Ok(())
@@ -231,12 +230,18 @@ async fn run_at(node: &Node, offset: u64, end: u64) -> Result<Run> {
 }
 
 /// Reads a chunk; what has no data is zeros without a read.
-async fn read(node: &Node, range: ByteRange, run: Run) -> Result<AlignedBuf> {
-    let buf = AlignedBuf::zeroed(range.len as usize, node.limits().memory_alignment.max(512));
-    if run.has_data {
-        node.read(range.offset, buf.buffers())
-            .await
-            .context(|| format!("node {}: reading {range}", node.name()))?;
+async fn read(node: &Node, range: ByteRange, run: Run) -> Result<Vec<u8>> {
+    if !run.has_data {
+        return Ok(vec![0; range.len as usize]);
     }
-    Ok(buf)
+    // The other disk's runs need not keep to this one's alignment.
+    let limits = node.limits();
+    let start = align_down(range.offset, limits.request_alignment);
+    let end = range.end().next_multiple_of(limits.request_alignment).min(limits.size);
+    let mut buf = AlignedBuf::zeroed((end - start) as usize, limits.memory_alignment.max(512));
+    node.read(start, buf.buffers())
+        .await
+        .context(|| format!("node {}: reading {range}", node.name()))?;
+    let skip = (range.offset - start) as usize;
+    Ok(buf.as_slice()[skip..skip + range.len as usize].to_vec())
 }

@@ -177,8 +177,10 @@ struct Copy<'a> {
     target_has_backing: bool,
     /// Zeros of this length become holes; 0 stores everything.
     sparse_size: u64,
-    /// What requests to both sides must be multiples of.
+    /// What requests to both sides must be multiples of, but for the source's end.
     align: u64,
+    /// Zeros are looked for in units of this: less would not become a hole in the target.
+    granule: u64,
     /// Alignment of buffers that suits both sides.
     memory_align: usize,
     lanes: usize,
@@ -195,7 +197,9 @@ impl<'a> Copy<'a> {
     ) -> Result<Self> {
         let (from, to) = (source.node.limits(), target.node.limits());
         let align = from.request_alignment.max(to.request_alignment);
-        if from.size % align != 0 {
+        // A tail that the target's unit is too large for is filled up with zeros, if there is room.
+        let is_room = align_up(from.size, to.request_alignment).is_some_and(|end| end <= to.size);
+        if from.size % from.request_alignment != 0 || !is_room {
             return Err(Error::unsupported(format!(
                 "{}: its size of {} bytes is not a multiple of the {align} that direct I/O takes \
                  here; use -T writeback -t writeback",
@@ -203,6 +207,11 @@ impl<'a> Copy<'a> {
                 from.size
             )));
         }
+        let unit = match target.format {
+            ImageFormat::Raw => sparse_size.min(SPARSE_SIZE).next_power_of_two(),
+            // Less than a cluster does not become a hole.
+            _ => to.optimal_io.clamp(SPARSE_SIZE, CHUNK),
+        };
         let created_zero = !args.no_create && target.file.kind() == HostKind::Regular;
         Ok(Copy {
             source: &source.node,
@@ -211,6 +220,7 @@ impl<'a> Copy<'a> {
             target_has_backing: args.backing.is_some(),
             sparse_size,
             align,
+            granule: unit.max(512).max(align),
             memory_align: from.memory_alignment.max(to.memory_alignment).max(4096),
             lanes: usize::from(args.parallel),
             flush: !args.target_cache.ignores_flush(),
@@ -282,17 +292,15 @@ impl<'a> Copy<'a> {
 
     /// Copies one chunk.
     async fn copy(&self, chunk: ByteRange) -> Result<()> {
-        let mut buf = AlignedBuf::zeroed(chunk.len as usize, self.memory_align);
+        let whole = self.in_target(chunk);
+        let mut buf = AlignedBuf::zeroed(whole.len as usize, self.memory_align);
         self.source
-            .read(chunk.offset, buf.buffers())
+            .read(chunk.offset, buf.buffers().slice(0, chunk.len))
             .await
             .context(|| format!("reading {chunk} of the source"))?;
         let pieces = match self.sparse_size {
-            0 => vec![Piece { range: ByteRange { offset: 0, len: chunk.len }, is_zero: false }],
-            min => {
-                let granule = min.min(SPARSE_SIZE).next_power_of_two().max(512).max(self.align);
-                find_zeros(buf.as_slice(), granule as usize, min.min(CHUNK))
-            }
+            0 => vec![Piece { range: ByteRange { offset: 0, len: whole.len }, is_zero: false }],
+            min => find_zeros(buf.as_slice(), self.granule as usize, min.min(CHUNK)),
         };
         for piece in pieces {
             let range = ByteRange { offset: chunk.offset + piece.range.offset, ..piece.range };
@@ -316,7 +324,16 @@ impl<'a> Copy<'a> {
         Ok(())
     }
 
+    /// The range with what the target's unit demands beyond the end of the source.
+    fn in_target(&self, range: ByteRange) -> ByteRange {
+        match range.end() == self.source.size() {
+            true => ByteRange::between(range.offset, range.end().next_multiple_of(self.align)),
+            false => range,
+        }
+    }
+
     async fn make_zero(&self, range: ByteRange) -> Result<()> {
+        let range = self.in_target(range);
         (self.target.write_zeroes(range, true).await)
             .context(|| format!("writing zeros, {range} of the target"))
     }

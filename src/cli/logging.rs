@@ -49,7 +49,7 @@ pub fn init(args: &LogArgs, default: LevelFilter) -> Result<()> {
     let targets = match (&args.log_level, &from_env) {
         (Some(text), _) => parse_level("--log-level", text)?,
         (None, Some(text)) => parse_level(ENV, text)?,
-        (None, None) => Targets::new().with_default(default),
+        (None, None) => with_default(Targets::new(), default),
     };
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
@@ -90,7 +90,19 @@ fn parse_level(origin: &str, text: &str) -> Result<Targets> {
             None => default = level(part)?,
         }
     }
-    Ok(targets.with_default(default))
+    Ok(with_default(targets, default))
+}
+
+/// Sets the level of what was not named. The warnings of the imago crate tell of clusters that a
+/// flush is going to settle; they are for those who debug, or who ask for them by name.
+fn with_default(targets: Targets, default: LevelFilter) -> Targets {
+    const QUIET: &str = "imago";
+    let is_named = targets.iter().any(|(name, _)| name.starts_with(QUIET));
+    let targets = match default < LevelFilter::DEBUG && !is_named {
+        true => targets.with_target(QUIET, default.min(LevelFilter::ERROR)),
+        false => targets,
+    };
+    targets.with_default(default)
 }
 
 #[cfg(test)]

@@ -5,11 +5,15 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use crate::cli::options::{Output, ReadArgs};
+use crate::block::{Node, StatusKind};
+use crate::cli::options::{Output, ReadArgs, parse_options, take_option};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ResultExt};
+use crate::formats::qcow2::{self, CreateOptions};
 use crate::formats::{self, ImageFormat};
+use crate::io::block_on;
+use crate::units::{ByteRange, align_down};
 
 /// Calculate how large a new image would be
 #[derive(Debug, Args)]
@@ -19,6 +23,9 @@ pub struct MeasureArgs {
     /// Format of the new image
     #[arg(short = 'O', long = "target-format", value_name = "FORMAT", default_value = "raw")]
     target_format: ImageFormat,
+    /// Options of the target's format that matter for its size, key=value,key=value
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
+    options: Vec<String>,
     /// Calculate for an empty disk of this size
     #[arg(short, long, value_name = "SIZE", conflicts_with = "file")]
     size: Option<String>,
@@ -40,13 +47,47 @@ struct Measured {
 }
 
 pub fn run(args: &MeasureArgs) -> Result<u8> {
-    let size = match (&args.size, &args.file) {
+    let mut options = parse_options(&args.options)?;
+    let cluster_size = take_option(&mut options, "cluster_size");
+    let refcount_bits = take_option(&mut options, "refcount_bits");
+    let is_qcow2 = args.target_format == ImageFormat::Qcow2;
+    if let Some((name, _)) = options.first() {
+        return Err(Error::invalid(format!("option '{name}' does not change the size")));
+    }
+    if !is_qcow2 && (cluster_size.is_some() || refcount_bits.is_some()) {
+        return Err(Error::invalid(format!("format {} has no such option", args.target_format)));
+    }
+    let image = match &args.file {
+        Some(file) => Some(formats::open(&args.read.request(file))?),
+        None => None,
+    };
+    let size = match (&args.size, &image) {
         (Some(text), _) => parse_size(text)?,
-        (None, Some(file)) => formats::open(&args.read.request(file))?.node.size(),
+        (None, Some(image)) => image.node.size(),
         (None, None) => return Err(Error::invalid("give a FILE or --size SIZE")),
     };
+    formats::create::check_size(size)?;
     let measured = match args.target_format {
         ImageFormat::Raw => Measured { required: size, fully_allocated: size },
+        ImageFormat::Qcow2 => {
+            let mut options = CreateOptions::new(size);
+            if let Some(text) = cluster_size {
+                options.cluster_size = parse_size(&text).context(|| "-o cluster_size")?;
+            }
+            if let Some(text) = refcount_bits {
+                options.refcount_bits = text
+                    .parse()
+                    .map_err(|_| Error::invalid(format!("-o refcount_bits: '{text}'")))?;
+            }
+            let fully_allocated = qcow2::measure::fully_allocated(&options)?;
+            let all = size.next_multiple_of(options.cluster_size);
+            let data = match &image {
+                Some(image) => block_on(data_clusters(&image.node, options.cluster_size))
+                    .context(|| format!("{}: finding out what is allocated", image.name()))?,
+                None => 0,
+            };
+            Measured { required: fully_allocated - all + data, fully_allocated }
+        }
         other => {
             return Err(Error::unsupported(format!("{other} images cannot be measured here")));
         }
@@ -59,4 +100,19 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
         ))?,
     }
     Ok(DONE)
+}
+
+/// How many bytes of clusters hold some data of a disk.
+async fn data_clusters(node: &Node, cluster_size: u64) -> Result<u64> {
+    let (mut data, mut offset) = (0, 0);
+    while offset < node.size() {
+        let status = node.block_status_deep(ByteRange::between(offset, node.size())).await?;
+        offset = status.range.end();
+        if status.kind == StatusKind::Data {
+            // All of the cluster that it ends in goes with it.
+            offset = offset.next_multiple_of(cluster_size);
+            data += offset - align_down(status.range.offset, cluster_size);
+        }
+    }
+    Ok(data)
 }

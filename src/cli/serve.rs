@@ -151,10 +151,12 @@ fn say_what_is_served(args: &ServeArgs, image: &Image, where_: &str) {
         args.cache,
         args.block_size,
     );
-    let mut node = image.node.backing();
-    while let Some(backing) = node {
-        tracing::info!("  backed by {}: {} bytes", backing.driver().name(), backing.size());
-        node = backing.backing();
+    let mut below = image.backing.as_deref();
+    while let Some(image) = below {
+        let guessed = if image.guessed { ", guessed" } else { "" };
+        let size = image.node.size();
+        tracing::info!("  over {} ({}{guessed}, {size} bytes)", image.name(), image.format);
+        below = image.backing.as_deref();
     }
 }
 

@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+use crate::block::Keep;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result};
-use crate::formats::{Access, CacheMode, ImageFormat, Locking, OpenRequest};
+use crate::formats::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
 
 /// The most queues that one disk can have: the wire's mask of queues has 64 bits.
 pub const MAX_QUEUES: u16 = 64;
@@ -103,8 +104,9 @@ pub struct ServeArgs {
     /// Write the process id here once the socket is ready, and lock it
     #[arg(long, value_name = "PATH")]
     pub pidfile: Option<PathBuf>,
-    /// Where what must outlive this process is kept (a directory on tmpfs; default
-    /// $RUNTIME_DIRECTORY or /run/vublk)
+    /// Where what must outlive this process is kept: a directory on tmpfs that stays when the
+    /// process ends. If not given, $RUNTIME_DIRECTORY (of a systemd unit, which needs
+    /// RuntimeDirectoryPreserve=yes), else /run/vublk, $XDG_RUNTIME_DIR/vublk or /dev/shm/vublk-UID
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 }
@@ -141,6 +143,18 @@ impl ServeArgs {
         path.ok_or_else(|| Error::invalid("which image? give IMAGE or --blk-file PATH"))
     }
 
+    fn state_dir(&self) -> StateDir {
+        if let Some(dir) = &self.state_dir {
+            return StateDir::Required(dir.clone());
+        }
+        // A unit with several has them separated by colons.
+        let of_unit = std::env::var("RUNTIME_DIRECTORY").unwrap_or_default();
+        match of_unit.split(':').next() {
+            Some(dir) if !dir.is_empty() => StateDir::IfPossible(dir.into()),
+            _ => StateDir::IfPossible(Keep::default_dir()),
+        }
+    }
+
     /// What to open for the guest.
     pub fn open_request(&self) -> Result<OpenRequest> {
         let access = if self.read_only { Access::Read } else { Access::Write };
@@ -150,7 +164,7 @@ impl ServeArgs {
             .cache(self.cache)
             .locking(locking)
             .allow_dirs(&self.allow_dirs);
-        Ok(OpenRequest { access, lock_wait: LOCK_WAIT, ..request })
+        Ok(OpenRequest { access, lock_wait: LOCK_WAIT, state_dir: self.state_dir(), ..request })
     }
 }
 

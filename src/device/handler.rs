@@ -106,6 +106,12 @@ impl Device {
         self.log_notified(Some(channel.notify()));
     }
 
+    /// Size of the disk, in sectors, that a front-end was told last.
+    #[cfg(test)]
+    pub(super) fn told_capacity(&self) -> Option<u64> {
+        *lock(&self.told_capacity)
+    }
+
     fn log_notified(&self, notified: Option<Notified>) {
         match notified {
             Some(Notified::Sent) => {
@@ -610,6 +616,12 @@ fn notifier(file: Option<File>) -> Result<Option<Notifier>> {
     }
     // The codec receives files without it.
     rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::CLOEXEC)?;
+    // A worker must not wait for a pipe or a counter that is full. (All front-ends make theirs
+    // non-blocking anyhow; the flag belongs to both sides.)
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
+        rustix::fs::fcntl_setfl(&file, flags | rustix::fs::OFlags::NONBLOCK)?;
+    }
     Ok(Some(Arc::new(OwnedFd::from(file))))
 }
 

@@ -5,6 +5,8 @@
 //! fuzzer alike. It is in the library, not in the tests, because the fuzz targets are a crate of
 //! their own.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
@@ -314,6 +316,14 @@ impl Bytes<'_> {
         from[usize::from(self.byte()) % from.len()]
     }
 
+    /// Zero for the most part.
+    fn rarely(&mut self) -> u64 {
+        match self.byte() {
+            0..230 => 0,
+            _ => self.number(),
+        }
+    }
+
     /// A number that is often small, sometimes one that matters, sometimes wild.
     fn number(&mut self) -> u64 {
         match self.byte() % 8 {
@@ -371,8 +381,13 @@ const FUZZ_ADDR: u64 = 0x7f00_0000_0000;
 
 /// Sends the messages that `input` describes, well-formed ones for the most part, into a
 /// connection, with answers read away, and waits for its end. Panics if a rule of
-/// [`Rings`] is broken or the connection does not end after its front-end has left.
-pub fn messages(input: &[u8]) {
+/// [`Rings`] is broken or the connection does not end after its front-end has left. Returns what
+/// the workers were asked.
+pub fn messages(input: &[u8]) -> Vec<Call> {
+    // A program in Rust starts like this; a fuzzer's does not. A device state may be saved into a
+    // pipe that nobody reads.
+    // SAFETY: no handler is installed, the signal is only ignored.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     let (ours, theirs) = UnixStream::pair().expect("socket pair");
     let rings = MockRings::new(2);
     let device = Device::new("fuzz", rings.clone());
@@ -409,6 +424,7 @@ pub fn messages(input: &[u8]) {
     assert!(rings.live().is_empty() && rings.regions() == 0);
     drop(ours);
     reader.join().expect("reader");
+    rings.take_calls()
 }
 
 /// The usual beginning, after which all messages are open.
@@ -424,6 +440,25 @@ fn negotiate(socket: &UnixStream) {
     }
 }
 
+/// Sends all that makes a ring live, as chance alone would not.
+fn send_ring(socket: &UnixStream, ring: u32, files: &Files) -> rustix::io::Result<()> {
+    let words = |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|w| w.to_ne_bytes()).collect() };
+    let longs = |longs: &[u64]| -> Vec<u8> { longs.iter().flat_map(|w| w.to_ne_bytes()).collect() };
+    let mut addr = words(&[ring, 0]);
+    addr.extend(longs(&[0, 0x800, 0x400, 0].map(|offset| FUZZ_ADDR + offset)));
+    let memory = longs(&[0, 0, 0x8_0000, FUZZ_ADDR, 0]);
+    for (request, body, file) in [
+        (37, memory, Some(files.memory.as_fd())),
+        (8, words(&[ring, 32]), None),
+        (9, addr, None),
+        (12, longs(&[ring.into()]), Some(files.event.as_fd())),
+        (18, words(&[ring, 1]), None),
+    ] {
+        send_message(socket, request, 1, &body, file.as_slice())?;
+    }
+    Ok(())
+}
+
 /// Sends one message of the fuzzer's making.
 fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix::io::Result<()> {
     // Those that build rings come more often than those that break connections.
@@ -433,17 +468,18 @@ fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix
     ];
     let request = match input.byte() {
         255 => u32::from(input.byte()),
+        n @ 215..255 => return send_ring(socket, u32::from(n) % 2, files),
         n => REQUESTS[usize::from(n) % REQUESTS.len()],
     };
     let mut body = Vec::new();
     let mut attached = Vec::new();
     let event = input.pick(&[0, 0, 0, 0, 0, 0, 1, 4, 5]);
-    let memory = input.pick(&[1, 1, 1, 1, 1, 1, 2, 3]);
+    let memory = input.pick(&[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3]);
     let ring = u64::from(input.byte() % 8 / 3);
     let mut word = |value: u64| body.extend_from_slice(&(value as u32).to_ne_bytes());
     match request {
         2 => {
-            let features = features::device_features(false) & !input.number();
+            let features = features::device_features(false) & !input.rarely();
             return finish(socket, request, &features.to_ne_bytes(), &[], input, files);
         }
         8 => [ring, input.pick(&[1, 16, 64, 64, 64, 256, 1024, 2048, 3])]
@@ -482,7 +518,7 @@ fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix
         }
         37 | 38 => {
             let half = u64::from(input.byte() % 4) << 19;
-            let len = input.pick(&[0x8_0000, 0x8_0000, 0x10_0000, 1, 0]);
+            let len = input.pick(&[0x8_0000, 0x8_0000, 0x8_0000, 0x8_0000, 0x10_0000, 1, 0x7000]);
             for value in [0, half, len, FUZZ_ADDR + half, half] {
                 body.extend_from_slice(&u64::to_ne_bytes(value));
             }
@@ -491,29 +527,31 @@ fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix
             }
         }
         6 => {
-            for value in [input.pick(&[4096, 1, 0, 1 << 40]), 0] {
+            for value in [input.pick(&[4096, 4096, 4096, 4096, 4096, 64, 1, 0]), 0] {
                 body.extend_from_slice(&u64::to_ne_bytes(value));
             }
             attached.push(memory);
         }
-        21 => attached.push(input.pick(&[3, 3, 0, 1])),
+        21 => attached.push(input.pick(&[3, 3, 3, 3, 3, 3, 0])),
         24 | 25 => {
-            let offset = input.pick(&[0, 32, 0x100, 0x120, 0xfff]);
+            let offset = input.pick(&[0, 0, 32, 32, 0x100, 0x120, 0x200]);
             let size = input.pick(&[1, 36, 57, 60, 256, 8]);
             [offset, size, 0].into_iter().for_each(&mut word);
             let value = input.byte() & 1;
             body.resize(12 + size as usize, value);
         }
         31 | 32 => {
-            for value in [input.pick(&[0x3000, 0x2000, 0, 1 << 40]), 0] {
+            for value in [input.pick(&[0x3000, 0x2000, 0x2000, 0, 1 << 40]), 0] {
                 body.extend_from_slice(&u64::to_ne_bytes(value));
             }
-            for value in [input.pick(&[2, 1, 64, 65]), input.pick(&[64u16, 32, 256, 3])] {
+            for value in
+                [input.pick(&[2, 2, 2, 2, 1, 64, 65]), input.pick(&[64u16, 64, 64, 64, 32, 256, 3])]
+            {
                 body.extend_from_slice(&value.to_ne_bytes());
             }
             body.extend_from_slice(&[0; 4]);
             if request == 32 {
-                attached.push(input.pick(&[6, 6, 6, 1, 2, 3]));
+                attached.push(input.pick(&[6, 6, 6, 6, 6, 1, 2, 3]));
             }
         }
         42 => {
@@ -521,7 +559,7 @@ fn send_one(socket: &UnixStream, input: &mut Bytes<'_>, files: &Files) -> rustix
             attached.push(input.pick(&[4, 5, 2]));
         }
         16 => {
-            let bits = features::protocol_features().bits() & !input.number();
+            let bits = features::protocol_features().bits() & !input.rarely();
             body.extend_from_slice(&bits.to_ne_bytes());
         }
         1 | 3 | 4 | 15 | 17 | 34 | 36 | 43 => {}
@@ -549,9 +587,9 @@ fn finish(
     match input.byte() {
         255 => flags = u32::from(input.byte()),
         254 => attached.push(files.pick(input.byte())),
-        253 => drop(attached.pop()),
-        252 => body.push(input.byte()),
-        251 => drop(body.pop()),
+        253 if input.byte() < 64 => drop(attached.pop()),
+        252 if input.byte() < 64 => body.push(input.byte()),
+        251 if input.byte() < 64 => drop(body.pop()),
         250 | 249 => {
             let at = usize::from(input.byte()) % body.len().max(1);
             if let Some(byte) = body.get_mut(at) {
@@ -566,6 +604,8 @@ fn finish(
 
 #[cfg(test)]
 mod tests {
+    use super::{Call, Session};
+
     /// SplitMix64, to need no crate for a stream of numbers.
     fn random(seed: &mut u64) -> u64 {
         *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -577,12 +617,29 @@ mod tests {
 
     #[test]
     fn any_stream_of_messages_is_survived() {
+        let mut calls = Vec::new();
         for seed in 0..3000u64 {
             let mut state = seed;
             let len = random(&mut state) % 600;
             let input: Vec<u8> = (0..len).map(|_| random(&mut state) as u8).collect();
             let done = std::panic::catch_unwind(|| super::messages(&input));
-            assert!(done.is_ok(), "seed {seed}");
+            calls.extend(done.unwrap_or_else(|_| panic!("seed {seed}")));
+        }
+        // The streams are of use only if they get somewhere.
+        let count = |wanted: fn(&Call) -> bool| calls.iter().filter(|call| wanted(call)).count();
+        for (count, what) in [
+            (count(|c| matches!(c, Call::Start { .. })), "starts"),
+            (count(|c| matches!(c, Call::Stop(_))), "stops"),
+            (
+                count(|c| matches!(c, Call::Session(Session::New(_) | Session::Returned(_)))),
+                "regions",
+            ),
+            (count(|c| matches!(c, Call::SetCall(..))), "interrupts replaced"),
+            (count(|c| matches!(c, Call::DirtyLog(true))), "logs"),
+            (count(|c| matches!(c, Call::Memory(1..))), "memory tables"),
+        ] {
+            println!("{count} {what}");
+            assert!(count > 50, "only {count} {what}");
         }
     }
 }

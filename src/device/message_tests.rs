@@ -1383,3 +1383,90 @@ fn connections_leak_no_files() {
     // Other tests run beside this one and have files of their own.
     assert!(count() < before + 250, "{before} files before, {} after", count());
 }
+
+/// A real QEMU with SeaBIOS, as far as a disk that never answers gets it: start, change of size,
+/// death of the back-end and reconnection, pause, reset.
+#[test]
+#[ignore = "needs qemu-system-x86_64 and some seconds"]
+fn real_qemu() {
+    use super::server::{Server, ServerSocket};
+    use std::process::{Command, Stdio};
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.sock");
+    let start = |capacity: u64| {
+        let rings = MockRings::new(2);
+        rings.set_capacity(capacity);
+        let device = Device::new("disk", rings.clone());
+        let socket = ServerSocket::bind(&path, None).unwrap();
+        (Server::start(socket, device.clone()).unwrap(), device, rings)
+    };
+    let wait = |what: &str, ready: &dyn Fn() -> bool| {
+        for _ in 0..1500 {
+            if ready() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("waited in vain for {what}");
+    };
+    let (server, device, rings) = start(1 << 20);
+    /// Leaves no QEMU behind, whatever fails.
+    struct Killed(std::process::Child);
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let qemu = Command::new("qemu-system-x86_64")
+        .args(["-M", "q35,memory-backend=mem", "-m", "128", "-display", "none", "-nodefaults"])
+        .args(["-object", "memory-backend-memfd,id=mem,size=128M,share=on", "-qmp", "stdio"])
+        .args(["-chardev", &format!("socket,id=c,path={},reconnect-ms=100", path.display())])
+        .args(["-device", "vhost-user-blk-pci,chardev=c,num-queues=2,bootindex=1"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut qemu = Killed(qemu);
+    let mut stdin = qemu.0.stdin.take().unwrap();
+    let mut qmp = |command: &str| writeln!(stdin, "{{\"execute\":\"{command}\"}}").unwrap();
+    qmp("qmp_capabilities");
+    wait("SeaBIOS", &|| rings.live() == [0]);
+    let calls = rings.take_calls();
+    println!("start: {calls:?}");
+    assert!(calls.iter().any(|call| matches!(call, Call::Session(Session::New(_)))));
+    rings.with_ring(0, |ring| assert!(ring.inflight.is_some() && ring.call.is_some()));
+    // A change of size: QEMU comes and looks.
+    std::thread::sleep(Duration::from_millis(300));
+    rings.set_capacity(3 << 20);
+    device.notify_config_change();
+    wait("GET_CONFIG", &|| device.told_capacity() == Some(3 << 11));
+    assert_eq!(rings.live(), [0], "and the ring runs on");
+    // Pause and go on.
+    rings.set_popped(1);
+    qmp("stop");
+    wait("the pause", &|| rings.live().is_empty());
+    qmp("cont");
+    wait("going on", &|| rings.live() == [0]);
+    println!("pause: {:?}", rings.take_calls());
+    // Another process takes over.
+    server.stop();
+    let (server, device, rings) = start(4 << 20);
+    wait("the reconnection", &|| rings.live() == [0]);
+    wait("GET_CONFIG", &|| device.told_capacity() == Some(4 << 11));
+    let calls = rings.take_calls();
+    println!("reconnect: {calls:?}");
+    assert!(calls.iter().any(|call| matches!(call, Call::Session(Session::Returned(_)))));
+    // Reset: everything from the beginning, with a new region.
+    qmp("system_reset");
+    wait("the end of the ring", &|| rings.live().is_empty());
+    wait("SeaBIOS again", &|| rings.live() == [0]);
+    let calls = rings.take_calls();
+    println!("reset: {calls:?}");
+    assert!(calls.iter().any(|call| matches!(call, Call::Session(Session::New(_)))));
+    qmp("quit");
+    assert!(qemu.0.wait().unwrap().success());
+    wait("the end", &|| rings.take_calls().contains(&Call::Disconnected));
+    server.stop();
+}

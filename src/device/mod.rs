@@ -38,6 +38,8 @@ pub mod message_fuzzing;
 mod message_tests;
 mod pace;
 pub mod pool;
+#[cfg(test)]
+mod pool_tests;
 pub mod request;
 pub mod ring;
 pub mod rings;

@@ -269,8 +269,10 @@ impl Rings for Pool {
         let was = self.export.guest_write_through();
         self.export.set_guest_write_through(on);
         if on && !was {
-            // What completed before the switch was promised nothing; from now on it is. A failure
-            // poisons the node, which the guest sees with its next write.
+            // What completed before the switch was promised nothing; from now on it is. Writes that
+            // were started before and complete after it must be durable too, so they are drained
+            // first. A failure poisons the node, which the guest sees with its next write.
+            let _quiesced = self.export.node.gate().quiesce();
             let _ = block_on(self.export.node.flush());
         }
     }

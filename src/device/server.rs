@@ -542,6 +542,42 @@ mod tests {
         assert!(ServerSocket::from_systemd(&mut none, 0).unwrap().is_none());
     }
 
+    /// systemd's part is played by a shell: it has the socket as file 3 and says so in the
+    /// environment, to a process of our own as the environment is the process's.
+    #[test]
+    fn sockets_of_systemd() {
+        let dir = directory();
+        let path = dir.path().join("activated");
+        let listener = UnixListener::bind(&path).unwrap();
+        let child = std::process::Command::new("sh")
+            .args(["-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "--ignored", "device::server::tests::sockets_of_systemd_child"])
+            .stdin(OwnedFd::from(listener))
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        assert!(talk(&UnixStream::connect(&path).unwrap()));
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        assert!(path.exists());
+    }
+
+    #[test]
+    #[ignore = "needs the environment that sockets_of_systemd makes"]
+    fn sockets_of_systemd_child() {
+        let mut sockets = listenfd::ListenFd::from_env();
+        assert!(ServerSocket::from_systemd(&mut sockets, 1).unwrap().is_none());
+        let socket = ServerSocket::from_systemd(&mut sockets, 0).unwrap().unwrap();
+        let (device, rings) = device();
+        let server = Server::start(socket, device).unwrap();
+        while !rings.take_calls().contains(&Call::Disconnected) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        server.stop();
+    }
+
     #[test]
     fn one_client_after_the_other_on_one_socket() {
         let dir = directory();

@@ -37,7 +37,7 @@ use crate::device::dirty_log::DirtyLog;
 use crate::device::export::{CachePolicy, Counters, Export};
 use crate::device::features;
 use crate::device::memory::GuestMemory;
-use crate::device::pace::Pace;
+use crate::device::pace::{Pace, Patience};
 use crate::device::pool::{Command, Mailbox, Stopped};
 use crate::device::request::{self, Kind, Limits, Parsed, Request, Segment, Status};
 use crate::device::ring::{Ring, RingConfig};
@@ -86,6 +86,8 @@ struct Worker {
     capacity: u64,
     read_only: bool,
     memory_alignment: usize,
+    /// Of the length of each memory range, where `memory_alignment` demands anything at all.
+    length_alignment: usize,
     rings: Vec<Served>,
     slots: Vec<Slot>,
     free_slots: Vec<u32>,
@@ -100,6 +102,7 @@ struct Worker {
     serial: [u8; request::ID_LEN],
     counts: Arc<Counters>,
     pace: Pace,
+    patience: Patience,
     failures: FailureLog,
     quit: bool,
 }
@@ -184,12 +187,12 @@ impl Slot {
         driver: &dyn Driver,
         op: PlanOp,
         range: ByteRange,
-        memory_alignment: usize,
+        (memory_alignment, length_alignment): (usize, usize),
         alone: bool,
     ) -> Prepared {
         let data = &self.request.data;
         if data.len() > MAX_IOVECS
-            || (memory_alignment > 1 && !iovecs_aligned(data, memory_alignment))
+            || (length_alignment > 1 && !iovecs_aligned(data, memory_alignment, length_alignment))
         {
             return Prepared::NotNow;
         }
@@ -295,11 +298,14 @@ impl Worker {
     ) -> Worker {
         let node = export.node.clone();
         let counts = export.new_counters();
+        let patience = Patience::new(export.options.poll_us);
+        // Before the driver: if that is replaced in between, the generation is already old.
+        let generation = party.generation();
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
             node,
-            generation: party.generation(),
+            generation,
             export,
             mailbox,
             reactor,
@@ -307,6 +313,7 @@ impl Worker {
             capacity: 0,
             read_only: false,
             memory_alignment: 1,
+            length_alignment: 1,
             rings: Vec::new(),
             slots: Vec::new(),
             free_slots: Vec::new(),
@@ -317,6 +324,7 @@ impl Worker {
             next_watch: 0,
             counts,
             pace: Pace::new(),
+            patience,
             failures: FailureLog::default(),
             quit: false,
         };
@@ -329,6 +337,7 @@ impl Worker {
         self.capacity = limits.size;
         self.read_only = limits.read_only;
         self.memory_alignment = limits.memory_alignment;
+        self.length_alignment = limits.request_alignment as usize;
         for served in &mut self.rings {
             served.limits.capacity = limits.size;
             served.limits.read_only = limits.read_only;
@@ -352,6 +361,11 @@ impl Worker {
             if !busy && !self.quit {
                 self.idle(open);
             }
+        }
+        // All rings should have been stopped before. If not: the slots own what the host still
+        // reads and writes, so they stay until it is done.
+        while self.in_flight > 0 {
+            self.turn(true);
         }
     }
 
@@ -422,13 +436,17 @@ impl Worker {
                 }
                 kickless |= served.kick.is_none() && served.ring.broken().is_none();
             }
-            if self.export.options.poll_us > 0 && self.in_flight == 0 && self.poll() {
+            if self.in_flight == 0 && self.look_around() {
                 return;
             }
         }
         self.counts.enters.set(self.reactor.engine().enters());
         // A wake-up that the turn before this has swallowed: what it was for is in plain sight.
         if self.mailbox.is_full() || self.party.is_closed() == open {
+            return;
+        }
+        // Opened and closed again since the report: the new closer waits for a new one.
+        if self.in_flight == 0 && self.party.owes_report() {
             return;
         }
         if kickless {
@@ -438,23 +456,16 @@ impl Worker {
         self.turn(true);
     }
 
-    /// Polls the rings for as long as the operator allows; true if something came. Never while
-    /// the disk has work: its completions would wait for the poll to end.
-    #[cold]
-    fn poll(&mut self) -> bool {
-        let until = Instant::now() + Duration::from_micros(self.export.options.poll_us.into());
-        while Instant::now() < until {
-            for _ in 0..16 {
-                if self.rings.iter_mut().any(|served| served.ring.has_available()) {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-            if self.mailbox.is_full() || self.party.is_closed() {
-                return true;
-            }
-        }
-        false
+    /// Looks at the rings for as long as the operator allows; true if something came. Never while
+    /// the disk has work: its completions would wait for the look to end.
+    #[inline]
+    fn look_around(&mut self) -> bool {
+        let Worker { rings, mailbox, party, patience, .. } = self;
+        patience.wait_for(|| {
+            rings.iter().any(|served| served.ring.has_available())
+                || mailbox.is_full()
+                || party.is_closed()
+        })
     }
 
     // ---- from the ring ----
@@ -555,8 +566,9 @@ impl Worker {
     #[inline]
     fn submit_planned(&mut self, index: u32, op: PlanOp, range: ByteRange) -> bool {
         let slot = &mut self.slots[index as usize];
+        let alignment = (self.memory_alignment, self.length_alignment);
         let alone = self.in_flight == 1;
-        match slot.plan(self.driver.as_ref(), op, range, self.memory_alignment, alone) {
+        match slot.plan(self.driver.as_ref(), op, range, alignment, alone) {
             Prepared::NotNow => return false,
             Prepared::Nothing => self.finish(index, Status::Ok),
             Prepared::Inline(result) => self.part_done(index, 0, result),
@@ -891,6 +903,11 @@ impl Worker {
             if let Some(reply) = served.stopping {
                 let _ = reply.send(served.ring.last_avail());
             }
+        }
+        if self.in_flight == 0 && self.rings.is_empty() {
+            // Slots keep the longest lists their guest ever made them hold.
+            self.slots = Vec::new();
+            self.free_slots = Vec::new();
         }
     }
 

@@ -1,9 +1,12 @@
 //! Checking and repairing images: what a format's checker reports.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
-use crate::error::Result;
-use crate::formats::{Image, ImageFormat};
+use crate::error::{Error, Result};
+use crate::formats::{Image, ImageFormat, qcow2};
+use crate::io::{File, block_on};
 
 /// What a check may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +31,12 @@ pub struct CheckReport {
     /// How many of them are stored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allocated_clusters: Option<u64>,
+    /// How many of those do not follow the one before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fragmented_clusters: Option<u64>,
+    /// How many of those are stored compressed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compressed_clusters: Option<u64>,
     /// Things that could not be checked.
     pub check_errors: u64,
     /// Errors that can lose data.
@@ -55,14 +64,37 @@ fn is_zero(value: &u64) -> bool {
 /// nothing to check in its format.
 ///
 /// # Errors
-/// If the check itself fails.
+/// If the check itself fails, or the format's check cannot repair.
 pub fn check(image: &Image, repair: Option<Repair>) -> Result<Option<CheckReport>> {
-    match image.format {
-        // HOOK(qcow2): a checker goes here.
-        ImageFormat::Raw => Ok(None),
-        _ => {
-            let _ = repair;
-            Ok(None)
+    match (image.format, repair) {
+        (ImageFormat::Qcow2, Some(what)) => {
+            let what = if what == Repair::Leaks { "leaks" } else { "all" };
+            Err(Error::unsupported(format!(
+                "{0}: qcow2 images are not repaired here; use qemu-img check -r {what} {0}",
+                image.name()
+            )))
         }
+        (ImageFormat::Qcow2, None) => {
+            let file = Arc::clone(&image.file) as Arc<dyn File>;
+            block_on(qcow2::check::check(&file)).map(|found| Some(report_of(found)))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn report_of(found: qcow2::check::Found) -> CheckReport {
+    let unless_zero = |value: u64| Some(value).filter(|value| *value > 0);
+    CheckReport {
+        image_end_offset: Some(found.image_end_offset),
+        total_clusters: Some(found.total_clusters),
+        allocated_clusters: unless_zero(found.allocated_clusters),
+        fragmented_clusters: unless_zero(found.fragmented_clusters),
+        compressed_clusters: unless_zero(found.compressed_clusters),
+        check_errors: found.check_errors,
+        corruptions: found.corruptions,
+        leaks: found.leaks,
+        corruptions_fixed: 0,
+        leaks_fixed: 0,
+        findings: found.findings,
     }
 }

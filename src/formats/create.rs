@@ -4,11 +4,14 @@
 //! nobody uses it. Block devices keep their size: the image must fit.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::open::lock_for_writing;
-use crate::formats::{ImageFormat, OpenRequest, open};
+use crate::formats::{Image, ImageFormat, OpenRequest, open, qcow2};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
+use crate::units::parse_size;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
 
 /// What to create.
@@ -49,7 +52,15 @@ pub fn options(format: ImageFormat) -> &'static [OptionHelp] {
             ("size", "size of the disk"),
             ("preallocation", "off (default), falloc (reserve space) or full (write zeros)"),
         ],
-        // HOOK(qcow2): its options.
+        ImageFormat::Qcow2 => &[
+            ("size", "size of the disk"),
+            ("cluster_size", "unit of allocation, 512 to 2M, a power of two; default 64K"),
+            ("refcount_bits", "width of a reference count, 1 to 64, a power of two; default 16"),
+            ("backing_file", "the image below, as -b"),
+            ("backing_fmt", "its format, as -F"),
+            ("compat", "version of the format: 1.1 (default)"),
+            ("preallocation", "off (default)"),
+        ],
         _ => &[("size", "size of the disk")],
     }
 }
@@ -72,12 +83,7 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
     }
     match request.format {
         ImageFormat::Raw => create_raw(request),
-        // HOOK(qcow2): becomes `qcow2::create(request)`, with `size_of(request)` for the size and
-        // `NewFile` for the file.
-        ImageFormat::Qcow2 => Err(Error::unsupported(format!(
-            "{}: qcow2 support is not built in yet",
-            request.path.display()
-        ))),
+        ImageFormat::Qcow2 => create_qcow2(request),
         other => Err(Error::unsupported(format!(
             "{}: {other} images cannot be created",
             request.path.display()
@@ -86,14 +92,10 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
 }
 
 /// The size of the new disk: as requested, or as the backing file's; a multiple of a sector.
-pub fn size_of(request: &CreateRequest) -> Result<u64> {
-    let size = match (request.size, &request.backing) {
+fn size_of(request: &CreateRequest, backing: Option<&Image>) -> Result<u64> {
+    let size = match (request.size, backing) {
         (Some(size), _) => size,
-        (None, Some(reference)) => {
-            let path = crate::block::open_gate::combine(&request.path, reference);
-            let base = OpenRequest::read(path).format(request.backing_format);
-            open(&base).context(|| "the backing file")?.node.size()
-        }
+        (None, Some(backing)) => backing.node.size(),
         (None, None) => {
             return Err(Error::invalid(format!(
                 "{}: a new image needs a size",
@@ -121,7 +123,7 @@ pub fn check_size(size: u64) -> Result<()> {
 #[derive(Debug)]
 pub struct NewFile {
     /// The file: open for writing, locked and (if regular) empty.
-    pub file: HostFile,
+    pub file: Arc<HostFile>,
     /// Set if it is to be removed again.
     remove: Option<PathBuf>,
 }
@@ -132,7 +134,7 @@ impl NewFile {
         let write = OpenOptions { write: true, ..Default::default() };
         let existed = std::fs::symlink_metadata(path).is_ok();
         let file = HostFile::open(path, OpenOptions { create: !existed, ..write })?;
-        let new = NewFile { file, remove: (!existed).then(|| path.to_path_buf()) };
+        let new = NewFile { file: Arc::new(file), remove: (!existed).then(|| path.to_path_buf()) };
         lock_for_writing(&new.file)?;
         if new.file.kind() == HostKind::Regular {
             block_on(new.file.set_len(0)).context(|| new.file.name().to_string())?;
@@ -168,7 +170,7 @@ fn create_raw(request: &CreateRequest) -> Result<Created> {
             "unknown preallocation '{preallocation}' (known: off, falloc, full)"
         )));
     }
-    let size = size_of(request)?;
+    let size = size_of(request, None)?;
     let new = NewFile::create(&request.path)?;
     let file = &new.file;
     block_on(async {
@@ -197,6 +199,110 @@ fn create_raw(request: &CreateRequest) -> Result<Created> {
         options.push(("preallocation".into(), preallocation.into()));
     }
     Ok(Created { size, options })
+}
+
+fn create_qcow2(request: &CreateRequest) -> Result<Created> {
+    let option = |name: &str| {
+        request.options.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    };
+    let mut options = qcow2::CreateOptions::new(0);
+    if let Some(text) = option("cluster_size") {
+        options.cluster_size = parse_size(text).context(|| "-o cluster_size")?;
+    }
+    if let Some(text) = option("refcount_bits") {
+        options.refcount_bits =
+            text.parse().map_err(|_| Error::invalid(format!("-o refcount_bits: '{text}'")))?;
+    }
+    options.check()?;
+    for (name, allowed) in [("compat", &["1.1", "v3"][..]), ("preallocation", &["off"])] {
+        if let Some(value) = option(name).filter(|value| !allowed.contains(value)) {
+            return Err(Error::unsupported(format!(
+                "-o {name}={value} is not supported for qcow2 (known: {})",
+                allowed.join(", ")
+            )));
+        }
+    }
+    options.backing = backing_of(
+        request,
+        only_one("backing file", request.backing.as_deref(), option("backing_file"))?,
+        only_one(
+            "backing file's format",
+            request.backing_format.map(ImageFormat::name),
+            option("backing_fmt"),
+        )?,
+    )?;
+    // Stays open (and locked) until the image is there.
+    let backing = match &options.backing {
+        Some(named) if !request.backing_unchecked => Some(open_backing(request, named)?),
+        _ => None,
+    };
+    options.size = size_of(request, backing.as_ref())?;
+    let new = NewFile::create(&request.path)?;
+    block_on(qcow2::create(Arc::clone(&new.file) as Arc<dyn File>, &options))?;
+    new.keep();
+    let pair = |key: &str, value: String| (key.to_string(), value);
+    let mut shown = vec![
+        pair("cluster_size", options.cluster_size.to_string()),
+        pair("size", options.size.to_string()),
+    ];
+    if let Some(named) = options.backing {
+        shown.push(pair("backing_file", named.file));
+        shown.extend(named.format.map(|format| pair("backing_fmt", format)));
+    }
+    shown.push(pair("refcount_bits", options.refcount_bits.to_string()));
+    Ok(Created { size: options.size, options: shown })
+}
+
+/// What was given as an option of the command or with `-o`, but not as both.
+fn only_one<'a>(
+    what: &str,
+    argument: Option<&'a str>,
+    option: Option<&'a str>,
+) -> Result<Option<&'a str>> {
+    match (argument, option) {
+        (Some(_), Some(_)) => Err(Error::invalid(format!("the {what} is given twice"))),
+        (argument, option) => Ok(argument.or(option)),
+    }
+}
+
+/// The backing file to name in the image. Its format is wanted: guessing it whenever the image is
+/// opened is a hole.
+fn backing_of(
+    request: &CreateRequest,
+    file: Option<&str>,
+    format: Option<&str>,
+) -> Result<Option<qcow2::Backing>> {
+    let name = request.path.display();
+    match (file, format) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Error::invalid(format!(
+            "{name}: the format of a backing file, but no backing file"
+        ))),
+        (Some(file), None) => Err(Error::invalid(format!(
+            "{name}: the backing file {file} is given without its format; say it with -F"
+        ))),
+        (Some(file), Some(format)) => {
+            let format: ImageFormat = format.parse()?;
+            let format = Some(format.name().to_string());
+            Ok(Some(qcow2::Backing { file: file.to_string(), format }))
+        }
+    }
+}
+
+/// Opens the backing file that is to be named in a new image.
+fn open_backing(request: &CreateRequest, named: &qcow2::Backing) -> Result<Image> {
+    let path = open_gate::combine(&request.path, &named.file);
+    let format = named.format.as_deref().map(str::parse).transpose()?;
+    let image = open(&OpenRequest::read(path).format(format)).context(|| "the backing file")?;
+    if let Ok(target) = HostFile::open(&request.path, OpenOptions::default())
+        && target.identity()? == image.file.identity()?
+    {
+        return Err(Error::invalid(format!(
+            "{}: an image cannot be its own backing file",
+            request.path.display()
+        )));
+    }
+    Ok(image)
 }
 
 /// Writes real zeros, so that the host has stored every block.

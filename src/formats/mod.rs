@@ -27,7 +27,9 @@ use std::str::FromStr;
 
 pub use check::{CheckReport, Repair, check};
 pub use create::{CreateRequest, Created, create};
-pub use open::{Access, CacheMode, Image, Locking, OpenRequest, Opening, open, open_chain};
+pub use open::{
+    Access, CacheMode, Image, Locking, OpenRequest, Opening, StateDir, open, open_chain,
+};
 
 use crate::error::Error;
 

@@ -18,11 +18,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::open_gate::{self, Chain, OpenGate};
-use crate::block::{Driver, Node, NodeOptions};
+use crate::block::{Driver, FormatDriver, Keep, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::GuessGuard;
 use crate::formats::raw::Raw;
-use crate::formats::{ImageFormat, probe, users};
+use crate::formats::{ImageFormat, probe, qcow2, users};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
 
 /// What may be done with an image.
@@ -115,6 +115,18 @@ pub enum Locking {
     Off,
 }
 
+/// Where a served disk keeps what must outlive the process ([`crate::block::keep`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum StateDir {
+    /// Nowhere: no guest is served.
+    #[default]
+    None,
+    /// Here, if that is possible; if not, metadata is written out before a request completes.
+    IfPossible(PathBuf),
+    /// Here.
+    Required(PathBuf),
+}
+
 /// What to open, and how.
 #[derive(Clone, Debug)]
 pub struct OpenRequest {
@@ -134,8 +146,11 @@ pub struct OpenRequest {
     pub lock_wait: Duration,
     /// Directories that files named by images may be in, besides the image's own.
     pub allow_dirs: Vec<PathBuf>,
-    /// Whether to open backing files; without them what they hold is not seen.
+    /// Whether to open backing files. Without them, only metadata may be looked at: an image that
+    /// has a format cannot be read then.
     pub backing: bool,
+    /// Where metadata is kept that must outlive this process, for disks that are served.
+    pub state_dir: StateDir,
     /// The node's name.
     pub node_name: String,
 }
@@ -152,6 +167,7 @@ impl OpenRequest {
             lock_wait: Duration::ZERO,
             allow_dirs: Vec::new(),
             backing: true,
+            state_dir: StateDir::None,
             node_name: "disk".into(),
         }
     }
@@ -195,6 +211,8 @@ pub struct Image {
     pub guessed: bool,
     /// The cache mode it was opened with.
     pub cache: CacheMode,
+    /// The image that it stands on, if it has one and that was opened, too.
+    pub backing: Option<Box<Image>>,
 }
 
 impl Image {
@@ -283,6 +301,8 @@ pub struct Opening<'a> {
     pub file: Arc<HostFile>,
     gate: &'a OpenGate,
     chain: &'a mut Chain,
+    /// The image below, once it was opened.
+    backing: Option<Image>,
 }
 
 impl Opening<'_> {
@@ -305,6 +325,7 @@ impl Opening<'_> {
             path,
             format,
             access,
+            state_dir: StateDir::None,
             node_name: format!("{}/{role}", self.request.node_name),
             ..self.request.clone()
         };
@@ -347,22 +368,16 @@ fn open_link(
         lock(&file, request, format)?;
     }
     let read_only = request.access == Access::Read;
-    let mut opening = Opening { request, file: Arc::clone(&file), gate, chain };
+    let mut opening = Opening { request, file: Arc::clone(&file), gate, chain, backing: None };
     let driver: Arc<dyn Driver> = match format {
         ImageFormat::Raw => open_raw(&opening, guessed)?,
-        // HOOK(qcow2): becomes `qcow2::open(&mut opening)?`, which opens its backing and data files
-        // with `opening.child(…)` unless `request.backing` is false.
-        ImageFormat::Qcow2 => {
-            let _ = &mut opening;
-            return Err(Error::unsupported(format!(
-                "{}: qcow2 support is not built in yet",
-                file.name()
-            )));
-        }
+        ImageFormat::Qcow2 => open_qcow2(&mut opening)?,
         other => return Err(other.refusal().context(file.name())),
     };
+    let backing = opening.backing.map(Box::new);
     let options = NodeOptions { name: request.node_name.clone(), read_only };
-    Ok(Image { node: Node::new(driver, options), file, format, guessed, cache: request.cache })
+    let node = Node::new(driver, options);
+    Ok(Image { node, file, format, guessed, cache: request.cache, backing })
 }
 
 /// Opens a host file for a disk. Explains what only an operator of disks would be told.
@@ -402,6 +417,51 @@ fn open_raw(opening: &Opening<'_>, guessed: bool) -> Result<Arc<dyn Driver>> {
     );
     let recognise = |head: &[u8]| probe::by_magic(head).map(|format| format.to_string());
     Ok(Arc::new(GuessGuard::new(Arc::new(raw), file.name(), recognise)))
+}
+
+fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
+    let request = opening.request;
+    let file = Arc::clone(&opening.file) as Arc<dyn File>;
+    if !request.backing {
+        return Ok(Arc::new(block_on(qcow2::Metadata::open(file))?));
+    }
+    let name = opening.file.name().to_string();
+    let read_only = request.access == Access::Read;
+    let header = block_on(qcow2::Header::read(&file))?;
+    // Before any other file is touched on its behalf.
+    header.check_supported(read_only).context(|| name.clone())?;
+    if let Some(named) = &header.backing {
+        let format = named.format.as_deref();
+        opening.backing = Some(opening.child("backing", &named.file, format, Access::Read)?);
+    }
+    let options = qcow2::OpenOptions {
+        read_only,
+        backing: opening.backing.as_ref().map(|image| image.node.clone()),
+        keep: if read_only { None } else { open_keep(request, &opening.file, "qcow2")? },
+    };
+    Ok(Arc::new(FormatDriver::new(block_on(qcow2::Qcow2::open(file, options))?)))
+}
+
+/// Opens the place for what must outlive this process, if a guest is to be served.
+fn open_keep(request: &OpenRequest, file: &HostFile, format: &str) -> Result<Option<Keep>> {
+    let (dir, required) = match &request.state_dir {
+        StateDir::None => return Ok(None),
+        StateDir::IfPossible(dir) => (dir, false),
+        StateDir::Required(dir) => (dir, true),
+    };
+    match Keep::open(dir, file.identity()?, format) {
+        Ok(keep) => Ok(Some(keep)),
+        // Whoever serves the image from this very directory is in the way; nobody may ignore that.
+        Err(err) if required || err.kind() == ErrorKind::Busy => Err(err),
+        Err(err) => {
+            tracing::warn!(
+                "{}: nothing can be kept across a kill of this process ({err}), so writes that \
+                 allocate wait for the disk; give a directory on tmpfs with --state-dir",
+                file.name()
+            );
+            Ok(None)
+        }
+    }
 }
 
 /// The format of an open file, by its first bytes.
@@ -579,7 +639,8 @@ mod tests {
         let gate = OpenGate::new(&request.path, &[]).unwrap();
         let mut chain = Chain::default();
         chain.push(&file).unwrap();
-        let mut opening = Opening { request: &request, file, gate: &gate, chain: &mut chain };
+        let mut opening =
+            Opening { request: &request, file, gate: &gate, chain: &mut chain, backing: None };
 
         let base = opening.child("backing", "base", Some("raw"), Access::Read).unwrap();
         assert!(base.node.limits().read_only);

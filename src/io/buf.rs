@@ -117,10 +117,38 @@ impl Buffers {
         }
     }
 
-    /// Whether each range starts and ends at a multiple of `align` (a power of two), as O_DIRECT
-    /// demands of memory.
-    pub fn is_aligned(&self, align: usize) -> bool {
-        iovecs_aligned(&self.iovs, align)
+    /// Whether each range starts at a multiple of `address` and is a multiple of `length` long
+    /// (powers of two), as O_DIRECT demands of memory.
+    pub fn is_aligned(&self, address: usize, length: usize) -> bool {
+        iovecs_aligned(&self.iovs, address, length)
+    }
+
+    /// Copies all bytes to other buffers of the same length.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn copy_to(&self, to: &Buffers) {
+        assert_eq!(self.len, to.len);
+        let mut into = to.iovs.iter();
+        let mut room = 0;
+        let mut at = std::ptr::null_mut::<u8>();
+        for from in &self.iovs {
+            let mut done = 0;
+            while done < from.iov_len {
+                if room == 0 {
+                    let Some(next) = into.next() else { return };
+                    (at, room) = (next.iov_base.cast(), next.iov_len);
+                    continue;
+                }
+                let n = room.min(from.iov_len - done);
+                // SAFETY: both owners keep their ranges alive, and `n` stays inside of both. A
+                // guest may have made them overlap, and may change what is copied meanwhile.
+                unsafe { std::ptr::copy(from.iov_base.cast::<u8>().add(done), at, n) };
+                at = at.wrapping_add(n);
+                done += n;
+                room -= n;
+            }
+        }
     }
 }
 
@@ -130,9 +158,13 @@ impl fmt::Debug for Buffers {
     }
 }
 
-/// Whether each range starts and ends at a multiple of `align`, a power of two.
-pub fn iovecs_aligned(iovs: &[libc::iovec], align: usize) -> bool {
-    iovs.iter().all(|iov| (iov.iov_base as usize | iov.iov_len) & (align - 1) == 0)
+/// Whether each range starts at a multiple of `address` and is a multiple of `length` long, both
+/// powers of two. Disks may take memory at any address that is a multiple of four, say, but still
+/// only whole blocks in each range.
+#[inline]
+pub fn iovecs_aligned(iovs: &[libc::iovec], address: usize, length: usize) -> bool {
+    iovs.iter()
+        .all(|iov| iov.iov_base as usize & (address - 1) == 0 && iov.iov_len & (length - 1) == 0)
 }
 
 /// Appends the part `offset..offset + len` of `iovs` to `out`. The part must lie inside.
@@ -291,8 +323,22 @@ mod tests {
     #[test]
     fn alignment_counts_length_and_address() {
         let buf = AlignedBuf::zeroed(8192, 4096);
-        assert!(buf.buffers().is_aligned(4096));
-        assert!(!buf.buffers().slice(512, 512).is_aligned(4096));
-        assert!(buf.buffers().slice(512, 512).is_aligned(512));
+        assert!(buf.buffers().is_aligned(4096, 4096));
+        assert!(!buf.buffers().slice(512, 512).is_aligned(4096, 512));
+        assert!(!buf.buffers().slice(4096, 512).is_aligned(4096, 4096));
+        assert!(buf.buffers().slice(512, 512).is_aligned(512, 512));
+        // Addresses that a disk takes, in ranges that are no whole blocks.
+        assert!(!pieces(&[100, 412]).is_aligned(4, 512));
+        assert!(pieces(&[512, 1024]).is_aligned(4, 512));
+    }
+
+    #[test]
+    fn copies_between_different_parts() {
+        let (from, to) = (pieces(&[3, 5, 7]), pieces(&[1, 13, 1]));
+        from.copy_from_slice(b"abcdefghijklmno");
+        from.copy_to(&to);
+        let mut out = [0; 15];
+        to.copy_to_slice(&mut out);
+        assert_eq!(&out, b"abcdefghijklmno");
     }
 }

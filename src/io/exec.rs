@@ -207,7 +207,10 @@ impl Executor {
         let mut value = [0u8; 8];
         // Drained before the flag is cleared: a write after that is a new signal.
         let _ = rustix::io::read(&self.remote.wake, &mut value);
-        self.remote.signalled.store(false, Ordering::Release);
+        // A read-modify-write, because a store could sink below the caller's next look at what it
+        // was woken for (a mailbox, a gate), while whoever filled that still finds the flag set and
+        // does not write. This way one of the two sees the other.
+        self.remote.signalled.swap(false, Ordering::AcqRel);
         let woken = std::mem::take(&mut *self.remote.woken.lock().unwrap());
         for index in woken {
             if index == ROOT {

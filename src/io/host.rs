@@ -84,6 +84,9 @@ const INLINE_SUSPENSION_MS: u64 = 100;
 /// Most doublings: 100 ms << 6 is 6.4 s.
 const INLINE_MAX_DOUBLINGS: u32 = 6;
 
+/// Largest bounce buffer of a request; a multiple of what any O_DIRECT demands.
+const BOUNCE_LEN: u64 = 256 << 10;
+
 static NEXT_ID: AtomicU32 = AtomicU32::new(0);
 
 /// Milliseconds of the coarse monotonic clock (a tick's resolution, a few nanoseconds to read).
@@ -262,21 +265,28 @@ impl HostFile {
 
     /// Whether the request meets the demands of O_DIRECT as it is.
     fn fits_direct(&self, buf: &Buffers) -> bool {
-        buf.is_aligned(self.alignment.memory)
+        buf.is_aligned(self.alignment.memory, self.alignment.request as usize)
     }
 
     async fn rw(&self, dir: reactor::Dir, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
         if !self.direct || self.fits_direct(&buf) {
             return reactor::rw(self, dir, offset, buf, fua).await;
         }
-        // O_DIRECT cannot use this memory: go through a bounce buffer.
-        let bounce = AlignedBuf::zeroed(buf.len() as usize, self.alignment.memory);
-        if dir == reactor::Dir::Write {
-            copy(&buf, &bounce.buffers());
-        }
-        reactor::rw(self, dir, offset, bounce.buffers(), fua).await?;
-        if dir == reactor::Dir::Read {
-            copy(&bounce.buffers(), &buf);
+        // O_DIRECT cannot use this memory: go through a bounce buffer. Of bounded size, because a
+        // guest can have many requests in flight that name the same memory again and again.
+        let bounce = AlignedBuf::zeroed(buf.len().min(BOUNCE_LEN) as usize, self.alignment.memory);
+        let mut done = 0;
+        while done < buf.len() {
+            let len = (buf.len() - done).min(BOUNCE_LEN);
+            let (part, bounce) = (buf.slice(done, len), bounce.buffers().slice(0, len));
+            if dir == reactor::Dir::Write {
+                part.copy_to(&bounce);
+            }
+            reactor::rw(self, dir, offset + done, bounce.clone(), fua).await?;
+            if dir == reactor::Dir::Read {
+                bounce.copy_to(&part);
+            }
+            done += len;
         }
         Ok(())
     }
@@ -293,18 +303,6 @@ impl HostFile {
             offset += len;
         }
         Ok(())
-    }
-}
-
-/// Copies between two buffers of the same length.
-fn copy(from: &Buffers, to: &Buffers) {
-    let mut at = 0;
-    for iov in from.iovecs() {
-        // SAFETY: the range is alive while `from` is; the destination is ours alone, so reading
-        // the source as a slice races only with a guest that changes bytes we copy anyhow.
-        let bytes = unsafe { std::slice::from_raw_parts(iov.iov_base.cast::<u8>(), iov.iov_len) };
-        to.slice(at, iov.iov_len as u64).copy_from_slice(bytes);
-        at += iov.iov_len as u64;
     }
 }
 

@@ -220,6 +220,25 @@ impl Reactor {
     }
 }
 
+impl Drop for Reactor {
+    /// Waits for the operations whose futures were dropped: the host still uses their buffers.
+    fn drop(&mut self) {
+        let mut events = Vec::new();
+        while self.ops.borrow().slots.iter().any(|slot| matches!(slot, Slot::InFlight { .. })) {
+            {
+                let mut engine = self.engine.borrow_mut();
+                engine.wait();
+                engine.reap(&mut events);
+            }
+            for event in events.drain(..) {
+                if event.user & ASYNC != 0 && event.user & WATCH == 0 {
+                    self.complete((event.user & !ASYNC) as u32, event.result);
+                }
+            }
+        }
+    }
+}
+
 /// Waits for one operation.
 struct OpFuture {
     reactor: Rc<Reactor>,
@@ -280,15 +299,25 @@ impl Drop for OpFuture {
 /// Runs a future to its end on this thread, with a reactor of the thread's own. Tasks it spawned
 /// that are unfinished then stay until the next call on this thread.
 ///
+/// If the host gives neither an io_uring nor an eventfd (out of file descriptors, say), this call
+/// does without a reactor: operations are plain blocking calls.
+///
 /// # Panics
-/// If called from within itself, or if the host gives neither an io_uring nor an eventfd.
+/// If called from within itself.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let reactor = CURRENT.with_borrow(Clone::clone).unwrap_or_else(|| {
-        let reactor = Reactor::new(default_engine())
-            .unwrap_or_else(|err| panic!("cannot set up I/O for this thread: {err}"));
-        CURRENT.set(Some(Rc::clone(&reactor)));
-        reactor
-    });
+    let reactor = match CURRENT.with_borrow(Clone::clone) {
+        Some(reactor) => reactor,
+        None => match Reactor::new(default_engine()) {
+            Ok(reactor) => {
+                CURRENT.set(Some(Rc::clone(&reactor)));
+                reactor
+            }
+            Err(err) => {
+                tracing::warn!("cannot set up I/O for this thread, using plain calls: {err}");
+                return block_on_plainly(future);
+            }
+        },
+    };
     assert!(!reactor.blocked_on.replace(true), "block_on called from within itself");
     struct Unblock<'a>(&'a Cell<bool>);
     impl Drop for Unblock<'_> {
@@ -312,6 +341,24 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
                 break;
             }
         }
+    }
+}
+
+/// Runs a future on a thread without a reactor, where [`perform`] blocks.
+fn block_on_plainly<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(out) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return out;
+        }
+        std::thread::park();
     }
 }
 
@@ -443,6 +490,103 @@ mod tests {
             .join()
             .unwrap();
         }
+    }
+
+    #[test]
+    fn without_a_reactor_calls_are_plain() {
+        let (_dir, file) = scratch(1 << 20);
+        block_on_plainly(async {
+            file.write(512, AlignedBuf::from_slice(b"plain", 512).buffers(), true).await.unwrap();
+            let back = AlignedBuf::zeroed(5, 512);
+            file.read(512, back.buffers()).await.unwrap();
+            assert_eq!(back.to_vec(), b"plain");
+        });
+        assert!(CURRENT.with_borrow(Option::is_none));
+    }
+
+    #[test]
+    fn a_reactor_waits_for_what_was_abandoned() {
+        /// What is in the buffer when it is freed.
+        struct Guarded(AlignedBuf, std::sync::mpsc::Sender<Vec<u8>>);
+        impl crate::io::BufferOwner for Guarded {}
+        impl Drop for Guarded {
+            fn drop(&mut self) {
+                self.1.send(self.0.to_vec()).unwrap();
+            }
+        }
+        // Only io_uring reads from a pipe at an offset; whoever reads from it has to wait.
+        let Ok(reactor) = Reactor::new(EngineKind::IoUring) else { return };
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let (freed, at_end) = std::sync::mpsc::channel();
+        let memory = AlignedBuf::zeroed(4, 8);
+        let iovs = memory.buffers().iovecs().to_vec();
+        // SAFETY: the owner has the memory.
+        let buf = unsafe { Buffers::from_raw(iovs, Arc::new(Guarded(memory, freed))) };
+        let op = Op {
+            code: OpCode::Read,
+            fd: reader.as_raw_fd(),
+            file_id: u32::MAX - 1,
+            offset: 0,
+            len: 0,
+            iovs: buf.iovecs().as_ptr(),
+            n_iovs: 1,
+        };
+        let keep = Keep { _file: Arc::new(OwnedFd::from(reader)), _buf: Some(buf) };
+        let index = reactor.start(&op, keep);
+        drop(OpFuture { reactor: Rc::clone(&reactor), index, finished: false });
+        reactor.engine().submit();
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::io::Write::write_all(&mut writer, b"late").unwrap();
+        });
+        drop(reactor);
+        assert_eq!(at_end.try_recv().unwrap(), b"late", "freed under the host's hands");
+        late.join().unwrap();
+    }
+
+    #[test]
+    fn no_reactor_keeps_a_file_locked_that_was_closed() {
+        use crate::io::lock::Rights;
+        both(|kind| {
+            let (_dir, file) = scratch(1 << 20);
+            let path = file.path().to_path_buf();
+            let open = || {
+                let options = OpenOptions { write: true, ..OpenOptions::default() };
+                HostFile::open(&path, options).unwrap()
+            };
+            let all = Rights::WRITE;
+            file.lock(all, Rights::NONE).unwrap();
+            assert!(open().lock(all, Rights::NONE).is_err());
+            let buf = AlignedBuf::zeroed(4096, 4096);
+            block_on(file.read(0, buf.buffers())).unwrap();
+            drop(file);
+            // The reactor of this thread lives on.
+            open().lock(all, Rights::NONE).unwrap_or_else(|err| panic!("{kind:?}: {err}"));
+            // A planned operation registers its file, until the engine goes.
+            let file = open();
+            file.lock(all, Rights::NONE).unwrap();
+            let mut engine = Engine::new(kind).unwrap();
+            let iovs = buf.buffers().iovecs().to_vec();
+            let op = Op {
+                code: OpCode::Read,
+                fd: file.as_raw_fd(),
+                file_id: file.id(),
+                offset: 0,
+                len: 0,
+                iovs: iovs.as_ptr(),
+                n_iovs: 1,
+            };
+            // SAFETY: all of it lives until the event is here.
+            unsafe { engine.push(&op, 1) };
+            let mut events = Vec::new();
+            while events.is_empty() {
+                engine.wait();
+                engine.reap(&mut events);
+            }
+            drop(file);
+            drop(engine);
+            open().lock(all, Rights::NONE).unwrap_or_else(|err| panic!("{kind:?}: {err}"));
+        });
     }
 
     #[test]

@@ -312,7 +312,7 @@ async fn write_blocks(disk: &Disk, writes: &Arc<Tracker>, blocks: &[(u64, Bytes)
 }
 
 /// A refcount at a bit offset below 8 in `bytes`.
-fn get_count(bytes: &[u8], bit: u64, order: u32) -> u64 {
+pub(super) fn get_count(bytes: &[u8], bit: u64, order: u32) -> u64 {
     match order {
         0..=2 => {
             let mask = (1u16 << (1 << order)) - 1;

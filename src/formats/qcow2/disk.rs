@@ -268,9 +268,9 @@ impl Disk {
             if alignment.request > 512 {
                 self.cycle_writes.settle(range).await;
             }
-            let buf = match alignment.memory > 1 && !buf.is_aligned(alignment.memory) {
-                true => private_copy(&buf, alignment.memory).buffers(),
-                false => buf,
+            let buf = match buf.is_aligned(alignment.memory, alignment.request as usize) {
+                true => buf,
+                false => private_copy(&buf, alignment.memory).buffers(),
             };
             self.file.write(offset, track(&buf, token, None), false).await?;
         } else {

@@ -32,11 +32,16 @@ const EXTENDED_L2: u64 = 1 << 4;
 /// Compatible feature bit.
 const LAZY_REFCOUNTS: u64 = 1 << 0;
 
+/// Autoclear feature bit: the external data file is a raw image by itself.
+const DATA_FILE_RAW: u64 = 1 << 1;
+
 /// Header extensions.
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_CRYPTO: u32 = 0x0537_be77;
+const EXT_BITMAPS: u32 = 0x2385_2875;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// Byte offsets of header fields that are also written.
 pub(super) mod field {
@@ -78,8 +83,16 @@ pub struct Header {
     pub(super) incompatible: u64,
     pub(super) compatible: u64,
     pub(super) autoclear: u64,
+    /// Where the snapshot table lies.
+    pub(super) snapshots_offset: u64,
+    /// Whether the image has persistent bitmaps.
+    pub(super) has_bitmaps: bool,
     crypt_method: u32,
     has_crypto_header: bool,
+    /// 0 is zlib, 1 zstd.
+    compression: u8,
+    /// The external data file's name, if the image says.
+    data_file: Option<String>,
     /// Names of incompatible feature bits, as the image gives them.
     feature_names: Vec<(u8, String)>,
 }
@@ -140,8 +153,12 @@ impl Header {
             incompatible: if v3 { be64(&start, field::INCOMPATIBLE) } else { 0 },
             compatible: if v3 { be64(&start, 80) } else { 0 },
             autoclear: if v3 { be64(&start, field::AUTOCLEAR) } else { 0 },
+            snapshots_offset: be64(&start, 64),
+            has_bitmaps: false,
             crypt_method: be32(&start, 32),
             has_crypto_header: false,
+            compression: 0,
+            data_file: None,
             feature_names: Vec::new(),
         };
         let cluster = disk::read_bytes(&**file, 0, header.cluster_size() as usize).await?;
@@ -151,6 +168,9 @@ impl Header {
                 "header length {header_len} at header offset 100 is not in {V3_LEN}..={}",
                 cluster.len()
             )));
+        }
+        if header_len > V3_LEN {
+            header.compression = cluster[V3_LEN];
         }
         let format = header.read_extensions(&cluster, header_len)?;
         header.backing = read_backing(&cluster, format)?;
@@ -181,6 +201,8 @@ impl Header {
             match kind {
                 EXT_BACKING_FORMAT => format = Some(text(data, "backing format")?),
                 EXT_CRYPTO => self.has_crypto_header = true,
+                EXT_BITMAPS => self.has_bitmaps = true,
+                EXT_DATA_FILE => self.data_file = Some(text(data, "data file name")?),
                 EXT_FEATURE_NAMES => {
                     for entry in data.chunks_exact(48).filter(|entry| entry[0] == 0) {
                         let name = entry[2..].split(|byte| *byte == 0).next().unwrap_or(&[]);
@@ -307,17 +329,26 @@ impl Header {
 
     /// Format-specific facts, named as `qemu-img info --output=json` names them.
     pub fn details(&self) -> serde_json::Value {
+        let v3 = self.version > 2;
         let mut details = serde_json::json!({
-            "compat": if self.version == 2 { "0.10" } else { "1.1" },
-            "compression-type": "zlib",
-            "lazy-refcounts": self.compatible & LAZY_REFCOUNTS != 0,
+            "compat": if v3 { "1.1" } else { "0.10" },
+            "compression-type": if self.compression == 1 { "zstd" } else { "zlib" },
             "refcount-bits": 1u64 << self.refcount_order,
-            "corrupt": self.is_corrupt(),
-            "dirty": self.is_dirty(),
-            "extended-l2": false,
+            "dirty-flag": self.is_dirty(),
             "cluster-size": self.cluster_size(),
-            "snapshots": self.snapshots,
         });
+        if v3 {
+            details["lazy-refcounts"] = (self.compatible & LAZY_REFCOUNTS != 0).into();
+            details["corrupt"] = self.is_corrupt().into();
+            details["extended-l2"] = (self.incompatible & EXTENDED_L2 != 0).into();
+        }
+        if self.crypt_method != 0 {
+            details["encrypted"] = true.into();
+        }
+        if self.incompatible & EXTERNAL_DATA != 0 {
+            details["data-file-raw"] = (self.autoclear & DATA_FILE_RAW != 0).into();
+            details["data-file"] = self.data_file.clone().into();
+        }
         if let Some(backing) = &self.backing {
             details["backing-filename"] = backing.file.clone().into();
             if let Some(format) = &backing.format {

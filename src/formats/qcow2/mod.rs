@@ -33,6 +33,7 @@
 //!              ─ flush ────► checkpoint: imago's state → overlay → file, in phases
 //! ```
 //!
+//! * [`check`], [`measure`], [`Metadata`]: what can be said of an image without opening it by imago.
 //! * `store`: what imago takes for its file: an overlay over the metadata.
 //! * `checkpoint`: writes the overlay out; power cuts.
 //! * `disk`: access to the file itself, whatever its alignment; who still writes where.
@@ -71,12 +72,16 @@
 //!   reclaims it.
 //! * Version 2 images have no zero clusters: discards do nothing there, zeroes are written out.
 
+pub mod check;
 mod checkpoint;
 #[cfg(test)]
 mod crash_tests;
 mod disk;
 mod header;
+pub mod measure;
+mod metadata;
 mod pending;
+mod snapshots;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -96,6 +101,7 @@ use imago::{
 };
 
 pub use self::header::{Backing, Header};
+pub use self::metadata::Metadata;
 
 use self::checkpoint::{Layout, Snapshot};
 use self::disk::{ALL, Disk, Token, Tracker};
@@ -157,6 +163,25 @@ impl CreateOptions {
     /// An image of `size` bytes with 64 KiB clusters, as `qemu-img create` makes it.
     pub fn new(size: u64) -> CreateOptions {
         CreateOptions { size, cluster_size: 65536, refcount_bits: 16, backing: None }
+    }
+
+    /// Checks everything but the size and the backing file.
+    ///
+    /// # Errors
+    /// Names the option, what was given and what is allowed.
+    pub fn check(&self) -> Result<()> {
+        let CreateOptions { cluster_size, refcount_bits, .. } = self;
+        if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(cluster_size) {
+            return Err(Error::invalid(format!(
+                "cluster size {cluster_size} is not a power of two from 512 to 2097152"
+            )));
+        }
+        if !refcount_bits.is_power_of_two() || *refcount_bits > 64 {
+            return Err(Error::invalid(format!(
+                "refcount width {refcount_bits} is not a power of two from 1 to 64"
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -1358,13 +1383,9 @@ impl Format for Qcow2 {
                 self.name()
             )));
         }
-        match &self.keep {
-            Some(keep) => keep.begin(nonce)?,
-            None => tracing::warn!(
-                image = self.name(),
-                "no state directory on tmpfs: writes that allocate wait for the disk, so that \
-                 they survive if this process is killed; give one with --state-dir"
-            ),
+        // Without a keep, writes that allocate wait for the disk from now on.
+        if let Some(keep) = &self.keep {
+            keep.begin(nonce)?;
         }
         self.session.store(true, Ordering::Release);
         Ok(())
@@ -1401,17 +1422,8 @@ pub async fn create(file: Arc<dyn File>, options: &CreateOptions) -> Result<()> 
 }
 
 async fn create_unnamed(file: Arc<dyn File>, options: &CreateOptions) -> Result<()> {
+    options.check()?;
     let CreateOptions { size, cluster_size, refcount_bits, backing } = options;
-    if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(cluster_size) {
-        return Err(Error::invalid(format!(
-            "cluster size {cluster_size} is not a power of two from 512 to 2097152"
-        )));
-    }
-    if !refcount_bits.is_power_of_two() || *refcount_bits > 64 {
-        return Err(Error::invalid(format!(
-            "refcount width {refcount_bits} is not a power of two from 1 to 64"
-        )));
-    }
     if *size == 0 || size % BLOCK != 0 {
         return Err(Error::invalid(format!("size {size} is not a positive multiple of {BLOCK}")));
     }

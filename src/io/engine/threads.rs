@@ -112,21 +112,27 @@ impl ThreadsEngine {
         let mut state = pool.state.lock().unwrap();
         let n = self.queued.len();
         state.jobs.extend(self.queued.drain(..));
-        let mut missing = n.saturating_sub(state.idle);
+        // All that nobody has taken up counts, not just ours: an idle thread that was notified
+        // looks idle until it runs.
+        let mut missing = state.jobs.len().saturating_sub(state.idle);
         while missing > 0 && state.threads < MAX_THREADS {
             let spawned = std::thread::Builder::new()
                 .name("vublk-io".into())
                 .stack_size(128 * 1024)
                 .spawn(run);
-            if spawned.is_err() && state.threads > 0 {
-                // Those that exist will do the work.
+            if spawned.is_err() {
+                // Those that exist will do the work; without any it is done right here.
                 break;
             }
-            spawned.expect("cannot start an I/O thread");
             state.threads += 1;
             missing -= 1;
         }
+        let orphans =
+            if state.threads == 0 { std::mem::take(&mut state.jobs) } else { VecDeque::new() };
         drop(state);
+        for job in orphans {
+            perform(job);
+        }
         for _ in 0..n {
             pool.work.notify_one();
         }
@@ -151,12 +157,22 @@ impl ThreadsEngine {
         if n <= 0 {
             return;
         }
-        for (slot, (user, fd)) in fds[1..].iter().zip(&self.watches) {
-            if slot.revents & libc::POLLIN != 0 {
-                drain(*fd);
-                self.fired.push(Event { user: *user, result: 1 });
-            }
+        if fds[0].revents != 0 {
+            // Here too, as a thread may write after `reap` has seen its event: left readable it
+            // would end every wait at once.
+            drain(self.done.wake.as_raw_fd());
         }
+        let mut slots = fds[1..].iter();
+        let fired = &mut self.fired;
+        self.watches.retain(|(user, fd)| {
+            let revents = slots.next().map_or(0, |slot| slot.revents);
+            if revents == 0 {
+                return true;
+            }
+            fired.push(Event { user: *user, result: 1 });
+            // One whose other end is gone is ready for ever, and tells nothing any more.
+            revents & libc::POLLIN != 0 && drain(*fd)
+        });
     }
 
     /// See [`super::Engine::reap`].
@@ -177,11 +193,33 @@ impl ThreadsEngine {
     }
 }
 
-/// Resets an eventfd's counter.
-fn drain(fd: RawFd) {
+/// Resets an eventfd's counter. False if the file has come to its end. Never waits, even if the
+/// file is a front-end's that somebody else reads, too.
+fn drain(fd: RawFd) -> bool {
     let mut value = 0u64;
+    let part = libc::iovec { iov_base: (&raw mut value).cast(), iov_len: 8 };
     // SAFETY: eight bytes to a u64 of ours.
-    unsafe { libc::read(fd, (&raw mut value).cast(), 8) };
+    let mut n = unsafe { libc::preadv2(fd, &part, 1, -1, libc::RWF_NOWAIT) };
+    if n < 0 && errno() == libc::EOPNOTSUPP {
+        // Not an eventfd. The message thread has made it non-blocking.
+        // SAFETY: as above.
+        n = unsafe { libc::read(fd, (&raw mut value).cast(), 8) };
+    }
+    n > 0 || (n < 0 && matches!(errno(), libc::EAGAIN | libc::EINTR))
+}
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// Does a job and tells its engine.
+fn perform(job: Job) {
+    // SAFETY: who pushed the job keeps its memory and file until the event is reaped.
+    let result = unsafe { blocking(&job.op) };
+    job.done.events.lock().unwrap().push(Event { user: job.user, result });
+    if !job.done.signalled.swap(true, Ordering::AcqRel) {
+        let _ = rustix::io::write(&job.done.wake, &1u64.to_ne_bytes());
+    }
 }
 
 /// A thread of the pool.
@@ -191,14 +229,7 @@ fn run() {
     loop {
         if let Some(job) = state.jobs.pop_front() {
             drop(state);
-            // SAFETY: who pushed the job keeps its memory and file until the event is reaped.
-            let result = unsafe { blocking(&job.op) };
-            job.done.events.lock().unwrap().push(Event { user: job.user, result });
-            if !job.done.signalled.swap(true, Ordering::AcqRel) {
-                let one = 1u64.to_ne_bytes();
-                let _ = rustix::io::write(&job.done.wake, &one);
-            }
-            drop(job);
+            perform(job);
             state = pool.state.lock().unwrap();
             continue;
         }

@@ -13,7 +13,7 @@ use std::os::fd::RawFd;
 
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, opcode, squeue, types};
 
-use super::{Event, Op, OpCode, WATCH};
+use super::{ASYNC, Event, Op, OpCode, WATCH};
 use crate::error::{Error, Result, ResultExt};
 
 /// Operations queued before the kernel must be entered. A worker takes at most a small batch at a
@@ -38,6 +38,10 @@ pub struct UringEngine {
     enters: u64,
     /// Watches by user number, to arm them again when the kernel ends a multishot poll.
     watches: Vec<(u64, RawFd)>,
+    /// Completions taken out of the queue because the kernel accepted nothing before.
+    aside: Vec<Event>,
+    /// Whether a watch among the completions taken has ended.
+    watch_ended: bool,
     /// What the halves borrow from. The last field: dropped after them.
     _ring: RingBox,
 }
@@ -76,8 +80,10 @@ impl UringEngine {
                 .build(SQ_ENTRIES)
                 .context(|| "io_uring_setup")?,
         };
-        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
-            return Err(Error::unsupported("this kernel's io_uring is too old (5.11 is needed)"));
+        // Tagged resources came with the multishot polls that watches need, and those have no flag
+        // of their own.
+        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_resource_tagging() {
+            return Err(Error::unsupported("this kernel's io_uring is too old (5.13 is needed)"));
         }
         let ring = RingBox(Box::into_raw(Box::new(ring)));
         // SAFETY: the box is freed by `RingBox`, after the halves that borrow from it.
@@ -94,6 +100,8 @@ impl UringEngine {
             has_taskrun_flag,
             enters: 0,
             watches: Vec::new(),
+            aside: Vec::new(),
+            watch_ended: false,
             _ring: ring,
         })
     }
@@ -104,7 +112,10 @@ impl UringEngine {
     /// As there.
     #[inline]
     pub unsafe fn push(&mut self, op: &Op, user: u64) {
-        let entry = match self.slot_of(op) {
+        // An asynchronous operation has a reference to its file, and nobody calls `forget_files`
+        // before it lets go of that: a registration would keep the file open, and locked.
+        let slot = if user & ASYNC == 0 { self.slot_of(op) } else { None };
+        let entry = match slot {
             Some(slot) => build(op, types::Fixed(slot)),
             None => build(op, types::Fd(op.fd)),
         };
@@ -117,7 +128,19 @@ impl UringEngine {
         // to nothing.
         while unsafe { self.sq.push(&entry) }.is_err() {
             self.enter(0);
+            if self.sq.is_full() {
+                // Older kernels take nothing before completions that did not fit were reaped.
+                self.set_aside();
+            }
         }
+    }
+
+    /// Takes completions out of the queue, for the next `reap`.
+    #[cold]
+    fn set_aside(&mut self) {
+        let mut aside = std::mem::take(&mut self.aside);
+        self.collect(&mut aside);
+        self.aside = aside;
     }
 
     /// The registered slot of the operation's file.
@@ -187,7 +210,7 @@ impl UringEngine {
     /// See [`super::Engine::wait`].
     pub fn wait(&mut self) {
         self.cq.sync();
-        self.enter(u32::from(self.cq.is_empty()));
+        self.enter(u32::from(self.cq.is_empty() && self.aside.is_empty()));
     }
 
     /// Enters the kernel: submits everything queued, processes completions, waits for `want`.
@@ -214,22 +237,30 @@ impl UringEngine {
     /// See [`super::Engine::reap`].
     #[inline]
     pub fn reap(&mut self, out: &mut Vec<Event>) {
+        if !self.aside.is_empty() {
+            out.append(&mut self.aside);
+        }
+        self.collect(out);
+        if std::mem::take(&mut self.watch_ended) {
+            self.rearm(out);
+        }
+    }
+
+    /// Takes what is in the completion queue.
+    #[inline]
+    fn collect(&mut self, out: &mut Vec<Event>) {
         self.cq.sync();
-        let mut ended = false;
         for cqe in &mut self.cq {
             let user = cqe.user_data();
             if user == IGNORE {
                 continue;
             }
             if user & WATCH != 0 && !io_uring::cqueue::more(cqe.flags()) && cqe.result() > 0 {
-                ended = true;
+                self.watch_ended = true;
             }
             out.push(Event { user, result: cqe.result() });
         }
         self.cq.sync();
-        if ended {
-            self.rearm(out);
-        }
     }
 
     /// Arms again the watches that the kernel has ended (it may at any time), if still wanted.
@@ -299,6 +330,9 @@ mod types_use {
 
 impl Drop for UringEngine {
     fn drop(&mut self) {
+        // The kernel tears a ring down in its own time. Who opens an image next finds it locked
+        // as long as a file of ours is open, so those go now.
+        self.forget_files();
         let _ = self.submitter.unregister_ring_fd();
     }
 }
