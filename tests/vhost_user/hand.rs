@@ -24,7 +24,7 @@ pub struct Hand {
 impl Hand {
     /// Takes pages of the session's memory.
     pub fn new(session: &mut Session) -> Hand {
-        let mut pages = |n| session.arena.alloc_pages(n * 4096).unwrap();
+        let mut pages = |n: u64| session.arena.alloc_pages(n * 4096).unwrap();
         Hand { header: pages(1), data: pages(2), status: pages(1), table: pages(1) }
     }
 
