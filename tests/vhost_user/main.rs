@@ -7,8 +7,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod clients;
 mod hand;
 mod malice;
+mod memory;
+mod migration;
 mod model;
 mod model_test;
 mod recovery;
+mod sequences;
