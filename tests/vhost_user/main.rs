@@ -8,11 +8,14 @@
 mod common;
 
 mod clients;
+mod features;
 mod hand;
+mod host_errors;
 mod malice;
 mod memory;
 mod migration;
 mod model;
 mod model_test;
+mod process;
 mod recovery;
 mod sequences;

@@ -277,6 +277,7 @@ fn memory_that_loses_its_file_breaks_only_its_own_client() {
     ] {
         let mut backend = Backend::start(args);
         let (mut session, hand) = open(&backend);
+        session.client.set_acknowledge(true);
         let ring_page = session.rings[0].layout().descriptors;
         let added = session.memory.end() + (64 << 20);
         session.hot_add(added, 1 << 20).unwrap();

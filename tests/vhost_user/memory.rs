@@ -57,6 +57,7 @@ fn requests_span_adjacent_regions() {
         let content = Random::new("span").bytes(1 << 20);
         backend.scribble(0, &content);
         let mut session = backend.qemu();
+        session.client.set_acknowledge(true);
         let base = session.memory.end() + (1 << 30);
         // In an order that is not that of the guest's addresses, so that they are not adjacent
         // for us or for the back-end.
