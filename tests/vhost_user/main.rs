@@ -11,6 +11,7 @@ mod clients;
 mod features;
 mod hand;
 mod host_errors;
+mod independent;
 mod malice;
 mod memory;
 mod migration;

@@ -189,7 +189,7 @@ fn misuse_is_refused_in_one_line() {
     let locked = backend.image.to_str().unwrap();
     for (words, says) in [
         (vec!["--socket-path", &long, "-f", "raw", locked], "107"),
-        (vec!["--socket-path", &socket, "-f", "raw", locked], "lock"),
+        (vec!["--socket-path", &socket, "-f", "raw", locked], "another process"),
         (vec!["--socket-path", &socket, &path("missing")], "missing"),
         (vec!["--socket-path", &socket, "-f", "raw", &path("empty")], "empty"),
         (vec!["--socket-path", &socket, "-f", "raw", &path("odd")], "1000"),
