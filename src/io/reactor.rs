@@ -282,8 +282,7 @@ fn thread_reactor() -> Result<Rc<Reactor>> {
     if let Some(reactor) = CURRENT.with_borrow(Clone::clone) {
         return Ok(reactor);
     }
-    let reactor =
-        Reactor::new(default_engine()).context(|| "cannot set up I/O for this thread")?;
+    let reactor = Reactor::new(default_engine()).context(|| "cannot set up I/O for this thread")?;
     CURRENT.set(Some(Rc::clone(&reactor)));
     Ok(reactor)
 }

@@ -91,7 +91,14 @@ impl Setup {
             file.set_len(self.size).expect("room for an image");
             image
         });
-        Backend { socket: dir.path().join("vu.sock"), image, dir, setup: self, child: None, runs: 0 }
+        Backend {
+            socket: dir.path().join("vu.sock"),
+            image,
+            dir,
+            setup: self,
+            child: None,
+            runs: 0,
+        }
     }
 
     /// Starts the back-end.
@@ -168,9 +175,8 @@ impl Backend {
 
     /// Everything that the process wrote to standard error, over all runs.
     pub fn log(&self) -> String {
-        std::fs::read(self.log_path()).map_or_else(|_| String::new(), |bytes| {
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
+        std::fs::read(self.log_path())
+            .map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Waits until the log has a line with `text`.

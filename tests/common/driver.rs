@@ -158,7 +158,9 @@ impl Driver {
             at = end;
         }
         for segment in &writable {
-            self.session.memory.write(segment.addr, &vec![STATUS_UNTOUCHED; segment.len as usize])?;
+            self.session
+                .memory
+                .write(segment.addr, &vec![STATUS_UNTOUCHED; segment.len as usize])?;
         }
         let all: Vec<Segment> = readable.iter().chain(&writable).copied().collect();
         let (head, table) = if indirect {

@@ -12,7 +12,9 @@ impl Random {
         static SEED: OnceLock<u64> = OnceLock::new();
         let seed = *SEED.get_or_init(|| match std::env::var("VUBLK_TEST_SEED") {
             Ok(text) => text.parse().expect("VUBLK_TEST_SEED is a number"),
-            Err(_) => std::time::SystemTime::UNIX_EPOCH.elapsed().expect("a clock").as_nanos() as u64,
+            Err(_) => {
+                std::time::SystemTime::UNIX_EPOCH.elapsed().expect("a clock").as_nanos() as u64
+            }
         });
         eprintln!("{name}: VUBLK_TEST_SEED={seed}");
         let mut state = seed | 1;

@@ -120,7 +120,8 @@ fn the_configuration_space_says_what_is_served() {
         assert_eq!(offered & 1 << bit, 0, "feature {bit} is offered");
     }
     let protocol = client.get_protocol_features().unwrap();
-    let implemented = [0u32, 1, 3, 5, 9, 12, 13, 15, 19].iter().fold(0, |bits, bit| bits | 1u64 << bit);
+    let implemented =
+        [0u32, 1, 3, 5, 9, 12, 13, 15, 19].iter().fold(0, |bits, bit| bits | 1u64 << bit);
     assert_eq!(protocol, implemented);
 }
 

@@ -38,41 +38,39 @@ fn chains_that_lie_fail_alone() {
         ("a loop to the head", vec![header, d(hand.data, 512, DESC_NEXT | DESC_WRITE, 0)]),
         ("a next outside the table", vec![d(hand.header, 16, DESC_NEXT, 60000)]),
         ("data outside memory", vec![header, d(outside, 4096, DESC_NEXT | DESC_WRITE, 2), status]),
-        ("data at the end of addresses", vec![
-            header,
-            d(u64::MAX - 100, 4096, DESC_NEXT | DESC_WRITE, 2),
-            status,
-        ]),
-        ("data longer than memory", vec![
-            header,
-            d(hand.data, u32::MAX, DESC_NEXT | DESC_WRITE, 2),
-            status,
-        ]),
-        ("data across the end of memory", vec![
-            header,
-            d(last_page, 8192, DESC_NEXT | DESC_WRITE, 2),
-            status,
-        ]),
+        (
+            "data at the end of addresses",
+            vec![header, d(u64::MAX - 100, 4096, DESC_NEXT | DESC_WRITE, 2), status],
+        ),
+        (
+            "data longer than memory",
+            vec![header, d(hand.data, u32::MAX, DESC_NEXT | DESC_WRITE, 2), status],
+        ),
+        (
+            "data across the end of memory",
+            vec![header, d(last_page, 8192, DESC_NEXT | DESC_WRITE, 2), status],
+        ),
         ("a header outside memory", vec![d(outside, 16, DESC_NEXT, 1), data, status]),
         ("a short header", vec![d(hand.header, 15, DESC_NEXT, 1), data, status]),
         ("a status outside memory", vec![header, data, d(outside, 1, DESC_WRITE, 0)]),
         ("no status", vec![d(hand.header, 16, 0, 0)]),
         ("nothing at all", vec![d(hand.header, 0, 0, 0)]),
-        ("readable after writable", vec![
-            d(hand.status, 1, DESC_NEXT | DESC_WRITE, 1),
-            d(hand.header, 16, 0, 0),
-        ]),
+        (
+            "readable after writable",
+            vec![d(hand.status, 1, DESC_NEXT | DESC_WRITE, 1), d(hand.header, 16, 0, 0)],
+        ),
         ("an indirect table of nothing", vec![d(hand.table, 0, DESC_INDIRECT, 0)]),
         ("an indirect table of 24 bytes", vec![d(hand.table, 24, DESC_INDIRECT, 0)]),
         ("an indirect table outside memory", vec![d(outside, 48, DESC_INDIRECT, 0)]),
         ("a huge indirect table", vec![d(hand.table, u32::MAX & !15, DESC_INDIRECT, 0)]),
-        ("an indirect table with a successor", vec![
-            d(hand.table, 48, DESC_INDIRECT | DESC_NEXT, 1),
-            status,
-        ]),
-        ("an indirect table that is the ring's", vec![
-            d(session.rings[0].layout().descriptors, 16 * 128, DESC_INDIRECT, 0),
-        ]),
+        (
+            "an indirect table with a successor",
+            vec![d(hand.table, 48, DESC_INDIRECT | DESC_NEXT, 1), status],
+        ),
+        (
+            "an indirect table that is the ring's",
+            vec![d(session.rings[0].layout().descriptors, 16 * 128, DESC_INDIRECT, 0)],
+        ),
     ];
     // The table holds an indirect descriptor again, pointing to itself.
     let nested = d(hand.table, 48, DESC_INDIRECT, 0);
@@ -129,14 +127,17 @@ fn readable_descriptors_are_never_written_and_empty_ones_are_skipped() {
     assert_eq!(backend.content()[..4096], [7; 4096]);
     // Descriptors of no bytes, wherever they point.
     hand.fill(&session, kind::IN, 0);
-    lay(&session, &[
-        d(0, 0, DESC_NEXT, 1),
-        d(hand.header, 16, DESC_NEXT, 2),
-        d(u64::MAX, 0, DESC_NEXT | DESC_WRITE, 3),
-        d(hand.data, 512, DESC_NEXT | DESC_WRITE, 4),
-        d(hand.status, 1, DESC_NEXT | DESC_WRITE, 5),
-        d(5, 0, DESC_WRITE, 0),
-    ]);
+    lay(
+        &session,
+        &[
+            d(0, 0, DESC_NEXT, 1),
+            d(hand.header, 16, DESC_NEXT, 2),
+            d(u64::MAX, 0, DESC_NEXT | DESC_WRITE, 3),
+            d(hand.data, 512, DESC_NEXT | DESC_WRITE, 4),
+            d(hand.status, 1, DESC_NEXT | DESC_WRITE, 5),
+            d(5, 0, DESC_WRITE, 0),
+        ],
+    );
     let used = run(&mut session, 0);
     assert_eq!((used.len, hand.status_byte(&session)), (513, STATUS_OK), "{}", backend.log());
     assert_eq!(session.memory.read_vec(hand.data, 512).unwrap(), [7; 512]);
@@ -207,6 +208,8 @@ fn a_head_that_is_still_in_flight_breaks_its_queue() {
         hand.fill(session, kind::IN, 0);
         lay(session, &hand.read_chain());
         push(session, &[0, 0]);
+        // What is in flight completes, once.
+        session.rings[0].wait_used(soon()).unwrap();
     });
 }
 
@@ -355,8 +358,13 @@ fn garbage_on_the_socket_ends_at_most_its_own_connection() {
         let mut bytes = Vec::new();
         let messages = 1 + random.below(4);
         for _ in 0..messages {
-            let request = if random.one_in(5) { random.next() as u32 } else { random.below(50) as u32 };
-            let flags = if random.one_in(4) { random.next() as u32 } else { 1 | 8 * random.below(2) as u32 };
+            let request =
+                if random.one_in(5) { random.next() as u32 } else { random.below(50) as u32 };
+            let flags = if random.one_in(4) {
+                random.next() as u32
+            } else {
+                1 | 8 * random.below(2) as u32
+            };
             let len = [0, 4, 8, 12, 20, 32, 40, 56, 200, 4096][random.below(10) as usize];
             let announced = if random.one_in(4) { random.next() as u32 } else { len as u32 };
             bytes.extend_from_slice(&wire::header(request, flags, announced));
@@ -418,7 +426,9 @@ fn messages_with_wrong_numbers_are_refused_and_the_connection_goes_on() {
     let lying = Payload::new().u64(0).u64(u64::MAX - 4095).u64(8192).u64(0).u64(0).build();
     assert!(client.command_acknowledged(id::ADD_MEM_REG, &lying, &[strange.fd()]).is_err());
     // Features that were not offered.
-    assert!(client.command_acknowledged(id::SET_FEATURES, &(1u64 << 40).to_ne_bytes(), &[]).is_err());
+    assert!(
+        client.command_acknowledged(id::SET_FEATURES, &(1u64 << 40).to_ne_bytes(), &[]).is_err()
+    );
     // An in-flight area that ends before it should.
     let small = Inflight::fresh(1, 128).unwrap();
     rustix::fs::ftruncate(small.fd(), 64).unwrap();
@@ -436,7 +446,8 @@ fn options_base() -> u64 {
 fn no_memory_shared_is_said_clearly() {
     let backend = Backend::start(&[]);
     let mut session =
-        Session::connect(&backend.socket, SessionOptions::new(Personality::CloudHypervisor)).unwrap();
+        Session::connect(&backend.socket, SessionOptions::new(Personality::CloudHypervisor))
+            .unwrap();
     // Like a VMM whose memory is private: no table at all, then one of no regions.
     let memory = std::mem::replace(&mut session.memory, Memory::new());
     let features = session.client.offered() & session.options.features;

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use vublk::frontend::personality::{
-    cloud_hypervisor_start_log, qemu_start_log, qemu_stop_log,
-};
+use vublk::frontend::personality::{cloud_hypervisor_start_log, qemu_start_log, qemu_stop_log};
 use vublk::frontend::{DirtyLog, Personality, SessionOptions};
 
 use crate::common::driver::Cut;

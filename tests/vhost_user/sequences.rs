@@ -17,9 +17,8 @@ use crate::model::Model;
 
 /// The used indices of all queues do not move, and all of memory stays as it is.
 fn assert_quiet(session: &Session) {
-    let used = |session: &Session| -> Vec<u16> {
-        session.rings.iter().map(Ring::used_index).collect()
-    };
+    let used =
+        |session: &Session| -> Vec<u16> { session.rings.iter().map(Ring::used_index).collect() };
     let region = session.memory.regions()[0].clone();
     let snapshot = || session.memory.read_vec(region.guest_addr(), 8 << 20).unwrap();
     let (before, memory) = (used(session), snapshot());
@@ -143,10 +142,8 @@ fn firmware_first_then_the_operating_system() {
     // SeaBIOS: no event index, no indirect tables, no flush; only queue 0, but all are enabled.
     let mut options = SessionOptions::new(Personality::Qemu).queues(2);
     let all = options.features;
-    options.features = feature::VERSION_1
-        | feature::PROTOCOL_FEATURES
-        | feature::BLK_SIZE
-        | feature::SEG_MAX;
+    options.features =
+        feature::VERSION_1 | feature::PROTOCOL_FEATURES | feature::BLK_SIZE | feature::SEG_MAX;
     let mut session = Session::connect(&backend.socket, options).unwrap();
     qemu_reset(&mut session).unwrap();
     qemu_reset(&mut session).unwrap();
