@@ -31,6 +31,7 @@ use crate::io::{EngineKind, block_on, reactor};
 pub fn run(args: &ServeArgs) -> Result<u8> {
     // Before any thread exists, so that all of them inherit the mask and signals arrive here only.
     let signals = Signals::block()?;
+    ignore_file_size_signal();
     let engine = match args.aio {
         None => EngineKind::Auto,
         Some(Aio::IoUring) => EngineKind::IoUring,
@@ -163,6 +164,14 @@ fn say_what_is_served(args: &ServeArgs, image: &Image, where_: &str) {
 fn say_what_was_served(export: &Export) {
     let totals = export.totals().map(|(name, count)| format!("{name}={count}"));
     tracing::info!("served {}", totals.join(" "));
+}
+
+/// Has writes beyond the limit on the size of files (`ulimit -f`) fail, and not kill us: the guest
+/// gets an error for that request and no more.
+#[allow(unsafe_code)]
+fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed that could run anything.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// SIGTERM, SIGINT and SIGHUP, as a file descriptor.

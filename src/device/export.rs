@@ -166,13 +166,15 @@ impl Export {
         self.config.lock().unwrap().set_writeback(on);
     }
 
-    /// Looks at the size of the disk again and takes over a change. Returns whether there was one.
-    /// Blocks until the workers have drained; not for the message thread or a worker.
+    /// Looks at the size of the disk again and takes over a change, as far as it has whole blocks.
+    /// Returns whether the guest sees one. Blocks until the workers have drained; not for the
+    /// message thread or a worker.
     pub fn refresh_capacity(&self) -> Result<bool> {
-        let before = self.node.size();
         let size = self.node.refresh(&self.node.gate().quiesce())?.size;
-        self.config.lock().unwrap().set_capacity(size);
-        Ok(size != before)
+        let mut config = self.config.lock().unwrap();
+        let before = config.read(0, 8).ok();
+        config.set_capacity(size - size % u64::from(self.options.block_size));
+        Ok(before != config.read(0, 8).ok())
     }
 
     /// Sets whether the guest wants each completed write to be durable.

@@ -28,7 +28,7 @@ use std::task::{Context, Poll, Waker};
 use super::engine::{ASYNC, Engine, EngineKind, Event, MAX_IOVECS, Op, OpCode, WATCH, blocking};
 use super::exec::Executor;
 use super::{Buffers, HostFile};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::units::ByteRange;
 
 /// Direction of a transfer.
@@ -296,6 +296,22 @@ impl Drop for OpFuture {
     }
 }
 
+/// This thread's reactor; makes one if there is none.
+fn thread_reactor() -> Result<Rc<Reactor>> {
+    if let Some(reactor) = CURRENT.with_borrow(Clone::clone) {
+        return Ok(reactor);
+    }
+    let reactor = Reactor::new(default_engine()).context(|| "cannot set up I/O for this thread")?;
+    CURRENT.set(Some(Rc::clone(&reactor)));
+    Ok(reactor)
+}
+
+/// Makes this thread's reactor now. After that [`block_on`] needs nothing more of the host, and
+/// works even where file descriptors have run out.
+pub fn prepare_thread() -> Result<()> {
+    thread_reactor().map(|_| ())
+}
+
 /// Runs a future to its end on this thread, with a reactor of the thread's own. Tasks it spawned
 /// that are unfinished then stay until the next call on this thread.
 ///
@@ -305,18 +321,12 @@ impl Drop for OpFuture {
 /// # Panics
 /// If called from within itself.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let reactor = match CURRENT.with_borrow(Clone::clone) {
-        Some(reactor) => reactor,
-        None => match Reactor::new(default_engine()) {
-            Ok(reactor) => {
-                CURRENT.set(Some(Rc::clone(&reactor)));
-                reactor
-            }
-            Err(err) => {
-                tracing::warn!("cannot set up I/O for this thread, using plain calls: {err}");
-                return block_on_plainly(future);
-            }
-        },
+    let reactor = match thread_reactor() {
+        Ok(reactor) => reactor,
+        Err(err) => {
+            tracing::warn!("using plain calls: {err}");
+            return block_on_plainly(future);
+        }
     };
     assert!(!reactor.blocked_on.replace(true), "block_on called from within itself");
     struct Unblock<'a>(&'a Cell<bool>);
