@@ -98,8 +98,8 @@ struct Worker {
     free_slots: Vec<u32>,
     /// Requests in flight on all rings.
     in_flight: usize,
-    /// Asynchronous requests that have ended: slot and outcome.
-    ended: Rc<RefCell<Vec<(u32, Result<()>)>>>,
+    /// Asynchronous requests that have ended.
+    ended: Rc<RefCell<Vec<Ended>>>,
     chain: Chain,
     events: Vec<Event>,
     /// Distinguishes the kick watches of successive rings.
@@ -109,6 +109,9 @@ struct Worker {
     failures: FailureLog,
     quit: bool,
 }
+
+/// The slot of an asynchronous request that has ended, and its outcome.
+type Ended = (u32, Result<()>);
 
 /// A ring in service.
 struct Served {
