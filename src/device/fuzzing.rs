@@ -197,7 +197,7 @@ fn bend_descriptor(desc: &mut [u8], size: u16) {
 }
 
 /// Walks, parses and answers one request.
-fn serve(
+pub(super) fn serve(
     ring: &mut Ring,
     head: u16,
     chain: &mut Chain,

@@ -42,6 +42,8 @@ pub mod pool;
 mod pool_tests;
 pub mod request;
 pub mod ring;
+#[cfg(test)]
+mod ring_tests;
 pub mod rings;
 pub mod server;
 pub mod sigbus;

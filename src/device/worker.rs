@@ -93,8 +93,8 @@ struct Worker {
     free_slots: Vec<u32>,
     /// Requests in flight on all rings.
     in_flight: usize,
-    /// Asynchronous requests that have ended: slot and outcome.
-    ended: Ended,
+    /// Asynchronous requests that have ended.
+    ended: Rc<RefCell<Vec<Ended>>>,
     chain: Chain,
     events: Vec<Event>,
     /// Distinguishes the kick watches of successive rings.
@@ -107,8 +107,8 @@ struct Worker {
     quit: bool,
 }
 
-/// Slots of asynchronous requests that have ended, with the outcome of each.
-type Ended = Rc<RefCell<Vec<(u32, Result<()>)>>>;
+/// The slot of an asynchronous request that has ended, and its outcome.
+type Ended = (u32, Result<()>);
 
 /// A ring in service.
 struct Served {

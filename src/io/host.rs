@@ -292,7 +292,7 @@ impl HostFile {
     }
 
     /// Writes zeros where the host cannot make them by itself.
-    async fn write_plain_zeroes(&self, range: ByteRange) -> Result<()> {
+    pub(super) async fn write_plain_zeroes(&self, range: ByteRange) -> Result<()> {
         const CHUNK: u64 = 1 << 20;
         let zeros =
             AlignedBuf::zeroed(range.len.min(CHUNK) as usize, self.alignment.memory.max(512));
@@ -301,6 +301,8 @@ impl HostFile {
             let len = (range.end() - offset).min(CHUNK);
             self.rw(reactor::Dir::Write, offset, zeros.buffers().slice(0, len), false).await?;
             offset += len;
+            // The write may have been done in place, and there may be gigabytes of them.
+            reactor::yield_now().await;
         }
         Ok(())
     }
@@ -407,6 +409,10 @@ impl File for HostFile {
 
     fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
         Box::pin(async move {
+            if self.kind == HostKind::BlockDevice && !range.is_aligned(self.logical_block_size()?) {
+                // The page cache takes parts of blocks; zeroing by the device does not.
+                return self.write_plain_zeroes(range).await;
+            }
             let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let mode = if may_unmap {
                 punch

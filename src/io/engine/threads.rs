@@ -249,3 +249,122 @@ impl fmt::Debug for ThreadsEngine {
         write!(f, "ThreadsEngine({} watches)", self.watches.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::io::engine::{OpCode, WATCH};
+
+    fn engine() -> ThreadsEngine {
+        ThreadsEngine::new().unwrap()
+    }
+
+    /// An operation that fails at once.
+    fn quick() -> Op {
+        let (iovs, n_iovs) = (std::ptr::null(), 0);
+        Op { code: OpCode::Sync, fd: -1, file_id: 0, offset: 0, len: 0, iovs, n_iovs }
+    }
+
+    #[test]
+    fn every_operation_ends_once() {
+        let engines: Vec<_> = (0..3u64)
+            .map(|seed| {
+                std::thread::spawn(move || {
+                    let mut engine = engine();
+                    let mut seen = vec![false; 3000];
+                    let (mut next, mut out) = (0, Vec::new());
+                    let mut ended = 0;
+                    while ended < seen.len() {
+                        for _ in 0..(1 + (next as u64 + seed) % 40) {
+                            if next < seen.len() {
+                                // SAFETY: the operation refers to nothing.
+                                unsafe { engine.push(&quick(), next as u64) };
+                                next += 1;
+                            }
+                        }
+                        engine.wait();
+                        engine.reap(&mut out);
+                        for event in out.drain(..) {
+                            assert_eq!(event.result, -libc::EBADF);
+                            assert!(!std::mem::replace(&mut seen[event.user as usize], true));
+                            ended += 1;
+                        }
+                    }
+                })
+            })
+            .collect();
+        engines.into_iter().for_each(|engine| engine.join().unwrap());
+    }
+
+    #[test]
+    fn an_idle_engine_sleeps() {
+        let mut out = Vec::new();
+        for _ in 0..200 {
+            let mut engine = engine();
+            let (reader, mut writer) = std::io::pipe().unwrap();
+            engine.watch(reader.as_raw_fd(), WATCH | 1);
+            for user in 0..3 {
+                // SAFETY: the operation refers to nothing.
+                unsafe { engine.push(&quick(), user) };
+            }
+            while out.len() < 3 {
+                engine.wait();
+                engine.reap(&mut out);
+            }
+            out.clear();
+            // Whatever the pool's threads still do, a few waits later all is quiet.
+            let late = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(3));
+                writer.write_all(&[0; 8]).unwrap();
+                writer
+            });
+            let mut waits = 0;
+            while out.is_empty() {
+                engine.wait();
+                engine.reap(&mut out);
+                waits += 1;
+            }
+            assert!(waits < 20, "{waits} waits for one event");
+            assert_eq!(std::mem::take(&mut out), [Event { user: WATCH | 1, result: 1 }]);
+            // The other end goes: that is told once.
+            drop(late.join().unwrap());
+            engine.wait();
+            engine.reap(&mut out);
+            out.clear();
+            engine.poll(0);
+            engine.reap(&mut out);
+            assert!(out.is_empty());
+            assert!(engine.watches.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_slow_operation_does_not_hold_up_another() {
+        let mut engine = engine();
+        let dir = tempfile::tempdir().unwrap();
+        let file = std::fs::File::create(dir.path().join("f")).unwrap();
+        let mut out = Vec::new();
+        for round in 0..50u64 {
+            // Two at a time, in two submissions, so that the second finds an "idle" thread.
+            for user in [2 * round, 2 * round + 1] {
+                let op = Op { code: OpCode::Sync, fd: file.as_raw_fd(), ..quick() };
+                // SAFETY: the file lives until both have ended.
+                unsafe { engine.push(&op, user) };
+                engine.submit();
+            }
+            let state = pool().state.lock().unwrap();
+            let waiting = state.jobs.len().saturating_sub(state.idle);
+            let full = state.threads == MAX_THREADS;
+            // Not during a panic: the pool is everybody's.
+            drop(state);
+            assert!(waiting == 0 || full, "{waiting} wait for nobody");
+            while out.len() < 2 {
+                engine.wait();
+                engine.reap(&mut out);
+            }
+            out.clear();
+        }
+    }
+}
