@@ -92,8 +92,8 @@ pub fn run(args: &CheckArgs) -> Result<u8> {
 
 fn exit_code(report: &CheckReport) -> u8 {
     match report {
-        CheckReport { corruptions: 1.., .. } => CORRUPT,
         CheckReport { check_errors: 1.., .. } => INCOMPLETE,
+        CheckReport { corruptions: 1.., .. } => CORRUPT,
         CheckReport { leaks: 1.., .. } => LEAKS,
         _ => DONE,
     }
@@ -165,6 +165,7 @@ mod tests {
         };
         assert_eq!(exit_code(&report(0, 0, 0)), 0);
         assert_eq!(exit_code(&report(0, 0, 1)), 1);
+        assert_eq!(exit_code(&report(1, 5, 1)), 1);
         assert_eq!(exit_code(&report(1, 5, 0)), 2);
         assert_eq!(exit_code(&report(0, 5, 0)), 3);
     }

@@ -455,8 +455,8 @@ fn open_keep(request: &OpenRequest, file: &HostFile, format: &str) -> Result<Opt
         Err(err) if required || err.kind() == ErrorKind::Busy => Err(err),
         Err(err) => {
             tracing::warn!(
-                "{}: nothing can be kept across a kill of this process ({err}), so writes that \
-                 allocate wait for the disk; give a directory on tmpfs with --state-dir",
+                "{}: writes that allocate will wait for the disk, because nothing can be kept \
+                 across a kill of this process: {err}",
                 file.name()
             );
             Ok(None)

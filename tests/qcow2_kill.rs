@@ -1,0 +1,468 @@
+//! `vublk serve` of a qcow2 image is killed again and again while a guest writes.
+//!
+//! The guest is our own front-end, which keeps its in-flight area and reconnects as QEMU does. It
+//! must find every write that it saw completed, flushed or not. If it does not come back, a new one
+//! must find what was flushed, and the image must never be worse than leaky.
+//!
+//! What is expected is kept for each sector: a sector is 64 times one word, which tells who wrote
+//! it. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use vublk::frontend::{Personality, Request, Session, SessionOptions};
+
+const SECTOR: u64 = 512;
+/// Size of the disk; the last cluster is not a whole one.
+const DISK: u64 = (12 << 20) + 7 * SECTOR;
+/// Size of the backing file, which ends in the middle of a cluster.
+const BASE: u64 = (9 << 20) + 3 * SECTOR;
+const SECTORS: u64 = DISK / SECTOR;
+/// How often the process is killed in a test.
+const KILLS: u32 = 24;
+const QUEUES: u16 = 2;
+/// Requests in flight in each queue.
+const DEPTH: usize = 12;
+
+/// A small generator of random numbers (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn new() -> Random {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+        let seed = std::env::var("VUBLK_TEST_SEED").map_or(now | 1, |text| text.parse().unwrap());
+        eprintln!("VUBLK_TEST_SEED={seed}");
+        Random(seed)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Whether a tool of QEMU's is there; says so if not.
+fn have(tool: &str) -> bool {
+    let found = Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
+    if !found {
+        eprintln!("SKIPPED: {tool} is not installed");
+    }
+    found
+}
+
+/// The process under test, restarted always with the same command.
+struct Server {
+    dir: tempfile::TempDir,
+    /// On tmpfs, unless the test wants it otherwise.
+    state: tempfile::TempDir,
+    /// Whether the state directory is named, or merely offered.
+    is_named: bool,
+    child: Child,
+}
+
+impl Server {
+    fn start(cluster_size: &str, state: tempfile::TempDir, is_named: bool) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        let base: Vec<u8> = (0..BASE / SECTOR).flat_map(|at| sector(base_word(at))).collect();
+        std::fs::write(dir.path().join("base.raw"), base).unwrap();
+        let options = format!("cluster_size={cluster_size}");
+        let size = DISK.to_string();
+        let create = ["create", "-q", "-f", "qcow2", "-o", &options, "-b", "base.raw", "-F", "raw"];
+        let status = Command::new(env!("CARGO_BIN_EXE_vublk"))
+            .current_dir(dir.path())
+            .args(create)
+            .args(["disk.qcow2", &size])
+            .status();
+        assert!(status.unwrap().success());
+        let child = spawn(dir.path(), state.path(), is_named);
+        Server { dir, state, is_named, child }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.child = spawn(self.dir.path(), self.state.path(), self.is_named);
+    }
+
+    /// Ends it in order; nothing may be kept any more.
+    fn stop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+        let left: Vec<_> = std::fs::read_dir(self.state.path()).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
+    /// Asks both checkers. Leaks are what kills leave; anything else is an error.
+    fn check(&self) {
+        let json = |program: &str| {
+            let mut command = Command::new(program);
+            command.args(["check", "-U", "-f", "qcow2", "--output=json", "disk.qcow2"]);
+            let output = command.current_dir(self.dir.path()).output().unwrap();
+            assert!(matches!(output.status.code(), Some(0 | 3)), "{program}: {output:?}");
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+        };
+        let theirs = json("qemu-img");
+        assert_eq!(json(env!("CARGO_BIN_EXE_vublk")), theirs);
+    }
+
+    /// What QEMU reads from the image.
+    fn content(&self) -> Vec<u8> {
+        let convert = ["convert", "-f", "qcow2", "-O", "raw", "disk.qcow2", "out.raw"];
+        let status = Command::new("qemu-img").current_dir(self.dir.path()).args(convert).status();
+        assert!(status.unwrap().success());
+        std::fs::read(self.dir.path().join("out.raw")).unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(dir: &Path, state: &Path, is_named: bool) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.current_dir(dir).env_remove("VUBLK_LOG").env_remove("RUNTIME_DIRECTORY");
+    command.args(["--log-level", "error", "serve", "-f", "qcow2", "--socket-path", "s"]);
+    match is_named {
+        true => command.arg("--state-dir").arg(state),
+        false => command.env("RUNTIME_DIRECTORY", state),
+    };
+    command.arg("disk.qcow2").stdin(Stdio::null()).spawn().unwrap()
+}
+
+fn on_tmpfs() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("vublk-kill-").tempdir_in("/dev/shm").unwrap()
+}
+
+/// What the backing file holds.
+fn base_word(at: u64) -> u64 {
+    0xba5e_0000_0000_0000 | at
+}
+
+fn sector(word: u64) -> Vec<u8> {
+    word.to_le_bytes().repeat(64)
+}
+
+/// The words of whole sectors; a torn one is a failure.
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let word = |sector: &[u8]| {
+        let word = &sector[..8];
+        assert!(sector.chunks(8).all(|other| other == word), "a torn sector");
+        u64::from_le_bytes(word.try_into().unwrap())
+    };
+    bytes.chunks(SECTOR as usize).map(word).collect()
+}
+
+/// A run of sectors.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    start: u64,
+    len: u64,
+}
+
+impl Run {
+    fn sectors(self) -> std::ops::Range<usize> {
+        self.start as usize..(self.start + self.len) as usize
+    }
+}
+
+/// A request in flight and what it does.
+#[derive(Debug)]
+enum Op {
+    Write(Run, u64),
+    Zero(Run),
+    /// Afterwards the sectors are zero or what they were: a read tells.
+    Discard(Run),
+    Read(Run),
+    /// With the number of requests completed when it was submitted.
+    Flush(u64),
+}
+
+/// A guest that writes, and what it knows of its disk.
+struct Guest {
+    disk: Session,
+    random: Random,
+    /// For each sector all that it may be after a new start, oldest first, each with the number
+    /// of requests completed by then (the largest number while in flight). The last completed one
+    /// is what the guest must read.
+    sectors: Vec<Vec<(u64, u64)>>,
+    busy: Vec<bool>,
+    ops: Vec<HashMap<u16, Op>>,
+    completed: u64,
+    next_word: u64,
+}
+
+const IN_FLIGHT: u64 = u64::MAX;
+
+impl Guest {
+    fn new(disk: Session, random: Random) -> Guest {
+        let word = |at: u64| if at < BASE / SECTOR { base_word(at) } else { 0 };
+        Guest {
+            disk,
+            random,
+            sectors: (0..SECTORS).map(|at| vec![(word(at), 0)]).collect(),
+            busy: vec![false; SECTORS as usize],
+            ops: (0..QUEUES).map(|_| HashMap::new()).collect(),
+            completed: 0,
+            next_word: 1,
+        }
+    }
+
+    /// What must be read now.
+    fn now(&self, at: usize) -> u64 {
+        self.sectors[at].iter().rfind(|(_, done)| *done != IN_FLIGHT).unwrap().0
+    }
+
+    /// A run that no request in flight touches; mostly small, at places that often share clusters.
+    fn free_run(&mut self) -> Option<Run> {
+        let scale = 1 + self.random.below(8);
+        let len = 1 + self.random.below(1 << scale);
+        let start = self.random.below(SECTORS - len + 1);
+        let run = Run { start, len };
+        (!self.busy[run.sectors()].contains(&true)).then_some(run)
+    }
+
+    fn submit(&mut self, queue: usize) {
+        if self.random.below(150) == 0 {
+            return self.send(queue, &Request::flush(), Op::Flush(self.completed));
+        }
+        let Some(run) = self.free_run() else { return };
+        let bytes = (run.start * SECTOR, run.len * SECTOR);
+        let (op, request) = match self.random.below(12) {
+            0 => (Op::Discard(run), Request::discard(&[bytes])),
+            1 => (Op::Zero(run), Request::write_zeroes(&[bytes], self.random.below(2) == 0)),
+            2 => (Op::Read(run), Request::read(bytes.0, bytes.1 as u32)),
+            _ => {
+                self.next_word += 1;
+                let data = sector(self.next_word).repeat(run.len as usize);
+                (Op::Write(run, self.next_word), Request::write(bytes.0, data))
+            }
+        };
+        self.busy[run.sectors()].fill(true);
+        let word = match op {
+            Op::Write(_, word) => Some(word),
+            Op::Zero(_) | Op::Discard(_) => Some(0),
+            _ => None,
+        };
+        if let Some(word) = word {
+            self.sectors[run.sectors()].iter_mut().for_each(|s| s.push((word, IN_FLIGHT)));
+        }
+        self.send(queue, &request, op);
+    }
+
+    fn send(&mut self, queue: usize, request: &Request, op: Op) {
+        let head = self.disk.submit(queue, request).unwrap();
+        self.ops[queue].insert(head, op);
+    }
+
+    /// Takes what is completed; whether there was anything.
+    fn poll(&mut self, queue: usize) -> bool {
+        let Some(completion) = self.disk.try_wait(queue).unwrap() else { return false };
+        let op = self.ops[queue].remove(&completion.head).unwrap();
+        let data = completion.ok().unwrap_or_else(|err| panic!("{op:?}: {err}"));
+        self.completed += 1;
+        let done = self.completed;
+        match op {
+            Op::Write(run, _) | Op::Zero(run) => {
+                self.sectors[run.sectors()].iter_mut().for_each(|s| s.last_mut().unwrap().1 = done);
+                self.busy[run.sectors()].fill(false);
+            }
+            Op::Discard(run) => {
+                let request = Request::read(run.start * SECTOR, (run.len * SECTOR) as u32);
+                self.send(queue, &request, Op::Read(run));
+            }
+            Op::Read(run) => {
+                for (at, word) in run.sectors().zip(words(&data)) {
+                    let last = self.sectors[at].last().copied().unwrap();
+                    if last == (0, IN_FLIGHT) {
+                        // After a discard.
+                        assert!(word == 0 || word == self.now(at), "sector {at}: {word:x}");
+                        self.sectors[at].last_mut().unwrap().1 = done;
+                        self.sectors[at].push((word, done));
+                    } else {
+                        assert_eq!(word, self.now(at), "sector {at}");
+                    }
+                }
+                self.busy[run.sectors()].fill(false);
+            }
+            Op::Flush(before) => {
+                for sector in &mut self.sectors {
+                    if let Some(kept) = sector.iter().rposition(|(_, done)| *done <= before) {
+                        sector.drain(..kept);
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Writes for a while, then leaves its requests in flight.
+    fn work(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            for queue in 0..usize::from(QUEUES) {
+                while self.ops[queue].len() < DEPTH {
+                    let before = self.ops[queue].len();
+                    self.submit(queue);
+                    if self.ops[queue].len() == before {
+                        break;
+                    }
+                }
+                while self.poll(queue) {}
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits for all that is in flight.
+    fn settle(&mut self) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while self.ops.iter().any(|ops| !ops.is_empty()) {
+            assert!(Instant::now() < end, "these never end: {:?}", self.ops);
+            for queue in 0..usize::from(QUEUES) {
+                while self.poll(queue) {}
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// The whole disk, as words.
+    fn read_all(&mut self) -> Vec<u64> {
+        let mut all = Vec::new();
+        let mut offset = 0;
+        while offset < DISK {
+            let len = (DISK - offset).min(1 << 20);
+            all.extend(words(&self.disk.read(0, offset, len as u32).unwrap()));
+            offset += len;
+        }
+        all
+    }
+
+    /// Demands that every completed write is there. Nothing may be in flight.
+    fn verify(&mut self) {
+        for (at, word) in self.read_all().into_iter().enumerate() {
+            assert_eq!(word, self.now(at), "sector {at}: not what was written last");
+        }
+    }
+
+    /// Another guest on the same disk: demands that what was flushed is there, and starts from what
+    /// it finds.
+    fn replace(&mut self, disk: Session) {
+        self.disk = disk;
+        self.ops.iter_mut().for_each(HashMap::clear);
+        self.busy.fill(false);
+        for (at, word) in self.read_all().into_iter().enumerate() {
+            let possible = &mut self.sectors[at];
+            assert!(
+                possible.iter().any(|(other, _)| *other == word),
+                "sector {at}: {word:x} instead of one of {possible:x?}"
+            );
+            *possible = vec![(word, self.completed)];
+        }
+    }
+}
+
+fn connect(server: &Server) -> Session {
+    let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
+    Session::open(&server.socket(), options).unwrap()
+}
+
+/// The guest lives on. Every completed write must be there, every time.
+fn comes_back(cluster_size: &str, state: tempfile::TempDir, is_named: bool, kills: u32) {
+    if !have("qemu-img") {
+        return;
+    }
+    let mut server = Server::start(cluster_size, state, is_named);
+    let mut guest = Guest::new(connect(&server), Random::new());
+    let mut while_redoing = 0;
+    for round in 0..kills {
+        let time = Duration::from_micros(guest.random.below(120_000));
+        guest.work(time);
+        server.kill();
+        server.restart();
+        // Also while it takes over what its predecessor left.
+        while guest.random.below(3) == 0 {
+            let delay = Duration::from_micros(guest.random.below(40_000));
+            let reconnected = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    std::thread::sleep(delay);
+                    server.kill();
+                });
+                guest.disk.options.timeout = Duration::from_millis(500);
+                let reconnected = guest.disk.reconnect();
+                guest.disk.options.timeout = Duration::from_secs(20);
+                reconnected
+            });
+            while_redoing += u32::from(reconnected.is_err());
+            server.restart();
+        }
+        guest.disk.reconnect().unwrap_or_else(|err| panic!("round {round}: {err}"));
+        guest.settle();
+        guest.verify();
+    }
+    eprintln!("{} requests, {while_redoing} more kills while reconnecting", guest.completed);
+    guest.work(Duration::from_millis(50));
+    guest.settle();
+    guest.disk.stop().unwrap();
+    server.stop();
+    server.check();
+    for (at, word) in words(&server.content()).into_iter().enumerate() {
+        assert_eq!(word, guest.now(at), "sector {at} of the image");
+    }
+}
+
+#[test]
+fn completed_writes_survive_kills() {
+    comes_back("64k", on_tmpfs(), true, KILLS);
+}
+
+#[test]
+fn completed_writes_survive_kills_with_small_clusters() {
+    comes_back("4k", on_tmpfs(), true, KILLS);
+}
+
+/// Without a directory on tmpfs, what allocates waits for the disk.
+#[test]
+fn completed_writes_survive_kills_without_a_state_directory() {
+    comes_back("64k", tempfile::tempdir().unwrap(), false, 6);
+}
+
+/// The guest dies with the process. What it flushed must be there for the next one.
+#[test]
+fn flushed_writes_survive_the_guest() {
+    if !have("qemu-img") {
+        return;
+    }
+    let mut server = Server::start("64k", on_tmpfs(), true);
+    let mut guest = Guest::new(connect(&server), Random::new());
+    for _ in 0..KILLS {
+        let time = Duration::from_micros(guest.random.below(150_000));
+        guest.work(time);
+        server.kill();
+        server.check();
+        server.restart();
+        guest.replace(connect(&server));
+    }
+    guest.settle();
+    guest.verify();
+    guest.disk.stop().unwrap();
+    server.stop();
+    server.check();
+    for (at, word) in words(&server.content()).into_iter().enumerate() {
+        assert_eq!(word, guest.now(at), "sector {at} of the image");
+    }
+}
