@@ -168,12 +168,13 @@ impl Keep {
         Ok(keep)
     }
 
-    /// The state directory to use if the operator names none: `/run/vublk` for root where `/run`
+    /// The state directory to use if the operator names none: `/run/vublk-keep` for root where `/run`
     /// is on tmpfs, else `$XDG_RUNTIME_DIR/vublk`, else `/dev/shm/vublk-UID`.
     pub fn default_dir() -> PathBuf {
         let uid = rustix::process::geteuid();
         if uid.is_root() && is_tmpfs(Path::new("/run")).unwrap_or(false) {
-            return PathBuf::from("/run/vublk");
+            // Not /run/vublk: sockets live there, which others must reach.
+            return PathBuf::from("/run/vublk-keep");
         }
         match std::env::var_os("XDG_RUNTIME_DIR") {
             Some(dir) if !dir.is_empty() && is_tmpfs(Path::new(&dir)).unwrap_or(false) => {

@@ -79,8 +79,7 @@ pub struct ServeArgs {
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub num_queues: u16,
     /// The largest queue a front-end may set up
-    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE,
-          value_parser = clap::value_parser!(u16).range(2..=i64::from(MAX_QUEUE_SIZE)))]
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = parse_queue_size)]
     pub queue_size: u16,
     /// Serial number that the guest sees, at most 20 bytes
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
@@ -106,7 +105,7 @@ pub struct ServeArgs {
     pub pidfile: Option<PathBuf>,
     /// Where what must outlive this process is kept: a directory on tmpfs that stays when the
     /// process ends. If not given, $RUNTIME_DIRECTORY (of a systemd unit, which needs
-    /// RuntimeDirectoryPreserve=yes), else /run/vublk, $XDG_RUNTIME_DIR/vublk or /dev/shm/vublk-UID
+    /// RuntimeDirectoryPreserve=yes), else /run/vublk-keep, $XDG_RUNTIME_DIR/vublk or /dev/shm/vublk-UID
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 }
@@ -192,6 +191,14 @@ fn parse_serial(text: &str) -> Result<String> {
     Ok(text.to_string())
 }
 
+fn parse_queue_size(text: &str) -> Result<u16> {
+    let size = text.parse::<u16>().ok();
+    let size = size.filter(|n| n.is_power_of_two() && (4..=MAX_QUEUE_SIZE).contains(n));
+    size.ok_or_else(|| {
+        Error::invalid(format!("a queue's size is a power of two from 4 to {MAX_QUEUE_SIZE}"))
+    })
+}
+
 fn parse_block_size(text: &str) -> Result<u64> {
     match text {
         "512" => Ok(512),
@@ -244,7 +251,8 @@ mod tests {
             ("--socket-path s --blk-file x y", "--blk-file"),
             ("--socket-path s --num-queues 65 x", "65 is not in 1..=64"),
             ("--socket-path s --num-queues 0 x", "0 is not in 1..=64"),
-            ("--socket-path s --queue-size 2048 x", "2048 is not in 2..=1024"),
+            ("--socket-path s --queue-size 2048 x", "a power of two from 4 to 1024"),
+            ("--socket-path s --queue-size 100 x", "a power of two from 4 to 1024"),
             ("--socket-path s --serial 123456789012345678901 x", "at most 20 bytes"),
             ("--socket-path s --block-size 1024 x", "512 or 4096"),
             ("--socket-path s --cache off x", "unknown cache mode 'off'"),

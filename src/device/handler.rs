@@ -712,11 +712,11 @@ impl VhostUserBackendReqHandler for Handler {
             let index = self.index(state, index)?;
             let size = u16::try_from(num)
                 .ok()
-                .filter(|n| n.is_power_of_two() && *n <= features::MAX_QUEUE_SIZE)
+                .filter(|n| n.is_power_of_two() && *n <= self.device.rings.max_queue_size())
                 .ok_or_else(|| {
                     Error::invalid(format!(
-                        "queue {index}: size {num} is not a power of two up to {}",
-                        features::MAX_QUEUE_SIZE
+                        "queue {index}: size {num} is not a power of two up to {} (--queue-size)",
+                        self.device.rings.max_queue_size()
                     ))
                 })?;
             let ring = &mut state.rings[index];

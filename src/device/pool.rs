@@ -194,6 +194,10 @@ impl Rings for Pool {
         self.export.options.num_queues
     }
 
+    fn max_queue_size(&self) -> u16 {
+        self.export.options.queue_size
+    }
+
     fn features(&self) -> u64 {
         features::device_features(self.export.node.limits().read_only)
     }

@@ -27,6 +27,7 @@ use std::sync::Arc;
 
 use super::config_space::ConfigSpace;
 use super::dirty_log::DirtyLog;
+use super::features;
 use super::inflight::InflightQueue;
 use super::memory::GuestMemory;
 use crate::error::Result;
@@ -101,6 +102,11 @@ pub struct ImageIdentity {
 pub trait Rings: Send + Sync {
     /// Number of queues served.
     fn max_queues(&self) -> usize;
+
+    /// Largest size of a queue, a power of two up to 1024. Any thread.
+    fn max_queue_size(&self) -> u16 {
+        features::MAX_QUEUE_SIZE
+    }
 
     /// Virtio features that the disk offers; LOG_ALL and PROTOCOL_FEATURES are added if missing.
     /// Any thread.

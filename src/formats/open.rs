@@ -531,9 +531,10 @@ fn lock_host(
                     && users::of(file).is_empty() =>
             {
                 tracing::info!(
-                    "{}: locked, though no process has it open; waiting for the host to end the \
-                     I/O of the one that died",
-                    file.name()
+                    "{}: locked, and no process can be seen that has it open; waiting up to {} s for \
+                     the host to end the I/O of one that died",
+                    file.name(),
+                    ORPHANED_LOCK_WAIT.as_secs()
                 );
                 deadline = Instant::now() + ORPHANED_LOCK_WAIT;
             }
