@@ -187,12 +187,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Lays a request into a queue and shows it; panics if the ring is full.
-    pub fn submit(&mut self, queue: usize, request: Request) -> Result<()> {
-        assert!(self.prepare(queue, request)?, "the ring is full");
-        self.publish(queue)
-    }
-
     /// Takes a completion that is there.
     ///
     /// # Errors
@@ -254,11 +248,5 @@ impl Driver {
             }
             self.session.rings[queue].wait_used(deadline)?;
         }
-    }
-
-    /// Does one request and waits for it, with nothing else in flight on the queue.
-    pub fn execute(&mut self, queue: usize, request: Request) -> Result<Done> {
-        self.submit(queue, request)?;
-        self.take(queue, super::soon())
     }
 }

@@ -20,3 +20,4 @@ mod model_test;
 mod process;
 mod recovery;
 mod sequences;
+mod throttled;

@@ -113,7 +113,7 @@ impl Model {
                 _ => Request::read(offset, len as u32),
             };
             let free = touched(&request).into_iter().all(|(sectors, changes)| {
-                self.busy[sectors].iter().all(|(reads, write)| !write && !(changes && *reads > 0))
+                self.busy[sectors].iter().all(|(reads, write)| !(*write || (changes && *reads > 0)))
             });
             if free {
                 return Some(request);

@@ -37,54 +37,54 @@ fn run(name: &str, args: &[&str], block: usize, requests: u64, without: Without)
 
 #[test]
 fn model_through_the_page_cache() {
-    run("cached", &[], 512, 3000, Without(0));
+    run("cached", &[], 512, 9000, Without(0));
 }
 
 #[test]
 fn model_with_direct_io_from_unaligned_memory() {
-    run("direct", &["--cache", "none"], 512, 1500, Without(0));
+    run("direct", &["--cache", "none"], 512, 4500, Without(0));
 }
 
 #[test]
 fn model_with_direct_io_and_large_blocks() {
-    run("direct 4096", &["--cache", "none", "--block-size", "4096"], 4096, 1200, Without(0));
+    run("direct 4096", &["--cache", "none", "--block-size", "4096"], 4096, 3600, Without(0));
 }
 
 #[test]
 fn model_with_a_thread_pool() {
-    run("threads", &["--aio", "threads"], 512, 2000, Without(0));
+    run("threads", &["--aio", "threads"], 512, 6000, Without(0));
 }
 
 #[test]
 fn model_with_a_thread_pool_and_direct_io() {
-    run("direct threads", &["--aio", "threads", "--cache", "none"], 512, 1200, Without(0));
+    run("direct threads", &["--aio", "threads", "--cache", "none"], 512, 3600, Without(0));
 }
 
 #[test]
 fn model_with_one_worker_for_all_queues() {
-    run("one worker", &["--threads", "1"], 512, 2000, Without(0));
+    run("one worker", &["--threads", "1"], 512, 6000, Without(0));
 }
 
 #[test]
 fn model_with_large_blocks() {
-    run("4096", &["--block-size", "4096"], 4096, 2000, Without(0));
+    run("4096", &["--block-size", "4096"], 4096, 6000, Without(0));
 }
 
 #[test]
 fn model_with_polling() {
-    run("polling", &["--poll-us", "50"], 512, 1500, Without(0));
+    run("polling", &["--poll-us", "50"], 512, 4500, Without(0));
 }
 
 #[test]
 fn model_without_event_index_and_indirect_tables() {
-    run("plain ring", &[], 512, 1500, Without(feature::EVENT_IDX | feature::INDIRECT_DESC));
-    run("no indirect", &[], 512, 1000, Without(feature::INDIRECT_DESC));
+    run("plain ring", &[], 512, 4500, Without(feature::EVENT_IDX | feature::INDIRECT_DESC));
+    run("no indirect", &[], 512, 3000, Without(feature::INDIRECT_DESC));
 }
 
 #[test]
 fn model_without_flush() {
     // Every write is durable before it completes.
-    run("no flush", &[], 512, 600, Without(feature::FLUSH | feature::EVENT_IDX));
+    run("no flush", &[], 512, 1800, Without(feature::FLUSH | feature::EVENT_IDX));
 }
 
 #[test]
