@@ -445,6 +445,10 @@ pub fn lock_for_writing(file: &HostFile) -> Result<()> {
     lock_host(file, WRITER, SHARED, Duration::ZERO, "")
 }
 
+/// How much longer to wait for a lock if no process can be seen that has the file open. A busy host
+/// takes seconds to let go of the files that a killed process's io_uring had registered.
+const ORPHAN_WAIT: Duration = Duration::from_secs(10);
+
 fn lock_host(
     file: &HostFile,
     held: Rights,
@@ -460,6 +464,12 @@ fn lock_host(
             }
             Err(err) if err.kind() == ErrorKind::Busy => {
                 let users = users::of(file);
+                if users.is_empty() && !wait.is_zero() && Instant::now() < deadline + ORPHAN_WAIT {
+                    // Nobody that can be seen has it open: the kernel is still clearing up after a
+                    // process that is dead.
+                    std::thread::sleep(Duration::from_millis(50));
+                    continue;
+                }
                 let open_in = if users.is_empty() {
                     String::new()
                 } else {

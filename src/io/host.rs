@@ -46,7 +46,7 @@ pub enum HostKind {
 /// are plain blocking calls.
 pub struct HostFile {
     /// Shared with operations in flight, which must not meet another file of the same number.
-    fd: Arc<OwnedFd>,
+    fd: Arc<OpenFile>,
     path: PathBuf,
     /// The path as text, for messages.
     name: String,
@@ -72,6 +72,26 @@ pub struct Inline {
     pub reads: bool,
     /// Writes.
     pub writes: bool,
+}
+
+/// The open file itself. The last holder, which may be an operation that nobody waits for any more,
+/// releases the image locks.
+#[derive(Debug)]
+pub(super) struct OpenFile(OwnedFd);
+
+impl AsFd for OpenFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for OpenFile {
+    /// Releases the image locks now. The close that follows need not: an io_uring that had the file
+    /// registered keeps it open until the kernel has cleared up after the ring, which may be long
+    /// after the process has ended.
+    fn drop(&mut self) {
+        lock::unlock(self.0.as_fd());
+    }
 }
 
 /// A plain call that takes this long has held up its queue. Two ticks of the coarse clock at 250
@@ -140,7 +160,7 @@ impl HostFile {
         }
         let inline = probe_inline(fd.as_fd(), kind, options.direct);
         Ok(HostFile {
-            fd: Arc::new(fd),
+            fd: Arc::new(OpenFile(fd)),
             path,
             name,
             kind,
@@ -217,11 +237,12 @@ impl HostFile {
     }
 
     /// The descriptor, shared with an operation.
-    pub(super) fn share_fd(&self) -> Arc<OwnedFd> {
+    pub(super) fn share_fd(&self) -> Arc<OpenFile> {
         Arc::clone(&self.fd)
     }
 
-    /// Takes image locks; see [`lock::lock`].
+    /// Takes image locks; see [`lock::lock`]. They go with this object and its
+    /// last operation.
     pub fn lock(&self, held: Rights, shared: Rights) -> Result<()> {
         lock::lock(self.as_fd(), held, shared).context(|| self.name.clone())
     }
@@ -499,7 +520,7 @@ impl AsFd for HostFile {
 
 impl AsRawFd for HostFile {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.fd.0.as_raw_fd()
     }
 }
 

@@ -18,7 +18,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -27,6 +27,7 @@ use std::task::{Context, Poll, Waker};
 
 use super::engine::{ASYNC, Engine, EngineKind, Event, MAX_IOVECS, Op, OpCode, WATCH, blocking};
 use super::exec::Executor;
+use super::host::OpenFile;
 use super::{Buffers, HostFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::ByteRange;
@@ -80,7 +81,7 @@ enum Slot {
 /// What the kernel may still use.
 #[derive(Debug)]
 struct Keep {
-    _file: Arc<OwnedFd>,
+    _file: Arc<OpenFile>,
     _buf: Option<Buffers>,
 }
 
