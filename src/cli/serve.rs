@@ -32,6 +32,7 @@ use crate::io::{EngineKind, block_on, reactor};
 pub fn run(args: &ServeArgs) -> Result<u8> {
     // Before any thread exists, so that all of them inherit the mask and signals arrive here only.
     let signals = Signals::block()?;
+    ignore_file_size_signal();
     let engine = match args.aio {
         None => EngineKind::Auto,
         Some(Aio::IoUring) => EngineKind::IoUring,
@@ -168,6 +169,14 @@ fn say_what_was_served(export: &Export) {
         enters = count(&c.enters),
         "served"
     );
+}
+
+/// Has writes beyond the limit on the size of files (`ulimit -f`) fail, and not kill us: the guest
+/// gets an error for that request and no more.
+#[allow(unsafe_code)]
+fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed that could run anything.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// SIGTERM, SIGINT and SIGHUP, as a file descriptor.
