@@ -130,6 +130,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// Fixed properties.
     fn limits(&self) -> Limits;
 
+    /// Looks at the host again, where the size of the disk is the host's affair: the operator has
+    /// grown the file or the device. [`Driver::limits`] tells what came of it.
+    fn reload(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Resolves a request to file extents without waiting, taking no lock that anybody holds for
     /// long and allocating nothing but the plan's own space. See [`PlanOp`].
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {

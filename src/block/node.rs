@@ -277,10 +277,18 @@ impl Node {
         Ok(())
     }
 
-    /// Reads the driver's limits again (the host changed the size of a device, say).
-    pub fn reload_limits(&self) -> Limits {
-        *self.inner.limits.write().unwrap() = self.driver().limits();
-        self.limits()
+    /// Has the driver look at the host again (the operator has grown the file, say). If its limits
+    /// have changed, the gate is closed for a moment, so that all parties take the new ones.
+    pub fn reload_limits(&self) -> Result<Limits> {
+        let driver = self.driver();
+        driver.reload()?;
+        let limits = driver.limits();
+        if limits != self.limits() {
+            let quiesced = self.gate().quiesce();
+            *self.inner.limits.write().unwrap() = limits;
+            drop(quiesced);
+        }
+        Ok(self.limits())
     }
 
     /// Flushes and closes the driver for good.

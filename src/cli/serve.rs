@@ -115,13 +115,15 @@ fn wait(signals: &Signals, server: &Server, device: &Device, pool: &Pool) -> Res
             continue;
         }
         match signals.next() {
-            Some(libc::SIGHUP) => {
-                if pool.export().refresh_capacity() {
+            Some(libc::SIGHUP) => match pool.export().refresh_capacity() {
+                Ok(true) => {
                     let size = pool.export().node.size();
                     tracing::info!(size, "the size of the disk has changed");
                     device.notify_config_change();
                 }
-            }
+                Ok(false) => {}
+                Err(err) => tracing::error!("cannot look at the size of the disk: {err}"),
+            },
             Some(signal) => {
                 let name = if signal == libc::SIGINT { "SIGINT" } else { "SIGTERM" };
                 tracing::info!("{name}: stopping; what is in flight completes first");

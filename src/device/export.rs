@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::block::Node;
 use crate::device::config_space::{ConfigParams, ConfigSpace};
+use crate::error::Result;
 use crate::io::EngineKind;
 
 /// How the guest's flushes and writes are treated.
@@ -106,13 +107,14 @@ impl Export {
         self.config.lock().unwrap().set_writeback(on);
     }
 
-    /// Takes over a changed size of the node. Returns whether the capacity differs.
-    pub fn refresh_capacity(&self) -> bool {
-        let size = self.node.reload_limits().size;
+    /// Takes over a changed size of the node, as far as it has whole blocks. Returns whether the
+    /// capacity differs. Waits for what is in flight; not for a worker's thread.
+    pub fn refresh_capacity(&self) -> Result<bool> {
+        let size = self.node.reload_limits()?.size;
         let mut config = self.config.lock().unwrap();
         let before = config.read(0, 8).ok();
-        config.set_capacity(size);
-        before != config.read(0, 8).ok()
+        config.set_capacity(size - size % u64::from(self.options.block_size));
+        Ok(before != config.read(0, 8).ok())
     }
 
     /// Sets whether the guest wants each completed write to be durable.

@@ -88,6 +88,10 @@ impl Driver for GuessGuard {
         Limits { request_alignment: below.request_alignment.max(HEAD_LEN), ..below }
     }
 
+    fn reload(&self) -> Result<()> {
+        self.below.reload()
+    }
+
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         match op {
             PlanOp::Write { .. } if range.offset < HEAD_LEN => Planned::NotNow,

@@ -54,6 +54,11 @@ impl Driver for Raw {
         }
     }
 
+    fn reload(&self) -> Result<()> {
+        self.size.store(self.file.len()?, Ordering::Release);
+        Ok(())
+    }
+
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         let _ = op;
         plan_file(plan, &self.file, range.offset, range.len)
