@@ -139,7 +139,13 @@ fn serve_messages(
         let (request, files) = (RequestName(peeked.request), peeked.files.len());
         tracing::trace!("{name}: {request}");
         // The other duplicates are closed here, before the files themselves are received.
-        handler.set_peeked_socket(peeked.into_socket());
+        let peeked_socket = peeked.into_socket();
+        if let Some(socket) = &peeked_socket {
+            // The codec is about to receive it once more, and would lose the message if it cannot.
+            let second = socket.try_clone();
+            second.map_err(|_| out_of_files(&request))?;
+        }
+        handler.set_peeked_socket(peeked_socket);
         let result = codec.handle_request();
         handler.set_peeked_socket(None);
         match result {
@@ -243,12 +249,17 @@ fn peek(socket: &UnixStream) -> Result<Option<Peeked>> {
         )));
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(Error::new(
-            ErrorKind::Io,
-            format!("cannot receive the files of {name}: out of file descriptors (ulimit -n)"),
-        ));
+        return Err(out_of_files(&name));
     }
     Ok(Some(Peeked { request, files }))
+}
+
+/// The error of a message whose files there is no room for.
+fn out_of_files(request: &RequestName) -> Error {
+    Error::new(
+        ErrorKind::Io,
+        format!("cannot receive the files of {request}: out of file descriptors (ulimit -n)"),
+    )
 }
 
 /// A sentence for an error of the codec, which itself says little more than "invalid message".

@@ -25,6 +25,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -293,14 +294,24 @@ impl Server {
         });
         let name = format!("vu-{}", device.name()).replace('\0', "");
         let description = what();
+        let (ready, started) = sync_channel(1);
         let thread = std::thread::Builder::new().name(name).spawn({
             let shared = shared.clone();
             move || {
-                run(socket, &device, &shared);
+                // The flush after a client has left must not fail for want of a descriptor.
+                let prepared = crate::io::prepare_thread();
+                let is_prepared = prepared.is_ok();
+                let _ = ready.send(prepared);
+                if is_prepared {
+                    run(socket, &device, &shared);
+                }
                 raise(&shared.ended_event);
             }
         });
-        Ok(Server { shared, thread: Some(thread.context(|| description)?) })
+        let server = Server { shared, thread: Some(thread.context(|| description.clone())?) };
+        let prepared = started.recv().map_err(|_| Error::invalid("the message thread died"))?;
+        prepared.context(|| description)?;
+        Ok(server)
     }
 
     /// Readable once the thread has nothing left to do: after a stop, or when the one front-end of

@@ -29,7 +29,7 @@ use super::engine::{ASYNC, Engine, EngineKind, Event, MAX_IOVECS, Op, OpCode, WA
 use super::exec::Executor;
 use super::host::OpenFile;
 use super::{Buffers, HostFile};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::units::ByteRange;
 
 /// Direction of a transfer.
@@ -278,18 +278,30 @@ impl Drop for OpFuture {
     }
 }
 
+/// This thread's reactor; makes one if there is none.
+fn thread_reactor() -> Result<Rc<Reactor>> {
+    if let Some(reactor) = CURRENT.with_borrow(Clone::clone) {
+        return Ok(reactor);
+    }
+    let reactor = Reactor::new(default_engine()).context(|| "cannot set up I/O for this thread")?;
+    CURRENT.set(Some(Rc::clone(&reactor)));
+    Ok(reactor)
+}
+
+/// Makes this thread's reactor now. After that [`block_on`] needs nothing more of the host, and
+/// works even where file descriptors have run out.
+pub fn prepare_thread() -> Result<()> {
+    thread_reactor().map(|_| ())
+}
+
 /// Runs a future to its end on this thread, with a reactor of the thread's own. Tasks it spawned
 /// that are unfinished then stay until the next call on this thread.
 ///
 /// # Panics
-/// If called from within itself, or if the host gives neither an io_uring nor an eventfd.
+/// If called from within itself, or if the host gives neither an io_uring nor an eventfd and the
+/// thread was not prepared ([`prepare_thread`]).
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let reactor = CURRENT.with_borrow(Clone::clone).unwrap_or_else(|| {
-        let reactor = Reactor::new(default_engine())
-            .unwrap_or_else(|err| panic!("cannot set up I/O for this thread: {err}"));
-        CURRENT.set(Some(Rc::clone(&reactor)));
-        reactor
-    });
+    let reactor = thread_reactor().unwrap_or_else(|err| panic!("{err}"));
     assert!(!reactor.blocked_on.replace(true), "block_on called from within itself");
     struct Unblock<'a>(&'a Cell<bool>);
     impl Drop for Unblock<'_> {
