@@ -488,6 +488,11 @@ impl Worker {
                 None => match served.ring.pop() {
                     None => break,
                     Some(Ok(head)) => head,
+                    Some(Err(_)) if self.rings[at].ring.is_memory_broken() => {
+                        // It was read from the hole; the guest is not to blame.
+                        self.lose_memory(at);
+                        break;
+                    }
                     Some(Err(err)) => {
                         self.report_broken(at, &err.to_string());
                         break;
