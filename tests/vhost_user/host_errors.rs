@@ -1,0 +1,187 @@
+//! What the host may do to a disk: the guest is told, the process lives, the log has a line.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use vublk::frontend::request::{STATUS_IOERR, STATUS_OK};
+use vublk::frontend::{Client, Request, Session, SessionOptions};
+
+use crate::common::{Backend, Setup, skip, soon};
+
+#[test]
+fn an_image_truncated_under_us_fails_reads_beyond_its_end() {
+    for args in [&[] as &[&str], &["--cache", "none"], &["--aio", "threads"]] {
+        let mut backend = Backend::start(args);
+        backend.scribble(0, &[7; 8192]);
+        let mut session = backend.qemu();
+        let file = std::fs::File::options().write(true).open(&backend.image).unwrap();
+        file.set_len(4096).unwrap();
+        let read = session.execute(0, &Request::read(8 << 20, 4096)).unwrap();
+        assert_eq!(read.status, STATUS_IOERR, "{args:?}");
+        backend.wait_log("truncated by another program");
+        // Half of it is there.
+        assert_eq!(session.execute(0, &Request::read(0, 8192)).unwrap().status, STATUS_IOERR);
+        assert_eq!(session.read(0, 0, 4096).unwrap(), [7; 4096]);
+        // It comes back.
+        file.set_len(16 << 20).unwrap();
+        assert_eq!(session.read(0, 8 << 20, 4096).unwrap(), [0; 4096]);
+        session.write(0, 8 << 20, &[1; 4096]).unwrap();
+        backend.assert_lives();
+    }
+}
+
+#[test]
+fn a_full_host_fails_writes_and_nothing_else() {
+    let probe = Command::new("unshare")
+        .args(["-rm", "--propagation", "private", "mount", "-t", "tmpfs", "none", "/mnt"])
+        .output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        return skip("no right to mount a small file system");
+    }
+    for args in [&[] as &[&str], &["--aio", "threads"]] {
+        let mount = "mkdir \"$DIR/full\"; mount -t tmpfs -o size=1m none \"$DIR/full\"; \
+                     truncate -s 8M \"$DIR/full/disk\"; ln -s full/disk \"$DIR/link\"";
+        let dir = tempfile::tempdir().unwrap();
+        let mut backend = Setup::new(args).private_mounts().prelude(mount).prepare();
+        backend.image = backend.dir.path().join("full/disk");
+        drop(dir);
+        backend.spawn();
+        let mut session = backend.qemu();
+        let mut written = 0;
+        let failed = (0..32u64).find(|i| {
+            let done = session.execute(0, &Request::write(i * 65536, vec![3; 65536])).unwrap();
+            written += u64::from(done.status == STATUS_OK);
+            done.status != STATUS_OK
+        });
+        assert!(failed.is_some_and(|i| i > 4), "{args:?}: {failed:?}, {written} written");
+        backend.wait_log("write failed");
+        assert!(backend.log().contains("nospace=true"), "{}", backend.log());
+        assert_eq!(session.read(0, 0, 512).unwrap(), [3; 512]);
+        // Room is made by the guest itself, and all is well.
+        session.discard(0, 0, 256 << 10).unwrap();
+        session.write(0, 4 << 20, &[4; 65536]).unwrap();
+        session.flush(0).unwrap();
+        backend.assert_lives();
+    }
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_fails_writes_and_nothing_else() {
+    for args in [&[] as &[&str], &["--aio", "threads"], &["--cache", "none"]] {
+        // In units of 512 bytes.
+        let mut backend = Setup::new(args).prelude("ulimit -f 2048").start();
+        let mut session = backend.qemu();
+        session.write(0, 0, &[1; 4096]).unwrap();
+        let done = session.execute(0, &Request::write(8 << 20, vec![2; 4096]));
+        let done = done.unwrap_or_else(|err| panic!("{args:?}: {err}\n{}", backend.log()));
+        assert_eq!(done.status, STATUS_IOERR, "{args:?}");
+        backend.wait_log("write failed");
+        assert_eq!(session.read(0, 0, 4096).unwrap(), [1; 4096]);
+        session.write(0, 4096, &[1; 4096]).unwrap();
+        backend.assert_lives();
+    }
+}
+
+/// A loop device over a file of the test's, detached when dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn attach(file: &Path) -> Option<Loop> {
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Loop(PathBuf::from(text.trim())))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).output();
+    }
+}
+
+#[test]
+fn a_device_that_fails_fails_its_requests() {
+    let dir = tempfile::tempdir().unwrap();
+    let backing = dir.path().join("backing");
+    let file = std::fs::File::create(&backing).unwrap();
+    file.set_len(16 << 20).unwrap();
+    let Some(device) = Loop::attach(&backing) else {
+        return skip("no right to set up a loop device");
+    };
+    let mut backend = Setup::new(&["--cache", "none"]).image(&device.0).start();
+    let mut session = backend.qemu();
+    session.write(0, 0, &[7; 4096]).unwrap();
+    session.write(0, 8 << 20, &[8; 4096]).unwrap();
+    session.flush(0).unwrap();
+    // The device keeps its size, and has lost what is behind it.
+    file.set_len(4096).unwrap();
+    let done = session.execute(0, &Request::read(8 << 20, 4096)).unwrap();
+    assert_eq!(done.status, STATUS_IOERR, "{}", backend.log());
+    backend.wait_log("read failed");
+    assert!(backend.log().contains("Input/output error"), "{}", backend.log());
+    assert_eq!(session.read(0, 0, 4096).unwrap(), [7; 4096]);
+    backend.assert_lives();
+    drop(session);
+    assert!(backend.terminate().success(), "{}", backend.log());
+}
+
+#[test]
+fn too_few_file_descriptors_are_said_clearly() {
+    let mut served = 0;
+    for limit in [3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 20, 28, 40] {
+        let mut backend = Setup::new(&[]).prelude(&format!("ulimit -n {limit}")).start();
+        let deadline = soon();
+        // Up and answering, or at its end.
+        let answers = |socket: &Path| {
+            Client::connect(socket, Duration::from_millis(500))
+                .and_then(|mut client| client.get_features())
+                .is_ok()
+        };
+        let complains =
+            |log: String| log.contains("file descriptors") || log.contains("Too many open files");
+        while backend.lives() && !complains(backend.log()) && !answers(&backend.socket) {
+            assert!(Instant::now() < deadline, "{limit}: {}", backend.log());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if !backend.lives() {
+            let status = backend.wait_end();
+            let log = backend.log();
+            assert!(
+                status.code().is_some_and(|code| code > 0 && code < 128),
+                "{limit}: {status}: {log}"
+            );
+            // The loader of programs may have spoken, and not we, where even it had too few.
+            assert!(limit < 5 || log.lines().any(|l| l.starts_with("vublk: ")), "{limit}: {log}");
+            continue;
+        }
+        // A client with many queues wants more descriptors than there are: it is refused or its
+        // connection ends, and the process waits for the next one.
+        let mut options = SessionOptions::default().queues(8);
+        options.timeout = Duration::from_millis(700);
+        let outcome = Session::open(&backend.socket, options).and_then(|mut session| {
+            // QEMU asks for no acknowledgement of what it said last.
+            session.client.get_features()?;
+            session.write(0, 0, &[1; 512])
+        });
+        match outcome {
+            Ok(()) => served += 1,
+            Err(err) => {
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while !complains(backend.log()) {
+                    assert!(Instant::now() < deadline, "{limit}: {err}\n{}", backend.log());
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+        if !backend.lives() {
+            // It came as far as its socket, and no further; not by a crash.
+            let status = backend.wait_end();
+            assert!(status.code().is_some_and(|code| code > 0 && code < 100), "{limit}: {status}");
+            continue;
+        }
+        assert!(backend.terminate().success(), "{limit}: {}", backend.log());
+    }
+    // All 8 queues with their descriptors do not fit into any of these limits but the last.
+    assert!(served <= 3, "{served} clients were served");
+}
