@@ -253,9 +253,7 @@ impl Node {
             };
             let inside = status.range.intersect(&ByteRange { offset: 0, len: backing.size() });
             if inside.is_empty() {
-                // What lies past the end of the backing is zero because of that end.
-                let kind = crate::block::driver::StatusKind::Zero;
-                return Ok(BlockStatus { kind, depth: depth + 1, ..status });
+                return Ok(status);
             }
             range = inside;
             node = backing;

@@ -17,6 +17,7 @@ use crate::error::{Result, ResultExt};
 use crate::formats::open::{full_backing_name, protocol_name};
 use crate::formats::{self, Image, Locking, OpenRequest};
 use crate::io::File;
+use crate::units::SECTOR_SIZE;
 
 /// Keys of a driver's details that stand at the top of the answer.
 const TOP_KEYS: &[&str] = &[
@@ -72,7 +73,8 @@ fn describe(image: &Image) -> Result<Value> {
     let protocol = protocol_name(&image.file);
     let child = json!({
         "children": [],
-        "virtual-size": image.file.len().context(name)?,
+        // As a node it is a disk, which has whole sectors.
+        "virtual-size": image.file.len().context(name)?.next_multiple_of(SECTOR_SIZE),
         "filename": image.name(),
         "format": protocol,
         "actual-size": actual_size,
