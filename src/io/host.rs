@@ -79,7 +79,7 @@ pub struct Inline {
 /// The open file itself. The last holder, which may be an operation that nobody waits for any more,
 /// releases the image locks.
 #[derive(Debug)]
-pub(super) struct OpenFile(OwnedFd);
+pub(super) struct OpenFile(pub(super) OwnedFd);
 
 impl AsFd for OpenFile {
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -555,7 +555,7 @@ mod tests {
             iovs: buf.iovecs().as_ptr(),
             n_iovs: 1,
         };
-        let keep = Keep { _file: Arc::new(OwnedFd::from(reader)), _buf: Some(buf) };
+        let keep = Keep { _file: Arc::new(OpenFile(reader.into())), _buf: Some(buf) };
         let index = reactor.start(&op, keep);
         drop(OpFuture { reactor: Rc::clone(&reactor), index, finished: false });
         reactor.engine().submit();
