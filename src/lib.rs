@@ -14,7 +14,8 @@
 //!    ▲
 //! formats filters    raw, qcow2 (a bridge to the imago crate), open and create; guess guard
 //!    ▲
-//! cli                serve create info check map convert compare resize bench
+//! cli                serve create info check map measure convert compare resize bench
+//!                    completions man
 //!
 //! device             sees block and io only: messages, rings, requests, workers
 //! frontend           the other end of the wire, for `vublk bench` and for tests; knows nothing
