@@ -663,23 +663,29 @@ fn scribble(dir: &Path, image: &str, size: u64, random: &mut Random) {
     tool(dir, "qemu-io", &args);
 }
 
-/// A map without what ours and QEMU's do not both say: names, and where zeros are preallocated.
-/// Runs that this leaves alike are joined.
+/// A map without what ours and QEMU's do not both say: file names, where zeros are preallocated,
+/// and holes that the host has in the place of data. Runs that this leaves alike are joined.
 fn comparable(map: &str) -> Vec<Value> {
+    let number = |entry: &Value, name: &str| entry[name].as_u64();
     let mut entries: Vec<Value> = Vec::new();
     for mut entry in json(map).as_array().unwrap().iter().cloned() {
         let fields = entry.as_object_mut().unwrap();
         fields.remove("filename");
-        if fields["zero"] == true {
+        if fields["data"] == true {
+            fields["zero"] = false.into();
+        } else {
             fields.remove("offset");
         }
-        let number = |entry: &Value, name: &str| entry[name].as_u64().unwrap();
         if let Some(last) = entries.last_mut() {
-            let mut same = last.clone();
-            same["start"] = entry["start"].clone();
-            same["length"] = entry["length"].clone();
-            if same == entry && entry["offset"].is_null() {
-                last["length"] = (number(last, "length") + number(&entry, "length")).into();
+            let length = number(last, "length").unwrap();
+            let mut next = last.clone();
+            next["start"] = entry["start"].clone();
+            next["length"] = entry["length"].clone();
+            if let Some(offset) = number(last, "offset") {
+                next["offset"] = (offset + length).into();
+            }
+            if next == entry {
+                last["length"] = (length + number(&entry, "length").unwrap()).into();
                 continue;
             }
         }
@@ -725,8 +731,12 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
         assert_eq!(ours, theirs, "{options}");
         let (ours, theirs) = both(&["info", "--output=json", "--backing-chain", "top.qcow2"]);
         assert_eq!(ours, theirs, "{options}");
-        let (ours, theirs) = both(&["check", "--output=json", "top.qcow2"]);
-        assert_eq!(ours, theirs, "{options}");
+        // QEMU's compressed writes have been seen to corrupt an image by themselves.
+        let check = ["check", "--output=json", "top.qcow2"];
+        let (ours, theirs) = (vublk(d, &check), tool(d, "qemu-img", &check));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{options}");
+        let text = |output: &Output| json(std::str::from_utf8(&output.stdout).unwrap());
+        assert_eq!(text(&ours), text(&theirs), "{options}");
         let map = ["map", "--output=json", "top.qcow2"];
         let ours = comparable(&ok(d, &map));
         assert_eq!(ours, comparable(&qemu(d, "qemu-img", &map)), "{options}");
