@@ -466,3 +466,49 @@ fn flushed_writes_survive_the_guest() {
         assert_eq!(word, guest.now(at), "sector {at} of the image");
     }
 }
+
+/// Closes the connection: one front-end is served at a time.
+fn hang_up(disk: &mut Session) {
+    let (nobody, _) = vublk::frontend::Wire::pair().unwrap();
+    disk.client = vublk::frontend::Client::new(nobody, Duration::ZERO);
+}
+
+/// The connection breaks, and the process lives on: the same, without a restart in between. Then a
+/// new guest comes to the same process, and one that may only read.
+#[test]
+fn sessions_follow_each_other_in_one_process() {
+    if !have("qemu-img") {
+        return;
+    }
+    let mut server = Server::start("64k", on_tmpfs(), true);
+    let mut guest = Guest::new(connect(&server), Random::new());
+    for round in 0..6 {
+        guest.work(Duration::from_millis(60));
+        guest.disk.reconnect().unwrap_or_else(|err| panic!("round {round}: {err}"));
+        guest.settle();
+        guest.verify();
+    }
+    for _ in 0..3 {
+        guest.work(Duration::from_millis(60));
+        guest.settle();
+        guest.disk.stop().unwrap();
+        hang_up(&mut guest.disk);
+        guest.replace(connect(&server));
+    }
+    guest.work(Duration::from_millis(60));
+    guest.settle();
+    server.stop();
+    server.check();
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.args(["--log-level", "error", "serve", "--read-only", "--socket-path", "s"]);
+    command.arg("disk.qcow2").current_dir(server.dir.path()).stdin(Stdio::null());
+    server.child = command.spawn().unwrap();
+    let mut disk = connect(&server);
+    let answer = disk.execute(0, &Request::write(0, vec![1; 512])).unwrap();
+    assert!(answer.ok().is_err(), "a write to a read-only disk");
+    guest.replace(disk);
+    guest.verify();
+    guest.disk.stop().unwrap();
+    server.stop();
+}

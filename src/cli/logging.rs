@@ -110,6 +110,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_imago_crate_is_quiet_unless_asked() {
+        use tracing_subscriber::filter::LevelFilter as Level;
+        let warns = |text: &str| {
+            let targets = parse_level("--log-level", text).unwrap();
+            targets.would_enable("imago::qcow2", &tracing::Level::WARN)
+        };
+        assert!(!warns("info") && !warns("warn,vublk=debug"));
+        assert!(warns("debug") && warns("warn,imago=warn"));
+        let targets = with_default(Targets::new(), Level::INFO);
+        assert!(targets.would_enable("imago", &tracing::Level::ERROR));
+        assert!(targets.would_enable("vublk", &tracing::Level::INFO));
+        let targets = with_default(Targets::new(), Level::OFF);
+        assert!(!targets.would_enable("imago", &tracing::Level::ERROR));
+    }
+
+    #[test]
     fn levels_are_words_or_lists() {
         for text in ["info", "off", "WARN", "warn,vublk::device=debug", "vublk=trace"] {
             parse_level("--log-level", text).unwrap();
