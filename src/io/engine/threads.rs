@@ -62,6 +62,15 @@ struct PoolState {
     jobs: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Threads that have been started and have not looked for a job yet.
+    starting: usize,
+}
+
+impl PoolState {
+    /// Threads that it takes to do all jobs at once, besides those that are about to look for one.
+    fn missing(&self) -> usize {
+        self.jobs.len().saturating_sub(self.idle + self.starting)
+    }
 }
 
 fn pool() -> &'static Pool {
@@ -114,7 +123,7 @@ impl ThreadsEngine {
         state.jobs.extend(self.queued.drain(..));
         // All that nobody has taken up counts, not just ours: an idle thread that was notified
         // looks idle until it runs.
-        let mut missing = state.jobs.len().saturating_sub(state.idle);
+        let mut missing = state.missing();
         while missing > 0 && state.threads < MAX_THREADS {
             let spawned = std::thread::Builder::new()
                 .name("vublk-io".into())
@@ -125,6 +134,7 @@ impl ThreadsEngine {
                 break;
             }
             state.threads += 1;
+            state.starting += 1;
             missing -= 1;
         }
         let orphans =
@@ -226,6 +236,7 @@ fn perform(job: Job) {
 fn run() {
     let pool = pool();
     let mut state = pool.state.lock().unwrap();
+    state.starting -= 1;
     loop {
         if let Some(job) = state.jobs.pop_front() {
             drop(state);
@@ -355,7 +366,7 @@ mod tests {
                 engine.submit();
             }
             let state = pool().state.lock().unwrap();
-            let waiting = state.jobs.len().saturating_sub(state.idle);
+            let waiting = state.missing();
             let full = state.threads == MAX_THREADS;
             // Not during a panic: the pool is everybody's.
             drop(state);
