@@ -74,8 +74,11 @@ pub fn images() -> PathBuf {
     if let Some(dir) = std::env::var_os("VUBLK_INTEGRATION_DIR") {
         return dir.into();
     }
-    // Cargo makes `tmp` inside the target directory, wherever that is.
-    Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("integration")
+    // Cargo makes `tmp` inside the target directory, or inside the part of it that is for the
+    // target it builds for.
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let mut places = tmp.ancestors().skip(1).take(2).map(|dir| dir.join("integration"));
+    places.clone().find(|dir| dir.exists()).or_else(|| places.next()).expect("tmp has a parent")
 }
 
 /// Tells whether a program can be started.
