@@ -132,7 +132,7 @@ fn look_at_the_size_again(device: &Device, pool: &Pool) {
         Ok(false) => {}
         Ok(true) => {
             let size = pool.export().node.size();
-            tracing::info!("the disk has {size} bytes now");
+            tracing::info!("the size of the disk has changed: {size} bytes");
             device.notify_config_change();
         }
         Err(err) => tracing::error!("cannot look at the size of the disk again: {err}"),
