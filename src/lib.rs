@@ -12,7 +12,9 @@
 //!    ▲
 //! block              Node, Driver, Format, the adapter, gate, rights, locks, open gate, keep
 //!    ▲
-//! formats filters    raw, qcow2 (a bridge to the imago crate), open and create; guess guard
+//! formats filters    raw, qcow2 (a bridge to the imago crate); guess guard
+//!    ▲
+//! images             open, create, check: from a path to a node, with locks and the open gate
 //!    ▲
 //! cli                serve create info check map measure convert compare resize bench
 //!                    completions man
@@ -55,6 +57,7 @@ pub mod error;
 pub mod filters;
 pub mod formats;
 pub mod frontend;
+pub mod images;
 pub mod io;
 pub mod units;
 

@@ -610,13 +610,13 @@ fn log_lines_come_as_text_or_json() {
     };
     // A guessed format of something that is written to is worth a warning.
     let text = run(&["resize", "-q", "a", "1M"], "");
-    assert!(text.contains(" WARN vublk::formats::open: a: no format was given"), "{text}");
+    assert!(text.contains(" WARN vublk::images::open: a: no format was given"), "{text}");
     assert!(!text.contains('\x1b'), "colours in a file: {text:?}");
     let line = json(&run(&["--log-format=json", "resize", "-q", "a", "1M"], ""));
     assert_eq!(line["level"], "WARN");
     assert_eq!(run(&["resize", "-q", "a", "1M"], "error"), "");
     assert_eq!(run(&["--log-level=off", "resize", "-q", "a", "1M"], "debug"), "");
-    assert_eq!(run(&["resize", "-q", "a", "1M"], "off,vublk::formats=error"), "");
+    assert_eq!(run(&["resize", "-q", "a", "1M"], "off,vublk::images=error"), "");
     assert!(run(&["info", "a"], "loud").starts_with("vublk: VUBLK_LOG: 'loud' is not a log level"));
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard};
 
-use vublk::formats::{ImageFormat, Locking, OpenRequest, open};
+use vublk::images::{ImageFormat, Locking, OpenRequest, open};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -112,7 +112,7 @@ impl Drop for Qemu {
 }
 
 /// Ways of vublk to open `disk`.
-fn ours(dir: &Path, how: &str) -> vublk::Result<vublk::formats::Image> {
+fn ours(dir: &Path, how: &str) -> vublk::Result<vublk::images::Image> {
     let path = dir.join("disk");
     let request = match how {
         "writer" => OpenRequest::write(path),

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::cli::options::{Output, SharingArgs};
 use crate::cli::{DONE, output, report};
 use crate::error::Result;
-use crate::formats::{self, Access, CheckReport, ImageFormat, Repair};
+use crate::images::{self, Access, CheckReport, ImageFormat, Repair};
 
 /// The check could not be completed.
 const INCOMPLETE: u8 = 1;
@@ -69,8 +69,8 @@ pub fn run(args: &CheckArgs) -> Result<u8> {
     if repair.is_some() {
         request.access = Access::Write;
     }
-    let image = formats::open(&request)?;
-    let Some(result) = formats::check(&image, repair)? else {
+    let image = images::open(&request)?;
+    let Some(result) = images::check(&image, repair)? else {
         report(&crate::Error::unsupported(format!(
             "{}: {} images have nothing that could be checked",
             image.name(),

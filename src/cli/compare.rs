@@ -11,7 +11,7 @@ use crate::cli::options::{Output, SharingArgs};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output, report};
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::{self, ImageFormat};
+use crate::images::{self, ImageFormat};
 use crate::io::{AlignedBuf, block_on};
 use crate::units::{ByteRange, MIB, align_down};
 
@@ -73,7 +73,7 @@ enum Difference {
 pub fn run(args: &CompareArgs) -> Result<u8> {
     let request1 = args.sharing.request(&args.file1, args.format1);
     let request2 = args.sharing.request(&args.file2, args.format2);
-    let images = formats::open(&request1).and_then(|one| Ok((one, formats::open(&request2)?)));
+    let images = images::open(&request1).and_then(|one| Ok((one, images::open(&request2)?)));
     let (image1, image2) = match images {
         Ok(images) => images,
         Err(err) => {

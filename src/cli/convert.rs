@@ -21,7 +21,7 @@ use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
+use crate::images::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
 use crate::io::{AlignedBuf, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::{ByteRange, MIB, align_down, align_up};
 
@@ -98,7 +98,7 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
         None => SPARSE_SIZE,
     };
     let request = args.sharing.request(source_path, args.format).cache(args.source_cache);
-    let source = formats::open(&request)?;
+    let source = images::open(&request)?;
     refuse_same_file(&source, target_path)?;
     let target = open_target(args, &source, target_path)?;
     let copy = Copy::new(args, &source, &target, sparse_size)?;
@@ -131,7 +131,7 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
             Some(text) => parse_size(&text).context(|| "-o size")?.max(size),
             None => size,
         };
-        formats::create(&CreateRequest {
+        images::create(&CreateRequest {
             path: path.to_path_buf(),
             format: args.target_format,
             size: Some(size),
@@ -145,7 +145,7 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
         .format(Some(args.target_format))
         .cache(args.target_cache)
         .allow_dirs(&args.sharing.allow_dirs);
-    let target = formats::open(&request)?;
+    let target = images::open(&request)?;
     if target.node.size() < size {
         return Err(Error::invalid(format!(
             "{}: has {} bytes, and the source {size}; make it larger (vublk resize) first",

@@ -8,7 +8,7 @@ use crate::cli::options::{is_help, options_help, parse_options, take_option};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::{self, CreateRequest, ImageFormat};
+use crate::images::{self, CreateRequest, ImageFormat};
 
 /// Create an image; an existing file that nobody uses is overwritten
 #[derive(Debug, Args)]
@@ -56,7 +56,7 @@ pub fn run(args: &CreateArgs) -> Result<u8> {
         (None, Some(text)) => Some(parse_size(&text).context(|| "-o size")?),
         (None, None) => None,
     };
-    let created = formats::create(&CreateRequest {
+    let created = images::create(&CreateRequest {
         path: path.clone(),
         format: args.format,
         size,

@@ -14,8 +14,8 @@ use crate::cli::options::{Output, ReadArgs};
 use crate::cli::size::human_size;
 use crate::cli::{DONE, output};
 use crate::error::{Result, ResultExt};
-use crate::formats::open::{full_backing_name, protocol_name};
-use crate::formats::{self, Image, Locking, OpenRequest};
+use crate::images::open::{full_backing_name, protocol_name};
+use crate::images::{self, Image, Locking, OpenRequest};
 use crate::io::File;
 use crate::units::SECTOR_SIZE;
 
@@ -51,8 +51,8 @@ pub fn run(args: &InfoArgs) -> Result<u8> {
     let locking = if request.locking == Locking::Share { Locking::Share } else { Locking::Inspect };
     let request = OpenRequest { locking, backing: false, ..request };
     let images = match args.backing_chain {
-        true => formats::open_chain(&request)?,
-        false => vec![formats::open(&request)?],
+        true => images::open_chain(&request)?,
+        false => vec![images::open(&request)?],
     };
     let infos = images.iter().map(describe).collect::<Result<Vec<_>>>()?;
     match args.output {

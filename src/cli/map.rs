@@ -14,7 +14,7 @@ use crate::cli::options::{Output, ReadArgs};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::formats;
+use crate::images;
 use crate::io::block_on;
 use crate::units::ByteRange;
 
@@ -99,7 +99,7 @@ pub fn run(args: &MapArgs) -> Result<u8> {
         Some(text) => parse_size(text).context(|| "--max-length")?,
         None => u64::MAX,
     };
-    let image = formats::open(&args.read.request(&args.file))?;
+    let image = images::open(&args.read.request(&args.file))?;
     let size = image.node.size();
     if start > size {
         return Err(Error::new(

@@ -11,7 +11,7 @@ use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2::{self, CreateOptions};
-use crate::formats::{self, ImageFormat};
+use crate::images::{self, ImageFormat};
 use crate::io::block_on;
 use crate::units::{ByteRange, align_down};
 
@@ -58,7 +58,7 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
         return Err(Error::invalid(format!("format {} has no such option", args.target_format)));
     }
     let image = match &args.file {
-        Some(file) => Some(formats::open(&args.read.request(file))?),
+        Some(file) => Some(images::open(&args.read.request(file))?),
         None => None,
     };
     let size = match (&args.size, &image) {
@@ -66,7 +66,7 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
         (None, Some(image)) => image.node.size(),
         (None, None) => return Err(Error::invalid("give a FILE or --size SIZE")),
     };
-    formats::create::check_size(size)?;
+    images::create::check_size(size)?;
     let measured = match args.target_format {
         ImageFormat::Raw => Measured { required: size, fully_allocated: size },
         ImageFormat::Qcow2 => {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
-use crate::formats::{ImageFormat, Locking, OpenRequest};
+use crate::images::{ImageFormat, Locking, OpenRequest};
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -106,7 +106,7 @@ pub fn is_help(texts: &[String]) -> bool {
 /// The text for `-o help`.
 pub fn options_help(format: ImageFormat) -> String {
     let mut text = format!("Supported {format} options:\n");
-    for (name, meaning) in crate::formats::create::options(format) {
+    for (name, meaning) in crate::images::create::options(format) {
         text += &format!("  {name}=<value> - {meaning}\n");
     }
     text

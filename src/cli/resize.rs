@@ -7,7 +7,7 @@ use clap::Args;
 use crate::cli::size::SizeChange;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::{self, ImageFormat, OpenRequest};
+use crate::images::{self, ImageFormat, OpenRequest};
 use crate::io::block_on;
 
 /// Change the size of a disk that nobody uses
@@ -36,11 +36,11 @@ pub struct ResizeArgs {
 
 pub fn run(args: &ResizeArgs) -> Result<u8> {
     let request = OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
-    let image = formats::open(&request)?;
+    let image = images::open(&request)?;
     let name = image.name();
     let old = image.node.size();
     let new = args.size.apply(old).context(|| name.to_string())?;
-    formats::create::check_size(new).context(|| name.to_string())?;
+    images::create::check_size(new).context(|| name.to_string())?;
     if new < old && !args.shrink {
         return Err(Error::invalid(format!(
             "{name}: {new} bytes are less than the {old} it has, and what lies beyond would be \

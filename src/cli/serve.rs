@@ -24,7 +24,7 @@ use crate::device::handler::Device;
 use crate::device::pool::Pool;
 use crate::device::server::{Server, ServerSocket};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::formats::Image;
+use crate::images::Image;
 use crate::io::{EngineKind, block_on, reactor};
 
 /// Serves a disk until told to stop; returns the exit code. [`ServeArgs::check`] has passed.
@@ -38,7 +38,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         Some(Aio::Threads) => EngineKind::Threads,
     };
     reactor::set_default_engine(engine);
-    let image = crate::formats::open(&args.open_request()?)?;
+    let image = crate::images::open(&args.open_request()?)?;
     image.check_for_guest(args.block_size)?;
     let pool = Arc::new(Pool::new(Arc::new(Export::new(
         image.node.clone(),

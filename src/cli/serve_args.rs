@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 use crate::block::Keep;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result};
-use crate::formats::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
+use crate::images::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
 
 /// The most queues that one disk can have: the wire's mask of queues has 64 bits.
 pub const MAX_QUEUES: u16 = 64;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::formats::{Image, ImageFormat, qcow2};
+use crate::formats::qcow2;
+use crate::images::{Image, ImageFormat};
 use crate::io::{File, block_on};
 
 /// What a check may change.

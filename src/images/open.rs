@@ -21,8 +21,9 @@ use crate::block::open_gate::{self, Chain, OpenGate};
 use crate::block::{Driver, FormatDriver, Keep, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::GuessGuard;
+use crate::formats::qcow2;
 use crate::formats::raw::Raw;
-use crate::formats::{ImageFormat, probe, qcow2, users};
+use crate::images::{ImageFormat, probe, users};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
 
 /// What may be done with an image.

@@ -6,7 +6,7 @@
 //! that would change the answer. For that to hold, a magic must lie inside one 512-byte sector
 //! (the smallest write of a guest), and the answer may depend on nothing else.
 
-use crate::formats::ImageFormat;
+use crate::images::ImageFormat;
 
 /// How much of a file is looked at: one sector, as QEMU does.
 pub const HEAD_LEN: usize = 512;

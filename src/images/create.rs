@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::open::lock_for_writing;
-use crate::formats::{Image, ImageFormat, OpenRequest, open, qcow2};
+use crate::formats::qcow2;
+use crate::images::open::lock_for_writing;
+use crate::images::{Image, ImageFormat, OpenRequest, open};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
