@@ -4,7 +4,7 @@ use std::fmt;
 
 use smallvec::SmallVec;
 
-use crate::block::Node;
+use crate::block::{Node, Quiesced};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, HostFile};
 use crate::units::ByteRange;
@@ -174,6 +174,16 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// The nodes below this one, with the role each plays ("file", "backing").
     fn children(&self) -> Vec<(&'static str, Node)> {
         Vec::new()
+    }
+
+    /// Puts another node (or none) in the place of the backing. The guard proves that nobody reads
+    /// through this driver meanwhile.
+    ///
+    /// # Errors
+    /// If this driver has no backing that could change; then nothing has changed.
+    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
+        let _ = (backing, quiesced);
+        Err(Error::unsupported(format!("the backing of {} nodes cannot be changed", self.name())))
     }
 
     /// Format-specific facts for `info`, as JSON; `null` if there are none.

@@ -7,7 +7,7 @@
 use std::fmt;
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned};
-use crate::block::{Node, StatusKind};
+use crate::block::{Node, Quiesced, StatusKind};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, File, Fut};
 use crate::units::ByteRange;
@@ -123,8 +123,14 @@ pub trait Format: Send + Sync + fmt::Debug {
     }
 
     /// The node that [`ExtentKind::Backing`] refers to.
-    fn backing(&self) -> Option<&Node> {
+    fn backing(&self) -> Option<Node> {
         None
+    }
+
+    /// See [`Driver::set_backing`].
+    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
+        let _ = (backing, quiesced);
+        Err(Error::unsupported(format!("the backing of {} nodes cannot be changed", self.name())))
     }
 
     /// Format-specific facts for `info`.
@@ -210,7 +216,7 @@ impl<F: Format> FormatDriver<F> {
 }
 
 /// Reads from a backing node that may be shorter than the disk above it, or absent.
-async fn read_backing(backing: Option<&Node>, offset: u64, buf: Buffers) -> Result<()> {
+async fn read_backing(backing: Option<Node>, offset: u64, buf: Buffers) -> Result<()> {
     let Some(backing) = backing else {
         buf.fill_zero();
         return Ok(());
@@ -291,7 +297,11 @@ impl<F: Format> Driver for FormatDriver<F> {
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {
-        self.format.backing().map(|node| ("backing", node.clone())).into_iter().collect()
+        self.format.backing().map(|node| ("backing", node)).into_iter().collect()
+    }
+
+    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
+        self.format.set_backing(backing, quiesced)
     }
 
     fn details(&self) -> serde_json::Value {

@@ -1,6 +1,6 @@
 //! The gate: the one place where a running export is paused, drained and changed.
 //!
-//! Everybody who issues requests to a node on its own thread (a device worker, a job) is a
+//! Everybody who issues requests through a [`Root`](crate::block::Root) on its own thread (a device worker, a job) is a
 //! [`Party`]. Closing the gate asks each party to stop issuing and waits until each has reported
 //! that nothing of it is in flight. While the [`Quiesced`] guard lives, the graph below may be
 //! changed; dropping it lets the parties go on. A guest sees latency, never an error.
@@ -12,7 +12,7 @@
 //!            wait …                   last request completes
 //!                                ◄──  report_quiet()
 //! change the graph
-//! drop(Quiesced): closed = false ──►  wakes, reloads the node's driver, goes on
+//! drop(Quiesced): closed = false ──►  wakes, reloads the node and its driver, goes on
 //! ```
 //!
 //! Invariant: between a party's `report_quiet` and the moment it sees itself open again, it issues
@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-/// Pauses and drains all parties of a node. Cheap to clone; clones are the same gate.
+/// Pauses and drains all parties of a root. Cheap to clone; clones are the same gate.
 #[derive(Clone, Debug, Default)]
 pub struct Gate {
     shared: Arc<Shared>,

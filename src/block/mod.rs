@@ -1,11 +1,12 @@
 //! The block core: nodes, drivers, formats, and what keeps changes to the graph safe.
 //!
 //! ```text
-//! Node ──► dyn Driver ──► (filters forward to child Nodes)
-//!              ▲
-//!              └── FormatDriver<dyn Format> ──► File   (adapter: splitting, zero fill, payload I/O)
+//! Root ──► Node ──► dyn Driver ──► (filters forward to child Nodes)
+//!                       ▲
+//!                       └── FormatDriver<dyn Format> ──► File   (adapter: splitting, zero fill, payload I/O)
 //! ```
 //!
+//! * [`Root`]: what an export or a job holds: a node that can be swapped, behind a gate.
 //! * [`Node`]: the cheap-clone handle all callers hold. Checks range, alignment and rights, counts.
 //! * [`Driver`]: a synchronous `plan` and asynchronous operations.
 //! * [`Format`]: metadata only; [`FormatDriver`] turns one into a driver.
@@ -21,6 +22,7 @@ pub mod keep;
 pub mod node;
 pub mod open_gate;
 pub mod range_lock;
+pub mod root;
 
 pub use driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned, StatusKind};
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
@@ -29,3 +31,4 @@ pub use keep::Keep;
 pub use node::{Node, NodeOptions, Rights};
 pub use open_gate::OpenGate;
 pub use range_lock::{RangeGuard, RangeLock};
+pub use root::Root;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use crate::block::driver::{BlockStatus, Driver, Limits};
-use crate::block::gate::{Gate, Quiesced};
+use crate::block::gate::Quiesced;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Buffers;
 pub use crate::io::lock::Rights;
@@ -31,12 +31,11 @@ pub struct Node {
 
 struct NodeInner {
     name: String,
-    read_only: bool,
-    /// Replaced only while the gate is closed.
+    read_only: AtomicBool,
+    /// Replaced only while nobody uses it.
     driver: RwLock<Arc<dyn Driver>>,
     /// The driver's limits, as of the last change.
     limits: RwLock<Limits>,
-    gate: Gate,
     /// Who uses the node, and what each lets others do.
     holds: Mutex<Vec<HoldEntry>>,
     next_hold: AtomicU64,
@@ -91,10 +90,9 @@ impl Node {
         Node {
             inner: Arc::new(NodeInner {
                 name: options.name,
-                read_only: options.read_only,
+                read_only: AtomicBool::new(options.read_only),
                 driver: RwLock::new(driver),
                 limits: RwLock::new(limits),
-                gate: Gate::new(),
                 holds: Mutex::default(),
                 next_hold: AtomicU64::new(0),
                 poisoned: AtomicBool::new(false),
@@ -108,7 +106,8 @@ impl Node {
         &self.inner.name
     }
 
-    /// The driver as of now. Holders on other threads reload it after the gate has been closed.
+    /// The driver as of now. Who caches it loads it again after the gate of its
+    /// [`Root`](crate::block::Root) has been closed.
     pub fn driver(&self) -> Arc<dyn Driver> {
         Arc::clone(&self.inner.driver.read().unwrap())
     }
@@ -116,18 +115,13 @@ impl Node {
     /// Limits, with the node's own read-only flag applied.
     pub fn limits(&self) -> Limits {
         let mut limits = *self.inner.limits.read().unwrap();
-        limits.read_only |= self.inner.read_only;
+        limits.read_only |= self.inner.read_only.load(Ordering::Relaxed);
         limits
     }
 
     /// Size of the disk in bytes.
     pub fn size(&self) -> u64 {
         self.inner.limits.read().unwrap().size
-    }
-
-    /// The gate of everybody who issues requests here.
-    pub fn gate(&self) -> &Gate {
-        &self.inner.gate
     }
 
     /// Counts of the asynchronous path.
@@ -146,6 +140,24 @@ impl Node {
         let old = std::mem::replace(&mut *self.inner.driver.write().unwrap(), driver);
         *self.inner.limits.write().unwrap() = limits;
         old
+    }
+
+    /// Refuses writes from now on even if the driver would take them, or no longer.
+    pub fn set_read_only(&self, on: bool, _quiesced: &Quiesced) {
+        self.inner.read_only.store(on, Ordering::Relaxed);
+    }
+
+    /// Puts another node (or none) below the driver, as its backing. The content must be the same
+    /// where the driver leaves it to its backing; who asks sees to that. What the image's own
+    /// header says of its backing stays as it is.
+    ///
+    /// # Errors
+    /// If the driver cannot change its backing; then nothing has changed.
+    pub fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
+        let driver = self.driver();
+        driver.set_backing(backing, quiesced)?;
+        *self.inner.limits.write().unwrap() = driver.limits();
+        Ok(())
     }
 
     /// Takes rights for `holder`, who lets others hold `shared` meanwhile.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::block::Gate;
 use crate::cli::size::SizeChange;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
@@ -51,7 +52,8 @@ pub fn run(args: &ResizeArgs) -> Result<u8> {
         return Err(Error::invalid(format!("{name}: a disk needs at least one block")));
     }
     block_on(async {
-        let quiesced = image.node.gate().quiesce();
+        // Nobody else uses this node.
+        let quiesced = Gate::new().quiesce();
         image.node.resize(new, &quiesced).await?;
         image.node.flush().await?;
         image.node.close().await

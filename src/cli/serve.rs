@@ -17,6 +17,7 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
+use crate::block::Root;
 use crate::cli::serve_args::Aio;
 use crate::cli::{DONE, ServeArgs};
 use crate::device::export::{CachePolicy, Export, ExportOptions};
@@ -41,7 +42,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let image = crate::images::open(&args.open_request()?)?;
     image.check_for_guest(args.block_size)?;
     let pool = Arc::new(Pool::new(Arc::new(Export::new(
-        image.node.clone(),
+        Root::new(image.node.name(), image.node.clone()),
         export_options(args, engine),
     ))));
     let socket = listen(args)?;
@@ -131,7 +132,7 @@ fn look_at_the_size_again(device: &Device, pool: &Pool) {
     match pool.export().refresh_capacity() {
         Ok(false) => {}
         Ok(true) => {
-            let size = pool.export().node.size();
+            let size = pool.export().node().size();
             tracing::info!("the size of the disk has changed: {size} bytes");
             device.notify_config_change();
         }

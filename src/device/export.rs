@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::block::Node;
+use crate::block::{Node, Root};
 use crate::device::config_space::{ConfigParams, ConfigSpace};
 use crate::error::Result;
 use crate::io::EngineKind;
@@ -44,8 +44,8 @@ pub struct ExportOptions {
 /// A served disk. Shared by the message thread and the workers.
 #[derive(Debug)]
 pub struct Export {
-    /// The disk.
-    pub node: Node,
+    /// The disk, and the gate of the workers.
+    pub root: Root,
     /// How it is served.
     pub options: ExportOptions,
     /// What the guest reads as device configuration.
@@ -127,15 +127,20 @@ impl Export {
     /// An export of a node whose size is a multiple of the block size and not zero, and whose
     /// requests need no larger alignment than a block's. (Who opens the image has checked that,
     /// with messages that name the image.)
-    pub fn new(node: Node, options: ExportOptions) -> Export {
-        let config = ConfigSpace::new(&config_params(&node, &options));
+    pub fn new(root: Root, options: ExportOptions) -> Export {
+        let config = ConfigSpace::new(&config_params(&root.node(), &options));
         Export {
-            node,
+            root,
             options,
             config: Mutex::new(config),
             guest_write_through: AtomicBool::new(false),
             workers: Mutex::default(),
         }
+    }
+
+    /// The node that is served now.
+    pub fn node(&self) -> Node {
+        self.root.node()
     }
 
     /// Counters for a new worker.
@@ -170,7 +175,7 @@ impl Export {
     /// Returns whether the guest sees one. Blocks until the workers have drained; not for the
     /// message thread or a worker.
     pub fn refresh_capacity(&self) -> Result<bool> {
-        let size = self.node.refresh(&self.node.gate().quiesce())?.size;
+        let size = self.node().refresh(&self.root.quiesce())?.size;
         let mut config = self.config.lock().unwrap();
         let before = config.read(0, 8).ok();
         config.set_capacity(size - size % u64::from(self.options.block_size));
@@ -198,7 +203,7 @@ impl Export {
 
     /// The name for log lines.
     pub fn name(&self) -> &str {
-        self.node.name()
+        self.root.name()
     }
 }
 

@@ -199,7 +199,7 @@ impl Rings for Pool {
     }
 
     fn features(&self) -> u64 {
-        features::device_features(self.export.node.limits().read_only)
+        features::device_features(self.export.node().limits().read_only)
     }
 
     fn config(&self) -> ConfigSpace {
@@ -211,16 +211,15 @@ impl Rings for Pool {
     }
 
     fn session(&self, session: Session) -> Result<()> {
-        let driver = self.export.node.driver();
         let returned = match session {
             Session::Returned(nonce) => Some(nonce),
             Session::New(_) | Session::Anonymous => None,
         };
         // No ring is live: the message thread may run the driver's code here, on a reactor of its
         // own, without anybody's drain depending on it.
-        block_on(driver.resume(returned))?;
+        self.export.root.resume(returned)?;
         match session {
-            Session::New(nonce) | Session::Returned(nonce) => driver.begin_session(nonce),
+            Session::New(nonce) | Session::Returned(nonce) => self.export.root.begin_session(nonce),
             Session::Anonymous => Ok(()),
         }
     }
@@ -276,8 +275,8 @@ impl Rings for Pool {
             // What completed before the switch was promised nothing; from now on it is. Writes that
             // were started before and complete after it must be durable too, so they are drained
             // first. A failure poisons the node, which the guest sees with its next write.
-            let _quiesced = self.export.node.gate().quiesce();
-            let _ = block_on(self.export.node.flush());
+            let _quiesced = self.export.root.quiesce();
+            let _ = block_on(self.export.node().flush());
         }
     }
 
@@ -295,10 +294,10 @@ impl Rings for Pool {
             let _ = worker.thread.join();
         }
         self.export.set_guest_write_through(false);
-        let limits = self.export.node.limits();
-        if !limits.read_only
-            && !self.export.node.is_poisoned()
-            && let Err(err) = block_on(self.export.node.flush())
+        let node = self.export.node();
+        if !node.limits().read_only
+            && !node.is_poisoned()
+            && let Err(err) = block_on(node.flush())
         {
             tracing::error!(export = self.export.name(), "flush after the client left: {err}");
         }

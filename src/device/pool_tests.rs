@@ -24,7 +24,7 @@ use super::memory::{GuestMemory, MemoryRegion};
 use super::pool::Pool;
 use super::rings::{RingStart, Rings};
 use crate::block::driver::{BlockStatus, Driver, Limits};
-use crate::block::{Node, NodeOptions};
+use crate::block::{Node, NodeOptions, Root};
 use crate::error::{Error, Result};
 use crate::formats::raw::Raw;
 use crate::frontend::ring::{Ring, RingLayout, Segment};
@@ -176,7 +176,7 @@ fn export(driver: Arc<dyn Driver>, engine: EngineKind, threads: usize) -> Arc<Ex
         engine,
         poll_us: 0,
     };
-    Arc::new(Export::new(node, options))
+    Arc::new(Export::new(Root::new("stressed", node), options))
 }
 
 /// Guest memory with two regions: rings, headers and status bytes; data.
@@ -391,16 +391,17 @@ fn stress(driver: Arc<dyn Driver>, slow: Option<Arc<Slow>>, engine: EngineKind, 
                     start(index, base, &log);
                 }
                 2 => {
-                    let quiesced = export.node.gate().quiesce();
+                    let quiesced = export.root.quiesce();
                     if let Some(slow) = &slow {
                         assert_eq!(slow.active.load(Ordering::SeqCst), 0, "not quiet");
                     }
-                    export.node.replace_driver(export.node.driver(), &quiesced);
+                    let node = export.node();
+                    node.replace_driver(node.driver(), &quiesced);
                 }
                 // A stop has to wait for the gate, and nothing else.
                 3 => {
-                    let quiesced = export.node.gate().quiesce();
-                    let again = export.node.gate().quiesce();
+                    let quiesced = export.root.quiesce();
+                    let again = export.root.quiesce();
                     std::thread::scope(|scope| {
                         let stopper = scope.spawn(|| pool.stop(index).expect("live"));
                         std::thread::yield_now();
@@ -469,7 +470,7 @@ fn a_gate_that_closes_again_at_once_is_noticed() {
         pool.start(0, start_of(&queue.ring, 0, true, &memory)).unwrap();
         // The worker has nothing to do, so that nothing but the gate wakes it.
         for _ in 0..5000 {
-            drop(export.node.gate().quiesce());
+            drop(export.root.quiesce());
         }
         pool.stop(0).unwrap();
         pool.disconnected();

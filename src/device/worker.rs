@@ -66,7 +66,7 @@ pub(super) fn run(
         }
     };
     mailbox.set_notify(reactor.notifier());
-    let party = export.node.gate().join(format!("queue worker {number}"), reactor.notifier());
+    let party = export.root.gate().join(format!("queue worker {number}"), reactor.notifier());
     let _ = ready.send(Ok(()));
     let entered = Rc::clone(&reactor);
     entered.enter(|| Worker::new(export, mailbox, reactor, party).serve());
@@ -296,11 +296,11 @@ impl Worker {
         reactor: Rc<Reactor>,
         party: Party,
     ) -> Worker {
-        let node = export.node.clone();
+        // Before node and driver: if they are replaced in between, the generation is already old.
+        let generation = party.generation();
+        let node = export.root.node();
         let counts = export.new_counters();
         let patience = Patience::new(export.options.poll_us);
-        // Before the driver: if that is replaced in between, the generation is already old.
-        let generation = party.generation();
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
@@ -382,6 +382,7 @@ impl Worker {
         let generation = self.party.generation();
         if generation != self.generation {
             self.generation = generation;
+            self.node = self.export.root.node();
             self.driver = self.node.driver();
             self.reactor.engine().forget_files();
             self.load_limits();

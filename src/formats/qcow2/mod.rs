@@ -90,7 +90,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use std::task::{Context, Poll, Waker};
 
 use imago::format::PreallocateMode;
@@ -111,7 +111,7 @@ use crate::block::format::plan_file;
 use crate::block::keep::Reservation;
 use crate::block::{
     Extent, ExtentKind, Format, Keep, Limits, Node, Plan, PlanExtent, PlanOp, Planned, Prepared,
-    RangeGuard, RangeLock, WriteCommit, driver::Pin,
+    Quiesced, RangeGuard, RangeLock, WriteCommit, driver::Pin,
 };
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{AlignedBuf, Alignment, Buffers, File, Fut, Hole};
@@ -195,7 +195,8 @@ pub struct Qcow2 {
     /// Size of the disk in bytes.
     size: AtomicU64,
     read_only: bool,
-    backing: Option<Node>,
+    /// Replaced only while nobody uses the image.
+    backing: RwLock<Option<Node>>,
     keep: Option<Keep>,
     /// Whether a guest's session runs: completed writes must survive this process.
     session: AtomicBool,
@@ -296,7 +297,7 @@ impl Qcow2 {
             size: AtomicU64::new(header.size),
             cluster_size,
             read_only: options.read_only,
-            backing: options.backing,
+            backing: RwLock::new(options.backing),
             keep: options.keep,
             session: AtomicBool::new(false),
             image: FormatAccess::new(image),
@@ -365,7 +366,7 @@ impl Qcow2 {
 
     /// Whether something of the backing shows at a place that is not allocated.
     fn backing_shows(&self, offset: u64) -> bool {
-        self.backing.as_ref().is_some_and(|backing| offset < backing.size())
+        self.backing.read().unwrap().as_ref().is_some_and(|backing| offset < backing.size())
     }
 
     fn extent_kind(&self, mapping: ShallowMapping<'_, Store>, range: ByteRange) -> ExtentKind {
@@ -374,7 +375,7 @@ impl Qcow2 {
                 let file = Arc::new(Data { disk: Arc::clone(&self.disk) });
                 ExtentKind::Data { file, offset }
             }
-            ShallowMapping::Zero { explicit: false, .. } => match &self.backing {
+            ShallowMapping::Zero { explicit: false, .. } => match self.backing() {
                 // The adapter hands its own requests down; those that the backing would refuse
                 // are read by us.
                 Some(backing) if !range.is_aligned(backing.limits().request_alignment) => {
@@ -390,7 +391,7 @@ impl Qcow2 {
 
     /// Reads any part of the backing; zeros where it ends.
     async fn read_backing(&self, offset: u64, buf: Buffers) -> Result<()> {
-        let Some(backing) = &self.backing else {
+        let Some(backing) = self.backing() else {
             buf.fill_zero();
             return Ok(());
         };
@@ -1079,7 +1080,7 @@ impl Qcow2 {
                     plan.extents.push(PlanExtent::File { file: host, offset, len: run.len });
                 }
                 (ShallowMapping::Zero { explicit, .. }, PlanOp::Read)
-                    if explicit || self.backing.is_none() =>
+                    if explicit || self.backing.read().unwrap().is_none() =>
                 {
                     plan.extents.push(PlanExtent::Zero { len: run.len });
                 }
@@ -1123,17 +1124,22 @@ fn check_backing(header: &Header, backing: Option<&Node>) -> Result<()> {
             "the image names no backing file, but node {} was given as one",
             node.name()
         ))),
-        (Some(named), Some(node)) if node.size() % node.limits().request_alignment != 0 => {
-            Err(Error::unsupported(format!(
-                "backing file '{}' of {} bytes does not end with a sector of {} bytes; use --cache \
-                 writeback",
-                named.file,
-                node.size(),
-                node.limits().request_alignment
-            )))
+        (Some(named), Some(node)) => {
+            check_backing_alignment(node).context(|| format!("backing file '{}'", named.file))
         }
-        _ => Ok(()),
+        (None, None) => Ok(()),
     }
+}
+
+/// Refuses a backing whose end could not be read.
+fn check_backing_alignment(node: &Node) -> Result<()> {
+    let (size, unit) = (node.size(), node.limits().request_alignment);
+    if size % unit != 0 {
+        return Err(Error::unsupported(format!(
+            "{size} bytes do not end with a sector of {unit} bytes; use --cache writeback"
+        )));
+    }
+    Ok(())
 }
 
 /// How a change survives a kill.
@@ -1361,8 +1367,16 @@ impl Format for Qcow2 {
         Box::pin(self.grow(size))
     }
 
-    fn backing(&self) -> Option<&Node> {
-        self.backing.as_ref()
+    fn backing(&self) -> Option<Node> {
+        self.backing.read().unwrap().clone()
+    }
+
+    fn set_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
+        if let Some(node) = &backing {
+            check_backing_alignment(node)?;
+        }
+        *self.backing.write().unwrap() = backing;
+        Ok(())
     }
 
     fn details(&self) -> serde_json::Value {

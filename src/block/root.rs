@@ -1,0 +1,118 @@
+//! What an export or a job holds on a disk: a swappable reference to the node at the top.
+//!
+//! ```text
+//! export, job ──► Root ──► Node ──► Driver ──► backing Node ──► …
+//!                  │        └ replaced under the gate: snapshot, stream, commit, mirror
+//!                  └ gate: whoever issues requests through the root is a party of it
+//! ```
+//!
+//! A node is a *place* with a name; several roots, and other nodes, may stand on it. A root is
+//! *who uses it*. So the gate is the root's: closing it stops one user, and whoever wants a node
+//! quiet closes the gates of all roots that reach it ([`Graph::quiesce`](crate::block::Graph)).
+//!
+//! A root also remembers whose guest it serves ([`Root::begin_session`]), because what is kept for
+//! that guest across a kill must be kept by whichever driver is on top ([`crate::block::keep`]).
+//!
+//! Invariant: the node is replaced only while the gate is closed, so a party may cache the node
+//! and its driver from one opening of the gate to the next.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, RwLock};
+
+use crate::block::gate::{Gate, Quiesced};
+use crate::block::node::Node;
+use crate::error::Result;
+use crate::io::block_on;
+
+/// A user's reference to a disk. Cheap to clone; clones are the same root.
+#[derive(Clone)]
+pub struct Root {
+    inner: Arc<RootInner>,
+}
+
+struct RootInner {
+    name: String,
+    /// Replaced only while the gate is closed.
+    node: RwLock<Node>,
+    gate: Gate,
+    /// The guest's session that runs, if what it writes must outlive this process.
+    session: Mutex<Option<u128>>,
+}
+
+impl Root {
+    /// A root called `name` (an export, a job) on `node`.
+    pub fn new(name: impl Into<String>, node: Node) -> Root {
+        Root {
+            inner: Arc::new(RootInner {
+                name: name.into(),
+                node: RwLock::new(node),
+                gate: Gate::new(),
+                session: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Whose root it is.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The node as of now. Parties load it again when the gate's generation has changed.
+    pub fn node(&self) -> Node {
+        self.inner.node.read().unwrap().clone()
+    }
+
+    /// The gate of everybody who issues requests through this root.
+    pub fn gate(&self) -> &Gate {
+        &self.inner.gate
+    }
+
+    /// Closes the gate and waits until nothing is in flight; see [`Gate::quiesce`].
+    pub fn quiesce(&self) -> Quiesced {
+        self.inner.gate.quiesce()
+    }
+
+    /// Whether both handles are the same root.
+    pub fn is_same(&self, other: &Root) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// Puts the root on another node. The guest's session, if one runs, goes on there: from the
+    /// moment the gate opens its writes are kept by the new node's driver.
+    ///
+    /// # Errors
+    /// If the new driver cannot keep a session. Then the root stays where it is.
+    pub fn replace_node(&self, node: Node, _quiesced: &Quiesced) -> Result<Node> {
+        if let Some(nonce) = *self.inner.session.lock().unwrap() {
+            node.driver().begin_session(nonce)?;
+        }
+        Ok(std::mem::replace(&mut *self.inner.node.write().unwrap(), node))
+    }
+
+    /// Settles what becomes of what an earlier process kept (see [`Driver::resume`]), and ends the
+    /// session that ran here. No request may be in flight.
+    ///
+    /// [`Driver::resume`]: crate::block::Driver::resume
+    pub fn resume(&self, nonce: Option<u128>) -> Result<()> {
+        *self.inner.session.lock().unwrap() = None;
+        block_on(self.node().driver().resume(nonce))
+    }
+
+    /// Starts the session of a guest whose writes must outlive this process.
+    pub fn begin_session(&self, nonce: u128) -> Result<()> {
+        self.node().driver().begin_session(nonce)?;
+        *self.inner.session.lock().unwrap() = Some(nonce);
+        Ok(())
+    }
+
+    /// The session that runs.
+    pub fn session(&self) -> Option<u128> {
+        *self.inner.session.lock().unwrap()
+    }
+}
+
+impl fmt::Debug for Root {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Root({}, {:?})", self.name(), self.node())
+    }
+}
