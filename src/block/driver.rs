@@ -1,6 +1,7 @@
 //! What every layer of a disk's stack implements.
 
 use std::fmt;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
@@ -45,7 +46,8 @@ pub enum PlanOp {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Planned {
-    /// The plan's extents cover the range; nothing else needs to happen before or after.
+    /// The plan's extents cover the range; nothing else needs to happen before or after, except
+    /// what the plan's [`commit`](Plan::commit) asks for.
     Ready,
     /// The request needs the asynchronous path. The plan's content means nothing.
     NotNow,
@@ -78,6 +80,69 @@ pub struct Plan<'a> {
     /// Released when the request has completed: keeps what the extents point to from being moved
     /// or reused meanwhile. `None` where nothing ever moves (raw).
     pub pin: Option<Pin>,
+    /// Called when the write's data is where the extents say, before the request completes: for
+    /// metadata that changes in memory only, like a bit. `None` where nothing but data changes.
+    pub commit: Option<PlanCommit>,
+}
+
+/// Takes note of planned writes whose data has been written.
+pub trait CommitPlanned: Send + Sync {
+    /// The data of `range` has been written (not flushed). Reads see it when this returns. Called
+    /// on the thread that served the request; must not wait.
+    ///
+    /// # Errors
+    /// The request fails with it.
+    fn written(&self, range: ByteRange) -> Result<Committed>;
+
+    /// The data of `range` was not written, or not all of it: nothing is to change.
+    fn abandoned(&self, range: ByteRange);
+}
+
+/// What [`PlanCommit::written`] leaves to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Committed {
+    /// The request may complete.
+    Done,
+    /// The node must be flushed first: what changed cannot be kept across the death of this
+    /// process otherwise.
+    FlushFirst,
+}
+
+/// The second half of a planned write: exactly one of the two methods of [`CommitPlanned`] is
+/// called for it, `abandoned` if this is dropped.
+#[must_use]
+pub struct PlanCommit {
+    /// `None` once it was called.
+    owner: Option<Arc<dyn CommitPlanned>>,
+    /// In the owner's terms, whatever filters above make of it.
+    range: ByteRange,
+}
+
+impl PlanCommit {
+    /// Makes `owner` learn what becomes of a planned write to `range`.
+    pub fn new(owner: Arc<dyn CommitPlanned>, range: ByteRange) -> PlanCommit {
+        PlanCommit { owner: Some(owner), range }
+    }
+
+    /// The data has been written.
+    pub fn written(mut self) -> Result<Committed> {
+        self.owner.take().map_or(Ok(Committed::Done), |owner| owner.written(self.range))
+    }
+}
+
+impl Drop for PlanCommit {
+    fn drop(&mut self) {
+        if let Some(owner) = self.owner.take() {
+            owner.abandoned(self.range);
+        }
+    }
+}
+
+impl fmt::Debug for PlanCommit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PlanCommit({})", self.range)
+    }
 }
 
 /// Keeps an extent in place while a planned request uses it. Dropping it releases the extent.
@@ -209,5 +274,37 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// Flushes and leaves the image in its cleanest state. Nothing is called afterwards.
     fn close<'a>(&'a self) -> Fut<'a, ()> {
         self.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<(&'static str, u64)>>);
+
+    impl CommitPlanned for Heard {
+        fn written(&self, range: ByteRange) -> Result<Committed> {
+            self.0.lock().unwrap().push(("written", range.offset));
+            Ok(Committed::FlushFirst)
+        }
+
+        fn abandoned(&self, range: ByteRange) {
+            self.0.lock().unwrap().push(("abandoned", range.offset));
+        }
+    }
+
+    #[test]
+    fn a_planned_write_is_heard_of_exactly_once() {
+        let heard = Arc::new(Heard::default());
+        let commit = |offset| {
+            let owner = Arc::clone(&heard) as Arc<dyn CommitPlanned>;
+            PlanCommit::new(owner, ByteRange { offset, len: 512 })
+        };
+        assert_eq!(commit(512).written().unwrap(), Committed::FlushFirst);
+        drop(Plan { commit: Some(commit(1024)), ..Plan::default() });
+        assert_eq!(*heard.0.lock().unwrap(), [("written", 512), ("abandoned", 1024)]);
     }
 }

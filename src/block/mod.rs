@@ -24,7 +24,10 @@ pub mod open_gate;
 pub mod range_lock;
 pub mod root;
 
-pub use driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned, StatusKind};
+pub use driver::{
+    BlockStatus, CommitPlanned, Committed, Driver, Limits, Plan, PlanCommit, PlanExtent, PlanOp,
+    Planned, StatusKind,
+};
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
 pub use gate::{Gate, Party, Quiesced};
 pub use keep::Keep;

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use crate::block::driver::{Driver, Pin, Plan, PlanExtent, PlanOp, Planned};
+use crate::block::driver::{Committed, Driver, Pin, Plan, PlanCommit, PlanExtent, PlanOp, Planned};
 use crate::block::{Node, Party};
 use crate::device::chain::Chain;
 use crate::device::dirty_log::DirtyLog;
@@ -153,6 +153,8 @@ struct Slot {
     errno: i32,
     /// Keeps planned extents where they are.
     pin: Option<Pin>,
+    /// Who must know when a planned write's data is written.
+    commit: Option<PlanCommit>,
 }
 
 /// A piece of a planned request: one operation on one file.
@@ -220,6 +222,7 @@ impl Slot {
             self.parts.push(part);
             self.parts_left = 1;
             self.pin = plan.pin;
+            self.commit = plan.commit;
             return result.map_or(Prepared::Push(1), Prepared::Inline);
         }
         self.plan_parts(op, plan)
@@ -246,6 +249,7 @@ impl Slot {
         }
         self.parts_left = self.parts.len() as u32;
         self.pin = plan.pin;
+        self.commit = plan.commit;
         match self.parts.len() {
             0 => {
                 self.pin = None;
@@ -670,8 +674,12 @@ impl Worker {
         let slot = &mut self.slots[index as usize];
         slot.pin = None;
         if slot.errno == 0 {
-            return self.finish(index, Status::Ok);
+            return match slot.commit.take() {
+                None => self.finish(index, Status::Ok),
+                Some(commit) => self.commit(index, commit),
+            };
         }
+        slot.commit = None;
         let errno = std::mem::take(&mut slot.errno);
         let err = match errno {
             libc::ENODATA => Error::new(
@@ -684,6 +692,22 @@ impl Worker {
             self.node.poison(&err);
         }
         self.request_ended(index, Err(err));
+    }
+
+    /// The data of a planned write is where it should be, and somebody wants to know.
+    #[inline]
+    fn commit(&mut self, index: u32, commit: PlanCommit) {
+        match commit.written() {
+            Ok(Committed::Done) => self.finish(index, Status::Ok),
+            Ok(Committed::FlushFirst) => {
+                let (node, ended) = (self.node.clone(), Rc::clone(&self.ended));
+                self.reactor.executor().spawn(async move {
+                    let result = node.flush().await;
+                    ended.borrow_mut().push((index, result));
+                });
+            }
+            Err(err) => self.request_ended(index, Err(err)),
+        }
     }
 
     /// A request has ended, well or badly.
@@ -770,6 +794,7 @@ impl Worker {
             parts_left: 0,
             errno: 0,
             pin: None,
+            commit: None,
         });
         self.slots.len() as u32 - 1
     }
