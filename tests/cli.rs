@@ -10,69 +10,12 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// The program under test, in `dir`, with quiet logs.
-fn vublk(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
-    command.current_dir(dir).env_remove("VUBLK_LOG").env_remove("LISTEN_FDS");
-    command.args(["--log-level", "error"]).args(args).output().unwrap()
-}
+mod common;
 
-/// Runs it, demands success, and returns what it printed.
-fn ok(dir: &Path, args: &[&str]) -> String {
-    let output = vublk(dir, args);
-    assert!(output.status.success(), "vublk {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs it, demands this exit code, and returns the one line on stderr.
-fn fails(dir: &Path, args: &[&str], code: i32) -> String {
-    let output = vublk(dir, args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "vublk {args:?}: {stderr}");
-    let line = stderr.strip_suffix('\n').unwrap_or_else(|| panic!("vublk {args:?}: {stderr:?}"));
-    assert!(line.starts_with("vublk: ") && !line.contains('\n'), "vublk {args:?}: {stderr}");
-    line["vublk: ".len()..].to_string()
-}
-
-/// Whether a tool is there; says so if not.
-fn have(tool: &str) -> bool {
-    let found = Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
-    if !found {
-        eprintln!("SKIPPED: {tool} is not installed");
-    }
-    found
-}
-
-/// Runs another tool in `dir`.
-fn tool(dir: &Path, name: &str, args: &[&str]) -> Output {
-    Command::new(name).current_dir(dir).args(args).output().unwrap()
-}
+use common::{Random, fails, have, ok, ok_or, tool, tool_ok, vublk};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
-}
-
-/// A small generator of random numbers (xorshift), seeded by the clock and printed, or by
-/// `VUBLK_TEST_SEED`.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Random {
-        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
-        let seed = match std::env::var("VUBLK_TEST_SEED") {
-            Ok(text) => text.parse().unwrap(),
-            Err(_) => now | 1,
-        };
-        eprintln!("VUBLK_TEST_SEED={seed}");
-        Random(seed)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
 }
 
 /// Makes a file of random runs: data, stored zeros, holes.
@@ -318,7 +261,7 @@ fn info_and_map_say_what_qemu_img_says() {
     }
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let mut random = Random::new();
+    let mut random = Random::new("info_and_map_say_what_qemu_img_says");
     for round in 0..10 {
         let len = 512 * (1 + random.below(10_000));
         random_file(&d.join("disk"), len, &mut random);
@@ -376,7 +319,7 @@ fn a_map_can_be_cut_and_piped() {
 fn convert_keeps_content_and_holes() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let mut random = Random::new();
+    let mut random = Random::new("convert_keeps_content_and_holes");
     let block = std::fs::metadata(d).unwrap().blksize();
     for round in 0..30 {
         // Sizes that are no multiple of anything are part of it.
@@ -454,7 +397,7 @@ fn convert_has_qemu_imgs_options() {
 fn convert_with_direct_io() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let mut random = Random::new();
+    let mut random = Random::new("convert_with_direct_io");
     let content = random_file(&d.join("from"), 4096 * 777, &mut random);
     let output = vublk(d, &["convert", "-T", "none", "-t", "none", "from", "to"]);
     if !output.status.success() {
@@ -485,7 +428,7 @@ fn convert_agrees_with_qemu_img() {
     }
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let mut random = Random::new();
+    let mut random = Random::new("convert_agrees_with_qemu_img");
     for _ in 0..5 {
         let len = 4096 * (1 + random.below(2000));
         random_file(&d.join("from"), len, &mut random);
@@ -530,7 +473,7 @@ impl Drop for LoopDevice {
 fn block_devices_can_be_targets() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let mut random = Random::new();
+    let mut random = Random::new("block_devices_can_be_targets");
     let content = random_file(&d.join("from"), 2 << 20, &mut random);
     std::fs::write(d.join("backing"), vec![0xcc; 4 << 20]).unwrap();
     let Some(device) = LoopDevice::new(&d.join("backing")) else { return };
@@ -633,13 +576,6 @@ fn completions_and_manual_pages_are_made() {
     }
 }
 
-/// Runs a tool of QEMU's in `dir`, demands success, and returns what it printed.
-fn qemu(dir: &Path, name: &str, args: &[&str]) -> String {
-    let output = tool(dir, name, args);
-    assert!(output.status.success(), "{name} {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
 /// Does random things to a qcow2 image by qemu-io.
 fn scribble(dir: &Path, image: &str, size: u64, random: &mut Random) {
     let mut args = vec!["-f".to_string(), "qcow2".into()];
@@ -700,7 +636,7 @@ fn random_chain(d: &Path, options: &str, random: &mut Random) -> u64 {
     let half = 512 * (1 + size / 1024);
     random_file(&d.join("base"), half, random);
     let create =
-        |args: &[&str]| qemu(d, "qemu-img", &[&["create", "-q", "-f", "qcow2"], args].concat());
+        |args: &[&str]| tool_ok(d, "qemu-img", &[&["create", "-q", "-f", "qcow2"], args].concat());
     let size_text = size.to_string();
     create(&["-b", "base", "-F", "raw", "mid.qcow2", &half.to_string()]);
     scribble(d, "mid.qcow2", half, random);
@@ -716,7 +652,7 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
     }
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let mut random = Random::new();
+    let mut random = Random::new("qcow2_chains_are_seen_as_qemu_img_sees_them");
     for options in [
         "cluster_size=512",
         "cluster_size=4k,refcount_bits=1",
@@ -726,7 +662,7 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
         "lazy_refcounts=on",
     ] {
         let size = random_chain(d, options, &mut random);
-        let both = |args: &[&str]| (json(&ok(d, args)), json(&qemu(d, "qemu-img", args)));
+        let both = |args: &[&str]| (json(&ok(d, args)), json(&tool_ok(d, "qemu-img", args)));
         let (ours, theirs) = both(&["info", "--output=json", "top.qcow2"]);
         assert_eq!(ours, theirs, "{options}");
         let (ours, theirs) = both(&["info", "--output=json", "--backing-chain", "top.qcow2"]);
@@ -739,10 +675,10 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
         assert_eq!(text(&ours), text(&theirs), "{options}");
         let map = ["map", "--output=json", "top.qcow2"];
         let ours = comparable(&ok(d, &map));
-        assert_eq!(ours, comparable(&qemu(d, "qemu-img", &map)), "{options}");
+        assert_eq!(ours, comparable(&tool_ok(d, "qemu-img", &map)), "{options}");
 
         // The same content, by either tool's reading and writing.
-        qemu(d, "qemu-img", &["convert", "-O", "raw", "top.qcow2", "theirs.raw"]);
+        tool_ok(d, "qemu-img", &["convert", "-O", "raw", "top.qcow2", "theirs.raw"]);
         ok(d, &["convert", "-O", "raw", "top.qcow2", "ours.raw"]);
         let content = std::fs::read(d.join("theirs.raw")).unwrap();
         assert_eq!(content.len() as u64, size);
@@ -752,8 +688,8 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
         for target in ["cluster_size=512", "cluster_size=4k", "cluster_size=64k", "cluster_size=2M"]
         {
             ok(d, &["convert", "-O", "qcow2", "-o", target, "top.qcow2", "new.qcow2"]);
-            qemu(d, "qemu-img", &["check", "new.qcow2"]);
-            qemu(d, "qemu-img", &["compare", "new.qcow2", "theirs.raw"]);
+            tool_ok(d, "qemu-img", &["check", "new.qcow2"]);
+            tool_ok(d, "qemu-img", &["compare", "new.qcow2", "theirs.raw"]);
             assert_eq!(vublk(d, &["compare", "new.qcow2", "top.qcow2"]).status.code(), Some(0));
             let measure = ["measure", "--output=json", "-O", "qcow2", "-o", target, "theirs.raw"];
             let (ours, theirs) = both(&measure);
@@ -765,8 +701,8 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
 
         // Only the layer above the backing file.
         ok(d, &["convert", "-O", "qcow2", "-B", "mid.qcow2", "-F", "qcow2", "top.qcow2", "layer"]);
-        qemu(d, "qemu-img", &["check", "layer"]);
-        qemu(d, "qemu-img", &["compare", "layer", "theirs.raw"]);
+        tool_ok(d, "qemu-img", &["check", "layer"]);
+        tool_ok(d, "qemu-img", &["compare", "layer", "theirs.raw"]);
         let unallocated = |image| {
             let map = comparable(&ok(d, &["map", "--output=json", image]));
             map.iter()
@@ -794,7 +730,7 @@ fn qcow2_keeps_holes_and_finds_differences() {
     ok(d, &["convert", "-O", "qcow2", "from", "to"]);
     let check = json(&ok(d, &["check", "--output=json", "to"]));
     assert_eq!(check["allocated-clusters"], 1);
-    assert_eq!(check, json(&qemu(d, "qemu-img", &["check", "--output=json", "to"])));
+    assert_eq!(check, json(&tool_ok(d, "qemu-img", &["check", "--output=json", "to"])));
     assert_eq!(vublk(d, &["compare", "from", "to"]).status.code(), Some(0));
     from.write_all_at(b"y", 6_000_000).unwrap();
     let output = vublk(d, &["compare", "--output=json", "from", "to"]);
@@ -805,13 +741,13 @@ fn qcow2_keeps_holes_and_finds_differences() {
     // A source that ends in the middle of a sector.
     std::fs::write(d.join("odd"), [7; 70_001]).unwrap();
     ok(d, &["convert", "-f", "raw", "-O", "qcow2", "odd", "to"]);
-    qemu(d, "qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "odd", "to"]);
+    tool_ok(d, "qemu-img", &["compare", "-f", "raw", "-F", "qcow2", "odd", "to"]);
     assert_eq!(vublk(d, &["compare", "-f", "raw", "odd", "to"]).status.code(), Some(0));
     // Onto an image that is there.
     ok(d, &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "old", "9M"]);
     ok(d, &["convert", "-n", "-O", "qcow2", "from", "old"]);
     assert_eq!(vublk(d, &["compare", "from", "old"]).status.code(), Some(0));
-    qemu(d, "qemu-img", &["check", "old"]);
+    tool_ok(d, "qemu-img", &["check", "old"]);
 }
 
 #[test]
@@ -840,9 +776,9 @@ fn qcow2_is_created_as_told() {
     ok(d, &["create", "-f", "qcow2", "-u", "-b", "gone", "-F", "raw", "d", "2M"]);
     if have("qemu-img") {
         for image in ["a", "sub/b", "c"] {
-            qemu(d, "qemu-img", &["check", image]);
+            tool_ok(d, "qemu-img", &["check", image]);
             let args = ["info", "--output=json", image];
-            assert_eq!(json(&ok(d, &args)), json(&qemu(d, "qemu-img", &args)));
+            assert_eq!(json(&ok(d, &args)), json(&tool_ok(d, "qemu-img", &args)));
         }
     }
     for (args, message) in [
@@ -881,7 +817,8 @@ fn qcow2_grows_and_does_not_shrink() {
     }
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let content = random_file(&d.join("raw"), 3 << 20, &mut Random::new());
+    let content =
+        random_file(&d.join("raw"), 3 << 20, &mut Random::new("qcow2_grows_and_does_not_shrink"));
     // What the backing file holds past the old end must not show.
     std::fs::write(d.join("base"), vec![9; 8 << 20]).unwrap();
     ok(d, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "a", "3M"]);
@@ -890,7 +827,7 @@ fn qcow2_grows_and_does_not_shrink() {
     // The old table is lost space, nothing worse.
     let code = tool(d, "qemu-img", &["check", "a"]).status.code();
     assert!(matches!(code, Some(0 | 3)), "{code:?}");
-    qemu(d, "qemu-img", &["convert", "-O", "raw", "a", "after"]);
+    tool_ok(d, "qemu-img", &["convert", "-O", "raw", "a", "after"]);
     let after = std::fs::read(d.join("after")).unwrap();
     assert_eq!(after.len(), 6 << 20);
     assert!(after[..3 << 20] == content && after[3 << 20..].iter().all(|b| *b == 0));
@@ -910,8 +847,8 @@ fn qcow2_check_has_qemu_imgs_exit_codes() {
     }
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    qemu(d, "qemu-img", &["create", "-q", "-f", "qcow2", "a", "1M"]);
-    qemu(d, "qemu-io", &["-f", "qcow2", "-c", "write 0 128k", "a"]);
+    tool_ok(d, "qemu-img", &["create", "-q", "-f", "qcow2", "a", "1M"]);
+    tool_ok(d, "qemu-io", &["-f", "qcow2", "-c", "write 0 128k", "a"]);
     let sound = std::fs::read(d.join("a")).unwrap();
     let word = |at: u64| u64::from_be_bytes(sound[at as usize..][..8].try_into().unwrap());
     let block = word(word(48));
@@ -943,13 +880,6 @@ fn qcow2_check_has_qemu_imgs_exit_codes() {
         let line = fails(d, &["check", "-r", what, "a"], 1);
         assert!(line.ends_with(&format!("use qemu-img check -r {what} a")), "{line}");
     }
-}
-
-/// Runs the program, demands this exit code, and returns what it printed.
-fn ok_or(dir: &Path, args: &[&str], code: i32) -> String {
-    let output = vublk(dir, args);
-    assert_eq!(output.status.code(), Some(code), "vublk {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 #[test]
@@ -1041,11 +971,11 @@ fn snapshots_are_shown() {
     let d = dir.path();
     ok(d, &["create", "-q", "-f", "qcow2", "a", "1M"]);
     for name in ["first", "second"] {
-        qemu(d, "qemu-io", &["-f", "qcow2", "-c", "write 0 64k", "a"]);
-        qemu(d, "qemu-img", &["snapshot", "-c", name, "a"]);
+        tool_ok(d, "qemu-io", &["-f", "qcow2", "-c", "write 0 64k", "a"]);
+        tool_ok(d, "qemu-img", &["snapshot", "-c", name, "a"]);
     }
     for args in [&["info", "--output=json", "a"], &["check", "--output=json", "a"]] {
-        assert_eq!(json(&ok(d, args)), json(&qemu(d, "qemu-img", args)));
+        assert_eq!(json(&ok(d, args)), json(&tool_ok(d, "qemu-img", args)));
     }
 }
 

@@ -7,9 +7,12 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 
+mod common;
+
+use common::{fails, have, ok, tool_ok};
 use vublk::images::{ImageFormat, Locking, OpenRequest, open};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -17,44 +20,6 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// Waits for the other tests.
 fn alone() -> MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// The program under test, in `dir`, with quiet logs.
-fn vublk(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
-    command.current_dir(dir).env_remove("VUBLK_LOG").env_remove("LISTEN_FDS");
-    command.args(["--log-level", "error"]).args(args).output().unwrap()
-}
-
-/// Runs it, demands success, and returns what it printed.
-fn ok(dir: &Path, args: &[&str]) -> String {
-    let output = vublk(dir, args);
-    assert!(output.status.success(), "vublk {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs it, demands this exit code, and returns the one line on stderr.
-fn fails(dir: &Path, args: &[&str], code: i32) -> String {
-    let output = vublk(dir, args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "vublk {args:?}: {stderr}");
-    let line = stderr.strip_suffix('\n').unwrap_or_else(|| panic!("vublk {args:?}: {stderr:?}"));
-    assert!(line.starts_with("vublk: ") && !line.contains('\n'), "vublk {args:?}: {stderr}");
-    line["vublk: ".len()..].to_string()
-}
-
-/// Whether a tool is there; says so if not.
-fn have(tool: &str) -> bool {
-    let found = Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
-    if !found {
-        eprintln!("SKIPPED: {tool} is not installed");
-    }
-    found
-}
-
-/// Runs another tool in `dir`.
-fn tool(dir: &Path, name: &str, args: &[&str]) -> Output {
-    Command::new(name).current_dir(dir).args(args).output().unwrap()
 }
 
 /// A QEMU process that has an image open until dropped.
@@ -216,9 +181,7 @@ fn backing_files_can_be_shared_by_chains() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
     ok(d, &["create", "base", "1M"]);
-    let created =
-        tool(d, "qemu-img", &["create", "-f", "qcow2", "-b", "base", "-F", "raw", "disk.qcow2"]);
-    assert!(created.status.success());
+    tool_ok(d, "qemu-img", &["create", "-f", "qcow2", "-b", "base", "-F", "raw", "disk.qcow2"]);
     let qemu = Qemu::io(d, &["-f", "qcow2", "disk.qcow2"]).unwrap();
     let raw = Some(ImageFormat::Raw);
     let reader = open(&OpenRequest::read(d.join("base")).format(raw)).unwrap();

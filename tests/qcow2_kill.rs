@@ -8,10 +8,12 @@
 //! it. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Output;
 use std::time::{Duration, Instant};
 
+mod common;
+
+use common::{Backend, Random, Setup, have, ok, tool, tool_ok, vublk};
 use vublk::frontend::{Personality, Request, Session, SessionOptions};
 
 const SECTOR: u64 = 512;
@@ -26,45 +28,17 @@ const QUEUES: u16 = 2;
 /// Requests in flight in each queue.
 const DEPTH: usize = 12;
 
-/// A small generator of random numbers (xorshift).
-struct Random(u64);
-
-impl Random {
-    fn new() -> Random {
-        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
-        let seed = std::env::var("VUBLK_TEST_SEED").map_or(now | 1, |text| text.parse().unwrap());
-        eprintln!("VUBLK_TEST_SEED={seed}");
-        Random(seed)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
-/// Whether a tool of QEMU's is there; says so if not.
-fn have(tool: &str) -> bool {
-    let found = Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success());
-    if !found {
-        eprintln!("SKIPPED: {tool} is not installed");
-    }
-    found
-}
-
 /// The process under test, restarted always with the same command.
 struct Server {
+    backend: Backend,
+    /// Where the image, its backing file and what is made of them are.
     dir: tempfile::TempDir,
     /// On tmpfs, unless the test wants it otherwise.
     state: tempfile::TempDir,
-    /// Whether the state directory is named, or merely offered.
-    is_named: bool,
-    child: Child,
 }
 
 impl Server {
+    /// `is_named`: whether the state directory is named, or merely offered.
     fn start(cluster_size: &str, state: tempfile::TempDir, is_named: bool) -> Server {
         let dir = tempfile::tempdir().unwrap();
         let base: Vec<u8> = (0..BASE / SECTOR).flat_map(|at| sector(base_word(at))).collect();
@@ -72,76 +46,47 @@ impl Server {
         let options = format!("cluster_size={cluster_size}");
         let size = DISK.to_string();
         let create = ["create", "-q", "-f", "qcow2", "-o", &options, "-b", "base.raw", "-F", "raw"];
-        let status = Command::new(env!("CARGO_BIN_EXE_vublk"))
-            .current_dir(dir.path())
-            .args(create)
-            .args(["disk.qcow2", &size])
-            .status();
-        assert!(status.unwrap().success());
-        let child = spawn(dir.path(), state.path(), is_named);
-        Server { dir, state, is_named, child }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("s")
+        ok(dir.path(), &[&create[..], &["disk.qcow2", &size]].concat());
+        let setup = match is_named {
+            true => Setup::new(&["--state-dir", state.path().to_str().unwrap()]),
+            false => Setup::new(&[]).env("RUNTIME_DIRECTORY", state.path()),
+        };
+        let backend = setup.format("qcow2", &dir.path().join("disk.qcow2")).start();
+        Server { backend, dir, state }
     }
 
     fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.backend.kill();
     }
 
     fn restart(&mut self) {
-        self.child = spawn(self.dir.path(), self.state.path(), self.is_named);
+        self.backend.spawn();
     }
 
     /// Ends it in order; nothing may be kept any more.
     fn stop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        assert!(self.child.wait().unwrap().success());
+        assert!(self.backend.terminate().success());
         let left: Vec<_> = std::fs::read_dir(self.state.path()).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
     }
 
     /// Asks both checkers. Leaks are what kills leave; anything else is an error.
     fn check(&self) {
-        let json = |program: &str| {
-            let mut command = Command::new(program);
-            command.args(["check", "-U", "-f", "qcow2", "--output=json", "disk.qcow2"]);
-            let output = command.current_dir(self.dir.path()).output().unwrap();
-            assert!(matches!(output.status.code(), Some(0 | 3)), "{program}: {output:?}");
+        let args = ["check", "-U", "-f", "qcow2", "--output=json", "disk.qcow2"];
+        let json = |output: Output| {
+            assert!(matches!(output.status.code(), Some(0 | 3)), "{output:?}");
             serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
         };
-        let theirs = json("qemu-img");
-        assert_eq!(json(env!("CARGO_BIN_EXE_vublk")), theirs);
+        let theirs = json(tool(self.dir.path(), "qemu-img", &args));
+        assert_eq!(json(vublk(self.dir.path(), &args)), theirs);
     }
 
     /// What QEMU reads from the image.
     fn content(&self) -> Vec<u8> {
         let convert = ["convert", "-f", "qcow2", "-O", "raw", "disk.qcow2", "out.raw"];
-        let status = Command::new("qemu-img").current_dir(self.dir.path()).args(convert).status();
-        assert!(status.unwrap().success());
+        tool_ok(self.dir.path(), "qemu-img", &convert);
         std::fs::read(self.dir.path().join("out.raw")).unwrap()
     }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn spawn(dir: &Path, state: &Path, is_named: bool) -> Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
-    command.current_dir(dir).env_remove("VUBLK_LOG").env_remove("RUNTIME_DIRECTORY");
-    command.args(["--log-level", "error", "serve", "-f", "qcow2", "--socket-path", "s"]);
-    match is_named {
-        true => command.arg("--state-dir").arg(state),
-        false => command.env("RUNTIME_DIRECTORY", state),
-    };
-    command.arg("disk.qcow2").stdin(Stdio::null()).spawn().unwrap()
 }
 
 fn on_tmpfs() -> tempfile::TempDir {
@@ -378,7 +323,7 @@ impl Guest {
 
 fn connect(server: &Server) -> Session {
     let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
-    Session::open(&server.socket(), options).unwrap()
+    server.backend.open(options)
 }
 
 /// The guest lives on. Every completed write must be there, every time.
@@ -387,7 +332,8 @@ fn comes_back(cluster_size: &str, state: tempfile::TempDir, is_named: bool, kill
         return;
     }
     let mut server = Server::start(cluster_size, state, is_named);
-    let mut guest = Guest::new(connect(&server), Random::new());
+    let mut guest =
+        Guest::new(connect(&server), Random::new(&format!("comes_back, {cluster_size}")));
     let mut while_redoing = 0;
     for round in 0..kills {
         let time = Duration::from_micros(guest.random.below(120_000));
@@ -448,7 +394,7 @@ fn flushed_writes_survive_the_guest() {
         return;
     }
     let mut server = Server::start("64k", on_tmpfs(), true);
-    let mut guest = Guest::new(connect(&server), Random::new());
+    let mut guest = Guest::new(connect(&server), Random::new("flushed_writes_survive_the_guest"));
     for _ in 0..KILLS {
         let time = Duration::from_micros(guest.random.below(150_000));
         guest.work(time);
@@ -481,7 +427,8 @@ fn sessions_follow_each_other_in_one_process() {
         return;
     }
     let mut server = Server::start("64k", on_tmpfs(), true);
-    let mut guest = Guest::new(connect(&server), Random::new());
+    let mut guest =
+        Guest::new(connect(&server), Random::new("sessions_follow_each_other_in_one_process"));
     for round in 0..6 {
         guest.work(Duration::from_millis(60));
         guest.disk.reconnect().unwrap_or_else(|err| panic!("round {round}: {err}"));
@@ -500,10 +447,8 @@ fn sessions_follow_each_other_in_one_process() {
     server.stop();
     server.check();
 
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
-    command.args(["--log-level", "error", "serve", "--read-only", "--socket-path", "s"]);
-    command.arg("disk.qcow2").current_dir(server.dir.path()).stdin(Stdio::null());
-    server.child = command.spawn().unwrap();
+    let image = server.dir.path().join("disk.qcow2");
+    server.backend = Setup::new(&["--read-only"]).format("qcow2", &image).start();
     let mut disk = connect(&server);
     let answer = disk.execute(0, &Request::write(0, vec![1; 512])).unwrap();
     assert!(answer.ok().is_err(), "a write to a read-only disk");

@@ -17,6 +17,8 @@ pub const DISK: u64 = 16 << 20;
 pub struct Setup {
     /// Size of the image.
     size: u64,
+    /// Its format, as `-f` wants it.
+    format: &'static str,
     /// Options of `vublk serve`, besides socket and image.
     args: Vec<String>,
     /// Shell text that runs before the process takes the shell's place; it sees the directory of
@@ -37,7 +39,8 @@ impl Setup {
     pub fn new(args: &[&str]) -> Setup {
         Setup {
             size: DISK,
-            args: ["-f", "raw"].iter().chain(args).map(|arg| arg.to_string()).collect(),
+            format: "raw",
+            args: args.iter().map(|arg| arg.to_string()).collect(),
             prelude: String::new(),
             private_mounts: false,
             env: Vec::new(),
@@ -80,6 +83,12 @@ impl Setup {
     pub fn image(mut self, path: &Path) -> Setup {
         self.image = Some(path.into());
         self
+    }
+
+    /// With an image of another format than raw, which the test makes.
+    pub fn format(mut self, format: &'static str, path: &Path) -> Setup {
+        self.format = format;
+        self.image(path)
     }
 
     /// Makes image and directory, but starts nothing.
@@ -153,7 +162,7 @@ impl Backend {
             let script = format!("{}\nexec \"$0\" \"$@\"", self.setup.prelude);
             words.extend(["sh".into(), "-ec".into(), script]);
         }
-        words.extend([program.into(), "serve".into()]);
+        words.extend([program, "serve", "-f", self.setup.format].map(String::from));
         words.extend(self.setup.args.iter().cloned());
         if self.setup.binds {
             words.extend(["--socket-path".into(), self.socket.to_str().expect("UTF-8").into()]);
@@ -162,6 +171,7 @@ impl Backend {
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).env("DIR", self.dir.path());
         command.env_remove("VUBLK_LOG").env_remove("LISTEN_FDS").env_remove("NOTIFY_SOCKET");
+        command.env_remove("RUNTIME_DIRECTORY");
         command.envs(self.setup.env.iter().cloned());
         let log = File::options().create(true).append(true).open(self.log_path());
         command.stdin(stdin.map_or_else(Stdio::null, Stdio::from));

@@ -1,13 +1,21 @@
-//! What the black box tests share: a back-end process, a driver that cuts requests into any
-//! descriptors and checks what comes back, a model of the disk, and seeded random numbers.
+//! What the black box tests share: the commands, a back-end process, a driver that cuts requests
+//! into any descriptors and checks what comes back, and seeded random numbers.
+
+// Each test program is built with all of this and uses a part.
+#![allow(dead_code)]
 
 pub mod backend;
+pub mod command;
 pub mod driver;
 pub mod random;
 
-pub use backend::{Backend, Setup};
-pub use driver::{Done, Driver};
-pub use random::Random;
+#[allow(unused_imports)]
+pub use self::{
+    backend::{Backend, Setup},
+    command::{fails, have, ok, ok_or, tool, tool_ok, vublk},
+    driver::{Done, Driver},
+    random::Random,
+};
 
 use std::time::{Duration, Instant};
 
