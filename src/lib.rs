@@ -60,5 +60,6 @@ pub mod frontend;
 pub mod images;
 pub mod io;
 pub mod units;
+pub mod write_log;
 
 pub use error::{Error, ErrorKind, Result};
