@@ -16,8 +16,10 @@
 //!    ▲
 //! images             open, create, check: from a path to a node, with locks and the open gate
 //!    ▲
-//! cli                serve create info check map measure convert compare resize bench
+//! cli                serve create info check map measure convert compare resize log bench
 //!                    completions man
+//!
+//! write_log          the dm-log-writes format; sees io only
 //!
 //! device             sees block and io only: messages, rings, requests, workers
 //! frontend           the other end of the wire, for `vublk bench` and for tests; knows nothing

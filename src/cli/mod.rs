@@ -19,6 +19,7 @@ mod convert;
 mod create;
 mod info;
 pub mod lanes;
+mod log;
 pub mod logging;
 mod map;
 mod measure;
@@ -64,6 +65,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     Compare(compare::CompareArgs),
     Resize(resize::ResizeArgs),
+    Log(log::LogArgs),
     Bench(Box<bench::BenchArgs>),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
@@ -96,6 +98,7 @@ impl Command {
             Command::Convert(args) => convert::run(args),
             Command::Compare(args) => compare::run(args),
             Command::Resize(args) => resize::run(args),
+            Command::Log(args) => log::run(args),
             Command::Bench(args) => bench::run(args).map(|()| DONE),
             Command::Completions(args) => shell::completions(args),
             Command::Man(args) => shell::man(args),

@@ -4,6 +4,7 @@
 //! ```text
 //! layout     sizes, fields and bits
 //! reader     Log: superblock and entries, streamed, every number checked
+//! selection  a part of a log, by entry numbers, marks and flushes
 //! builder    a log in memory, from the writes it is to hold
 //! ```
 //!
@@ -21,7 +22,9 @@
 pub mod builder;
 pub mod layout;
 pub mod reader;
+pub mod selection;
 
 pub use builder::LogBuilder;
 pub use layout::{Flags, Superblock};
 pub use reader::{Entry, Index, Kind, Log, Mark, Walk};
+pub use selection::{Start, Stop, Stopped};

@@ -101,6 +101,11 @@ impl Entry {
         self.target.len / u64::from(self.sector_size)
     }
 
+    /// The log sector of the header.
+    pub fn log_sector(&self) -> u64 {
+        self.position / u64::from(self.sector_size)
+    }
+
     /// The log sector just after the header.
     pub fn data_sector(&self) -> u64 {
         self.data_position() / u64::from(self.sector_size)
@@ -261,9 +266,10 @@ impl Walk<'_> {
         let number = self.number;
         // Should this fail, or be dropped: no second try from a place that is wrong.
         self.number = u64::MAX;
-        let entry = self.read_entry(number).await.map_err(|err| {
-            err.context(format!("{}: entry {number}", self.log.name()))
-        })?;
+        let entry = self
+            .read_entry(number)
+            .await
+            .map_err(|err| err.context(format!("{}: entry {number}", self.log.name())))?;
         (self.number, self.position) = (number + 1, entry.end_position());
         Ok(Some(entry))
     }

@@ -1,0 +1,35 @@
+//! `vublk log`: looks at, replays and checks write logs in dm-log-writes format.
+//!
+//! Options are those of `replay-log`, the tool that goes with the kernel's target, and mean what
+//! they mean there; `docs/write-log.md` says where it is otherwise, and why.
+
+mod find;
+mod info;
+mod list;
+mod source;
+
+use clap::{Args, Subcommand};
+
+use crate::error::Result;
+
+/// Look at a log of writes (dm-log-writes)
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    #[command(subcommand)]
+    command: LogCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum LogCommand {
+    Info(info::InfoArgs),
+    List(list::ListArgs),
+    Find(find::FindArgs),
+}
+
+pub fn run(args: &LogArgs) -> Result<u8> {
+    match &args.command {
+        LogCommand::Info(args) => info::run(args),
+        LogCommand::List(args) => list::run(args),
+        LogCommand::Find(args) => find::run(args),
+    }
+}
