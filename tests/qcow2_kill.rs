@@ -8,6 +8,7 @@
 //! it. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
@@ -385,6 +386,68 @@ fn completed_writes_survive_kills_with_small_clusters() {
 #[test]
 fn completed_writes_survive_kills_without_a_state_directory() {
     comes_back("64k", tempfile::tempdir().unwrap(), false, 6);
+}
+
+/// What is kept for the guest is gone after a kill. It must not go on as if nothing had happened.
+#[test]
+fn a_guest_whose_kept_writes_are_gone_is_refused() {
+    let mut server = Server::start("64k", on_tmpfs(), true);
+    let random = Random::new("a_guest_whose_kept_writes_are_gone_is_refused");
+    let mut guest = Guest::new(connect(&server), random);
+    let elsewhere = on_tmpfs();
+
+    guest.work(Duration::from_millis(50));
+    guest.settle();
+    server.kill();
+    move_all(server.state.path(), elsewhere.path());
+    server.restart();
+    is_refused(&server, &mut guest, 1);
+    // That has decided nothing: with the right state directory all is well.
+    server.kill();
+    move_all(elsewhere.path(), server.state.path());
+    server.restart();
+    guest.disk.reconnect().unwrap();
+    guest.settle();
+    guest.verify();
+
+    // Now it is lost for good. A guest that was reset has a new session.
+    guest.work(Duration::from_millis(50));
+    guest.settle();
+    server.kill();
+    move_all(server.state.path(), elsewhere.path());
+    server.restart();
+    is_refused(&server, &mut guest, 2);
+    hang_up(&mut guest.disk);
+    guest.replace(connect(&server));
+
+    // A process that ends in order leaves nothing to lose.
+    guest.work(Duration::from_millis(50));
+    guest.settle();
+    server.stop();
+    server.restart();
+    guest.disk.reconnect().unwrap();
+    guest.verify();
+    guest.disk.stop().unwrap();
+    server.stop();
+}
+
+/// Demands that the guest's queues do not start, which QEMU does not ask about, and that the log has
+/// said so `times` by now.
+fn is_refused(server: &Server, guest: &mut Guest, times: usize) {
+    let refusal = "queue 0 cannot start: disk: what its guest completed and did not flush was kept";
+    guest.disk.reconnect().unwrap();
+    common::wait_until("the refusal", || server.backend.log().matches(refusal).count() == times);
+    guest.submit(0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!guest.poll(0), "a request completes");
+}
+
+/// Moves all files, over those that are there.
+fn move_all(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::rename(entry.path(), to.join(entry.file_name())).unwrap();
+    }
 }
 
 /// The guest dies with the process. What it flushed must be there for the next one.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::block::{Node, Quiesced};
+use crate::block::{Keep, Node, Quiesced};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, HostFile};
 use crate::units::ByteRange;
@@ -269,6 +269,11 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn begin_session(&self, nonce: u128) -> Result<()> {
         let _ = nonce;
         Ok(())
+    }
+
+    /// The keep of this driver, if it has one: completed writes may be there and nowhere else.
+    fn keep(&self) -> Option<&Keep> {
+        None
     }
 
     /// Flushes and leaves the image in its cleanest state. Nothing is called afterwards.

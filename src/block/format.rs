@@ -7,7 +7,7 @@
 use std::fmt;
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned};
-use crate::block::{Node, Quiesced, StatusKind};
+use crate::block::{Keep, Node, Quiesced, StatusKind};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, File, Fut};
 use crate::units::ByteRange;
@@ -148,6 +148,11 @@ pub trait Format: Send + Sync + fmt::Debug {
     fn begin_session(&self, nonce: u128) -> Result<()> {
         let _ = nonce;
         Ok(())
+    }
+
+    /// See [`Driver::keep`].
+    fn keep(&self) -> Option<&Keep> {
+        None
     }
 
     /// See [`Driver::close`].
@@ -314,6 +319,10 @@ impl<F: Format> Driver for FormatDriver<F> {
 
     fn begin_session(&self, nonce: u128) -> Result<()> {
         self.format.begin_session(nonce)
+    }
+
+    fn keep(&self) -> Option<&Keep> {
+        self.format.keep()
     }
 
     fn close<'a>(&'a self) -> Fut<'a, ()> {

@@ -359,6 +359,11 @@ impl Keep {
         Ok(Some(records))
     }
 
+    /// The session that this keep is of, whether it holds records or not.
+    pub fn session(&self) -> Option<u128> {
+        self.lock().nonce
+    }
+
     /// The session whose records are here, if there are any.
     pub fn found(&self) -> Option<u128> {
         let state = self.lock();

@@ -19,7 +19,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, RwLock};
 
+use crate::block::driver::Driver;
 use crate::block::gate::{Gate, Quiesced};
+use crate::block::keep::Keep;
 use crate::block::node::Node;
 use crate::error::Result;
 use crate::io::block_on;
@@ -36,7 +38,23 @@ struct RootInner {
     node: RwLock<Node>,
     gate: Gate,
     /// The guest's session that runs, if what it writes must outlive this process.
-    session: Mutex<Option<u128>>,
+    session: Mutex<Option<Session>>,
+}
+
+/// A guest's session.
+struct Session {
+    nonce: u128,
+    /// Hears whether completed writes may be in a keep only.
+    note_kept: Box<dyn Fn(bool) + Send>,
+}
+
+impl Session {
+    /// Starts or continues it on a driver.
+    fn begin(&self, driver: &dyn Driver) -> Result<()> {
+        driver.begin_session(self.nonce)?;
+        (self.note_kept)(driver.keep().and_then(Keep::session) == Some(self.nonce));
+        Ok(())
+    }
 }
 
 impl Root {
@@ -83,8 +101,8 @@ impl Root {
     /// # Errors
     /// If the new driver cannot keep a session. Then the root stays where it is.
     pub fn replace_node(&self, node: Node, _quiesced: &Quiesced) -> Result<Node> {
-        if let Some(nonce) = *self.inner.session.lock().unwrap() {
-            node.driver().begin_session(nonce)?;
+        if let Some(session) = &*self.inner.session.lock().unwrap() {
+            session.begin(&*node.driver())?;
         }
         Ok(std::mem::replace(&mut *self.inner.node.write().unwrap(), node))
     }
@@ -98,16 +116,31 @@ impl Root {
         block_on(self.node().driver().resume(nonce))
     }
 
-    /// Starts the session of a guest whose writes must outlive this process.
-    pub fn begin_session(&self, nonce: u128) -> Result<()> {
-        self.node().driver().begin_session(nonce)?;
-        *self.inner.session.lock().unwrap() = Some(nonce);
+    /// Starts the session of a guest whose writes must outlive this process. `note_kept` is told,
+    /// now and whenever that changes, whether completed writes may be in the driver's keep and
+    /// nowhere else; it is told before the first of them completes.
+    pub fn begin_session(
+        &self,
+        nonce: u128,
+        note_kept: impl Fn(bool) + Send + 'static,
+    ) -> Result<()> {
+        let session = Session { nonce, note_kept: Box::new(note_kept) };
+        session.begin(&*self.node().driver())?;
+        *self.inner.session.lock().unwrap() = Some(session);
         Ok(())
+    }
+
+    /// The guest has gone, and everything that it saw completed is durable: nothing needs to be
+    /// kept for it any more.
+    pub fn end_session(&self) {
+        if let Some(session) = self.inner.session.lock().unwrap().take() {
+            (session.note_kept)(false);
+        }
     }
 
     /// The session that runs.
     pub fn session(&self) -> Option<u128> {
-        *self.inner.session.lock().unwrap()
+        self.inner.session.lock().unwrap().as_ref().map(|session| session.nonce)
     }
 }
 

@@ -454,7 +454,7 @@ impl Handler {
             Some(nonce) => Session::Returned(nonce),
         };
         if state.told_session != Some(session) {
-            self.device.rings.session(session)?;
+            self.device.rings.session(session, state.inflight.as_ref())?;
             state.told_session = Some(session);
         }
         state.writeback_settled = true;

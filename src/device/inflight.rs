@@ -9,7 +9,7 @@
 //! ┌─ queue 0, rounded up to 64 bytes ─────────────┬─ queue 1 ─┬ ┄ ┬─ next page: our own tail ──┐
 //! │ features u64 · version u16 · desc_num u16     │           │   │ magic · version · queues · │
 //! │ last_batch_head u16 · used_idx u16            │           │   │ queue size · session nonce │
-//! │ desc_num × { inflight u8 · 5 unused ·         │           │   │ · write cache              │
+//! │ desc_num × { inflight u8 · 5 unused ·         │           │   │ · write cache · kept       │
 //! │              next u16 · counter u64 }         │           │   └────────────────────────────┘
 //! └───────────────────────────────────────────────┴───────────┘
 //! ```
@@ -26,8 +26,8 @@
 //! index plus their number.
 //!
 //! The tail is ours alone: it carries a nonce by which a new process finds what its predecessor
-//! kept for this guest elsewhere (design rule 7), and the write cache's mode, which no front-end
-//! repeats. A region of another back-end has none.
+//! kept for this guest elsewhere (design rule 7), whether anything was, so that its loss is noticed,
+//! and the write cache's mode, which no front-end repeats. A region of another back-end has none.
 //!
 //! Invariants:
 //! * All of it can be written by the front-end at any time: each index is bounded before use, each
@@ -68,9 +68,11 @@ const TAIL_LEN: u64 = 4096;
 const TAIL_MAGIC: [u8; 8] = *b"vublk-if";
 const TAIL_VERSION: u32 = 1;
 const TAIL_USED: usize = 32;
-/// Behind it, the one byte of the tail that changes: whether the guest has the write cache on (2)
-/// or off (1), 0 until that was noted.
+/// Behind it, the bytes of the tail that change: whether the guest has the write cache on (2) or
+/// off (1), 0 until that was noted ...
 const AT_WRITE_CACHE: usize = TAIL_USED;
+/// ... and whether completed writes may be in a [`Keep`](crate::block::Keep) only (1) or not (0).
+const AT_KEPT: usize = TAIL_USED + 1;
 
 /// Called after each store that a death may follow; tests look at the memory there.
 #[cfg(test)]
@@ -204,7 +206,7 @@ impl InflightRegion {
     /// A guest that has switched the cache off sends no FLUSH any more, and a front-end that
     /// reconnects does not tell the process after us. So it is kept here.
     pub fn write_cache(&self) -> Option<bool> {
-        match self.write_cache_byte()?.load(Ordering::Acquire) {
+        match self.tail_byte(AT_WRITE_CACHE)?.load(Ordering::Acquire) {
             1 => Some(false),
             2 => Some(true),
             _ => None,
@@ -213,14 +215,30 @@ impl InflightRegion {
 
     /// Notes the write cache mode, if the tail is ours.
     pub fn note_write_cache(&self, on: bool) {
-        if let Some(byte) = self.write_cache_byte() {
+        if let Some(byte) = self.tail_byte(AT_WRITE_CACHE) {
             byte.store(1 + u8::from(on), Ordering::Release);
         }
     }
 
-    fn write_cache_byte(&self) -> Option<&AtomicU8> {
+    /// Whether completed writes of the session may be nowhere but in the keep of the process
+    /// before. Who does not find that keep has lost them.
+    pub fn is_kept(&self) -> bool {
+        self.tail_byte(AT_KEPT).is_some_and(|byte| byte.load(Ordering::Acquire) != 0)
+    }
+
+    /// Notes whether they may be, if the tail is ours. To be set before the first request of a
+    /// session completes, and taken back only when all that has completed is durable.
+    pub fn note_kept(&self, kept: bool) {
+        if let Some(byte) = self.tail_byte(AT_KEPT) {
+            byte.store(kept.into(), Ordering::Release);
+        }
+    }
+
+    /// A byte of the tail that changes, if the tail is ours.
+    fn tail_byte(&self, at: usize) -> Option<&AtomicU8> {
         self.session_nonce?;
-        let at = tail_offset(self.num_queues, self.queue_size) as usize + AT_WRITE_CACHE;
+        debug_assert!(at < TAIL_LEN as usize);
+        let at = tail_offset(self.num_queues, self.queue_size) as usize + at;
         // SAFETY: a region with a nonce is mapped with its tail (`from_front_end`); the memory is
         // shared, so it is reached as an atomic.
         Some(unsafe { AtomicU8::from_ptr(self.mapping.as_ptr().add(at)) })
@@ -550,6 +568,29 @@ pub(crate) mod tests {
         assert_eq!(open(63, 1024, new.mmap_size).unwrap().session_nonce(), None);
         let other = InflightRegion::create(64, 1024).unwrap();
         assert_ne!(other.session_nonce, new.session_nonce);
+    }
+
+    #[test]
+    fn what_the_tail_notes_is_there_for_the_next_process() {
+        let new = InflightRegion::create(1, 8).unwrap();
+        let open = |len| {
+            let file = new.file.try_clone().unwrap();
+            InflightRegion::from_front_end(file, len, 0, 1, 8).unwrap()
+        };
+        let region = open(new.mmap_size);
+        assert_eq!((region.write_cache(), region.is_kept()), (None, false));
+        region.note_kept(true);
+        assert_eq!((region.write_cache(), open(new.mmap_size).is_kept()), (None, true));
+        region.note_write_cache(false);
+        region.note_kept(false);
+        let again = open(new.mmap_size);
+        assert_eq!((again.write_cache(), again.is_kept()), (Some(false), false));
+        // The region of another back-end has no place for notes.
+        let foreign = open(192);
+        foreign.note_kept(true);
+        foreign.note_write_cache(true);
+        assert_eq!((foreign.write_cache(), foreign.is_kept()), (None, false));
+        assert_eq!(region.write_cache(), Some(false));
     }
 
     #[test]

@@ -187,7 +187,7 @@ impl Rings for MockRings {
         *self.identity.lock().expect("mock")
     }
 
-    fn session(&self, session: Session) -> Result<()> {
+    fn session(&self, session: Session, _region: Option<&Arc<InflightRegion>>) -> Result<()> {
         let mut state = self.note(Call::Session(session));
         assert_ne!(state.session, Some(session), "the same session twice");
         if self.refuse_session.load(Ordering::SeqCst) {

@@ -13,10 +13,12 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
+use crate::block::Keep;
 use crate::device::config_space::ConfigSpace;
 use crate::device::dirty_log::DirtyLog;
 use crate::device::export::Export;
 use crate::device::features;
+use crate::device::inflight::InflightRegion;
 use crate::device::memory::GuestMemory;
 use crate::device::rings::{ImageIdentity, Notifier, RingStart, Rings, Session};
 use crate::device::worker;
@@ -172,6 +174,26 @@ impl Pool {
         self.worker_of(index).ok()
     }
 
+    /// Refuses the guest of session `nonce`, whose completed writes are in a keep, unless this is
+    /// the keep.
+    fn check_kept(&self, nonce: u128) -> Result<()> {
+        let driver = self.export.node().driver();
+        let keep = driver.keep();
+        if keep.and_then(Keep::session) == Some(nonce) {
+            return Ok(());
+        }
+        let found = match keep {
+            Some(keep) => format!("{} has nothing of it", keep.path().display()),
+            None => "there is no state directory now".into(),
+        };
+        Err(Error::invalid(format!(
+            "{}: what its guest completed and did not flush was kept outside of the image, and \
+             {found}; start vublk with the state directory of before (--state-dir), or, if that is \
+             lost, reset the guest: it then starts from what was flushed",
+            self.export.name()
+        )))
+    }
+
     /// Sends a command to each running worker, then waits for all answers.
     fn tell_all(&self, command: impl Fn(SyncSender<()>) -> Command) {
         let mailboxes: Vec<_> = (self.workers.lock().unwrap().iter().flatten())
@@ -210,16 +232,28 @@ impl Rings for Pool {
         ImageIdentity::default()
     }
 
-    fn session(&self, session: Session) -> Result<()> {
+    fn session(&self, session: Session, region: Option<&Arc<InflightRegion>>) -> Result<()> {
         let returned = match session {
             Session::Returned(nonce) => Some(nonce),
             Session::New(_) | Session::Anonymous => None,
         };
+        if let (Some(nonce), Some(region)) = (returned, region)
+            && region.is_kept()
+        {
+            self.check_kept(nonce)?;
+        }
         // No ring is live: the message thread may run the driver's code here, on a reactor of its
         // own, without anybody's drain depending on it.
         self.export.root.resume(returned)?;
         match session {
-            Session::New(nonce) | Session::Returned(nonce) => self.export.root.begin_session(nonce),
+            Session::New(nonce) | Session::Returned(nonce) => {
+                let region = region.cloned();
+                self.export.root.begin_session(nonce, move |kept| {
+                    if let Some(region) = &region {
+                        region.note_kept(kept);
+                    }
+                })
+            }
             Session::Anonymous => Ok(()),
         }
     }
@@ -295,11 +329,17 @@ impl Rings for Pool {
         }
         self.export.set_guest_write_through(false);
         let node = self.export.node();
-        if !node.limits().read_only
-            && !node.is_poisoned()
-            && let Err(err) = block_on(node.flush())
-        {
-            tracing::error!(export = self.export.name(), "flush after the client left: {err}");
+        let flushed = match (node.limits().read_only, node.is_poisoned()) {
+            (true, _) => Ok(()),
+            // Said already, when it happened.
+            (_, true) => return,
+            _ => block_on(node.flush()),
+        };
+        match flushed {
+            Ok(()) => self.export.root.end_session(),
+            Err(err) => {
+                tracing::error!(export = self.export.name(), "flush after the client left: {err}");
+            }
         }
     }
 }

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use super::config_space::ConfigSpace;
 use super::dirty_log::DirtyLog;
 use super::features;
-use super::inflight::InflightQueue;
+use super::inflight::{InflightQueue, InflightRegion};
 use super::memory::GuestMemory;
 use crate::error::Result;
 
@@ -120,9 +120,10 @@ pub trait Rings: Send + Sync {
         ImageIdentity::default()
     }
 
-    /// Says whose requests the next rings carry. Refused if what was kept for a returned guest
-    /// cannot be honoured; then no ring starts.
-    fn session(&self, session: Session) -> Result<()>;
+    /// Says whose requests the next rings carry, and in which in-flight region it is noted whether
+    /// completed writes are kept outside of the image. Refused if what was kept for a returned
+    /// guest cannot be honoured; then no ring starts.
+    fn session(&self, session: Session, region: Option<&Arc<InflightRegion>>) -> Result<()>;
 
     /// Makes a ring live: it is popped until stopped. Requests that `inflight` says are owed come
     /// first, in the order they were popped.

@@ -19,8 +19,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::block::Node;
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
+use crate::block::{Keep, Node};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuf, Buffers, Fut};
 use crate::units::ByteRange;
@@ -145,6 +145,10 @@ impl Driver for GuessGuard {
 
     fn begin_session(&self, nonce: u128) -> Result<()> {
         self.below.begin_session(nonce)
+    }
+
+    fn keep(&self) -> Option<&Keep> {
+        self.below.keep()
     }
 
     fn close<'a>(&'a self) -> Fut<'a, ()> {

@@ -1405,6 +1405,10 @@ impl Format for Qcow2 {
         Ok(())
     }
 
+    fn keep(&self) -> Option<&Keep> {
+        self.keep.as_ref()
+    }
+
     fn close<'a>(&'a self) -> Fut<'a, ()> {
         Box::pin(async move {
             if self.read_only {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::*;
 use crate::block::keep::tests::state_dir;
-use crate::block::{Driver, FormatDriver, NodeOptions};
+use crate::block::{Driver, FormatDriver, NodeOptions, Root};
 use crate::formats::raw::Raw;
 use crate::io::sim::{Fault, Rng, Sim, SimFile, SimOp, SimTask};
 use crate::io::{HostFile, block_on};
@@ -361,6 +361,36 @@ fn what_completed_survives_a_kill_for_the_same_guest_only() {
         block_on(driver.close()).unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "keep left behind");
     }
+}
+
+/// What is noted for the guest (in its in-flight region) follows the root from node to node.
+#[test]
+fn it_is_noted_whether_a_guests_writes_are_kept() {
+    let dir = state_dir();
+    let raw = || {
+        let file = SimFile::with_alignment("raw", vec![0; 65536], Alignment::NONE);
+        let options = NodeOptions { name: "raw".into(), read_only: false };
+        Node::new(Arc::new(Raw::open(Arc::new(file), false).unwrap()), options)
+    };
+    let qcow2 = |keep| {
+        let file = new_image(&backed(65536, 4096, false), Alignment::NONE);
+        let options = NodeOptions { name: "qcow2".into(), read_only: false };
+        Node::new(Arc::new(open_image(&file, None, keep)), options)
+    };
+    let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+    let noted = Arc::new(Mutex::new(None));
+    let root = Root::new("disk", raw());
+    root.resume(None).unwrap();
+    let note = Arc::clone(&noted);
+    root.begin_session(1, move |kept| *note.lock().unwrap() = Some(kept)).unwrap();
+    assert_eq!(*noted.lock().unwrap(), Some(false));
+    root.replace_node(qcow2(Some(keep)), &root.quiesce()).unwrap();
+    assert_eq!(*noted.lock().unwrap(), Some(true));
+    root.replace_node(qcow2(None), &root.quiesce()).unwrap();
+    assert_eq!(*noted.lock().unwrap(), Some(false));
+    *noted.lock().unwrap() = Some(true);
+    root.end_session();
+    assert_eq!((*noted.lock().unwrap(), root.session()), (Some(false), None));
 }
 
 #[test]
