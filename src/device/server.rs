@@ -58,6 +58,15 @@ pub struct ServerSocket {
     description: String,
 }
 
+/// Who may connect to a socket that we make.
+#[derive(Clone, Copy, Debug)]
+pub struct SocketRights {
+    /// Permission bits.
+    pub mode: u32,
+    /// Its group, if not that of the process.
+    pub group: Option<rustix::fs::Gid>,
+}
+
 #[derive(Debug)]
 enum Source {
     /// Accept one after the other.
@@ -85,13 +94,12 @@ impl Drop for Bound {
 }
 
 impl ServerSocket {
-    /// Binds `path` and listens (`--socket-path`). A stale socket there is replaced. With `mode`
-    /// the socket gets these permission bits before anybody can connect; without, the umask
-    /// decides.
+    /// Binds `path` and listens (`--socket-path`). A stale socket there is replaced. With `rights`
+    /// the socket gets these before anybody can connect; without, the umask decides.
     ///
     /// # Errors
     /// The path is too long, something that is not a socket is there, or a live process listens.
-    pub fn bind(path: &Path, mode: Option<u32>) -> Result<ServerSocket> {
+    pub fn bind(path: &Path, rights: Option<SocketRights>) -> Result<ServerSocket> {
         let shown = path.display();
         let len = path.as_os_str().len();
         if len > MAX_SOCKET_PATH {
@@ -115,9 +123,13 @@ impl ServerSocket {
         rustix::net::bind(&fd, &address).context(what)?;
         let meta = std::fs::symlink_metadata(path).context(what)?;
         let bound = Bound { path: path.to_owned(), identity: (meta.dev(), meta.ino()) };
-        if let Some(mode) = mode {
+        if let Some(rights) = rights {
             // Nobody can connect before listen.
-            rustix::fs::chmod(path, Mode::from_raw_mode(mode & 0o777)).context(what)?;
+            if let Some(group) = rights.group {
+                rustix::fs::chown(path, None, Some(group))
+                    .context(|| format!("{}: group {}", what(), group.as_raw()))?;
+            }
+            rustix::fs::chmod(path, Mode::from_raw_mode(rights.mode & 0o777)).context(what)?;
         }
         rustix::net::listen(&fd, BACKLOG).context(what)?;
         Ok(ServerSocket {
@@ -125,6 +137,14 @@ impl ServerSocket {
             bound: Some(bound),
             description: shown.to_string(),
         })
+    }
+
+    /// The socket that listens, if it is one.
+    pub fn listener(&self) -> Option<&UnixListener> {
+        match &self.source {
+            Source::Listening(listener) => Some(listener),
+            Source::Connected(_) => None,
+        }
     }
 
     /// Takes over file descriptor `fd` of this process (`--fd`): a listening socket, or one that a
@@ -497,7 +517,8 @@ mod tests {
         drop(source);
         std::mem::forget(bound);
         assert!(path.exists());
-        let second = ServerSocket::bind(&path, Some(0o600)).unwrap();
+        let second =
+            ServerSocket::bind(&path, Some(SocketRights { mode: 0o600, group: None })).unwrap();
         assert!(UnixStream::connect(&path).is_ok());
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         // A socket whose place was taken by another is not unlinked by its owner.
