@@ -16,6 +16,8 @@
 //!    ▲
 //! images             open, create, check: from a path to a node, with locks and the open gate
 //!    ▲
+//! control            QMP: the wire, the commands, the events
+//!    ▲
 //! cli                serve create info check map measure convert compare resize log bench
 //!                    completions man
 //!
@@ -54,6 +56,7 @@
 
 pub mod block;
 pub mod cli;
+pub mod control;
 pub mod device;
 pub mod error;
 pub mod filters;

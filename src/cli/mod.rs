@@ -15,6 +15,7 @@
 pub mod bench;
 mod check;
 mod compare;
+pub mod control_args;
 mod convert;
 mod create;
 mod info;

@@ -20,6 +20,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use crate::block::Root;
 use crate::cli::serve_args::Aio;
 use crate::cli::{DONE, ServeArgs};
+use crate::control::{self, Daemon};
 use crate::device::export::{CachePolicy, Export, ExportOptions};
 use crate::device::handler::Device;
 use crate::device::pool::Pool;
@@ -49,13 +50,23 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let where_ = socket.to_string();
     let pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
     say_what_is_served(args, &image, &where_);
+    let mut daemon = Daemon::new(args.name.clone())?;
+    let control = args.control.socket()?;
     let device = Device::new(image.node.name(), pool.clone());
     let server = Server::start(socket, Arc::clone(&device))?;
+    let control = control
+        .map(|socket| {
+            tracing::info!("control socket on {socket}");
+            control::Server::start(vec![socket], Arc::clone(daemon.shared()))
+        })
+        .transpose()?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    wait(&signals, &server, &device, &pool)?;
+    wait(&signals, &server, &device, &pool, &mut daemon)?;
 
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    // Before the disk is drained, which may take long: the answer to `quit`, and no new commands.
+    drop(control);
     server.stop();
     let closed = block_on(image.node.close());
     say_what_was_served(pool.export());
@@ -96,11 +107,19 @@ fn listen(args: &ServeArgs) -> Result<ServerSocket> {
 }
 
 /// Waits until the process is to end.
-fn wait(signals: &Signals, server: &Server, device: &Device, pool: &Pool) -> Result<()> {
+fn wait(
+    signals: &Signals,
+    server: &Server,
+    device: &Device,
+    pool: &Pool,
+    daemon: &mut Daemon,
+) -> Result<()> {
+    let shared = Arc::clone(daemon.shared());
     loop {
         let mut fds = [
             PollFd::new(&signals.fd, PollFlags::IN),
             PollFd::from_borrowed_fd(server.ended(), PollFlags::IN),
+            PollFd::from_borrowed_fd(shared.main_wake(), PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => continue,
@@ -109,6 +128,12 @@ fn wait(signals: &Signals, server: &Server, device: &Device, pool: &Pool) -> Res
         let (signalled, ended) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
         if ended {
             // The one front-end of a connected --fd has left.
+            return Ok(());
+        }
+        daemon.run_tasks();
+        if daemon.is_quitting() {
+            tracing::info!("quit: stopping; what is in flight completes first");
+            signals.let_the_next_one_kill();
             return Ok(());
         }
         if !signalled {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::block::Keep;
+use crate::cli::control_args::ControlArgs;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result};
 use crate::images::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
@@ -99,6 +100,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub poll_us: u32,
+
+    /// The control socket.
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// Name of the virtual machine, for control clients that ask (query-name)
+    #[arg(long, value_name = "TEXT")]
+    pub name: Option<String>,
 
     /// Write the process id here once the socket is ready, and lock it
     #[arg(long, value_name = "PATH")]

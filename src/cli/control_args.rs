@@ -1,0 +1,87 @@
+//! The options of `vublk serve` for its control socket, and who may use that.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use rustix::fs::Gid;
+
+use crate::device::server::{ServerSocket, SocketRights};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+
+/// The control socket, and who may use it.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ControlArgs {
+    /// Take commands (QMP) on this Unix socket; a stale one is replaced. Whoever may connect to it
+    /// has the disks: it is the owner's alone unless the next two options say otherwise
+    #[arg(long = "control", value_name = "PATH")]
+    path: Option<PathBuf>,
+    /// Give the control socket to this group (a name or a number), whose members may use it
+    #[arg(long = "control-group", value_name = "GROUP", requires = "path")]
+    group: Option<String>,
+    /// Permissions of the control socket, in octal; 600 if not given, with --control-group 660
+    #[arg(long = "control-mode", value_name = "MODE", requires = "path", value_parser = parse_mode)]
+    mode: Option<u32>,
+}
+
+impl ControlArgs {
+    /// Makes the socket, if one is wanted.
+    ///
+    /// # Errors
+    /// The path is of no use, or the group unknown.
+    pub fn socket(&self) -> Result<Option<ServerSocket>> {
+        let Some(path) = &self.path else { return Ok(None) };
+        let group = self.group.as_deref().map(find_group).transpose()?;
+        let mode = self.mode.unwrap_or(if group.is_some() { 0o660 } else { 0o600 });
+        let rights = SocketRights { mode, group };
+        ServerSocket::bind(path, Some(rights)).context(|| "--control").map(Some)
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u32> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| Error::invalid("permissions are an octal number from 0 to 777"))
+}
+
+/// The number of a group, by `/etc/group`.
+fn find_group(name: &str) -> Result<Gid> {
+    if let Ok(number) = name.parse::<u32>()
+        && number != u32::MAX
+    {
+        return Ok(Gid::from_raw(number));
+    }
+    let groups = std::fs::read_to_string("/etc/group").context(|| "/etc/group")?;
+    let number = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        if fields.next() != Some(name) {
+            return None;
+        }
+        fields.nth(1)?.parse::<u32>().ok()
+    });
+    number.map(Gid::from_raw).ok_or_else(|| {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("--control-group {name}: /etc/group has no such group; a number is taken, too"),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_have_names_and_numbers() {
+        assert_eq!(find_group("0").unwrap().as_raw(), 0);
+        assert_eq!(find_group("root").unwrap().as_raw(), 0);
+        let err = find_group("no such group").unwrap_err().to_string();
+        assert!(err.contains("no such group"), "{err}");
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        assert_eq!(parse_mode("660").unwrap(), 0o660);
+        for text in ["", "8", "1777", "rw"] {
+            assert!(parse_mode(text).is_err(), "{text}");
+        }
+    }
+}
