@@ -67,11 +67,12 @@ impl fmt::Debug for PartyInner {
     }
 }
 
-/// While this lives, no party issues requests. Dropping it opens the gate again.
+/// While this lives, no party of the gate (or the gates) issues requests. Dropping it opens them
+/// again.
 #[derive(Debug)]
 #[must_use]
 pub struct Quiesced {
-    shared: Arc<Shared>,
+    gates: Vec<Arc<Shared>>,
     since: Instant,
 }
 
@@ -100,25 +101,48 @@ impl Gate {
     /// Closes the gate and waits until every party is quiet. Blocks the calling thread, which must
     /// not be one that a party's requests need to make progress.
     pub fn quiesce(&self) -> Quiesced {
-        let since = Instant::now();
-        let mut state = self.shared.state.lock().unwrap();
+        Gate::quiesce_all([self])
+    }
+
+    /// Closes several gates as one: all are closed before the first is waited for, so that the
+    /// pause is that of the slowest and there is an instant at which all of them are quiet. As
+    /// closing nests and parties wait for nobody, the order does not matter.
+    pub fn quiesce_all<'a>(gates: impl IntoIterator<Item = &'a Gate>) -> Quiesced {
+        let gates: Vec<_> = gates.into_iter().map(|gate| Arc::clone(&gate.shared)).collect();
+        let quiesced = Quiesced { gates, since: Instant::now() };
+        for gate in &quiesced.gates {
+            gate.close();
+        }
+        for gate in &quiesced.gates {
+            gate.wait_until_quiet();
+        }
+        quiesced
+    }
+}
+
+impl Shared {
+    /// Asks all parties to stop.
+    fn close(&self) {
+        let mut state = self.state.lock().unwrap();
         state.closers += 1;
         state.parties.retain(|p| p.strong_count() > 0);
-        let parties: Vec<_> = state.parties.iter().filter_map(Weak::upgrade).collect();
-        for party in &parties {
+        for party in state.parties.iter().filter_map(Weak::upgrade) {
             party.closed.store(true, Ordering::SeqCst);
             (party.wake)();
         }
-        drop(parties);
+    }
+
+    fn wait_until_quiet(&self) {
+        let mut state = self.state.lock().unwrap();
         let mut warned = false;
         loop {
             let noisy: Vec<_> = (state.parties.iter().filter_map(Weak::upgrade))
                 .filter(|p| !p.quiet.load(Ordering::SeqCst))
                 .collect();
             if noisy.is_empty() {
-                return Quiesced { shared: Arc::clone(&self.shared), since };
+                return;
             }
-            let wait = self.shared.changed.wait_timeout(state, Duration::from_secs(10)).unwrap();
+            let wait = self.changed.wait_timeout(state, Duration::from_secs(10)).unwrap();
             state = wait.0;
             if wait.1.timed_out() && !warned {
                 warned = true;
@@ -138,12 +162,21 @@ impl Quiesced {
 
 impl Drop for Quiesced {
     fn drop(&mut self) {
-        let mut state = self.shared.state.lock().unwrap();
+        for gate in &self.gates {
+            gate.open();
+        }
+    }
+}
+
+impl Shared {
+    /// Lets the parties go on, if this was the last closer.
+    fn open(&self) {
+        let mut state = self.state.lock().unwrap();
         state.closers -= 1;
         if state.closers > 0 {
             return;
         }
-        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        self.generation.fetch_add(1, Ordering::SeqCst);
         for party in state.parties.iter().filter_map(Weak::upgrade) {
             party.quiet.store(false, Ordering::SeqCst);
             party.closed.store(false, Ordering::SeqCst);
@@ -263,6 +296,28 @@ mod tests {
         party.report_quiet();
         drop(second.join().unwrap());
         assert!(!party.owes_report());
+    }
+
+    #[test]
+    fn several_gates_close_as_one() {
+        let gates = [Gate::new(), Gate::new()];
+        let parties = [0, 1].map(|i| Arc::new(gates[i].join(format!("{i}"), || {})));
+        let waiting = parties.clone().map(|party| {
+            std::thread::spawn(move || {
+                while !party.is_closed() {
+                    std::thread::yield_now();
+                }
+                party.report_quiet();
+            })
+        });
+        // Neither party waits for the other to be quiet: both must have been told.
+        let quiesced = Gate::quiesce_all(&gates);
+        assert!(parties.iter().all(|party| party.is_closed()));
+        for thread in waiting {
+            thread.join().unwrap();
+        }
+        drop(quiesced);
+        assert!(parties.iter().all(|party| !party.is_closed() && party.generation() == 1));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! ```
 //!
 //! * [`Root`]: what an export or a job holds: a node that can be swapped, behind a gate.
+//! * [`Graph`]: all nodes by name, who stands on whom, and how that changes.
 //! * [`Node`]: the cheap-clone handle all callers hold. Checks range, alignment and rights, counts.
 //! * [`Driver`]: a synchronous `plan` and asynchronous operations.
 //! * [`Format`]: metadata only; [`FormatDriver`] turns one into a driver.
@@ -18,6 +19,7 @@
 pub mod driver;
 pub mod format;
 pub mod gate;
+pub mod graph;
 pub mod keep;
 pub mod node;
 pub mod open_gate;
@@ -30,6 +32,7 @@ pub use driver::{
 };
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
 pub use gate::{Gate, Party, Quiesced};
+pub use graph::Graph;
 pub use keep::Keep;
 pub use node::{Node, NodeOptions, Rights};
 pub use open_gate::OpenGate;

@@ -29,7 +29,11 @@ impl Rights {
     pub const WRITE_UNCHANGED: Rights = Rights(4);
     /// Change the size.
     pub const RESIZE: Rights = Rights(8);
-    /// All of them.
+    /// Change what is below or above a node. Between users in this process only: no lock on the
+    /// host stands for it, and [`Rights::ALL`] is without it, so that whoever holds a node
+    /// and does not say otherwise keeps the graph around it as it is.
+    pub const GRAPH: Rights = Rights(16);
+    /// All that the host's locks stand for.
     pub const ALL: Rights = Rights(15);
 
     /// Each single right with QEMU's word for it, in the order of the lock bytes.
@@ -62,7 +66,9 @@ impl Rights {
 
     /// The names of the rights in the set.
     pub fn names(self) -> Vec<&'static str> {
-        Rights::EACH.iter().filter(|(r, _)| self.contains(*r)).map(|(_, n)| *n).collect()
+        let graph = (Rights::GRAPH, "graph change");
+        let each = Rights::EACH.iter().chain([&graph]);
+        each.filter(|(r, _)| self.contains(*r)).map(|(_, n)| *n).collect()
     }
 }
 

@@ -1,0 +1,608 @@
+//! The live graph: all nodes of a daemon by name, who stands on whom, and how that changes.
+//!
+//! ```text
+//! roots      export e0      job j0          what somebody uses: a gate, and a node that is swapped
+//!               │              │
+//! nodes        top ──backing──► base        names, unique here; children as the drivers say
+//!               │file           │file
+//!              f1              f0
+//! ```
+//!
+//! * Edges are not stored: a node's children are asked of its driver, and only what a driver cannot
+//!   tell (the protocol node that a format's file is shown as) is noted here. Parents are found by
+//!   a search. Graphs are small, and a copy of the edges could be wrong.
+//! * A change closes the gates of all roots that reach a node that changes ([`Graph::quiesce`]):
+//!   one barrier, however many disks. How long it took is counted ([`Graph::pauses`]).
+//! * Changes exclude each other: whoever looks at the graph in order to change it holds
+//!   [`Graph::change`] until the change is made. Gates nest, so this is the only lock to take.
+//! * A refusal says what is in the way: which export, job or node.
+//!
+//! Nodes that the operator made (`explicit`) stay until the operator removes them. Those that an
+//! image pulled in go with the last node that stands on them.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use crate::block::{Gate, Node, Quiesced, Root};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The longest name of a node, in bytes, as in QEMU.
+pub const MAX_NODE_NAME: usize = 31;
+
+/// All nodes and roots of a process. See the [module](self).
+#[derive(Debug, Default)]
+pub struct Graph {
+    content: Mutex<Content>,
+    /// Held by whoever changes the graph.
+    changing: Mutex<()>,
+    pauses: Mutex<Pauses>,
+}
+
+#[derive(Debug, Default)]
+struct Content {
+    /// In the order they were added.
+    entries: Vec<Entry>,
+    roots: Vec<Root>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    node: Node,
+    /// The protocol node that stands for the file of a format.
+    file: Option<Node>,
+    explicit: bool,
+}
+
+/// Who stands on a node.
+#[derive(Clone, Debug)]
+pub enum Parent {
+    /// Somebody's root.
+    Root(Root),
+    /// A node, with the role that the child has for it.
+    Node(Node, &'static str),
+}
+
+impl std::fmt::Display for Parent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Parent::Root(root) => f.write_str(root.name()),
+            Parent::Node(node, role) => write!(f, "node '{}' ({role})", node.name()),
+        }
+    }
+}
+
+/// How long changes have kept guests waiting.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pauses {
+    /// How many there were.
+    pub count: u64,
+    /// The last one.
+    pub last: Duration,
+    /// The longest one.
+    pub longest: Duration,
+    /// The last ones, for percentiles; bounded.
+    recent: VecDeque<Duration>,
+}
+
+impl Pauses {
+    /// How many pauses percentiles are of.
+    const RECENT: usize = 1024;
+
+    fn note(&mut self, pause: Duration) {
+        self.count += 1;
+        self.last = pause;
+        self.longest = self.longest.max(pause);
+        if self.recent.len() == Self::RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(pause);
+    }
+
+    /// The pause that so many of 1000 recent ones do not exceed.
+    pub fn permille(&self, permille: usize) -> Duration {
+        let mut sorted: Vec<_> = self.recent.iter().copied().collect();
+        sorted.sort_unstable();
+        let at = (sorted.len() * permille.min(1000)).div_ceil(1000).saturating_sub(1);
+        sorted.get(at).copied().unwrap_or_default()
+    }
+}
+
+/// A name for a node that nobody gave one. `#` cannot start a name that somebody gives.
+pub fn auto_name() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("#block{:03}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Whether somebody may give this name: a letter, then letters, digits and `-._`.
+pub fn is_well_formed(name: &str) -> bool {
+    name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+}
+
+impl Graph {
+    /// An empty graph.
+    pub fn new() -> Arc<Graph> {
+        Arc::default()
+    }
+
+    /// The right to change the graph; to be held from the look at it to the end of the change.
+    pub fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap()
+    }
+
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap()
+    }
+
+    /// Checks that a new node may have this name.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn check_name(&self, name: &str) -> Result<()> {
+        if !is_well_formed(name) {
+            return Err(Error::invalid(format!("Invalid node-name: '{name}'")));
+        }
+        if name.len() > MAX_NODE_NAME {
+            return Err(Error::invalid("Node name too long"));
+        }
+        if self.find(name).is_some() {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("Duplicate nodes with node-name='{name}'"),
+            ));
+        }
+        if self.root(name).is_some() {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("node-name={name} is conflicting with a device id"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Adds a node. `file` is the protocol node to show below a format; `explicit` whether the
+    /// operator has made it, and not an image that pulled it in.
+    pub fn add(&self, node: Node, file: Option<Node>, explicit: bool) -> Result<()> {
+        let mut content = self.content();
+        if content.entries.iter().any(|entry| entry.node.name() == node.name()) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("Duplicate nodes with node-name='{}'", node.name()),
+            ));
+        }
+        content.entries.push(Entry { node, file, explicit });
+        Ok(())
+    }
+
+    /// The node of that name.
+    pub fn find(&self, name: &str) -> Option<Node> {
+        let content = self.content();
+        content.entries.iter().find(|e| e.node.name() == name).map(|e| e.node.clone())
+    }
+
+    /// All nodes, in the order they were added.
+    pub fn nodes(&self) -> Vec<Node> {
+        self.content().entries.iter().map(|entry| entry.node.clone()).collect()
+    }
+
+    /// Whether the operator has made the node.
+    pub fn is_explicit(&self, node: &Node) -> bool {
+        self.content().entries.iter().any(|e| e.explicit && e.node.is_same(node))
+    }
+
+    /// Hands a node over to the operator (who gave it a name), or takes it back.
+    pub fn set_explicit(&self, node: &Node, explicit: bool) {
+        if let Some(entry) = self.content().entries.iter_mut().find(|e| e.node.is_same(node)) {
+            entry.explicit = explicit;
+        }
+    }
+
+    /// Notes another protocol node below a format.
+    pub fn set_file(&self, node: &Node, file: Option<Node>) {
+        if let Some(entry) = self.content().entries.iter_mut().find(|e| e.node.is_same(node)) {
+            entry.file = file;
+        }
+    }
+
+    /// The nodes below a node, with their roles.
+    pub fn children(&self, node: &Node) -> Vec<(&'static str, Node)> {
+        let file = self
+            .content()
+            .entries
+            .iter()
+            .find(|e| e.node.is_same(node))
+            .and_then(|e| e.file.clone());
+        let mut children: Vec<_> = file.map(|file| ("file", file)).into_iter().collect();
+        children.extend(node.driver().children());
+        children
+    }
+
+    /// Who stands on a node.
+    pub fn parents(&self, node: &Node) -> Vec<Parent> {
+        let roots = self.roots().into_iter().filter(|root| root.node().is_same(node));
+        let mut parents: Vec<_> = roots.map(Parent::Root).collect();
+        for parent in self.nodes() {
+            for (role, child) in self.children(&parent) {
+                if child.is_same(node) {
+                    parents.push(Parent::Node(parent.clone(), role));
+                }
+            }
+        }
+        parents
+    }
+
+    /// Whether `target` is `from` or below it.
+    pub fn reaches(&self, from: &Node, target: &Node) -> bool {
+        let mut seen: Vec<Node> = Vec::new();
+        let mut left = vec![from.clone()];
+        while let Some(node) = left.pop() {
+            if node.is_same(target) {
+                return true;
+            }
+            if seen.iter().any(|other| other.is_same(&node)) {
+                continue;
+            }
+            left.extend(self.children(&node).into_iter().map(|(_, child)| child));
+            seen.push(node);
+        }
+        false
+    }
+
+    /// Adds somebody's root: what its gate guards is part of every barrier that it must be part of.
+    ///
+    /// # Errors
+    /// If the name is taken, by another root or by a node.
+    pub fn add_root(&self, root: &Root) -> Result<()> {
+        let mut content = self.content();
+        if content.roots.iter().any(|other| other.name() == root.name()) {
+            return Err(Error::new(ErrorKind::Busy, format!("'{}' exists already", root.name())));
+        }
+        content.roots.push(root.clone());
+        Ok(())
+    }
+
+    /// Takes a root out. Nodes that only it kept alive are the caller's to
+    /// [collect](Graph::collect).
+    pub fn remove_root(&self, root: &Root) {
+        self.content().roots.retain(|other| !other.is_same(root));
+    }
+
+    /// All roots.
+    pub fn roots(&self) -> Vec<Root> {
+        self.content().roots.clone()
+    }
+
+    /// The root of that name.
+    pub fn root(&self, name: &str) -> Option<Root> {
+        self.content().roots.iter().find(|root| root.name() == name).cloned()
+    }
+
+    /// The roots whose requests may come to any of the nodes.
+    pub fn roots_reaching(&self, nodes: &[Node]) -> Vec<Root> {
+        let reaches = |root: &Root| nodes.iter().any(|node| self.reaches(&root.node(), node));
+        self.roots().into_iter().filter(reaches).collect()
+    }
+
+    /// Closes the gates of all roots that reach any of the nodes, and waits until they are quiet.
+    /// Blocks; not for a thread whose own requests must be drained. To be ended with
+    /// [`Graph::resume`], which notes how long it took.
+    pub fn quiesce(&self, nodes: &[Node]) -> Quiesced {
+        let roots = self.roots_reaching(nodes);
+        Gate::quiesce_all(roots.iter().map(Root::gate))
+    }
+
+    /// Opens the gates again. Returns how long the guests were kept waiting.
+    pub fn resume(&self, quiesced: Quiesced) -> Duration {
+        let pause = quiesced.elapsed();
+        drop(quiesced);
+        self.pauses.lock().unwrap().note(pause);
+        pause
+    }
+
+    /// How long changes have kept guests waiting so far.
+    pub fn pauses(&self) -> Pauses {
+        self.pauses.lock().unwrap().clone()
+    }
+
+    /// Puts `child` (or nothing) below `parent` as its backing. The gates of all that reach `parent`
+    /// are closed.
+    ///
+    /// # Errors
+    /// If a node would come to stand on itself, or the driver cannot change its backing. Nothing
+    /// has changed then.
+    pub fn set_backing(
+        &self,
+        parent: &Node,
+        child: Option<&Node>,
+        quiesced: &Quiesced,
+    ) -> Result<()> {
+        if let Some(child) = child {
+            self.check_cycle(parent, child, "backing")?;
+        }
+        parent.set_backing(child.cloned(), quiesced)
+    }
+
+    /// Refuses to put `child` below `parent` if that is above it already, or the chain would be
+    /// longer than one that can be opened again.
+    pub fn check_cycle(&self, parent: &Node, child: &Node, role: &str) -> Result<()> {
+        if self.reaches(child, parent) {
+            return Err(Error::invalid(format!(
+                "Making '{}' a {role} child of '{}' would create a cycle",
+                child.name(),
+                parent.name()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Has everybody who stands on `from` stand on `to` instead, but for `to` itself: what a snapshot
+    /// does with the overlay, and the end of a commit or a mirror with their targets. The gates of
+    /// all that reach `from` are closed.
+    ///
+    /// # Errors
+    /// If a parent cannot be moved; those that were moved before are moved back.
+    pub fn replace(&self, from: &Node, to: &Node, quiesced: &Quiesced) -> Result<()> {
+        let parents: Vec<_> = (self.parents(from).into_iter())
+            .filter(|parent| !matches!(parent, Parent::Node(node, _) if node.is_same(to)))
+            .collect();
+        for (done, parent) in parents.iter().enumerate() {
+            if let Err(err) = move_parent(parent, to, quiesced) {
+                for parent in &parents[..done] {
+                    // It stood there a moment ago, so it can stand there again.
+                    if let Err(err) = move_parent(parent, from, quiesced) {
+                        tracing::error!("{parent} cannot be put back on {}: {err}", from.name());
+                    }
+                }
+                return Err(err.context(format!("{parent} cannot use node '{}'", to.name())));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes out a node of the operator's. The caller closes it, and what is returned with it:
+    /// nodes that images had pulled in and that nobody uses any more.
+    ///
+    /// # Errors
+    /// In QEMU's words, with who is in the way.
+    pub fn remove(&self, name: &str) -> Result<Vec<Node>> {
+        let Some(node) = self.find(name) else {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("Failed to find node with node-name='{name}'"),
+            ));
+        };
+        self.check_unused(&node)?;
+        if !self.is_explicit(&node) {
+            return Err(Error::invalid(format!("Node {name} is not owned by the monitor")));
+        }
+        self.set_explicit(&node, false);
+        Ok(self.collect())
+    }
+
+    /// Refuses if anybody stands on the node or holds it.
+    pub fn check_unused(&self, node: &Node) -> Result<()> {
+        let mut users: Vec<_> = self.parents(node).iter().map(Parent::to_string).collect();
+        users.extend(node.holders());
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Busy,
+            format!("Node {} is in use: {}", node.name(), users.join(", ")),
+        ))
+    }
+
+    /// Takes out the nodes that nobody has named and nobody uses, topmost first. The caller closes
+    /// them in that order.
+    pub fn collect(&self) -> Vec<Node> {
+        let mut gone = Vec::new();
+        loop {
+            let unused = (self.nodes().into_iter())
+                .find(|node| !self.is_explicit(node) && self.check_unused(node).is_ok());
+            let Some(node) = unused else { return gone };
+            self.content().entries.retain(|entry| !entry.node.is_same(&node));
+            gone.push(node);
+        }
+    }
+}
+
+fn move_parent(parent: &Parent, to: &Node, quiesced: &Quiesced) -> Result<()> {
+    match parent {
+        Parent::Root(root) => root.replace_node(to.clone(), quiesced).map(drop),
+        Parent::Node(node, "backing") => node.set_backing(Some(to.clone()), quiesced),
+        Parent::Node(node, role) => Err(Error::unsupported(format!(
+            "the {role} of node '{}' cannot be replaced",
+            node.name()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::driver::{BlockStatus, Driver, Limits};
+    use crate::block::{NodeOptions, Rights};
+    use crate::io::{Buffers, Fut};
+    use crate::units::ByteRange;
+
+    /// A driver that does nothing but stand on another.
+    #[derive(Debug, Default)]
+    struct Dummy {
+        backing: Mutex<Option<Node>>,
+        session: Mutex<Option<u128>>,
+        has_no_sessions: bool,
+    }
+
+    impl Driver for Dummy {
+        fn name(&self) -> &'static str {
+            "dummy"
+        }
+        fn limits(&self) -> Limits {
+            Limits {
+                size: 4096,
+                request_alignment: 512,
+                memory_alignment: 1,
+                optimal_io: 0,
+                discard_granularity: 0,
+                read_only: false,
+            }
+        }
+        fn read<'a>(&'a self, _: u64, _: Buffers) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+        fn write<'a>(&'a self, _: u64, _: Buffers, _: bool) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+        fn write_zeroes<'a>(&'a self, _: ByteRange, _: bool) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+        fn discard<'a>(&'a self, _: ByteRange) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+        fn flush<'a>(&'a self) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+        fn block_status<'a>(&'a self, _: ByteRange) -> Fut<'a, BlockStatus> {
+            Box::pin(async { Err(Error::unsupported("not asked for here")) })
+        }
+        fn children(&self) -> Vec<(&'static str, Node)> {
+            self.backing.lock().unwrap().iter().map(|node| ("backing", node.clone())).collect()
+        }
+        fn set_backing(&self, backing: Option<Node>, _: &Quiesced) -> Result<()> {
+            *self.backing.lock().unwrap() = backing;
+            Ok(())
+        }
+        fn begin_session(&self, nonce: u128) -> Result<()> {
+            if self.has_no_sessions {
+                return Err(Error::unsupported("no sessions here"));
+            }
+            *self.session.lock().unwrap() = Some(nonce);
+            Ok(())
+        }
+    }
+
+    fn node_of(driver: Arc<Dummy>, name: &str) -> Node {
+        Node::new(driver, NodeOptions { name: name.into(), ..NodeOptions::default() })
+    }
+
+    fn node(name: &str) -> Node {
+        node_of(Arc::default(), name)
+    }
+
+    /// A graph of `root -> top -> base`, with a file below base that nobody named.
+    fn sample() -> (Arc<Graph>, Root, Node, Node) {
+        let graph = Graph::new();
+        let (file, base, top) = (node("#block900"), node("base"), node("top"));
+        graph.add(file.clone(), None, false).unwrap();
+        graph.add(base.clone(), Some(file), true).unwrap();
+        graph.add(top.clone(), None, true).unwrap();
+        let quiesced = graph.quiesce(&[]);
+        graph.set_backing(&top, Some(&base), &quiesced).unwrap();
+        let root = Root::new("export 'e0'", top.clone());
+        graph.add_root(&root).unwrap();
+        (graph, root, top, base)
+    }
+
+    fn message<T: std::fmt::Debug>(result: Result<T>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn names_follow_the_rules() {
+        let (graph, ..) = sample();
+        graph.check_name("disk-0.x_y").unwrap();
+        for (name, words) in [
+            ("", "Invalid node-name: ''"),
+            ("0disk", "Invalid node-name: '0disk'"),
+            ("#block900", "Invalid node-name: '#block900'"),
+            ("a b", "Invalid node-name: 'a b'"),
+            (&"x".repeat(32), "Node name too long"),
+            ("base", "Duplicate nodes with node-name='base'"),
+        ] {
+            assert_eq!(message(graph.check_name(name)), words);
+        }
+        assert_ne!(auto_name(), auto_name());
+        assert!(!is_well_formed(&auto_name()));
+        message(graph.add(node("top"), None, true));
+    }
+
+    #[test]
+    fn what_is_used_stays_and_says_by_whom() {
+        let (graph, root, top, base) = sample();
+        assert_eq!(message(graph.remove("base")), "Node base is in use: node 'top' (backing)");
+        assert_eq!(message(graph.remove("top")), "Node top is in use: export 'e0'");
+        assert_eq!(message(graph.remove("nope")), "Failed to find node with node-name='nope'");
+        graph.remove_root(&root);
+        let hold = top.hold("job 'j0'", Rights::CONSISTENT_READ, Rights::ALL).unwrap();
+        assert_eq!(message(graph.remove("top")), "Node top is in use: job 'j0'");
+        // Whoever holds a node keeps the graph around it as it is, unless it says otherwise.
+        let err = message(top.hold("blockdev-snapshot", Rights::GRAPH, Rights::ALL));
+        assert_eq!(err, "Node top is in use by job 'j0' (right 'graph change')");
+        drop(hold);
+        let names = |nodes: Vec<Node>| -> Vec<_> {
+            nodes.iter().map(|node| node.name().to_string()).collect()
+        };
+        assert_eq!(names(graph.remove("top").unwrap()), ["top"]);
+        // The driver still stands on its backing; a node that is gone from the graph does not count.
+        assert_eq!(names(graph.remove("base").unwrap()), ["base", "#block900"]);
+        assert!(base.driver().children().is_empty() && graph.nodes().is_empty());
+    }
+
+    #[test]
+    fn nothing_comes_to_stand_on_itself() {
+        let (graph, _root, top, base) = sample();
+        let quiesced = graph.quiesce(std::slice::from_ref(&top));
+        let err = message(graph.set_backing(&base, Some(&top), &quiesced));
+        assert_eq!(err, "Making 'top' a backing child of 'base' would create a cycle");
+        message(graph.set_backing(&base, Some(&base), &quiesced));
+        assert!(graph.children(&base).iter().all(|(role, _)| *role == "file"));
+    }
+
+    #[test]
+    fn parents_move_and_sessions_follow() {
+        let (graph, root, top, base) = sample();
+        root.begin_session(7).unwrap();
+        let driver = Arc::new(Dummy::default());
+        let overlay = node_of(driver.clone(), "overlay");
+        graph.add(overlay.clone(), None, true).unwrap();
+        let quiesced = graph.quiesce(std::slice::from_ref(&top));
+        graph.set_backing(&overlay, Some(&top), &quiesced).unwrap();
+        graph.replace(&top, &overlay, &quiesced).unwrap();
+        assert!(root.node().is_same(&overlay));
+        // The overlay itself still stands on what it replaced.
+        assert!(graph.reaches(&overlay, &base));
+        assert_eq!(*driver.session.lock().unwrap(), Some(7));
+        let pause = graph.resume(quiesced);
+        assert_eq!((graph.pauses().count, graph.pauses().last), (1, pause));
+        assert_eq!(graph.pauses().permille(990), pause);
+    }
+
+    #[test]
+    fn a_parent_that_cannot_move_leaves_all_as_it_was() {
+        let (graph, root, top, _base) = sample();
+        let other = Root::new("export 'e1'", top.clone());
+        graph.add_root(&other).unwrap();
+        root.begin_session(1).unwrap();
+        let deaf = Arc::new(Dummy { has_no_sessions: true, ..Dummy::default() });
+        let overlay = node_of(deaf, "overlay");
+        graph.add(overlay.clone(), None, true).unwrap();
+        let quiesced = graph.quiesce(std::slice::from_ref(&top));
+        message(graph.replace(&top, &overlay, &quiesced));
+        assert!(root.node().is_same(&top) && other.node().is_same(&top));
+    }
+
+    #[test]
+    fn a_barrier_closes_what_reaches_the_nodes_and_nothing_else() {
+        let (graph, root, _top, base) = sample();
+        let lone = node("lone");
+        graph.add(lone.clone(), None, true).unwrap();
+        let apart = Root::new("export 'apart'", lone);
+        graph.add_root(&apart).unwrap();
+        let quiesced = graph.quiesce(&[base]);
+        assert!(root.gate().join("late", || {}).is_closed());
+        assert!(!apart.gate().join("late", || {}).is_closed());
+        drop(quiesced);
+    }
+}
