@@ -13,8 +13,8 @@
 //!   a search. Graphs are small, and a copy of the edges could be wrong.
 //! * A change closes the gates of all roots that reach a node that changes ([`Graph::quiesce`]):
 //!   one barrier, however many disks. How long it took is counted ([`Graph::pauses`]).
-//! * Changes exclude each other: whoever looks at the graph in order to change it holds
-//!   [`Graph::change`] until the change is made. Gates nest, so this is the only lock to take.
+//! * One thread makes all changes, the main one, so a look at the graph stays true until the change
+//!   that it is for. Others may look, and ask the main thread for a change.
 //! * A refusal says what is in the way: which export, job or node.
 //!
 //! Nodes that the operator made (`explicit`) stay until the operator removes them. Those that an
@@ -35,8 +35,6 @@ pub const MAX_NODE_NAME: usize = 31;
 #[derive(Debug, Default)]
 pub struct Graph {
     content: Mutex<Content>,
-    /// Held by whoever changes the graph.
-    changing: Mutex<()>,
     pauses: Mutex<Pauses>,
 }
 
@@ -125,11 +123,6 @@ impl Graph {
     /// An empty graph.
     pub fn new() -> Arc<Graph> {
         Arc::default()
-    }
-
-    /// The right to change the graph; to be held from the look at it to the end of the change.
-    pub fn change(&self) -> MutexGuard<'_, ()> {
-        self.changing.lock().unwrap()
     }
 
     fn content(&self) -> MutexGuard<'_, Content> {
@@ -563,7 +556,7 @@ mod tests {
     #[test]
     fn parents_move_and_sessions_follow() {
         let (graph, root, top, base) = sample();
-        root.begin_session(7).unwrap();
+        root.begin_session(7, |_| {}).unwrap();
         let driver = Arc::new(Dummy::default());
         let overlay = node_of(driver.clone(), "overlay");
         graph.add(overlay.clone(), None, true).unwrap();
@@ -584,7 +577,7 @@ mod tests {
         let (graph, root, top, _base) = sample();
         let other = Root::new("export 'e1'", top.clone());
         graph.add_root(&other).unwrap();
-        root.begin_session(1).unwrap();
+        root.begin_session(1, |_| {}).unwrap();
         let deaf = Arc::new(Dummy { has_no_sessions: true, ..Dummy::default() });
         let overlay = node_of(deaf, "overlay");
         graph.add(overlay.clone(), None, true).unwrap();

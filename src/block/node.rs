@@ -18,6 +18,8 @@ pub struct NodeOptions {
     pub name: String,
     /// Refuse writes even if the driver would take them.
     pub read_only: bool,
+    /// Ignore discards, and free no space where zeros are written.
+    pub keeps_space: bool,
 }
 
 /// A place in the graph: a driver with a name, limits, rights and counters.
@@ -32,6 +34,7 @@ pub struct Node {
 struct NodeInner {
     name: String,
     read_only: AtomicBool,
+    keeps_space: bool,
     /// Replaced only while nobody uses it.
     driver: RwLock<Arc<dyn Driver>>,
     /// The driver's limits, as of the last change.
@@ -91,6 +94,7 @@ impl Node {
             inner: Arc::new(NodeInner {
                 name: options.name,
                 read_only: AtomicBool::new(options.read_only),
+                keeps_space: options.keeps_space,
                 driver: RwLock::new(driver),
                 limits: RwLock::new(limits),
                 holds: Mutex::default(),
@@ -160,6 +164,11 @@ impl Node {
         Ok(())
     }
 
+    /// Whether discards are ignored.
+    pub fn keeps_space(&self) -> bool {
+        self.inner.keeps_space
+    }
+
     /// Takes rights for `holder`, who lets others hold `shared` meanwhile.
     ///
     /// # Errors
@@ -217,13 +226,14 @@ impl Node {
         if range.is_empty() {
             return Ok(());
         }
+        let may_unmap = may_unmap && !self.inner.keeps_space;
         self.counted(self.driver().write_zeroes(range, may_unmap).await)
     }
 
     /// Frees the range's space as far as that is cheap.
     pub async fn discard(&self, range: ByteRange) -> Result<()> {
         self.check(range.offset, range.len, true)?;
-        if range.is_empty() {
+        if range.is_empty() || self.inner.keeps_space {
             return Ok(());
         }
         self.counted(self.driver().discard(range).await)

@@ -1,34 +1,19 @@
 //! `vublk info`: what an image is.
 //!
-//! The JSON is QEMU's `BlockNodeInfo` as `qemu-img info --output json` prints it. A driver's
-//! [`details`](crate::block::Driver::details) fill it: keys that QEMU has at the top
-//! (`cluster-size`, `backing-filename`, `backing-filename-format`, `encrypted`, `compressed`,
-//! `dirty-flag`, `snapshots`) go there, all others under `format-specific.data`.
+//! The JSON is QEMU's `BlockNodeInfo` as `qemu-img info --output json` prints it; see
+//! [`crate::images::info`].
 
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::cli::options::{Output, ReadArgs};
 use crate::cli::size::human_size;
 use crate::cli::{DONE, output};
-use crate::error::{Result, ResultExt};
-use crate::images::open::{full_backing_name, protocol_name};
-use crate::images::{self, Image, Locking, OpenRequest};
-use crate::io::File;
-use crate::units::SECTOR_SIZE;
-
-/// Keys of a driver's details that stand at the top of the answer.
-const TOP_KEYS: &[&str] = &[
-    "cluster-size",
-    "backing-filename",
-    "backing-filename-format",
-    "encrypted",
-    "compressed",
-    "dirty-flag",
-    "snapshots",
-];
+use crate::error::Result;
+use crate::images::info::describe;
+use crate::images::{self, Locking, OpenRequest};
 
 /// Show what an image is
 #[derive(Debug, Args)]
@@ -64,48 +49,6 @@ pub fn run(args: &InfoArgs) -> Result<u8> {
         }
     }
     Ok(DONE)
-}
-
-/// QEMU's description of an image.
-fn describe(image: &Image) -> Result<Value> {
-    let name = || image.name().to_string();
-    let actual_size = image.file.allocated_size().context(name)?;
-    let protocol = protocol_name(&image.file);
-    let child = json!({
-        "children": [],
-        // As a node it is a disk, which has whole sectors.
-        "virtual-size": image.file.len().context(name)?.next_multiple_of(SECTOR_SIZE),
-        "filename": image.name(),
-        "format": protocol,
-        "actual-size": actual_size,
-        "format-specific": { "type": protocol, "data": {} },
-        "dirty-flag": false,
-    });
-    let mut info = Map::new();
-    info.insert("children".into(), json!([{ "name": "file", "info": child }]));
-    info.insert("virtual-size".into(), image.node.size().into());
-    info.insert("filename".into(), image.name().into());
-    info.insert("format".into(), image.format.name().into());
-    info.insert("actual-size".into(), actual_size.into());
-    info.insert("dirty-flag".into(), false.into());
-    let mut specific = Map::new();
-    if let Value::Object(details) = image.node.driver().details() {
-        for (key, value) in details {
-            match TOP_KEYS.contains(&key.as_str()) {
-                true => info.insert(key, value),
-                false => specific.insert(key, value),
-            };
-        }
-    }
-    if !specific.is_empty() {
-        let typed = json!({ "type": image.format.name(), "data": specific });
-        info.insert("format-specific".into(), typed);
-    }
-    if let Some(reference) = info.get("backing-filename").and_then(Value::as_str) {
-        let full = full_backing_name(image.file.path(), reference).display().to_string();
-        info.insert("full-backing-filename".into(), full.into());
-    }
-    Ok(Value::Object(info))
 }
 
 /// The description in qemu-img's words.

@@ -89,6 +89,7 @@ fn export_options(args: &ServeArgs, engine: EngineKind) -> ExportOptions {
         },
         engine,
         poll_us: args.poll_us,
+        read_only: args.read_only,
     }
 }
 

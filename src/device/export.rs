@@ -39,6 +39,8 @@ pub struct ExportOptions {
     pub engine: EngineKind,
     /// How long a worker may poll its rings before it sleeps, in microseconds; 0 is never.
     pub poll_us: u32,
+    /// Do not let the guest write, even if the node could be written.
+    pub read_only: bool,
 }
 
 /// A served disk. Shared by the message thread and the workers.
@@ -175,11 +177,19 @@ impl Export {
     /// Returns whether the guest sees one. Blocks until the workers have drained; not for the
     /// message thread or a worker.
     pub fn refresh_capacity(&self) -> Result<bool> {
-        let size = self.node().refresh(&self.root.quiesce())?.size;
+        let quiesced = self.root.quiesce();
+        self.node().refresh(&quiesced)?;
+        Ok(self.update_capacity())
+    }
+
+    /// Takes the size that the node has now over into the config space, as far as it has whole
+    /// blocks. Returns whether the guest sees a change.
+    pub fn update_capacity(&self) -> bool {
+        let size = self.node().size();
         let mut config = self.config.lock().unwrap();
         let before = config.read(0, 8).ok();
         config.set_capacity(size - size % u64::from(self.options.block_size));
-        Ok(before != config.read(0, 8).ok())
+        before != config.read(0, 8).ok()
     }
 
     /// Sets whether the guest wants each completed write to be durable.
@@ -199,6 +209,11 @@ impl Export {
             CachePolicy::WriteThrough => true,
             CachePolicy::Unsafe => false,
         }
+    }
+
+    /// Whether the guest may not write.
+    pub fn is_read_only(&self) -> bool {
+        self.options.read_only || self.node().limits().read_only
     }
 
     /// The name for log lines.

@@ -106,6 +106,11 @@ impl Device {
         self.log_notified(Some(channel.notify()));
     }
 
+    /// Whether a front-end is connected.
+    pub fn is_connected(&self) -> bool {
+        lock(&self.client).is_some()
+    }
+
     /// Size of the disk, in sectors, that a front-end was told last.
     #[cfg(test)]
     pub(super) fn told_capacity(&self) -> Option<u64> {

@@ -1,6 +1,7 @@
 //! The device: vhost-user messages, rings, requests and the workers that serve them.
 //!
 //! ```text
+//! exports ► one of all this for each disk
 //! server ─► connection ─► handler ─► rings (trait) ◄┄┄ workers
 //! socket,    one thread,  what a     where messages end and rings begin
 //! clients    the codec    message means
@@ -25,6 +26,7 @@ pub mod connection;
 pub mod device_state;
 pub mod dirty_log;
 pub mod export;
+pub mod exports;
 pub mod features;
 #[doc(hidden)]
 pub mod fuzzing;

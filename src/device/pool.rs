@@ -221,7 +221,7 @@ impl Rings for Pool {
     }
 
     fn features(&self) -> u64 {
-        features::device_features(self.export.node().limits().read_only)
+        features::device_features(self.export.is_read_only())
     }
 
     fn config(&self) -> ConfigSpace {

@@ -175,6 +175,7 @@ fn export(driver: Arc<dyn Driver>, engine: EngineKind, threads: usize) -> Arc<Ex
         cache: CachePolicy::WriteBack,
         engine,
         poll_us: 0,
+        read_only: false,
     };
     Arc::new(Export::new(Root::new("stressed", node), options))
 }

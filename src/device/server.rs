@@ -340,6 +340,11 @@ impl Server {
         self.shared.ended_event.as_fd()
     }
 
+    /// Whether [`Server::ended`] is readable.
+    pub fn has_ended(&self) -> bool {
+        wait_any(&[self.ended()], Some(Duration::ZERO))
+    }
+
     /// Asks the connection to end after the message it is handling, and returns at once. Use this
     /// to stop several servers at a time, before [`Server::stop`] of each.
     pub fn request_stop(&self) {

@@ -339,12 +339,12 @@ impl Worker {
     fn load_limits(&mut self) {
         let limits = self.node.limits();
         self.capacity = limits.size;
-        self.read_only = limits.read_only;
+        self.read_only = limits.read_only || self.export.options.read_only;
         self.memory_alignment = limits.memory_alignment;
         self.length_alignment = limits.request_alignment as usize;
         for served in &mut self.rings {
             served.limits.capacity = limits.size;
-            served.limits.read_only = limits.read_only;
+            served.limits.read_only = self.read_only;
         }
     }
 

@@ -1,5 +1,7 @@
 //! Filters: drivers that stand above another driver and change something about it.
 
 pub mod guess_guard;
+pub mod no_flush;
 
 pub use guess_guard::GuessGuard;
+pub use no_flush::NoFlush;

@@ -21,13 +21,19 @@ pub struct Raw {
     /// Size of the disk in bytes.
     size: AtomicU64,
     read_only: bool,
+    name: &'static str,
 }
 
 impl Raw {
     /// A disk of all of `file`.
     pub fn open(file: Arc<dyn File>, read_only: bool) -> Result<Raw> {
         let size = AtomicU64::new(file.len()?);
-        Ok(Raw { file, size, read_only })
+        Ok(Raw { file, size, read_only, name: "raw" })
+    }
+
+    /// The same as a node of its own that stands for the file: `name` is `file` or `host_device`.
+    pub fn protocol(file: Arc<dyn File>, read_only: bool, name: &'static str) -> Result<Raw> {
+        Ok(Raw { name, ..Raw::open(file, read_only)? })
     }
 
     /// The file below.
@@ -38,7 +44,7 @@ impl Raw {
 
 impl Driver for Raw {
     fn name(&self) -> &'static str {
-        "raw"
+        self.name
     }
 
     fn limits(&self) -> Limits {

@@ -14,8 +14,12 @@
 //! [`open`](mod@open) and [`create`](mod@create), and (where it can be
 //! checked) one in [`check`](mod@check).
 
+pub mod blockdev;
 pub mod check;
 pub mod create;
+pub mod frozen;
+pub mod info;
+pub mod layers;
 pub mod open;
 pub mod probe;
 mod users;
@@ -25,6 +29,7 @@ use std::str::FromStr;
 
 pub use check::{CheckReport, Repair, check};
 pub use create::{CreateRequest, Created, create};
+pub use layers::{Layer, Layers};
 pub use open::{
     Access, CacheMode, Image, Locking, OpenRequest, Opening, StateDir, open, open_chain,
 };

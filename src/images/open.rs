@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::block::open_gate::{self, Chain, OpenGate};
-use crate::block::{Driver, FormatDriver, Keep, Node, NodeOptions};
+use crate::block::{Driver, FormatDriver, Keep, Node, NodeOptions, graph};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::GuessGuard;
 use crate::formats::qcow2;
@@ -152,7 +152,7 @@ pub struct OpenRequest {
     pub backing: bool,
     /// Where metadata is kept that must outlive this process, for disks that are served.
     pub state_dir: StateDir,
-    /// The node's name.
+    /// The node's name. Nodes below it get names of their own.
     pub node_name: String,
 }
 
@@ -212,6 +212,10 @@ pub struct Image {
     pub guessed: bool,
     /// The cache mode it was opened with.
     pub cache: CacheMode,
+    /// What it was opened for.
+    pub access: Access,
+    /// How its file is guarded against others.
+    pub locking: Locking,
     /// The image that it stands on, if it has one and that was opened, too.
     pub backing: Option<Box<Image>>,
 }
@@ -302,11 +306,41 @@ pub struct Opening<'a> {
     pub file: Arc<HostFile>,
     gate: &'a OpenGate,
     chain: &'a mut Chain,
+    /// What the operator says it stands on (or that it stands on nothing), whatever it names.
+    pub(super) overridden: Option<Option<Image>>,
+    /// Whether discards are ignored.
+    pub(super) keeps_space: bool,
     /// The image below, once it was opened.
     backing: Option<Image>,
 }
 
+impl<'a> Opening<'a> {
+    /// An image in `file`, as `request` wants it.
+    pub(super) fn new(
+        request: &'a OpenRequest,
+        file: Arc<HostFile>,
+        gate: &'a OpenGate,
+        chain: &'a mut Chain,
+    ) -> Opening<'a> {
+        let (overridden, keeps_space, backing) = (None, false, None);
+        Opening { request, file, gate, chain, overridden, keeps_space, backing }
+    }
+}
+
 impl Opening<'_> {
+    /// The image below: what the operator says, or else what the image names (`named`, a file and
+    /// its format) by way of [`Opening::child`].
+    pub fn backing(&mut self, named: Option<(&str, Option<&str>)>) -> Result<Option<Node>> {
+        self.backing = match (self.overridden.take(), named) {
+            (Some(given), _) => given,
+            (None, Some((file, format))) => {
+                Some(self.child("backing", file, format, Access::Read)?)
+            }
+            (None, None) => None,
+        };
+        Ok(self.backing.as_ref().map(|image| image.node.clone()))
+    }
+
     /// Opens a file that this image names, as an image of its own: a backing file (`access` read)
     /// or an external data file. `format` is what the image says of it; a missing one is guessed.
     pub fn child(
@@ -327,7 +361,7 @@ impl Opening<'_> {
             format,
             access,
             state_dir: StateDir::None,
-            node_name: format!("{}/{role}", self.request.node_name),
+            node_name: graph::auto_name(),
             ..self.request.clone()
         };
         open_link(&request, self.gate, self.chain, Some(self.gate)).context(context)
@@ -368,21 +402,45 @@ fn open_link(
     if request.locking == Locking::Inspect {
         lock(&file, request, format)?;
     }
-    let read_only = request.access == Access::Read;
-    let mut opening = Opening { request, file: Arc::clone(&file), gate, chain, backing: None };
-    let driver: Arc<dyn Driver> = match format {
-        ImageFormat::Raw => open_raw(&opening, guessed)?,
-        ImageFormat::Qcow2 => open_qcow2(&mut opening)?,
-        other => return Err(other.refusal().context(file.name())),
+    build(Opening::new(request, file, gate, chain), format, guessed)
+}
+
+/// Opens the image in a file that is open and locked.
+pub(super) fn build(mut opening: Opening<'_>, format: ImageFormat, guessed: bool) -> Result<Image> {
+    let driver = open_driver(&mut opening, format, guessed)?;
+    let request = opening.request;
+    let options = NodeOptions {
+        name: request.node_name.clone(),
+        read_only: request.access == Access::Read,
+        keeps_space: opening.keeps_space,
     };
-    let backing = opening.backing.map(Box::new);
-    let options = NodeOptions { name: request.node_name.clone(), read_only };
-    let node = Node::new(driver, options);
-    Ok(Image { node, file, format, guessed, cache: request.cache, backing })
+    Ok(Image {
+        node: Node::new(driver, options),
+        file: opening.file,
+        format,
+        guessed,
+        cache: request.cache,
+        access: request.access,
+        locking: request.locking,
+        backing: opening.backing.map(Box::new),
+    })
+}
+
+/// The driver of an image in a file that is open and locked.
+pub(super) fn open_driver(
+    opening: &mut Opening<'_>,
+    format: ImageFormat,
+    guessed: bool,
+) -> Result<Arc<dyn Driver>> {
+    match format {
+        ImageFormat::Raw => open_raw(opening, guessed),
+        ImageFormat::Qcow2 => open_qcow2(opening),
+        other => Err(other.refusal().context(opening.file.name())),
+    }
 }
 
 /// Opens a host file for a disk. Explains what only an operator of disks would be told.
-fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
+pub(super) fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
     HostFile::open(path, options).map_err(|err| match err.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnly if options.write => {
             Error::new(err.kind(), format!("{err} (to open it for writing)"))
@@ -431,13 +489,11 @@ fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
     let header = block_on(qcow2::Header::read(&file))?;
     // Before any other file is touched on its behalf.
     header.check_supported(read_only).context(|| name.clone())?;
-    if let Some(named) = &header.backing {
-        let format = named.format.as_deref();
-        opening.backing = Some(opening.child("backing", &named.file, format, Access::Read)?);
-    }
+    let named = header.backing.as_ref().map(|b| (b.file.as_str(), b.format.as_deref()));
     let options = qcow2::OpenOptions {
         read_only,
-        backing: opening.backing.as_ref().map(|image| image.node.clone()),
+        overrides_backing: opening.overridden.is_some(),
+        backing: opening.backing(named)?,
         keep: if read_only { None } else { open_keep(request, &opening.file, "qcow2")? },
     };
     Ok(Arc::new(FormatDriver::new(block_on(qcow2::Qcow2::open(file, options))?)))
@@ -483,15 +539,24 @@ const WRITER: Rights = Rights::CONSISTENT_READ.and(Rights::WRITE).and(Rights::RE
 /// What everybody who relies on the content lets others hold.
 const SHARED: Rights = Rights::CONSISTENT_READ.and(Rights::WRITE_UNCHANGED);
 
+/// What is held and what is shared with others; `None` without locks.
+pub(super) fn lock_rights(locking: Locking, access: Access) -> Option<(Rights, Rights)> {
+    match (locking, access) {
+        (Locking::Off, _) => None,
+        (Locking::Inspect, _) => Some((Rights::NONE, SHARED)),
+        (Locking::Share, _) => Some((Rights::CONSISTENT_READ, Rights::ALL)),
+        (Locking::Guard, Access::Read) => Some((Rights::CONSISTENT_READ, SHARED)),
+        (Locking::Guard, Access::Write) => Some((WRITER, SHARED)),
+    }
+}
+
 /// Takes the locks that the request asks for. `format` matters to [`Locking::Inspect`] only.
-fn lock(file: &HostFile, request: &OpenRequest, format: ImageFormat) -> Result<()> {
-    let (held, shared) = match (request.locking, request.access) {
-        (Locking::Off, _) => return Ok(()),
-        (Locking::Inspect, _) if format == ImageFormat::Raw => return Ok(()),
-        (Locking::Inspect, _) => (Rights::NONE, SHARED),
-        (Locking::Share, _) => (Rights::CONSISTENT_READ, Rights::ALL),
-        (Locking::Guard, Access::Read) => (Rights::CONSISTENT_READ, SHARED),
-        (Locking::Guard, Access::Write) => (WRITER, SHARED),
+pub(super) fn lock(file: &HostFile, request: &OpenRequest, format: ImageFormat) -> Result<()> {
+    if request.locking == Locking::Inspect && format == ImageFormat::Raw {
+        return Ok(());
+    }
+    let Some((held, shared)) = lock_rights(request.locking, request.access) else {
+        return Ok(());
     };
     let advice = if request.access == Access::Read && request.locking != Locking::Share {
         "; -U reads it all the same"
@@ -641,12 +706,11 @@ mod tests {
         let gate = OpenGate::new(&request.path, &[]).unwrap();
         let mut chain = Chain::default();
         chain.push(&file).unwrap();
-        let mut opening =
-            Opening { request: &request, file, gate: &gate, chain: &mut chain, backing: None };
+        let mut opening = Opening::new(&request, file, &gate, &mut chain);
 
         let base = opening.child("backing", "base", Some("raw"), Access::Read).unwrap();
         assert!(base.node.limits().read_only);
-        assert_eq!(base.node.name(), "disk/backing");
+        assert!(base.node.name().starts_with("#block"));
         let data = opening.child("data", "data", None, Access::Write).unwrap();
         assert!(data.guessed && !data.node.limits().read_only);
         // The base is locked as a reader's, the data file as a writer's.

@@ -259,6 +259,16 @@ impl HostFile {
         lock::lock(self.as_fd(), held, shared).context(|| self.name.clone())
     }
 
+    /// Changes the image locks from (held, shared) rights to others; see [`lock::relock`].
+    pub fn relock(&self, from: (Rights, Rights), to: (Rights, Rights)) -> Result<()> {
+        lock::relock(self.as_fd(), from, to).context(|| self.name.clone())
+    }
+
+    /// Releases the image locks.
+    pub fn unlock(&self) {
+        lock::unlock(self.as_fd());
+    }
+
     /// Device and inode number: tells whether two files are the same one.
     pub fn identity(&self) -> Result<(u64, u64)> {
         let stat = rustix::fs::fstat(&self.fd)?;

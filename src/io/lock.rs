@@ -97,6 +97,26 @@ pub fn lock(fd: BorrowedFd<'_>, held: Rights, shared: Rights) -> Result<()> {
     result
 }
 
+/// Goes over from the locks of (`held`, `shared`) in `from` to those in `to`, without ever being
+/// without a lock that both have.
+///
+/// # Errors
+/// As for [`lock`]; then the locks are those of `from`.
+pub fn relock(fd: BorrowedFd<'_>, from: (Rights, Rights), to: (Rights, Rights)) -> Result<()> {
+    let result = take(fd, to.0, to.1);
+    let keep = if result.is_ok() { to } else { from };
+    for (i, (right, _)) in Rights::EACH.iter().enumerate() {
+        let unset = |byte| fcntl_lock(fd, libc::F_OFD_SETLK, libc::F_UNLCK, byte, 1);
+        if !keep.0.contains(*right) {
+            let _ = unset(HELD_BASE + i as i64);
+        }
+        if keep.1.contains(*right) {
+            let _ = unset(UNSHARED_BASE + i as i64);
+        }
+    }
+    result
+}
+
 /// Releases all image locks of this open file description.
 pub fn unlock(fd: BorrowedFd<'_>) {
     for base in [HELD_BASE, UNSHARED_BASE] {

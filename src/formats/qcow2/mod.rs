@@ -10,7 +10,7 @@
 //! let header = qcow2::Header::read(&file).await?;      // what is it, which backing file?
 //! // … open header.backing through the open gate, as a Node …
 //! let keep = Keep::open(&state_dir, identity, "qcow2")?;      // for disks that are served
-//! let image = Qcow2::open(file, OpenOptions { read_only, backing, keep }).await?;
+//! let image = Qcow2::open(file, OpenOptions { read_only, backing, keep, .. }).await?;
 //! let node = Node::new(Arc::new(FormatDriver::new(image)), …);
 //! node.driver().resume(nonce).await?;          // device: decide what becomes of an earlier session
 //! node.driver().begin_session(new_nonce)?;     // device: from now on completed writes are kept
@@ -140,8 +140,11 @@ const RECORD_HEADER: usize = 24;
 pub struct OpenOptions {
     /// Refuse writes; the file need not be writable.
     pub read_only: bool,
-    /// The backing image, opened by the caller; must be there if and only if the header names one.
+    /// The backing image, opened by the caller; must be there if and only if the header names one,
+    /// unless `overrides_backing`.
     pub backing: Option<Node>,
+    /// The operator says what the image stands on, whatever its header names.
+    pub overrides_backing: bool,
     /// Where completed writes are kept across the death of this process.
     pub keep: Option<Keep>,
 }
@@ -266,7 +269,11 @@ impl Qcow2 {
     async fn open_unnamed(file: Arc<dyn File>, options: OpenOptions) -> Result<Qcow2> {
         let header = Header::read_unnamed(&file).await?;
         header.check_supported(options.read_only)?;
-        check_backing(&header, options.backing.as_ref())?;
+        match (&options.backing, options.overrides_backing) {
+            (backing, false) => check_backing(&header, backing.as_ref())?,
+            (Some(backing), true) => check_backing_alignment(backing)?,
+            (None, true) => {}
+        }
         let cluster_size = header.cluster_size();
         let disk = Arc::new(Disk::new(Arc::clone(&file)));
         disk.len()?;

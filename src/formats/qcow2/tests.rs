@@ -32,14 +32,14 @@ pub(super) fn new_image(options: &CreateOptions, alignment: Alignment) -> SimFil
 pub(super) fn raw_node(content: &[u8], alignment: Alignment) -> Node {
     let file = SimFile::with_alignment("base.raw", content.to_vec(), alignment);
     let raw = Raw::open(Arc::new(file), true).unwrap();
-    let options = NodeOptions { name: "base".into(), read_only: true };
+    let options = NodeOptions { name: "base".into(), read_only: true, ..Default::default() };
     Node::new(Arc::new(raw), options)
 }
 
 pub(super) type Driven = FormatDriver<Qcow2>;
 
 pub(super) fn open_image(file: &SimFile, backing: Option<Node>, keep: Option<Keep>) -> Driven {
-    let options = OpenOptions { read_only: false, backing, keep };
+    let options = OpenOptions { read_only: false, backing, keep, ..OpenOptions::default() };
     FormatDriver::new(block_on(Qcow2::open(Arc::new(file.clone()), options)).unwrap())
 }
 
@@ -369,12 +369,12 @@ fn it_is_noted_whether_a_guests_writes_are_kept() {
     let dir = state_dir();
     let raw = || {
         let file = SimFile::with_alignment("raw", vec![0; 65536], Alignment::NONE);
-        let options = NodeOptions { name: "raw".into(), read_only: false };
+        let options = NodeOptions { name: "raw".into(), read_only: false, ..Default::default() };
         Node::new(Arc::new(Raw::open(Arc::new(file), false).unwrap()), options)
     };
     let qcow2 = |keep| {
         let file = new_image(&backed(65536, 4096, false), Alignment::NONE);
-        let options = NodeOptions { name: "qcow2".into(), read_only: false };
+        let options = NodeOptions { name: "qcow2".into(), read_only: false, ..Default::default() };
         Node::new(Arc::new(open_image(&file, None, keep)), options)
     };
     let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
@@ -678,7 +678,8 @@ fn hostile_images_are_refused_or_read_without_harm() {
                 |header: &Header| header.backing.as_ref().map(|_| raw_node(&base, Alignment::NONE));
             let shared: Arc<dyn File> = Arc::new(file.clone());
             let Ok(header) = block_on(Header::read(&shared)) else { continue };
-            let options = OpenOptions { read_only, backing: backing(&header), keep: None };
+            let options =
+                OpenOptions { read_only, backing: backing(&header), ..Default::default() };
             let Ok(image) = block_on(Qcow2::open(shared, options)) else { continue };
             opened += 1;
             let driver = FormatDriver::new(image);
@@ -718,7 +719,7 @@ fn qemu_img(args: &[&str], dir: &Path) -> bool {
 }
 
 fn host_image(path: PathBuf, write: bool, direct: bool, backing: Option<Node>) -> Driven {
-    let options = OpenOptions { read_only: !write, backing, keep: None };
+    let options = OpenOptions { read_only: !write, backing, ..Default::default() };
     FormatDriver::new(block_on(Qcow2::open(host(&path, write, direct), options)).unwrap())
 }
 
@@ -795,7 +796,8 @@ fn chains_of_qcow2_on_raw() {
     );
     for direct in [false, true] {
         let raw = Raw::open(host(&dir.path().join("base.raw"), false, direct), true).unwrap();
-        let named = |name: &str| NodeOptions { name: name.into(), read_only: true };
+        let named =
+            |name: &str| NodeOptions { name: name.into(), read_only: true, ..Default::default() };
         let base = Node::new(Arc::new(raw), named("base"));
         let middle = host_image(dir.path().join("middle.qcow2"), false, direct, Some(base));
         let middle = Node::new(Arc::new(middle), named("middle"));
@@ -852,7 +854,8 @@ fn several_threads_at_once() {
     block_on(create(host(&path, true, false), &CreateOptions::new(size))).unwrap();
     let state = state_dir();
     let keep = Keep::open_with_capacity(state.path(), IMAGE, "qcow2", 128 << 10).unwrap();
-    let options = OpenOptions { read_only: false, backing: None, keep: Some(keep) };
+    let options =
+        OpenOptions { read_only: false, backing: None, keep: Some(keep), ..OpenOptions::default() };
     let image = block_on(Qcow2::open(host(&path, true, false), options)).unwrap();
     let driver = Arc::new(FormatDriver::new(image));
     driver.begin_session(1).unwrap();

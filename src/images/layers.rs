@@ -1,0 +1,521 @@
+//! The images behind the nodes of a daemon: how each was opened, so that it can be shown, frozen,
+//! and opened again for writing.
+//!
+//! The [`Graph`] knows nodes and who stands on whom; this knows files. Both change together, on the
+//! main thread.
+//!
+//! # Writable and frozen
+//!
+//! A node that becomes the backing of another stops being written: it is set read-only, and its
+//! lock on the host goes down to a reader's, so that others may read it, too. Its file stays open
+//! as it was. The way back (a commit into it) is the same in reverse; where its file was opened for
+//! reading, a new one is opened, and the driver is replaced.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::block::{Graph, Node, Quiesced, graph};
+use crate::error::{Error, Result};
+use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
+use crate::images::open::{lock_rights, protocol_name};
+use crate::images::{Access, Image, StateDir};
+use crate::io::{HostFile, block_on};
+
+/// A node and the image behind it.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// The image; its `node` is the one in the graph, its `backing` is `None`.
+    pub image: Image,
+    /// Whether it stands for the file itself (`file`, `host_device`).
+    pub is_protocol: bool,
+}
+
+/// All layers of a daemon. See the [module](self).
+#[derive(Debug)]
+pub struct Layers {
+    graph: Arc<Graph>,
+    layers: Vec<Layer>,
+    /// Directories that images may pull files from, for all images.
+    allow_dirs: Vec<PathBuf>,
+    /// Where is kept what must outlive the process.
+    state_dir: StateDir,
+}
+
+impl Layers {
+    /// No layers yet, of the nodes in `graph`.
+    pub fn new(graph: Arc<Graph>, allow_dirs: Vec<PathBuf>, state_dir: StateDir) -> Layers {
+        Layers { graph, layers: Vec::new(), allow_dirs, state_dir }
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &Arc<Graph> {
+        &self.graph
+    }
+
+    /// Directories that images may pull files from.
+    pub fn allow_dirs(&self) -> &[PathBuf] {
+        &self.allow_dirs
+    }
+
+    /// Where is kept what must outlive the process.
+    pub fn state_dir(&self) -> &StateDir {
+        &self.state_dir
+    }
+
+    /// The layer of a node.
+    pub fn of(&self, node: &Node) -> Option<&Layer> {
+        self.layers.iter().find(|layer| layer.image.node.is_same(node))
+    }
+
+    /// The file of a node: its own, or that of what it filters.
+    pub fn file_of(&self, node: &Node) -> Option<&Arc<HostFile>> {
+        self.of(node).map(|layer| &layer.image.file)
+    }
+
+    /// Adds a protocol node.
+    pub fn add_protocol(&mut self, image: Image, explicit: bool) -> Result<Node> {
+        let node = image.node.clone();
+        self.graph.add(node.clone(), None, explicit)?;
+        self.layers.push(Layer { image, is_protocol: true });
+        Ok(node)
+    }
+
+    /// Adds a format node that was opened on `protocol`, with all that it pulled in.
+    pub fn add_format(
+        &mut self,
+        mut image: Image,
+        protocol: Option<Node>,
+        explicit: bool,
+    ) -> Result<Node> {
+        let node = image.node.clone();
+        let protocol = match protocol {
+            Some(node) => node,
+            None => {
+                let read_only = image.access == Access::Read;
+                let file = &image.file;
+                let node = blockdev::protocol_node(file, &graph::auto_name(), read_only, false)?;
+                self.add_protocol(Image { node, backing: None, ..image.clone() }, false)?
+            }
+        };
+        self.graph.add(node.clone(), Some(protocol), explicit)?;
+        let backing = image.backing.take();
+        self.layers.push(Layer { image, is_protocol: false });
+        // Unless the operator said what it stands on: then that is there already.
+        if let Some(below) = backing
+            && self.graph.find(below.node.name()).is_none()
+        {
+            self.add_format(*below, None, false)?;
+        }
+        Ok(node)
+    }
+
+    /// Adds a node that is no image of its own, a filter.
+    pub fn add_filter(&mut self, node: Node, explicit: bool) -> Result<()> {
+        self.graph.add(node, None, explicit)
+    }
+
+    /// Removes a node of the operator's and what goes with it, and closes their images.
+    ///
+    /// # Errors
+    /// If it is in use, with by whom. What fails when an image is closed is logged: the node is gone.
+    pub fn remove(&mut self, name: &str) -> Result<()> {
+        let gone = self.graph.remove(name)?;
+        self.close(gone);
+        Ok(())
+    }
+
+    /// Removes nodes that nobody uses and nobody has named, and closes their images.
+    pub fn collect(&mut self) {
+        let gone = self.graph.collect();
+        self.close(gone);
+    }
+
+    fn close(&mut self, gone: Vec<Node>) {
+        for node in gone {
+            let is_protocol = self.of(&node).is_none_or(|layer| layer.is_protocol);
+            self.layers.retain(|layer| !layer.image.node.is_same(&node));
+            if !is_protocol && let Err(err) = block_on(node.close()) {
+                tracing::error!("cannot close node '{}': {err}", node.name());
+            }
+        }
+    }
+
+    /// Closes all images, at the end: the topmost first, so that nobody reads through one that is
+    /// closed. Returns the first failure.
+    pub fn close_all(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        for layer in std::mem::take(&mut self.layers).iter().rev().filter(|l| !l.is_protocol) {
+            let closed = block_on(layer.image.node.close());
+            let named =
+                closed.map_err(|e| e.context(format!("cannot close {}", layer.image.name())));
+            if result.is_ok() {
+                result = named;
+            } else if let Err(err) = named {
+                tracing::error!("{err}");
+            }
+        }
+        result
+    }
+
+    /// Makes a node read-only, or writable again. The gates of all that reach it are closed.
+    ///
+    /// # Errors
+    /// If its file cannot be opened or locked for writing. Then it stays as it was.
+    pub fn set_access(&mut self, node: &Node, access: Access, quiesced: &Quiesced) -> Result<()> {
+        let Some(at) = self.layers.iter().position(|l| l.image.node.is_same(node)) else {
+            return Err(Error::unsupported(format!("node '{}' is not an image", node.name())));
+        };
+        let image = self.layers[at].image.clone();
+        if image.access == access {
+            return Ok(());
+        }
+        let can_write = image.file.is_writable() && !node.driver().limits().read_only;
+        if access == Access::Read || can_write {
+            if let (Some(from), Some(to)) =
+                (lock_rights(image.locking, image.access), lock_rights(image.locking, access))
+            {
+                image.file.relock(from, to)?;
+            }
+            self.note_access(&image.file, access, quiesced);
+            return Ok(());
+        }
+        self.reopen_for_writing(&self.layers[at].clone(), quiesced)
+    }
+
+    /// All nodes on a file (a format and its protocol) share its rights.
+    fn note_access(&mut self, file: &Arc<HostFile>, access: Access, quiesced: &Quiesced) {
+        for layer in self.layers.iter_mut().filter(|l| Arc::ptr_eq(&l.image.file, file)) {
+            layer.image.access = access;
+            layer.image.node.set_read_only(access == Access::Read, quiesced);
+        }
+    }
+
+    fn reopen_for_writing(&mut self, layer: &Layer, quiesced: &Quiesced) -> Result<()> {
+        let old = &layer.image;
+        let request = ProtocolRequest {
+            node_name: graph::auto_name(),
+            path: old.file.path().to_path_buf(),
+            driver: protocol_name(&old.file),
+            access: Access::Write,
+            auto_read_only: false,
+            cache: old.cache,
+            locking: old.locking,
+            lock_wait: Duration::ZERO,
+            keeps_space: false,
+        };
+        let had = lock_rights(old.locking, old.access);
+        // Ours would be in the way of the new file's: locks belong to open files.
+        old.file.unlock();
+        let result = blockdev::open_protocol(&request).and_then(|new| {
+            if new.file.identity()? != old.file.identity()? {
+                return Err(Error::invalid(format!(
+                    "{}: is another file now than when it was opened",
+                    old.name()
+                )));
+            }
+            let drivers = self.drivers_on(&new, &old.file)?;
+            Ok((new, drivers))
+        });
+        let (new, drivers) = match result {
+            Ok(opened) => opened,
+            Err(err) => {
+                if let Some((held, shared)) = had {
+                    old.file.lock(held, shared)?;
+                }
+                return Err(err);
+            }
+        };
+        for (node, driver) in drivers {
+            node.replace_driver(driver, quiesced);
+        }
+        let old_file = Arc::clone(&old.file);
+        for layer in self.layers.iter_mut().filter(|l| Arc::ptr_eq(&l.image.file, &old_file)) {
+            layer.image.file = Arc::clone(&new.file);
+        }
+        self.note_access(&new.file, Access::Write, quiesced);
+        Ok(())
+    }
+
+    /// A driver over the new file for each node on the old one.
+    fn drivers_on(
+        &self,
+        new: &Image,
+        old: &Arc<HostFile>,
+    ) -> Result<Vec<(Node, Arc<dyn crate::block::Driver>)>> {
+        let mut drivers = Vec::new();
+        for layer in self.layers.iter().filter(|l| Arc::ptr_eq(&l.image.file, old)) {
+            let node = &layer.image.node;
+            let driver = if layer.is_protocol {
+                blockdev::protocol_driver(&new.file, false)?
+            } else {
+                let below = node.backing().and_then(|below| self.of(&below));
+                let request = FormatRequest {
+                    node_name: node.name().to_string(),
+                    format: layer.image.format,
+                    access: Access::Write,
+                    keeps_space: node.keeps_space(),
+                    backing: match below {
+                        Some(layer) => BackingChoice::Image(Box::new(layer.image.clone())),
+                        None => BackingChoice::Nothing,
+                    },
+                    allow_dirs: self.allow_dirs.clone(),
+                    state_dir: self.state_dir.clone(),
+                };
+                blockdev::open_driver(new, &request)?
+            };
+            drivers.push((node.clone(), driver));
+        }
+        Ok(drivers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Gate;
+    use crate::error::ErrorKind;
+    use crate::images::{self, CacheMode, ImageFormat, Locking, OpenRequest};
+    use crate::io::AlignedBuf;
+
+    struct Bench {
+        dir: tempfile::TempDir,
+        layers: Layers,
+    }
+
+    impl Bench {
+        /// A directory with `base` (raw, one MiB of ones) and `top`, a qcow2 over it.
+        fn new() -> Bench {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("base"), vec![1; 1 << 20]).unwrap();
+            images::create(&images::CreateRequest {
+                path: dir.path().join("top"),
+                format: ImageFormat::Qcow2,
+                size: None,
+                options: Vec::new(),
+                backing: Some("base".into()),
+                backing_format: Some(ImageFormat::Raw),
+                backing_unchecked: false,
+            })
+            .unwrap();
+            let layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
+            Bench { dir, layers }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn protocol(&self, name: &str, access: Access) -> ProtocolRequest {
+            ProtocolRequest {
+                node_name: format!("{name}-file"),
+                path: self.path(name),
+                driver: "file",
+                access,
+                auto_read_only: false,
+                cache: CacheMode::Writeback,
+                locking: Locking::Guard,
+                lock_wait: Duration::ZERO,
+                keeps_space: false,
+            }
+        }
+
+        fn format(&self, name: &str, format: ImageFormat, access: Access) -> FormatRequest {
+            FormatRequest {
+                node_name: name.into(),
+                format,
+                access,
+                keeps_space: false,
+                backing: BackingChoice::AsNamed,
+                allow_dirs: Vec::new(),
+                state_dir: StateDir::None,
+            }
+        }
+
+        fn add(&mut self, name: &str, format: ImageFormat, access: Access) -> Node {
+            let protocol = blockdev::open_protocol(&self.protocol(name, access)).unwrap();
+            let image =
+                blockdev::open_format(&protocol, &self.format(name, format, access)).unwrap();
+            let below = self.layers.add_protocol(protocol, true).unwrap();
+            self.layers.add_format(image, Some(below), true).unwrap()
+        }
+    }
+
+    fn first_byte(node: &Node) -> u8 {
+        let mut buf = AlignedBuf::zeroed(512, 512);
+        block_on(node.read(0, buf.buffers())).unwrap();
+        buf.as_slice()[0]
+    }
+
+    fn write(node: &Node, byte: u8) -> Result<()> {
+        let buf = AlignedBuf::zeroed(512, 512);
+        buf.buffers().copy_from_slice(&[byte; 512]);
+        block_on(node.write(0, buf.buffers(), false))
+    }
+
+    #[test]
+    fn what_an_image_pulls_in_is_shown_and_goes_with_it() {
+        let mut bench = Bench::new();
+        let top = bench.add("top", ImageFormat::Qcow2, Access::Write);
+        let graph = Arc::clone(bench.layers.graph());
+        let drivers: Vec<_> = graph.nodes().iter().map(|n| n.driver().name()).collect();
+        assert_eq!(drivers, ["file", "qcow2", "file", "raw"]);
+        assert_eq!(first_byte(&top), 1);
+        let base = top.backing().unwrap();
+        let err = bench.layers.remove(base.name()).unwrap_err().to_string();
+        assert_eq!(err, format!("Node {} is in use: node 'top' (backing)", base.name()));
+        bench.layers.remove("top").unwrap();
+        assert_eq!(graph.nodes().len(), 1, "the file node is the operator's");
+        bench.layers.remove("top-file").unwrap();
+        // Nothing is left that holds a lock.
+        drop((top, base));
+        images::open(&OpenRequest::write(bench.path("top"))).unwrap();
+    }
+
+    #[test]
+    fn a_frozen_node_lets_readers_in_and_can_be_thawed() {
+        let mut bench = Bench::new();
+        let base = bench.add("base", ImageFormat::Raw, Access::Write);
+        let reader = OpenRequest::read(bench.path("base")).format(Some(ImageFormat::Raw));
+        let writer = OpenRequest { access: Access::Write, ..reader.clone() };
+        images::open(&reader).unwrap_err();
+        let quiesced = Gate::new().quiesce();
+        bench.layers.set_access(&base, Access::Read, &quiesced).unwrap();
+        assert_eq!(write(&base, 2).unwrap_err().kind(), ErrorKind::ReadOnly);
+        let other = images::open(&reader).unwrap();
+        images::open(&writer).unwrap_err();
+        // Not while somebody reads it who relies on what it says.
+        let err = bench.layers.set_access(&base, Access::Write, &quiesced).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Busy);
+        images::open(&reader).unwrap();
+        write(&base, 2).unwrap_err();
+        drop(other);
+        bench.layers.set_access(&base, Access::Write, &quiesced).unwrap();
+        write(&base, 2).unwrap();
+        images::open(&reader).unwrap_err();
+    }
+
+    #[test]
+    fn a_backing_that_was_opened_for_reading_can_be_written() {
+        let mut bench = Bench::new();
+        let top = bench.add("top", ImageFormat::Qcow2, Access::Write);
+        let base = top.backing().unwrap();
+        let quiesced = Gate::new().quiesce();
+        write(&base, 2).unwrap_err();
+        // Somebody else who reads it keeps it as it is, and our lock on it stays.
+        let reader = images::open(&OpenRequest::read(bench.path("base"))).unwrap();
+        bench.layers.set_access(&base, Access::Write, &quiesced).unwrap_err();
+        images::open(&OpenRequest::write(bench.path("base"))).unwrap_err();
+        drop(reader);
+        bench.layers.set_access(&base, Access::Write, &quiesced).unwrap();
+        write(&base, 2).unwrap();
+        assert_eq!(first_byte(&top), 2, "through the node on top");
+        let protocol = bench.layers.graph().children(&base)[0].1.clone();
+        assert!(!protocol.limits().read_only);
+        bench.layers.set_access(&base, Access::Read, &quiesced).unwrap();
+        write(&base, 3).unwrap_err();
+        // A file that took its place is not written.
+        let mut bench = Bench::new();
+        let top = bench.add("top", ImageFormat::Qcow2, Access::Write);
+        std::fs::rename(bench.path("base"), bench.path("gone")).unwrap();
+        std::fs::write(bench.path("base"), [9; 512]).unwrap();
+        let err = bench.layers.set_access(&top.backing().unwrap(), Access::Write, &quiesced);
+        assert!(err.unwrap_err().to_string().contains("is another file now"));
+    }
+
+    #[test]
+    fn a_qcow2_is_reopened_over_its_own_backing() {
+        let mut bench = Bench::new();
+        let top = bench.add("top", ImageFormat::Qcow2, Access::Read);
+        let quiesced = Gate::new().quiesce();
+        write(&top, 2).unwrap_err();
+        bench.layers.set_access(&top, Access::Write, &quiesced).unwrap();
+        assert_eq!(first_byte(&top), 1);
+        write(&top, 2).unwrap();
+        bench.layers.close_all().unwrap();
+        drop(top);
+        bench.layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
+        assert_eq!(first_byte(&bench.add("top", ImageFormat::Qcow2, Access::Read)), 2);
+    }
+
+    #[test]
+    fn the_operator_says_what_an_image_stands_on() {
+        let bench = Bench::new();
+        let protocol = blockdev::open_protocol(&bench.protocol("top", Access::Write)).unwrap();
+        let mut request = bench.format("top", ImageFormat::Qcow2, Access::Write);
+        request.backing = BackingChoice::Nothing;
+        let top = blockdev::open_format(&protocol, &request).unwrap().node;
+        assert_eq!(first_byte(&top), 0);
+        std::fs::write(bench.path("other"), vec![5; 1 << 20]).unwrap();
+        let other = images::open(&OpenRequest::read(bench.path("other"))).unwrap();
+        let quiesced = Gate::new().quiesce();
+        top.set_backing(Some(other.node.clone()), &quiesced).unwrap();
+        assert_eq!(first_byte(&top), 5);
+        request.backing = BackingChoice::Image(Box::new(other));
+        let top = blockdev::open_format(&protocol, &request).unwrap().node;
+        assert_eq!(first_byte(&top), 5);
+    }
+
+    #[test]
+    fn misuse_is_told() {
+        let bench = Bench::new();
+        let open = |request: &ProtocolRequest| {
+            blockdev::open_protocol(request).map(drop).unwrap_err().to_string()
+        };
+        let gone = bench.path("gone").display().to_string();
+        assert_eq!(
+            open(&bench.protocol("gone", Access::Read)),
+            format!("Could not open '{gone}': No such file or directory")
+        );
+        let device =
+            ProtocolRequest { driver: "host_device", ..bench.protocol("base", Access::Read) };
+        assert!(open(&device).ends_with("it needs driver 'file'"));
+        let protocol = blockdev::open_protocol(&bench.protocol("base", Access::Read)).unwrap();
+        assert_eq!(protocol.node.driver().name(), "file");
+        let request = bench.format("base", ImageFormat::Raw, Access::Write);
+        let err = blockdev::open_format(&protocol, &request).unwrap_err();
+        assert!(err.to_string().starts_with("Block node is read-only"), "{err}");
+        let err = blockdev::open_format(
+            &protocol,
+            &FormatRequest {
+                format: ImageFormat::Qcow2,
+                ..bench.format("x", ImageFormat::Raw, Access::Read)
+            },
+        );
+        assert!(err.unwrap_err().to_string().contains("base"));
+    }
+
+    #[test]
+    fn flushes_are_ignored_where_the_operator_says_so() {
+        let bench = Bench::new();
+        let request =
+            ProtocolRequest { cache: CacheMode::Unsafe, ..bench.protocol("base", Access::Write) };
+        let protocol = blockdev::open_protocol(&request).unwrap();
+        let image = blockdev::open_format(
+            &protocol,
+            &bench.format("base", ImageFormat::Raw, Access::Write),
+        )
+        .unwrap();
+        let driver = image.node.driver();
+        let mut plan = crate::block::Plan::default();
+        let planned = driver.plan(crate::block::PlanOp::Flush, Default::default(), &mut plan);
+        assert_eq!(planned, crate::block::Planned::Ready);
+        assert!(plan.extents.is_empty());
+        assert_eq!(driver.name(), "raw");
+        block_on(image.node.flush()).unwrap();
+    }
+
+    #[test]
+    fn discards_are_ignored_where_nobody_asked_for_them() {
+        let bench = Bench::new();
+        let protocol = blockdev::open_protocol(&bench.protocol("base", Access::Write)).unwrap();
+        let request = FormatRequest {
+            keeps_space: true,
+            ..bench.format("base", ImageFormat::Raw, Access::Write)
+        };
+        let node = blockdev::open_format(&protocol, &request).unwrap().node;
+        let all = crate::units::ByteRange { offset: 0, len: 1 << 20 };
+        block_on(node.discard(all)).unwrap();
+        assert_eq!(first_byte(&node), 1);
+    }
+}
