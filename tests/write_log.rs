@@ -1,35 +1,14 @@
 //! Black box tests of `vublk log`.
 
-use std::path::Path;
-use std::process::{Command, Output};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vublk::units::ByteRange;
 use vublk::write_log::{Flags, LogBuilder};
 
-/// The program under test, in `dir`, with quiet logs.
-fn vublk(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
-    command.current_dir(dir).env_remove("VUBLK_LOG");
-    command.args(["--log-level", "error"]).args(args).output().unwrap()
-}
+mod common;
 
-/// Runs it, demands success, and returns what it printed.
-fn ok(dir: &Path, args: &[&str]) -> String {
-    let output = vublk(dir, args);
-    assert!(output.status.success(), "vublk {args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs it, demands this exit code, and returns the one line on stderr.
-fn fails(dir: &Path, args: &[&str], code: i32) -> String {
-    let output = vublk(dir, args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "vublk {args:?}: {stderr}");
-    let line = stderr.strip_suffix('\n').unwrap_or_else(|| panic!("vublk {args:?}: {stderr:?}"));
-    assert!(line.starts_with("vublk: ") && !line.contains('\n'), "vublk {args:?}: {stderr}");
-    line["vublk: ".len()..].to_string()
-}
+use common::{fails, have, ok, tool, tool_ok, vublk};
 
 fn json_of(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
@@ -143,4 +122,268 @@ fn what_is_no_log_is_refused() {
     std::fs::write(dir.path().join("bad.log"), bytes).unwrap();
     let err = fails(dir.path(), &["log", "info", "bad.log"], 1);
     assert_eq!(err, "bad.log: entry 1: its header is not padded with zeros");
+}
+
+/// The directory with sample data; `None`, visibly, where it is not.
+fn data() -> Option<PathBuf> {
+    let dir = std::env::var_os("VUBLK_TEST_DATA").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data")),
+        PathBuf::from,
+    );
+    if !dir.is_dir() {
+        eprintln!("SKIP: no sample data: {}", dir.display());
+        return None;
+    }
+    Some(dir)
+}
+
+/// Unpacks a file of the sample data to `to`.
+fn unpack(from: &Path, to: &Path) {
+    let tool = if from.extension().is_some_and(|ext| ext == "zst") { "zstd" } else { "xz" };
+    let bytes = tool_output(tool, &["-dc", from.to_str().unwrap()]);
+    std::fs::write(to, bytes).unwrap();
+}
+
+fn tool_output(name: &str, args: &[&str]) -> Vec<u8> {
+    let output = tool(Path::new("."), name, args);
+    assert!(output.status.success(), "{name} {args:?}: {output:?}");
+    output.stdout
+}
+
+fn sha256(file: &Path) -> String {
+    let line = tool_ok(Path::new("."), "sha256sum", &[file.to_str().unwrap()]);
+    line.split(' ').next().unwrap().to_string()
+}
+
+#[test]
+fn replays_of_real_logs_equal_the_reference_at_every_prefix() {
+    let Some(data) = data().filter(|_| have("zstd") && have("sha256sum")) else { return };
+    for name in ["dm-ext4", "qemu-ext4"] {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        unpack(&data.join(format!("logwrites/{name}.log.zst")), &d.join("w.log"));
+        ok(d, &["create", "-q", "-f", "raw", "step.img", "64M"]);
+        let table = std::fs::read_to_string(data.join(format!("logwrites/{name}.prefixes.tsv")));
+        let mut done = 0;
+        for line in table.unwrap().lines().filter(|line| !line.starts_with('#')) {
+            let mut fields = line.split('\t');
+            let count: u64 = fields.next().unwrap().parse().unwrap();
+            let expected = fields.next().unwrap();
+            // Ten entries more, on what the ones before have made.
+            let (start, limit) = (done.to_string(), (count - done).to_string());
+            let part = ["--start-entry", &start, "--limit", &limit];
+            let replay = ["log", "replay", "--log", "w.log", "--replay", "step.img"];
+            ok(d, &[&replay[..], &part].concat());
+            assert_eq!(sha256(&d.join("step.img")), expected, "{name}: first {count} entries");
+            done = count;
+        }
+        // In one go, to a raw file and to a qcow2 image, and backwards from the marks of the log.
+        let last = sha256(&d.join("step.img"));
+        ok(d, &["create", "-q", "-f", "raw", "once.img", "64M"]);
+        ok(d, &["log", "replay", "w.log", "--replay", "once.img", "-t", "none"]);
+        assert_eq!(sha256(&d.join("once.img")), last, "{name}");
+        ok(d, &["create", "-q", "-f", "qcow2", "disk.qcow2", "64M"]);
+        ok(d, &["log", "replay", "w.log", "--replay", "disk.qcow2"]);
+        ok(d, &["compare", "disk.qcow2", "once.img"]);
+    }
+}
+
+#[test]
+fn replays_of_logs_by_qemu_give_qemus_image() {
+    let Some(data) = data().filter(|_| have("xz") && have("sha256sum")) else { return };
+    for name in ["q512", "q4k"] {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        unpack(&data.join(format!("dm-log-writes/{name}.log.xz")), &d.join("w.log"));
+        unpack(&data.join(format!("dm-log-writes/{name}.img.xz")), &d.join("by-qemu.img"));
+        ok(d, &["create", "-q", "-f", "raw", "by-us.img", "8M"]);
+        ok(d, &["log", "replay", "w.log", "--replay", "by-us.img", "-f", "raw"]);
+        assert_eq!(sha256(&d.join("by-us.img")), sha256(&d.join("by-qemu.img")), "{name}");
+    }
+}
+
+/// The 512 bytes of a sector of `disk.img`.
+fn sector(dir: &Path, number: usize) -> Vec<u8> {
+    std::fs::read(dir.join("disk.img")).unwrap()[number * 512..][..512].to_vec()
+}
+
+/// Fills `disk.img` with sevens.
+fn fill(dir: &Path) {
+    std::fs::write(dir.join("disk.img"), [7; 10 * 512]).unwrap();
+}
+
+#[test]
+fn replay_has_replay_logs_options() {
+    let dir = example();
+    let d = dir.path();
+    fill(d);
+    let replay = |args: &[&str]| {
+        fill(d);
+        ok(d, &[&["log", "replay", "--log", "ex.log", "--replay", "disk.img"], args].concat())
+    };
+    assert_eq!(replay(&[]), "");
+    assert_eq!((sector(d, 3), sector(d, 4)), (vec![0xab; 512], vec![0xcd; 512]));
+    assert_eq!((sector(d, 8), sector(d, 9)), (vec![0; 512], vec![0; 512]));
+    assert_eq!(sector(d, 5), [7; 512]);
+    replay(&["--next-flush"]);
+    assert_eq!((sector(d, 3), sector(d, 4)), (vec![0xab; 512], vec![7; 512]));
+    replay(&["--no-discard", "--start-entry", "2"]);
+    assert_eq!((sector(d, 3), sector(d, 4)), (vec![7; 512], vec![0xcd; 512]));
+    assert_eq!(sector(d, 8), [7; 512]);
+    // Discards are applied whatever sectors are asked for.
+    replay(&["--start-sector", "4", "--end-sector", "5"]);
+    assert_eq!((sector(d, 3), sector(d, 4)), (vec![7; 512], vec![0xcd; 512]));
+    assert_eq!(sector(d, 8), [0; 512]);
+    replay(&["--end-sector", "3"]);
+    assert_eq!((sector(d, 3), sector(d, 4)), (vec![0xab; 512], vec![7; 512]));
+    assert_eq!(
+        replay(&["-v", "--limit", "3"]),
+        "replaying 0@2: sector 0, size 0, flags 0x8(MARK)\n\
+         replaying 1@3: sector 3, size 512, flags 0x0(NONE)\n\
+         replaying 2@5: sector 8, size 1024, flags 0x4(DISCARD)\n"
+    );
+    let shown = replay(&["-vv", "--no-discard", "--start-entry", "2", "--limit", "1"]);
+    assert_eq!(shown, "skipping 2@5: sector 8, size 1024, flags 0x4(DISCARD)\n");
+    let summary = json_of(&replay(&["--output", "json", "--start-mark", "start", "--next-fua"]));
+    assert_eq!(
+        summary,
+        json!({
+            "filename": "ex.log", "target": "disk.img", "entries": 4, "first-entry": 1,
+            "last-entry": 4, "stopped-by": "fua", "written-bytes": 1024,
+            "discarded-bytes": 1024, "checks": 0,
+        })
+    );
+    let line = ok(d, &["log", "replay", "--log", "ex.log"]);
+    assert_eq!(line, "Log version=1, sectorsize=512, entries=6\n");
+    assert_eq!(ok(d, &["log", "replay", "--log", "ex.log", "--num-entries"]), "6\n");
+    let found = ok(d, &["log", "replay", "--log", "ex.log", "--find", "--next-flush"]);
+    assert_eq!(found, "3@6\n");
+}
+
+#[test]
+fn checkers_run_where_they_are_told_to() {
+    let dir = example();
+    let d = dir.path();
+    let run = |check: &str| {
+        fill(d);
+        let _ = std::fs::remove_file(d.join("runs"));
+        // Notes the first byte of sector 3, as the checker sees it.
+        let fsck = "od -An -v -tx1 -j1536 -N1 disk.img >> runs";
+        ok(
+            d,
+            &["log", "replay", "ex.log", "--replay", "disk.img", "--check", check, "--fsck", fsck],
+        );
+        let runs = std::fs::read_to_string(d.join("runs")).unwrap_or_default();
+        runs.split_whitespace().map(str::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(run("1"), ["07", "ab", "ab", "ab", "ab", "ab"]);
+    assert_eq!(run("4"), ["ab"]);
+    assert_eq!(run("mark"), ["07", "ab"]);
+    assert_eq!(run("discard"), ["ab"]);
+    assert_eq!(run("flush").len(), 1);
+    assert_eq!(run("fua").len(), 1);
+    let replay = ["log", "replay", "ex.log", "--replay", "disk.img"];
+    let failing = [&replay[..], &["--check", "2", "--fsck", "test ! -e runs || exit 4"]].concat();
+    let err = fails(d, &failing, 1);
+    assert_eq!(err, "Fsck errored out on entry 1 (exit status: 4)");
+    for wrong in
+        [&["--check", "flush"][..], &["--fsck", "true"], &["--check", "0", "--fsck", "true"]]
+    {
+        assert_eq!(vublk(d, &[&replay[..], wrong].concat()).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_checker_may_change_an_image_of_any_format() {
+    let dir = example();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "qcow2", "disk.qcow2", "64K"]);
+    let own = env!("CARGO_BIN_EXE_vublk");
+    // Replays the log's last write to the same image in between, as if it were a repair.
+    let fsck = format!("{own} log replay ex.log --replay disk.qcow2 --start-entry 4");
+    ok(
+        d,
+        &[
+            "log",
+            "replay",
+            "ex.log",
+            "--replay",
+            "disk.qcow2",
+            "--limit",
+            "4",
+            "--check",
+            "flush",
+            "--fsck",
+            &fsck,
+        ],
+    );
+    ok(d, &["convert", "-O", "raw", "disk.qcow2", "disk.img"]);
+    assert_eq!((sector(d, 3), sector(d, 4)), (vec![0xab; 512], vec![0xcd; 512]));
+}
+
+#[test]
+fn a_replay_that_cannot_be_right_writes_nothing() {
+    let dir = example();
+    let d = dir.path();
+    fill(d);
+    let replay = |log: &str, args: &[&str]| {
+        let err = fails(d, &[&["log", "replay", log, "--replay", "disk.img"], args].concat(), 1);
+        let content = std::fs::read(d.join("disk.img")).unwrap();
+        assert!(content.iter().all(|byte| *byte == 7), "{log} {args:?}: something was written");
+        err
+    };
+    let err = replay("ex.log", &["--end-mark", "nowhere"]);
+    assert_eq!(err, "ex.log: no mark 'nowhere' in what was searched (list shows the marks)");
+    let mut bytes = std::fs::read(d.join("ex.log")).unwrap();
+    bytes[0xc10] = 0x80;
+    std::fs::write(d.join("bad.log"), bytes).unwrap();
+    assert_eq!(replay("bad.log", &[]), "bad.log: entry 4: unknown flags 0x80");
+    let far =
+        LogBuilder::new(512).write(0, &[1; 512]).discard(ByteRange { offset: 4096, len: 2048 });
+    std::fs::write(d.join("far.log"), far.finish()).unwrap();
+    let err = replay("far.log", &[]);
+    assert_eq!(
+        err,
+        "disk.img: entry 1 writes past the end of the target: up to byte 6144, and it has 5120 \
+         (vublk resize disk.img 6144)"
+    );
+    let log = std::fs::read(d.join("ex.log")).unwrap();
+    let err = fails(d, &["log", "replay", "ex.log", "--replay", "ex.log", "-f", "raw"], 1);
+    assert_eq!(err, "ex.log: is the log itself");
+    assert_eq!(std::fs::read(d.join("ex.log")).unwrap(), log);
+    let err = fails(d, &["log", "replay", "ex.log", "--replay", "none.img"], 1);
+    assert!(err.contains("the target must exist") && err.contains("none.img"), "{err}");
+    // Without the discard it fits.
+    ok(d, &["log", "replay", "far.log", "--replay", "disk.img", "--no-discard"]);
+}
+
+#[test]
+fn discards_of_any_length_are_zeros_and_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let len = 300 << 20;
+    let log = LogBuilder::new(4096).write(0, &[5; 8192]).discard(ByteRange { offset: 0, len });
+    let log = log.write(len - 4096, &[6; 4096]).finish();
+    std::fs::write(d.join("w.log"), log).unwrap();
+    ok(d, &["create", "-q", "-f", "raw", "disk.img", "300M"]);
+    let file = std::fs::OpenOptions::new().write(true).open(d.join("disk.img")).unwrap();
+    for at in [0u64, 150 << 20, 200 << 20] {
+        std::os::unix::fs::FileExt::write_all_at(&file, &[9; 4096], at).unwrap();
+    }
+    ok(d, &["log", "replay", "w.log", "--replay", "disk.img"]);
+    let content = std::fs::read(d.join("disk.img")).unwrap();
+    let (zeros, last) = content.split_at(len as usize - 4096);
+    assert!(zeros.iter().all(|byte| *byte == 0) && last.iter().all(|byte| *byte == 6));
+    let stored = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+    assert!(stored <= 64, "{stored} blocks");
+}
+
+#[test]
+fn an_empty_log_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("w.log"), LogBuilder::new(4096).finish()).unwrap();
+    fill(d);
+    ok(d, &["log", "replay", "w.log", "--replay", "disk.img"]);
+    assert_eq!(std::fs::read(d.join("disk.img")).unwrap(), [7; 10 * 512]);
 }

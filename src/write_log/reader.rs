@@ -15,16 +15,18 @@ use std::sync::Arc;
 use zerocopy::FromBytes;
 
 use crate::error::{Error, Result, ResultExt};
-use crate::io::{AlignedBuf, File};
-use crate::units::{ByteRange, align_up};
+use crate::io::{AlignedBuf, Buffers, File};
+use crate::units::{ByteRange, align_down, align_up};
 use crate::write_log::layout::{
     ENTRY_LEN, Flags, MAGIC, MAX_SECTOR_SIZE, RawEntry, RawSuperblock, SUPERBLOCK_LEN, Superblock,
     VERSION, is_sector_size,
 };
 
-/// How much of the log a walk reads at a time. Small entries share a read, and of large ones little
-/// is read in vain.
-const WINDOW: u64 = 64 << 10;
+/// How much of the log a walk over headers reads at a time. Small entries share a read, and of
+/// large ones little is read in vain.
+const HEADER_WINDOW: u64 = 64 << 10;
+/// How much a walk reads at a time whose caller wants the data, too.
+const DATA_WINDOW: u64 = 1 << 20;
 
 /// An open log.
 ///
@@ -214,7 +216,8 @@ impl Log {
             log: self,
             number: 0,
             position: self.sector_size(),
-            window: Window::default(),
+            window: Window { reach: HEADER_WINDOW, ..Window::default() },
+            header: Vec::new(),
             mark: Mark(Vec::new()),
         }
     }
@@ -250,6 +253,8 @@ pub struct Walk<'a> {
     /// Where it lies in the file, in bytes.
     position: u64,
     window: Window,
+    /// The header that was read last.
+    header: Vec<u8>,
     /// Text of the entry that was read last.
     mark: Mark,
 }
@@ -274,6 +279,18 @@ impl Walk<'_> {
         Ok(Some(entry))
     }
 
+    /// The same walk, for a caller who wants the data as well: reads more at a time, for
+    /// [`Walk::buffered`].
+    pub fn with_data(mut self) -> Self {
+        self.window.reach = DATA_WINDOW;
+        self
+    }
+
+    /// A range of the log's file, if the walk happens to have it in memory.
+    pub fn buffered(&self, range: ByteRange) -> Option<Buffers> {
+        self.window.has(range).then(|| self.window.slice(range))
+    }
+
     /// The text of the mark that [`Walk::next`] has just given.
     pub fn mark(&self) -> &Mark {
         &self.mark
@@ -288,7 +305,9 @@ impl Walk<'_> {
         let sector = ByteRange::new(self.position, self.log.sector_size())
             .filter(|range| range.end() <= self.log.len)
             .ok_or_else(|| Error::corrupt("its header lies past the end of the log"))?;
-        let header = self.window.get(self.log, sector).await.context(|| "reading its header")?;
+        let header = &mut self.header;
+        header.resize(self.log.sector_size() as usize, 0);
+        self.window.copy(self.log, sector, header).await.context(|| "reading its header")?;
         let entry = parse_entry(header, number, self.position, self.log)?;
         self.mark.0.clear();
         self.mark.0.extend_from_slice(&header[ENTRY_LEN..ENTRY_LEN + entry.mark_len as usize]);
@@ -297,37 +316,65 @@ impl Walk<'_> {
 }
 
 /// A piece of the log's file in memory.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Window {
-    start: u64,
-    bytes: Vec<u8>,
+    /// How much is read at a time, in bytes.
+    reach: u64,
+    /// What is in memory, and where it lies in the file.
+    range: ByteRange,
+    bytes: AlignedBuf,
 }
 
-impl Window {
-    /// The bytes of a range that is no longer than [`WINDOW`], read if they are not here yet.
-    async fn get(&mut self, log: &Log, range: ByteRange) -> Result<&[u8]> {
-        let have = ByteRange { offset: self.start, len: self.bytes.len() as u64 };
-        if range.offset < have.offset || range.end() > have.end() {
-            let end = range.offset.saturating_add(WINDOW).min(log.len);
-            let wanted = ByteRange::between(range.offset, end);
-            self.bytes = read_at(&*log.file, wanted, log.len).await?;
-            self.start = range.offset;
-        }
-        let at = (range.offset - self.start) as usize;
-        Ok(&self.bytes[at..at + range.len as usize])
+impl Default for Window {
+    fn default() -> Self {
+        let (range, bytes) = (ByteRange::default(), AlignedBuf::zeroed(0, 512));
+        Window { reach: HEADER_WINDOW, range, bytes }
     }
 }
 
-const _: () = assert!(WINDOW >= MAX_SECTOR_SIZE as u64);
+impl Window {
+    fn has(&self, range: ByteRange) -> bool {
+        range.offset >= self.range.offset && range.end() <= self.range.end()
+    }
+
+    /// A range that is in memory.
+    fn slice(&self, range: ByteRange) -> Buffers {
+        self.bytes.buffers().slice(range.offset - self.range.offset, range.len)
+    }
+
+    /// Copies a range that is no longer than the reach, reading it if it is not in memory.
+    async fn copy(&mut self, log: &Log, range: ByteRange, out: &mut [u8]) -> Result<()> {
+        if !self.has(range) {
+            let end = range.offset.saturating_add(self.reach).min(log.len);
+            let wanted = ByteRange::between(range.offset, end);
+            (self.range, self.bytes) = read_around(&*log.file, wanted, log.len).await?;
+        }
+        self.slice(range).copy_to_slice(out);
+        Ok(())
+    }
+}
+
+const _: () = assert!(HEADER_WINDOW >= MAX_SECTOR_SIZE as u64);
+
+/// Reads a range of a file that is `file_len` long, and around it what the file's alignment
+/// demands. Returns what was read, too.
+async fn read_around(
+    file: &dyn File,
+    range: ByteRange,
+    file_len: u64,
+) -> Result<(ByteRange, AlignedBuf)> {
+    let unit = file.alignment();
+    let end = align_up(range.end(), unit.request).unwrap_or(file_len).min(file_len);
+    let whole = ByteRange::between(align_down(range.offset, unit.request), end);
+    let buf = AlignedBuf::zeroed(whole.len as usize, unit.memory.max(512));
+    file.read(whole.offset, buf.buffers()).await?;
+    Ok((whole, buf))
+}
 
 /// Reads a range of a file that is `file_len` long, whatever alignment the file demands.
 async fn read_at(file: &dyn File, range: ByteRange, file_len: u64) -> Result<Vec<u8>> {
-    let unit = file.alignment();
-    let start = range.offset - range.offset % unit.request;
-    let end = align_up(range.end(), unit.request).unwrap_or(file_len).min(file_len);
-    let mut buf = AlignedBuf::zeroed((end - start) as usize, unit.memory.max(512));
-    file.read(start, buf.buffers()).await?;
-    let skip = (range.offset - start) as usize;
+    let (whole, mut buf) = read_around(file, range, file_len).await?;
+    let skip = (range.offset - whole.offset) as usize;
     Ok(buf.as_slice()[skip..skip + range.len as usize].to_vec())
 }
 

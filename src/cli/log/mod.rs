@@ -3,9 +3,11 @@
 //! Options are those of `replay-log`, the tool that goes with the kernel's target, and mean what
 //! they mean there; `docs/write-log.md` says where it is otherwise, and why.
 
+mod apply;
 mod find;
 mod info;
 mod list;
+mod replay;
 mod source;
 
 use clap::{Args, Subcommand};
@@ -24,6 +26,7 @@ enum LogCommand {
     Info(info::InfoArgs),
     List(list::ListArgs),
     Find(find::FindArgs),
+    Replay(Box<replay::ReplayArgs>),
 }
 
 pub fn run(args: &LogArgs) -> Result<u8> {
@@ -31,5 +34,6 @@ pub fn run(args: &LogArgs) -> Result<u8> {
         LogCommand::Info(args) => info::run(args),
         LogCommand::List(args) => list::run(args),
         LogCommand::Find(args) => find::run(args),
+        LogCommand::Replay(args) => replay::run(args),
     }
 }

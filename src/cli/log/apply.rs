@@ -1,0 +1,113 @@
+//! Applying entries of a log to a disk.
+//!
+//! Small entries come out of the window that the walk has in memory anyway; large ones are read in
+//! pieces. Several writes are in flight at a time, but never two that overlap: the order of the
+//! entries is the order on the disk.
+
+use std::sync::Arc;
+
+use crate::block::Node;
+use crate::cli::lanes::Lanes;
+use crate::error::{Result, ResultExt};
+use crate::io::{AlignedBuf, Buffers, File};
+use crate::units::{ByteRange, MIB};
+use crate::write_log::{Entry, Kind, Log, Walk};
+
+/// How much of a large entry is read and written at a time.
+const PIECE: u64 = MIB;
+/// How many pieces are in flight.
+const LANES: usize = 8;
+/// How many ranges may have been started since everything was last known to be done.
+const MAX_STARTED: usize = 64;
+
+/// Writes entries to a disk.
+pub struct Replayer {
+    log: Arc<dyn File>,
+    node: Node,
+    lanes: Lanes<'static>,
+    /// What may be in flight.
+    started: Vec<ByteRange>,
+}
+
+impl Replayer {
+    /// For entries of `log` on `node`.
+    pub fn new(log: &Log, node: Node) -> Replayer {
+        let log = Arc::clone(log.file());
+        Replayer { log, node, lanes: Lanes::new(LANES), started: Vec::new() }
+    }
+
+    /// Applies an entry, after all before it. It may be in flight when this returns.
+    pub async fn apply(&mut self, entry: &Entry, walk: &Walk<'_>) -> Result<()> {
+        let target = entry.target;
+        match entry.kind() {
+            Kind::Mark | Kind::Flush => Ok(()),
+            Kind::Discard if target.is_empty() => Ok(()),
+            Kind::Discard => {
+                self.make_way_for(target).await?;
+                let node = self.node.clone();
+                let context = context_of(&self.node, entry);
+                self.lanes
+                    .push(async move { node.write_zeroes(target, true).await.context(context) })
+                    .await
+            }
+            Kind::Write => {
+                self.make_way_for(target).await?;
+                self.write(entry, walk).await
+            }
+        }
+    }
+
+    /// Waits until all that was applied is on the disk's file (not flushed).
+    pub async fn settle(&mut self) -> Result<()> {
+        self.started.clear();
+        self.lanes.drain().await
+    }
+
+    async fn make_way_for(&mut self, target: ByteRange) -> Result<()> {
+        let in_the_way = self.started.iter().any(|range| range.overlaps(&target));
+        if in_the_way || self.started.len() >= MAX_STARTED {
+            self.settle().await?;
+        }
+        self.started.push(target);
+        Ok(())
+    }
+
+    async fn write(&mut self, entry: &Entry, walk: &Walk<'_>) -> Result<()> {
+        let data = entry.data().expect("a write has data");
+        let at = entry.target.offset;
+        if let Some(bytes) = walk.buffered(data) {
+            let (node, context) = (self.node.clone(), context_of(&self.node, entry));
+            let write = async move { node.write(at, bytes, false).await.context(context) };
+            return self.lanes.push(write).await;
+        }
+        let mut done = 0;
+        while done < data.len {
+            let len = (data.len - done).min(PIECE);
+            let (node, log) = (self.node.clone(), Arc::clone(&self.log));
+            let context = context_of(&self.node, entry);
+            let (from, to) = (data.offset + done, at + done);
+            let copy = async move {
+                let bytes = read(&*log, ByteRange { offset: from, len }).await?;
+                node.write(to, bytes, false).await.context(context)
+            };
+            self.lanes.push(copy).await?;
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+/// What to say before an error that concerns an entry.
+fn context_of(node: &Node, entry: &Entry) -> impl FnOnce() -> String + use<> {
+    let (node, entry) = (node.clone(), *entry);
+    move || format!("applying entry {} ({}) to {}", entry.number, entry.target, node.name())
+}
+
+/// Reads a piece of the log. Logs are read through the page cache, which has no demands.
+async fn read(log: &dyn File, range: ByteRange) -> Result<Buffers> {
+    let buf = AlignedBuf::zeroed(range.len as usize, 4096);
+    log.read(range.offset, buf.buffers())
+        .await
+        .context(|| format!("{}: reading {range}", log.name()))?;
+    Ok(buf.buffers())
+}
