@@ -145,8 +145,9 @@ impl fmt::Debug for PlanCommit {
     }
 }
 
-/// Keeps an extent in place while a planned request uses it. Dropping it releases the extent.
-pub struct Pin(pub Box<dyn Send + Sync>);
+/// Keeps an extent in place while a planned request uses it. Dropping it releases the extent. An
+/// `Arc`, so that a format which only counts users can hand out clones and allocate nothing.
+pub struct Pin(pub Arc<dyn Send + Sync>);
 
 impl fmt::Debug for Pin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

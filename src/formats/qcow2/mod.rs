@@ -1100,7 +1100,7 @@ impl Qcow2 {
                         return Planned::NotNow;
                     }
                     plan.extents.push(PlanExtent::File { file: host, offset, len: run.len });
-                    plan.pin = Some(Pin(Box::new(tokens)));
+                    plan.pin = Some(Pin(Arc::new(tokens)));
                 }
                 _ => return Planned::NotNow,
             }
