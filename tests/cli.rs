@@ -138,7 +138,7 @@ fn bad_images_are_refused_with_a_clear_line() {
         ("/dev/null", "/dev/null: is neither a regular file nor a block device"),
         ("loop", "loop: Too many levels of symbolic links"),
         ("odd/x", "odd/x: Not a directory"),
-        ("disk.vhdx", "disk.vhdx: vhdx images cannot be opened by this version yet"),
+        ("disk.vhdx", "disk.vhdx: has only 8 bytes; the headers of a VHDX image alone take 1 MiB"),
         ("disk.vmdk", "disk.vmdk: vmdk images are not supported; convert it"),
         ("log", "log: is a log of writes"),
         ("nbd://host/disk", "nbd://host/disk: only files and block devices of this host"),

@@ -6,3 +6,4 @@
 
 pub mod qcow2;
 pub mod raw;
+pub mod vhdx;

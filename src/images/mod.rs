@@ -94,7 +94,8 @@ impl ImageFormat {
     ];
 
     /// The formats that can be opened and created, in the order that messages list them.
-    pub const SUPPORTED: &'static [ImageFormat] = &[ImageFormat::Raw, ImageFormat::Qcow2];
+    pub const SUPPORTED: &'static [ImageFormat] =
+        &[ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx];
 
     /// Its name, as QEMU has it where QEMU has it.
     pub fn name(self) -> &'static str {
@@ -113,7 +114,7 @@ impl ImageFormat {
             ImageFormat::WriteLog => {
                 Error::unsupported("is a log of writes (dm-log-writes), not a disk")
             }
-            ImageFormat::Vhdx | ImageFormat::AddCow | ImageFormat::Qbm => {
+            ImageFormat::AddCow | ImageFormat::Qbm => {
                 Error::unsupported(format!("{self} images cannot be opened by this version yet"))
             }
             ImageFormat::Luks => Error::unsupported(
@@ -158,6 +159,6 @@ mod tests {
             assert_eq!(format.to_string(), name);
         }
         let err = "qcow3".parse::<ImageFormat>().unwrap_err();
-        assert_eq!(err.to_string(), "unknown format 'qcow3' (known: raw, qcow2)");
+        assert_eq!(err.to_string(), "unknown format 'qcow3' (known: raw, qcow2, vhdx)");
     }
 }

@@ -23,6 +23,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::GuessGuard;
 use crate::formats::qcow2;
 use crate::formats::raw::Raw;
+use crate::formats::vhdx;
 use crate::images::{ImageFormat, probe, users};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
 
@@ -435,6 +436,7 @@ pub(super) fn open_driver(
     match format {
         ImageFormat::Raw => open_raw(opening, guessed),
         ImageFormat::Qcow2 => open_qcow2(opening),
+        ImageFormat::Vhdx => open_vhdx(opening),
         other => Err(other.refusal().context(opening.file.name())),
     }
 }
@@ -497,6 +499,43 @@ fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         keep: if read_only { None } else { open_keep(request, &opening.file, "qcow2")? },
     };
     Ok(Arc::new(FormatDriver::new(block_on(qcow2::Qcow2::open(file, options))?)))
+}
+
+fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
+    let request = opening.request;
+    let file = Arc::clone(&opening.file) as Arc<dyn File>;
+    let structure = block_on(vhdx::Structure::read(&file))?;
+    let mut backing = None;
+    if request.backing {
+        let paths = structure.metadata.parent.as_ref().map(vhdx::locator::Locator::paths);
+        backing = open_vhdx_parent(opening, &paths.unwrap_or_default())?;
+        structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
+    }
+    let options = vhdx::OpenOptions {
+        read_only: request.access == Access::Read,
+        backing,
+        lenient: !request.backing,
+        ..vhdx::OpenOptions::default()
+    };
+    Ok(Arc::new(FormatDriver::new(block_on(vhdx::Vhdx::open(structure, options))?)))
+}
+
+/// Opens the parent that the operator says, or else the first that is there of those that the image
+/// names.
+fn open_vhdx_parent(opening: &mut Opening<'_>, paths: &[String]) -> Result<Option<Node>> {
+    if opening.overridden.is_some() {
+        return opening.backing(None);
+    }
+    let mut missing = None;
+    for path in paths {
+        match opening.backing(Some((path, Some("vhdx")))) {
+            Err(err) if err.kind() == ErrorKind::NotFound => {
+                missing = missing.or(Some(err));
+            }
+            found => return found,
+        }
+    }
+    missing.map_or(Ok(None), Err)
 }
 
 /// Opens the place for what must outlive this process, if a guest is to be served.

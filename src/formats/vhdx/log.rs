@@ -1,0 +1,469 @@
+//! The log: reading entries, finding those that count, and making new ones.
+//!
+//! The log is a circular buffer of entries in units of 4 KiB. An entry holds whole pages of
+//! metadata and where they belong. Which entries count is found without any pointer into the log:
+//!
+//! ```text
+//!      stale      ┌──────────── one chain: each valid, seq + 1, end to start ───────────┐
+//!  ┊ seq 71 ┊ … ┊ │ seq 5 │ seq 6 │ seq 7 (tail) │ seq 8 │ seq 9: "tail is at seq 7" │ ┊ garbage
+//!                                  └──────────── these are replayed ───────────────────┘
+//! ```
+//!
+//! A chain counts only if its last entry's tail is in it; of several, the one with the greatest
+//! sequence number wins.
+//!
+//! Invariant that keeps the search linear: valid entries cannot overlap, because each of their
+//! sectors starts with a signature of its own kind. So an entry is followed by one other at most,
+//! and follows one other at most.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::disk;
+use super::layout::{
+    Guid, LOG_DATA_DESCRIPTOR, LOG_DATA_SIGNATURE, LOG_DESCRIPTOR_LEN, LOG_ENTRY_HEADER_LEN,
+    LOG_ENTRY_SIGNATURE, LOG_SECTOR, LOG_ZERO_DESCRIPTOR, PAGE, RawLogData, RawLogDescriptor,
+    RawLogHeader,
+};
+use crate::error::{Error, Result};
+use crate::io::File;
+use crate::units::ByteRange;
+
+/// How much of the log is read at once, in bytes.
+const WINDOW: u64 = 256 << 10;
+
+/// A valid entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Where it starts, from the start of the log.
+    pub offset: u64,
+    /// How long it is.
+    pub len: u64,
+    /// Where the oldest entry is that was needed when this one was written.
+    pub tail: u64,
+    /// Its place in the order.
+    pub sequence: u64,
+    /// How many descriptors it has.
+    pub descriptors: u64,
+    /// The file was durably this long when the entry was written.
+    pub flushed_file_offset: u64,
+    /// The file must be this long when the entry is applied.
+    pub last_file_offset: u64,
+}
+
+/// What an entry does to a part of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Puts a page at `offset`.
+    Page {
+        /// Where in the file.
+        offset: u64,
+        /// Where it comes from.
+        source: PageSource,
+    },
+    /// Puts zeros.
+    Zeros(ByteRange),
+}
+
+/// A page as the log holds it: most of it in a data sector, both ends in the descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageSource {
+    /// Place of the data sector in the file.
+    pub sector: u64,
+    leading: [u8; 8],
+    trailing: [u8; 4],
+}
+
+impl PageSource {
+    /// Puts the page together.
+    pub async fn read(&self, file: &Arc<dyn File>) -> Result<Vec<u8>> {
+        let sector = disk::read(file, self.sector, LOG_SECTOR).await?;
+        let mut page = Vec::with_capacity(PAGE as usize);
+        page.extend_from_slice(&self.leading);
+        page.extend_from_slice(&sector[8..LOG_SECTOR as usize - 4]);
+        page.extend_from_slice(&self.trailing);
+        Ok(page)
+    }
+}
+
+/// Reads a log.
+pub struct LogReader<'a> {
+    file: &'a Arc<dyn File>,
+    /// Where the log is in the file.
+    log: ByteRange,
+    guid: Guid,
+    /// Where the bytes in memory start, from the start of the log.
+    window_start: u64,
+    window: Vec<u8>,
+}
+
+impl<'a> LogReader<'a> {
+    /// A reader of the entries with this GUID.
+    pub fn new(file: &'a Arc<dyn File>, log: ByteRange, guid: Guid) -> LogReader<'a> {
+        LogReader { file, log, guid, window_start: 0, window: Vec::new() }
+    }
+
+    /// The entries to replay, oldest first. There is at least one.
+    ///
+    /// # Errors
+    /// Kind [`Corrupt`](crate::ErrorKind::Corrupt) if no entry counts.
+    pub async fn active(&mut self) -> Result<Vec<Entry>> {
+        let valid = self.valid_entries().await?;
+        let best = chains(&valid, self.log.len)
+            .into_iter()
+            .filter_map(|chain| {
+                let last = chain.last()?;
+                let from = chain.iter().position(|entry| entry.offset == last.tail)?;
+                Some(chain[from..].to_vec())
+            })
+            .max_by_key(|chain| chain.last().map(|entry| entry.sequence));
+        best.ok_or_else(|| {
+            Error::corrupt(format!(
+                "the header says that the log of {} must be replayed, but it holds no valid \
+                 sequence of entries ({} valid ones)",
+                self.log,
+                valid.len()
+            ))
+        })
+    }
+
+    /// All valid entries, whether or not they count.
+    pub async fn valid_entries(&mut self) -> Result<Vec<Entry>> {
+        let mut found = Vec::new();
+        let mut offset = 0;
+        while offset < self.log.len {
+            let entry = self.entry(offset).await?;
+            // What is inside a valid entry is no other one's start.
+            offset += entry.map_or(LOG_SECTOR, |entry| entry.len);
+            found.extend(entry);
+        }
+        Ok(found)
+    }
+
+    /// What an entry changes, in order.
+    pub async fn changes(&mut self, entry: &Entry) -> Result<Vec<Change>> {
+        let mut changes = Vec::new();
+        let mut data_sector = entry.offset + descriptor_sectors(entry.descriptors) * LOG_SECTOR;
+        for i in 0..entry.descriptors {
+            let descriptor = self.descriptor(entry.offset, i).await?;
+            let offset = descriptor.file_offset.get();
+            if descriptor.signature == *LOG_DATA_DESCRIPTOR {
+                let sector = self.log.offset + data_sector % self.log.len;
+                let RawLogDescriptor { leading, trailing, .. } = descriptor;
+                let source = PageSource { sector, leading, trailing };
+                changes.push(Change::Page { offset, source });
+                data_sector += LOG_SECTOR;
+            } else {
+                let len = u64::from_le_bytes(descriptor.leading);
+                let range = ByteRange::new(offset, len).ok_or_else(|| {
+                    Error::corrupt(format!("the log zeroes {len} bytes at {offset}"))
+                })?;
+                changes.push(Change::Zeros(range));
+            }
+        }
+        Ok(changes)
+    }
+
+    /// The valid entry at `offset`, if there is one.
+    async fn entry(&mut self, offset: u64) -> Result<Option<Entry>> {
+        let first = self.sector(offset).await?;
+        let Ok((header, _)) = RawLogHeader::read_from_prefix(first) else { return Ok(None) };
+        let len = u64::from(header.entry_length.get());
+        let count = u64::from(header.descriptor_count.get());
+        let sequence = header.sequence.get();
+        let plausible = header.signature == *LOG_ENTRY_SIGNATURE
+            && header.log_guid == self.guid
+            && sequence > 0
+            && len > 0
+            && len <= self.log.len
+            && len.is_multiple_of(LOG_SECTOR)
+            && u64::from(header.tail.get()).is_multiple_of(LOG_SECTOR)
+            && u64::from(header.tail.get()) < self.log.len
+            && descriptor_sectors(count) * LOG_SECTOR <= len;
+        if !plausible || !self.is_whole(offset, len, count, sequence).await? {
+            return Ok(None);
+        }
+        if self.checksum(offset, len).await? != header.checksum.get() {
+            return Ok(None);
+        }
+        Ok(Some(Entry {
+            offset,
+            len,
+            tail: header.tail.get().into(),
+            sequence,
+            descriptors: count,
+            flushed_file_offset: header.flushed_file_offset.get(),
+            last_file_offset: header.last_file_offset.get(),
+        }))
+    }
+
+    /// Whether all descriptors and data sectors of an entry are there and carry its number.
+    async fn is_whole(&mut self, offset: u64, len: u64, count: u64, sequence: u64) -> Result<bool> {
+        let mut data = 0;
+        for i in 0..count {
+            let descriptor = self.descriptor(offset, i).await?;
+            let is_data = match &descriptor.signature {
+                LOG_DATA_DESCRIPTOR => true,
+                LOG_ZERO_DESCRIPTOR => false,
+                _ => return Ok(false),
+            };
+            let zeros = u64::from_le_bytes(descriptor.leading);
+            let aligned = descriptor.file_offset.get().is_multiple_of(PAGE)
+                && (is_data || zeros.is_multiple_of(PAGE));
+            if !aligned || descriptor.sequence.get() != sequence {
+                return Ok(false);
+            }
+            data += u64::from(is_data);
+        }
+        let start = descriptor_sectors(count);
+        if (start + data) * LOG_SECTOR != len {
+            return Ok(false);
+        }
+        for i in start..start + data {
+            let sector = self.sector(offset + i * LOG_SECTOR).await?;
+            let Ok(data) = RawLogData::ref_from_bytes(sector) else { return Ok(false) };
+            let number =
+                u64::from(data.sequence_high.get()) << 32 | u64::from(data.sequence_low.get());
+            if data.signature != *LOG_DATA_SIGNATURE || number != sequence {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    async fn descriptor(&mut self, entry: u64, i: u64) -> Result<RawLogDescriptor> {
+        let at = LOG_ENTRY_HEADER_LEN + i * LOG_DESCRIPTOR_LEN;
+        let sector = self.sector(entry + at / LOG_SECTOR * LOG_SECTOR).await?;
+        let from = (at % LOG_SECTOR) as usize;
+        let (descriptor, _) = RawLogDescriptor::read_from_prefix(&sector[from..])
+            .map_err(|_| Error::corrupt("log descriptor cut short"))?;
+        Ok(descriptor)
+    }
+
+    async fn checksum(&mut self, offset: u64, len: u64) -> Result<u32> {
+        let mut crc = 0;
+        for at in (0..len).step_by(LOG_SECTOR as usize) {
+            let sector = self.sector(offset + at).await?;
+            if at == 0 {
+                crc = crc32c::crc32c(&sector[..4]);
+                crc = crc32c::crc32c_append(crc, &[0; 4]);
+                crc = crc32c::crc32c_append(crc, &sector[8..]);
+            } else {
+                crc = crc32c::crc32c_append(crc, sector);
+            }
+        }
+        Ok(crc)
+    }
+
+    /// The sector at `offset` of the log, which goes on from its end to its start.
+    async fn sector(&mut self, offset: u64) -> Result<&[u8]> {
+        let offset = offset % self.log.len;
+        let inside = offset >= self.window_start
+            && offset + LOG_SECTOR <= self.window_start + self.window.len() as u64;
+        if !inside {
+            let len = WINDOW.min(self.log.len - offset);
+            self.window = disk::read(self.file, self.log.offset + offset, len).await?;
+            self.window_start = offset;
+        }
+        let from = (offset - self.window_start) as usize;
+        Ok(&self.window[from..from + LOG_SECTOR as usize])
+    }
+}
+
+/// How many sectors the header and the descriptors of an entry take.
+fn descriptor_sectors(count: u64) -> u64 {
+    (LOG_ENTRY_HEADER_LEN + count * LOG_DESCRIPTOR_LEN).div_ceil(LOG_SECTOR)
+}
+
+/// Sorts entries into chains: each follows the one before in place and in number.
+fn chains(entries: &[Entry], log_len: u64) -> Vec<Vec<Entry>> {
+    let by_offset: HashMap<u64, &Entry> = entries.iter().map(|e| (e.offset, e)).collect();
+    let next = |entry: &Entry| {
+        let after = by_offset.get(&((entry.offset + entry.len) % log_len)).copied()?;
+        (Some(after.sequence) == entry.sequence.checked_add(1)).then_some(after)
+    };
+    let followers: std::collections::HashSet<u64> =
+        entries.iter().filter_map(|entry| next(entry).map(|after| after.offset)).collect();
+    let starts = entries.iter().filter(|entry| !followers.contains(&entry.offset));
+    starts
+        .map(|start| std::iter::successors(Some(start), |entry| next(entry)).copied().collect())
+        .collect()
+}
+
+/// What a new entry needs besides its pages.
+#[derive(Clone, Copy, Debug)]
+pub struct NewEntry {
+    /// The header's LogGuid.
+    pub guid: Guid,
+    /// One more than that of the entry before.
+    pub sequence: u64,
+    /// Where the oldest entry is that is still needed, from the start of the log.
+    pub tail: u64,
+    /// The file's length as of the last flush.
+    pub flushed_file_offset: u64,
+    /// The file's length now.
+    pub last_file_offset: u64,
+}
+
+/// Length of an entry with this many pages.
+pub fn entry_len(pages: u64) -> u64 {
+    (descriptor_sectors(pages) + pages) * LOG_SECTOR
+}
+
+impl NewEntry {
+    /// The bytes of an entry that puts these pages (offset in the file, 4 KiB each) in place.
+    pub fn encode(&self, pages: &[(u64, &[u8])]) -> Vec<u8> {
+        let len = entry_len(pages.len() as u64);
+        let mut bytes = Vec::with_capacity(len as usize);
+        let header = RawLogHeader {
+            signature: *LOG_ENTRY_SIGNATURE,
+            checksum: 0.into(),
+            entry_length: (len as u32).into(),
+            tail: (self.tail as u32).into(),
+            sequence: self.sequence.into(),
+            descriptor_count: (pages.len() as u32).into(),
+            reserved: 0.into(),
+            log_guid: self.guid,
+            flushed_file_offset: self.flushed_file_offset.into(),
+            last_file_offset: self.last_file_offset.into(),
+        };
+        bytes.extend_from_slice(header.as_bytes());
+        for (offset, page) in pages {
+            let descriptor = RawLogDescriptor {
+                signature: *LOG_DATA_DESCRIPTOR,
+                trailing: page[PAGE as usize - 4..].try_into().expect("4 bytes"),
+                leading: page[..8].try_into().expect("8 bytes"),
+                file_offset: (*offset).into(),
+                sequence: self.sequence.into(),
+            };
+            bytes.extend_from_slice(descriptor.as_bytes());
+        }
+        bytes.resize((descriptor_sectors(pages.len() as u64) * LOG_SECTOR) as usize, 0);
+        for (_, page) in pages {
+            bytes.extend_from_slice(LOG_DATA_SIGNATURE);
+            bytes.extend_from_slice(&((self.sequence >> 32) as u32).to_le_bytes());
+            bytes.extend_from_slice(&page[8..PAGE as usize - 4]);
+            bytes.extend_from_slice(&(self.sequence as u32).to_le_bytes());
+        }
+        let crc = crc32c::crc32c(&bytes);
+        bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::block_on;
+    use crate::io::sim::SimFile;
+    use crate::units::MIB;
+
+    const LOG: ByteRange = ByteRange { offset: MIB, len: 64 << 10 };
+    const GUID: Guid = Guid([5; 16]);
+
+    fn new(sequence: u64, tail: u64) -> NewEntry {
+        let (flushed_file_offset, last_file_offset) = (2 * MIB, 4 * MIB);
+        NewEntry { guid: GUID, sequence, tail, flushed_file_offset, last_file_offset }
+    }
+
+    fn page(fill: u8) -> Vec<u8> {
+        let mut page = vec![fill; PAGE as usize];
+        page[0] = 0xaa;
+        page[4095] = 0xbb;
+        page
+    }
+
+    /// A log with these entries at these places.
+    fn file(entries: &[(u64, Vec<u8>)]) -> Arc<dyn File> {
+        let mut content = vec![0; 4 << 20];
+        for (offset, bytes) in entries {
+            for (i, byte) in bytes.iter().enumerate() {
+                content[(LOG.offset + (offset + i as u64) % LOG.len) as usize] = *byte;
+            }
+        }
+        Arc::new(SimFile::from_bytes("test.vhdx", content))
+    }
+
+    fn active(entries: &[(u64, Vec<u8>)]) -> Result<Vec<u64>> {
+        let file = file(entries);
+        let found = block_on(LogReader::new(&file, LOG, GUID).active())?;
+        Ok(found.iter().map(|entry| entry.sequence).collect())
+    }
+
+    fn empty(sequence: u64, tail: u64) -> Vec<u8> {
+        new(sequence, tail).encode(&[])
+    }
+
+    #[test]
+    fn pages_come_out_as_they_went_in() {
+        let pages = [page(1), page(2), page(3)];
+        let listed: Vec<(u64, &[u8])> = pages
+            .iter()
+            .zip([3 * MIB, 3 * MIB + 4096, 2 * MIB])
+            .map(|(p, o)| (o, &p[..]))
+            .collect();
+        // Wraps around the end of the log.
+        let file = file(&[(56 << 10, new(u64::from(u32::MAX) + 9, 56 << 10).encode(&listed))]);
+        block_on(async {
+            let mut reader = LogReader::new(&file, LOG, GUID);
+            let found = reader.active().await.unwrap();
+            assert_eq!((found.len(), found[0].last_file_offset), (1, 4 * MIB));
+            let changes = reader.changes(&found[0]).await.unwrap();
+            for (change, (offset, page)) in changes.iter().zip(&listed) {
+                let Change::Page { offset: at, source } = change else { panic!("{change:?}") };
+                assert_eq!(at, offset);
+                assert_eq!(source.read(&file).await.unwrap(), *page);
+            }
+        });
+    }
+
+    #[test]
+    fn replay_starts_at_the_tail() {
+        let at = |i: u64| i * 4096;
+        let chain = [(at(0), empty(5, 0)), (at(1), empty(6, 0)), (at(2), empty(7, at(1)))];
+        assert_eq!(active(&chain).unwrap(), [6, 7]);
+        // Torn: the entry before is the last one.
+        assert_eq!(active(&chain[..2]).unwrap(), [5, 6]);
+        // A hole in the chain: what comes after has no tail.
+        assert_eq!(active(&[chain[0].clone(), chain[2].clone()]).unwrap(), [5]);
+        // Nothing counts.
+        let err = active(&chain[2..]).unwrap_err().to_string();
+        assert!(err.contains("no valid sequence of entries (1 valid ones)"), "{err}");
+    }
+
+    #[test]
+    fn chains_go_around_the_end() {
+        let last = LOG.len - 4096;
+        let chain = [(last, empty(8, last)), (0, empty(9, last)), (4096, empty(10, last))];
+        assert_eq!(active(&chain).unwrap(), [8, 9, 10]);
+        // Older entries after the newest do not belong to it.
+        let mut with_old = chain.to_vec();
+        with_old.push((8192, empty(3, 8192)));
+        assert_eq!(active(&with_old).unwrap(), [8, 9, 10]);
+    }
+
+    #[test]
+    fn damage_makes_an_entry_invalid() {
+        let body = page(7);
+        let whole = new(1, 0).encode(&[(3 * MIB, &body)]);
+        assert!(active(&[(0, whole.clone())]).is_ok());
+        for at in [0, 5, 9, 13, 17, 40, 64, 70, 84, 90, 3000, 4096, 4100, 6000, 8191] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x40;
+            assert!(active(&[(0, damaged)]).is_err(), "byte {at}");
+        }
+        let other = NewEntry { guid: Guid([6; 16]), ..new(1, 0) };
+        assert!(active(&[(0, other.encode(&[]))]).is_err());
+    }
+
+    #[test]
+    fn a_log_full_of_heads_is_searched_quickly() {
+        // Each sector claims to be an entry of the whole log.
+        let mut liar = empty(1, 0);
+        liar[8..12].copy_from_slice(&(LOG.len as u32).to_le_bytes());
+        let entries: Vec<_> = (0..16).map(|i| (i * 4096, liar.clone())).collect();
+        assert!(active(&entries).is_err());
+    }
+}

@@ -1,0 +1,361 @@
+//! VHDX images: the format of Hyper-V, Azure, WSL2 and Windows' own virtual disks.
+//!
+//! # For callers
+//!
+//! ```text
+//! let structure = vhdx::Structure::read(&file).await?;    // what is it, which parent?
+//! // … open one of structure.metadata.parent's paths through the open gate, as a Node …
+//! structure.check_parent(node.as_ref())?;                 // is it the right one?
+//! let image = Vhdx::open(structure, OpenOptions { read_only, backing, .. }).await?;
+//! let node = Node::new(Arc::new(FormatDriver::new(image)), …);
+//! ```
+//!
+//! Nothing here opens files.
+//!
+//! # How it works
+//!
+//! ```text
+//! request ─ plan ─► pin ─► page of the BAT in memory? ─► block present? ─► file extent, no lock
+//!                              │ no                         │ no
+//!                              ▼                            ▼
+//!                          load the page             zeros, or the parent
+//! ```
+//!
+//! * [`layout`]: the structures on disk. `header`, `region`, `metadata`, `locator`: read and checked.
+//! * [`structure`]: all of that, before anything is changed.
+//! * `log`, `replay`: entries of the log; replay in memory (readers) or on disk (writers).
+//! * [`geometry`], `bat`: which entry of the BAT, which bit of which bitmap; what entries may say.
+//! * `cache`: pages of the BAT and of sector bitmaps in bounded memory, read without a lock.
+//! * `pins`: who still uses a place in the file.
+//!
+//! # Limits
+//!
+//! Images are read, not written yet.
+
+pub mod bat;
+#[allow(dead_code, reason = "pages are changed by writes only")]
+mod cache;
+mod disk;
+pub mod geometry;
+pub mod header;
+pub mod layout;
+pub mod locator;
+pub mod log;
+pub mod metadata;
+#[allow(dead_code, reason = "places are freed by writes only")]
+mod pins;
+mod read;
+pub mod region;
+pub mod replay;
+pub mod scan;
+pub mod structure;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+pub use self::structure::Structure;
+
+use self::bat::Checker;
+use self::cache::PageCache;
+use self::geometry::Geometry;
+use self::pins::Pins;
+use crate::block::{Extent, Format, Guard, Limits, Node, Plan, PlanOp, Planned, Prepared};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::io::{File, Fut};
+use crate::units::ByteRange;
+
+/// Memory for pages of the BAT and of sector bitmaps, if nobody says otherwise, in bytes. Enough
+/// for the whole BAT of a disk of 32 TiB in blocks of 32 MiB.
+pub const DEFAULT_CACHE: u64 = 8 << 20;
+
+/// How much of the BAT is looked at when an image is opened, in bytes: all of it for nearly every
+/// image, but a look at more would be felt. The rest is looked at page by page when it is used.
+const EAGER_SCAN: u64 = 1 << 20;
+
+/// How to open an image.
+#[derive(Debug)]
+pub struct OpenOptions {
+    /// Refuse writes; the file need not be writable.
+    pub read_only: bool,
+    /// The parent, opened and [checked](Structure::check_parent) by the caller. Without it, only
+    /// the metadata of a differencing image can be looked at.
+    pub backing: Option<Node>,
+    /// Memory for pages of the BAT and of sector bitmaps, in bytes.
+    pub cache: u64,
+    /// Do not look for bad entries of the BAT now: each fails where it is used.
+    pub lenient: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions { read_only: false, backing: None, cache: DEFAULT_CACHE, lenient: false }
+    }
+}
+
+/// A VHDX image. Usable from any number of threads.
+pub struct Vhdx {
+    /// The file that blocks are read from: with the log replayed, in memory or on disk.
+    file: Arc<dyn File>,
+    structure: Structure,
+    geometry: Geometry,
+    checker: Checker,
+    read_only: bool,
+    backing: Option<Node>,
+    /// Length of the file.
+    file_len: AtomicU64,
+    cache: PageCache,
+    pins: Pins,
+    /// Why writes are refused, if they are.
+    poison: Mutex<Option<String>>,
+    poisoned: AtomicBool,
+}
+
+impl Structure {
+    /// Checks that `parent` is the image that this one was made from, if it was made from one.
+    ///
+    /// # Errors
+    /// Says that it was changed since, or does not fit.
+    pub fn check_parent(&self, parent: Option<&Node>) -> Result<()> {
+        let (locator, parent) = match (&self.metadata.parent, parent) {
+            (None, None) => return Ok(()),
+            (Some(locator), Some(parent)) => (locator, parent),
+            (None, Some(_)) => {
+                return Err(Error::invalid("the image has no parent, but one was given"));
+            }
+            (Some(_), None) => {
+                return Err(Error::invalid("the image has a parent, but none was given"));
+            }
+        };
+        let details = parent.driver().details();
+        let found = details["data-write-guid"].as_str().and_then(layout::Guid::parse);
+        let Some(found) = found else {
+            return Err(Error::unsupported("the parent is not a VHDX image"));
+        };
+        if !locator.linkages().any(|linkage| linkage == found) {
+            let wanted: Vec<_> = locator.linkages().map(|guid| guid.to_string()).collect();
+            return Err(Error::corrupt(format!(
+                "the parent was modified since this child was created (its DataWriteGuid is \
+                 {found}, the child was made from {})",
+                wanted.join(" or ")
+            )));
+        }
+        let (own, sector) = (self.metadata.logical_sector, &details["logical-sector-size"]);
+        if sector.as_u64() != Some(own) {
+            return Err(Error::corrupt(format!(
+                "the parent has logical sectors of {sector} bytes, the child of {own}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Vhdx {
+    /// Opens an image whose structures were read.
+    ///
+    /// # Errors
+    /// Names the file and what is wrong. A refused image is not modified.
+    pub async fn open(structure: Structure, options: OpenOptions) -> Result<Vhdx> {
+        let name = structure.raw_file.name().to_string();
+        Vhdx::open_unnamed(structure, options).await.context(|| name)
+    }
+
+    async fn open_unnamed(structure: Structure, options: OpenOptions) -> Result<Vhdx> {
+        if !options.read_only {
+            return Err(Error::unsupported(
+                "vhdx images can only be read by this version yet; open it read-only",
+            ));
+        }
+        let geometry = structure.geometry;
+        if let Some(parent) = &options.backing
+            && parent.size() != geometry.disk_size
+        {
+            tracing::warn!(
+                "{}: has {} bytes, but its parent {}; where the parent ends, zeros are read",
+                structure.raw_file.name(),
+                geometry.disk_size,
+                parent.size()
+            );
+        }
+        let file = Arc::clone(&structure.file);
+        let checker = Checker { geometry, reserved: structure.reserved() };
+        if !options.lenient {
+            scan::scan(&file, &checker, structure.regions.bat, EAGER_SCAN).await?;
+        }
+        let bat_bytes = geometry.bat_entries() * 8;
+        let bitmap_bytes = match geometry.has_parent {
+            true => geometry.disk_size >> geometry.sector_shift >> 3,
+            false => 0,
+        };
+        Ok(Vhdx {
+            file_len: AtomicU64::new(file.len()?),
+            cache: PageCache::new(options.cache, bat_bytes + bitmap_bytes),
+            checker,
+            file,
+            structure,
+            geometry,
+            read_only: options.read_only,
+            backing: options.backing,
+            pins: Pins::new(),
+            poison: Mutex::default(),
+            poisoned: AtomicBool::new(false),
+        })
+    }
+
+    /// The fixed structures, as they were when the image was opened.
+    pub fn structure(&self) -> &Structure {
+        &self.structure
+    }
+
+    fn name(&self) -> &str {
+        self.file.name()
+    }
+
+    /// Refuses writes from now on.
+    fn set_poison(&self, cause: &Error) {
+        let mut poison = self.poison.lock().unwrap();
+        if poison.is_none() {
+            if !self.read_only {
+                tracing::error!(
+                    "{}: writes are refused from now on, reads go on: {cause}",
+                    self.name()
+                );
+            }
+            *poison = Some(cause.to_string());
+            self.poisoned.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{}: was opened for reading only", self.name()),
+            ));
+        }
+        if !self.poisoned.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let poison = self.poison.lock().unwrap();
+        Err(Error::new(
+            ErrorKind::Poisoned,
+            format!(
+                "{}: refuses writes after a failure ({})",
+                self.name(),
+                poison.as_deref().unwrap_or("unknown")
+            ),
+        ))
+    }
+}
+
+impl Format for Vhdx {
+    fn name(&self) -> &'static str {
+        "vhdx"
+    }
+
+    fn limits(&self) -> Limits {
+        let alignment = self.file.alignment();
+        Limits {
+            size: self.geometry.disk_size,
+            request_alignment: alignment.request.max(self.geometry.sector_size()),
+            memory_alignment: alignment.memory,
+            optimal_io: self.file.as_host().map_or(0, |host| host.preferred_io_size()),
+            discard_granularity: 0,
+            read_only: self.read_only,
+        }
+    }
+
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        match op {
+            PlanOp::Read => self.plan_read(range, plan),
+            PlanOp::Write { .. } | PlanOp::Flush => Planned::NotNow,
+        }
+    }
+
+    fn map<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent> {
+        Box::pin(self.map_run(range))
+    }
+
+    fn read_guard<'a>(&'a self) -> Fut<'a, Box<dyn Guard + 'a>> {
+        Box::pin(async {
+            if self.geometry.has_parent && self.backing.is_none() {
+                return Err(Error::invalid(format!(
+                    "{}: was opened for a look at its metadata only, without its parent",
+                    self.name()
+                )));
+            }
+            Ok(Box::new(self.pins.pin()) as Box<dyn Guard>)
+        })
+    }
+
+    fn prepare_write<'a>(&'a self, _range: ByteRange) -> Fut<'a, Prepared<'a>> {
+        Box::pin(async { Err(self.check_writable().unwrap_err()) })
+    }
+
+    fn write_zeroes<'a>(&'a self, _range: ByteRange, _may_unmap: bool) -> Fut<'a, ()> {
+        Box::pin(async { self.check_writable() })
+    }
+
+    fn discard<'a>(&'a self, _range: ByteRange) -> Fut<'a, ()> {
+        Box::pin(async { self.check_writable() })
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn backing(&self) -> Option<Node> {
+        self.backing.clone()
+    }
+
+    fn details(&self) -> serde_json::Value {
+        self.structure.details()
+    }
+}
+
+impl Structure {
+    /// What `info` tells.
+    pub fn details(&self) -> serde_json::Value {
+        let header = &self.headers.current;
+        let metadata = &self.metadata;
+        let kind = match (&metadata.parent, metadata.is_fixed) {
+            (Some(_), _) => "differencing",
+            (None, true) => "fixed",
+            (None, false) => "dynamic",
+        };
+        let mut details = serde_json::json!({
+            "cluster-size": metadata.block_size,
+            "type": kind,
+            "logical-sector-size": metadata.logical_sector,
+            "physical-sector-size": metadata.physical_sector,
+            "log-size": header.log.len,
+            "log-entries-to-replay": self.replay.as_ref().map_or(0, |log| log.entries().len()),
+            "dirty-flag": self.replay.is_some(),
+            "file-write-guid": header.file_write_guid.to_string(),
+            "data-write-guid": header.data_write_guid.to_string(),
+        });
+        if let Some(guid) = metadata.page_83 {
+            details["page-83-guid"] = guid.to_string().into();
+        }
+        if let Some(locator) = &metadata.parent {
+            details["parent-locator"] = locator
+                .entries
+                .iter()
+                .map(|(key, value)| (key.clone(), value.clone().into()))
+                .collect::<serde_json::Map<_, _>>()
+                .into();
+            details["backing-filename"] = locator.paths().first().cloned().into();
+            details["backing-filename-format"] = "vhdx".into();
+        }
+        details
+    }
+}
+
+impl fmt::Debug for Vhdx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Vhdx({})", self.name())
+    }
+}

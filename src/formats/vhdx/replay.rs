@@ -1,0 +1,282 @@
+//! Replaying the log: in memory for those who only read, on disk for those who write.
+//!
+//! [`Replay`] is what the active log entries leave behind, by place. [`Replayed`] shows a file as
+//! it will be after that, without changing it; every image with a log that is not empty is
+//! first looked at in this way, so that a refused image stays as it was. [`Replay::apply`] then
+//! does it on disk, where it can be repeated any number of times: until the header says that the
+//! log is empty, the entries are there and say the same.
+//!
+//! Memory is bounded by the length of the log: pages stay in it, only their places are kept.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::disk;
+use super::layout::{HEADER_OFFSETS, MAX_DISK_SIZE, PAGE, REGION_TABLE_OFFSETS};
+use super::log::{Change, Entry, LogReader, PageSource};
+use crate::error::{Error, Result, ResultExt};
+use crate::io::{Alignment, Buffers, File, Fut, Hole};
+use crate::units::{ByteRange, MIB, align_down, align_up};
+
+/// The longest file that is believed: the largest disk, its bitmaps, its BAT and room to spare.
+const MAX_FILE_LEN: u64 = MAX_DISK_SIZE + (MAX_DISK_SIZE >> 8);
+
+/// The sum of all entries to be replayed.
+#[derive(Clone, Debug)]
+pub struct Replay {
+    /// Pages by their place in the file.
+    pages: BTreeMap<u64, PageSource>,
+    /// Zeros by their start, with their end; they neither touch nor overlap. Pages lie on top.
+    zeros: BTreeMap<u64, u64>,
+    /// How long the file must be afterwards.
+    len: u64,
+    /// The entries, oldest first.
+    entries: Vec<Entry>,
+}
+
+impl Replay {
+    /// Reads the active entries.
+    ///
+    /// # Errors
+    /// If there are none, if one reaches where it must not, or if the file is shorter than it was.
+    pub async fn read(mut reader: LogReader<'_>, log: ByteRange, file_len: u64) -> Result<Replay> {
+        let entries = reader.active().await.context(|| "log")?;
+        let last = *entries.last().expect("an active sequence has an entry");
+        if last.flushed_file_offset > file_len {
+            return Err(Error::corrupt(format!(
+                "the log says that the file had {} bytes at least, but it has {file_len}: it is \
+                 truncated",
+                last.flushed_file_offset
+            )));
+        }
+        let end = align_up(last.last_file_offset, MIB).filter(|end| *end <= MAX_FILE_LEN);
+        let Some(end) = end else {
+            return Err(Error::corrupt(format!(
+                "the log wants the file to have {} bytes, more than any can need",
+                last.last_file_offset
+            )));
+        };
+        let mut replay = Replay {
+            pages: BTreeMap::new(),
+            zeros: BTreeMap::new(),
+            len: end.max(file_len),
+            entries: Vec::new(),
+        };
+        for entry in &entries {
+            for change in reader.changes(entry).await? {
+                replay.check(&change, log).context(|| format!("log entry {}", entry.sequence))?;
+                replay.add(change);
+            }
+        }
+        replay.entries = entries;
+        Ok(replay)
+    }
+
+    /// The entries that were replayed, oldest first.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// How many pages it changes.
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// How long the file is afterwards.
+    pub fn file_len(&self) -> u64 {
+        self.len
+    }
+
+    fn check(&self, change: &Change, log: ByteRange) -> Result<()> {
+        let target = match change {
+            Change::Page { offset, .. } => ByteRange::new(*offset, PAGE),
+            Change::Zeros(range) => Some(*range),
+        };
+        let refuse = |why: &str| {
+            let what = target.map_or("a range without end".into(), |target| target.to_string());
+            Err(Error::corrupt(format!("writes {what}, {why}")))
+        };
+        let Some(target) = target else { return refuse("which cannot be") };
+        if target.offset < REGION_TABLE_OFFSETS[0] {
+            let second = HEADER_OFFSETS[1];
+            return refuse(&format!("but headers (up to {second}) are never logged"));
+        }
+        if target.overlaps(&log) {
+            return refuse("which is in the log itself");
+        }
+        if target.end() > self.len {
+            return refuse(&format!("beyond the end of the file at {}", self.len));
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, change: Change) {
+        match change {
+            Change::Page { offset, source } => {
+                self.pages.insert(offset, source);
+            }
+            Change::Zeros(range) if range.is_empty() => {}
+            Change::Zeros(range) => {
+                let covered: Vec<u64> =
+                    self.pages.range(range.offset..range.end()).map(|(at, _)| *at).collect();
+                for at in covered {
+                    self.pages.remove(&at);
+                }
+                self.add_zeros(range);
+            }
+        }
+    }
+
+    /// Adds a range of zeros, merged with those that it touches.
+    fn add_zeros(&mut self, range: ByteRange) {
+        let (mut start, mut end) = (range.offset, range.end());
+        while let Some((&at, &to)) = self.zeros.range(..=end).next_back() {
+            if to < start {
+                break;
+            }
+            self.zeros.remove(&at);
+            start = start.min(at);
+            end = end.max(to);
+        }
+        self.zeros.insert(start, end);
+    }
+
+    /// Changes the file. Nothing is durable before the next flush, and until the log is declared
+    /// empty the same can be done again.
+    pub async fn apply(&self, file: &Arc<dyn File>) -> Result<()> {
+        if file.len()? < self.len {
+            file.set_len(self.len).await?;
+        }
+        for (start, end) in &self.zeros {
+            file.write_zeroes(ByteRange::between(*start, *end), true).await?;
+        }
+        for (offset, source) in &self.pages {
+            let page = source.read(file).await?;
+            disk::write(file, *offset, &page).await?;
+        }
+        Ok(())
+    }
+
+    /// The first place at or after `offset` that differs from the file, if it is before `end`.
+    fn next_change(&self, offset: u64, end: u64) -> Option<u64> {
+        let page = self.pages.range(offset..end).next().map(|(at, _)| *at);
+        let zeros = self.zeros.range(offset..end).next().map(|(at, _)| *at);
+        page.into_iter().chain(zeros).min()
+    }
+
+    /// Until where zeros go that are at `offset`.
+    fn zeros_at(&self, offset: u64) -> Option<u64> {
+        let (_, end) = self.zeros.range(..=offset).next_back()?;
+        (*end > offset).then_some(*end)
+    }
+}
+
+/// A file as it is after a replay that was not made.
+pub struct Replayed {
+    file: Arc<dyn File>,
+    replay: Arc<Replay>,
+    /// Length of the file as it is.
+    file_len: u64,
+}
+
+impl Replayed {
+    /// Shows `file` with `replay` made.
+    pub fn new(file: Arc<dyn File>, replay: Arc<Replay>) -> Result<Replayed> {
+        let file_len = file.len()?;
+        Ok(Replayed { file, replay, file_len })
+    }
+
+    async fn read_all(&self, offset: u64, buf: Buffers) -> Result<()> {
+        let end = offset.checked_add(buf.len()).filter(|end| *end <= self.replay.len);
+        let Some(end) = end else {
+            return Err(Error::corrupt(format!(
+                "{}: {} bytes at {offset} lie beyond the end of the file",
+                self.file.name(),
+                buf.len()
+            )));
+        };
+        let mut at = offset;
+        while at < end {
+            let page = align_down(at, PAGE);
+            let to;
+            let part = |to: u64| buf.slice(at - offset, to - at);
+            if let Some(source) = self.replay.pages.get(&page) {
+                to = end.min(page + PAGE);
+                let content = source.read(&self.file).await?;
+                part(to).copy_from_slice(&content[(at - page) as usize..(to - page) as usize]);
+            } else if let Some(zeros_end) = self.replay.zeros_at(at) {
+                let next = self.replay.pages.range(at..end).next().map_or(end, |(at, _)| *at);
+                to = end.min(zeros_end).min(next);
+                part(to).fill_zero();
+            } else if at >= self.file_len {
+                to = self.replay.next_change(at, end).unwrap_or(end);
+                part(to).fill_zero();
+            } else {
+                to = self.replay.next_change(at, end).unwrap_or(end).min(self.file_len);
+                self.file.read(at, part(to)).await?;
+            }
+            at = to;
+        }
+        Ok(())
+    }
+
+    fn refuse<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async {
+            Err(Error::invalid(format!(
+                "{}: its log was replayed in memory only, so nothing can be written",
+                self.file.name()
+            )))
+        })
+    }
+}
+
+impl fmt::Debug for Replayed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Replayed({}, {} pages)", self.file.name(), self.replay.pages.len())
+    }
+}
+
+impl File for Replayed {
+    fn name(&self) -> &str {
+        self.file.name()
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(self.replay.len)
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.file.alignment()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        Box::pin(self.read_all(offset, buf))
+    }
+
+    fn write<'a>(&'a self, _offset: u64, _buf: Buffers, _fua: bool) -> Fut<'a, ()> {
+        self.refuse()
+    }
+
+    fn write_zeroes<'a>(&'a self, _range: ByteRange, _may_unmap: bool) -> Fut<'a, ()> {
+        self.refuse()
+    }
+
+    fn discard<'a>(&'a self, _range: ByteRange) -> Fut<'a, ()> {
+        self.refuse()
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn set_len<'a>(&'a self, _len: u64) -> Fut<'a, ()> {
+        self.refuse()
+    }
+
+    fn hole_at(&self, offset: u64) -> Result<Hole> {
+        // Whether there is a hole is not worth working out: nothing is wrong with data.
+        let range = ByteRange::between(offset, self.replay.len);
+        Ok(Hole { range, is_hole: false })
+    }
+}

@@ -1,0 +1,96 @@
+//! What can be said of an image before anything of it is changed: headers, log, regions, metadata.
+//!
+//! A log that is not empty is replayed in memory first ([`Replayed`]), and everything behind it is
+//! read through that, whether the image is to be written or not. So a refused image is never
+//! modified.
+
+use std::sync::Arc;
+
+use super::disk;
+use super::geometry::Geometry;
+use super::header::HeaderSlots;
+use super::layout::{FILE_SIGNATURE, FIRST_ALLOCATION, PAGE};
+use super::log::LogReader;
+use super::metadata::Metadata;
+use super::region::Regions;
+use super::replay::{Replay, Replayed};
+use crate::error::{Error, Result, ResultExt};
+use crate::io::File;
+use crate::units::ByteRange;
+
+/// An image's fixed structures.
+#[derive(Clone, Debug)]
+pub struct Structure {
+    /// The file as it is.
+    pub raw_file: Arc<dyn File>,
+    /// The file as it is after a replay of the log; the same if the log is empty.
+    pub file: Arc<dyn File>,
+    /// The headers.
+    pub headers: HeaderSlots,
+    /// What is in the log, if it is not empty.
+    pub replay: Option<Arc<Replay>>,
+    /// The region table.
+    pub regions: Regions,
+    /// The metadata.
+    pub metadata: Metadata,
+    /// The sizes that follow from it.
+    pub geometry: Geometry,
+}
+
+impl Structure {
+    /// Reads and checks the structures of a file. Changes nothing.
+    ///
+    /// # Errors
+    /// Names the file, the place and what is wrong.
+    pub async fn read(file: &Arc<dyn File>) -> Result<Structure> {
+        Structure::read_unnamed(file).await.context(|| file.name().to_string())
+    }
+
+    async fn read_unnamed(raw_file: &Arc<dyn File>) -> Result<Structure> {
+        let len = raw_file.len()?;
+        if len >= PAGE {
+            let start = disk::read(raw_file, 0, PAGE).await?;
+            if !start.starts_with(FILE_SIGNATURE) {
+                return Err(Error::corrupt("is not a VHDX image (\"vhdxfile\" is missing)"));
+            }
+        }
+        if len < FIRST_ALLOCATION {
+            return Err(Error::corrupt(format!(
+                "has only {len} bytes; the headers of a VHDX image alone take 1 MiB, so it is \
+                 truncated, or none"
+            )));
+        }
+        let headers = HeaderSlots::read(raw_file).await?;
+        let header = headers.current;
+        let mut file = Arc::clone(raw_file);
+        let mut replay = None;
+        if !header.log_guid.is_zero() {
+            let reader = LogReader::new(raw_file, header.log, header.log_guid);
+            let found = Arc::new(Replay::read(reader, header.log, len).await?);
+            file = Arc::new(Replayed::new(Arc::clone(raw_file), Arc::clone(&found))?);
+            replay = Some(found);
+        }
+        let regions = Regions::read(&file, header.log).await?;
+        let metadata = Metadata::read(&file, regions.metadata).await?;
+        let geometry = Geometry::new(&metadata);
+        let (have, need) = (regions.bat.len / 8, geometry.bat_entries());
+        if have < need {
+            return Err(Error::corrupt(format!(
+                "the BAT holds {have} entries, and {need} are needed for a disk of {} bytes",
+                geometry.disk_size
+            )));
+        }
+        let raw_file = Arc::clone(raw_file);
+        Ok(Structure { raw_file, file, headers, replay, regions, metadata, geometry })
+    }
+
+    /// The ranges of the file that no block may lie in.
+    pub fn reserved(&self) -> Vec<ByteRange> {
+        let mut reserved = vec![ByteRange { offset: 0, len: FIRST_ALLOCATION }];
+        reserved.push(self.headers.current.log);
+        reserved.extend(self.regions.all.iter().map(|region| region.range));
+        reserved.retain(|range| !range.is_empty());
+        reserved.sort_by_key(|range| range.offset);
+        reserved
+    }
+}
