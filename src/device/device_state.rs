@@ -1,19 +1,20 @@
 //! The device's own state in a snapshot or migration (DEVICE_STATE).
 //!
 //! All a virtio-blk device has beyond its rings is the write cache's mode. The blob carries it,
-//! and says which disk it belongs to, so that a restore against another one fails with a reason
-//! instead of giving a guest somebody else's blocks.
+//! and says which disk it belongs to, as it was at that time, so that a restore against another one
+//! fails with a reason instead of giving a guest somebody else's blocks.
 //!
 //! ```text
 //! offset  bytes
 //!      0  8   "vublkdev"
 //!      8  4   version, 1
-//!     12  4   length of all this, 56
+//!     12  4   length of all this, 68
 //!     16  1   write cache: 1 writeback, 0 write-through
-//!     17  7   zero
+//!     17  1   1 if the content is known, else 0
+//!     18  6   zero
 //!     24  8   size of the disk in sectors
-//!     32  16  identifier of the image, zeros if it has none
-//!     48  8   generation of the image, zero if it has none
+//!     32  20  serial number, zeros behind it
+//!     52  16  content: CRC32C of each sample, see [`identity`](super::identity)
 //! ```
 //!
 //! All numbers little-endian. An empty blob is legal (a back-end without state wrote it) and says
@@ -32,7 +33,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 
-use super::rings::ImageIdentity;
+use super::identity::{DiskIdentity, SAMPLES};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// How long a front-end may take to fill and close the pipe once it has asked for the result.
@@ -42,7 +43,7 @@ const SAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 const MAGIC: &[u8; 8] = b"vublkdev";
 const VERSION: u32 = 1;
-const LEN: usize = 56;
+const LEN: usize = 68;
 /// Blobs longer than this are not read to their end.
 const MAX_LEN: usize = 4096;
 
@@ -54,7 +55,7 @@ pub struct DeviceState {
     /// Size of the disk in 512-byte sectors.
     pub capacity_sectors: u64,
     /// Which disk it was.
-    pub identity: ImageIdentity,
+    pub identity: DiskIdentity,
 }
 
 impl DeviceState {
@@ -66,8 +67,13 @@ impl DeviceState {
         out[12..16].copy_from_slice(&(LEN as u32).to_le_bytes());
         out[16] = self.writeback.into();
         out[24..32].copy_from_slice(&self.capacity_sectors.to_le_bytes());
-        out[32..48].copy_from_slice(&self.identity.id);
-        out[48..56].copy_from_slice(&self.identity.generation.to_le_bytes());
+        out[32..52].copy_from_slice(&self.identity.serial);
+        if let Some(content) = self.identity.content {
+            out[17] = 1;
+            for (bytes, crc) in out[52..].chunks_exact_mut(4).zip(content) {
+                bytes.copy_from_slice(&crc.to_le_bytes());
+            }
+        }
         out
     }
 
@@ -99,53 +105,35 @@ impl DeviceState {
                 word(12).unwrap_or(0)
             )));
         }
-        let writeback = match bytes[16] {
-            byte @ (0 | 1) => byte == 1,
-            byte => {
-                return Err(Error::corrupt(format!(
-                    "device state: write cache mode {byte}, neither 0 nor 1"
-                )));
-            }
+        let flag = |at: usize, what: &str| match bytes[at] {
+            byte @ (0 | 1) => Ok(byte == 1),
+            byte => Err(Error::corrupt(format!("device state: {what} {byte}, neither 0 nor 1"))),
         };
+        let writeback = flag(16, "write cache mode")?;
+        let mut content = [0; SAMPLES];
+        for (crc, at) in content.iter_mut().zip((52..).step_by(4)) {
+            *crc = word(at).unwrap_or_default();
+        }
         Ok(Some(DeviceState {
             writeback,
             capacity_sectors: long(24),
-            identity: ImageIdentity {
-                id: bytes[32..48].try_into().expect("sixteen bytes"),
-                generation: long(48),
+            identity: DiskIdentity {
+                serial: bytes[32..52].try_into().expect("twenty bytes"),
+                content: flag(17, "content flag")?.then_some(content),
             },
         }))
     }
 
     /// Refuses a state that belongs to another disk than `now`, or to another time of it.
     pub fn check_against(&self, now: &DeviceState) -> Result<()> {
-        let wrong =
-            |what: String| Err(Error::invalid(format!("device state of another disk: {what}")));
-        let (saved, current) = (&self.identity, &now.identity);
-        if saved.id != [0; 16] && current.id != [0; 16] && saved.id != current.id {
-            return wrong(format!("it was image {}, this is {}", hex(&saved.id), hex(&current.id)));
-        }
         if self.capacity_sectors != now.capacity_sectors {
-            return wrong(format!(
-                "it had {} sectors, this one has {}",
+            return Err(Error::invalid(format!(
+                "device state of another disk: it had {} sectors, this one has {}",
                 self.capacity_sectors, now.capacity_sectors
-            ));
+            )));
         }
-        if saved.generation != 0
-            && current.generation != 0
-            && saved.generation != current.generation
-        {
-            return wrong(format!(
-                "the image was at generation {}, it is at {} now; restore the disk's snapshot too",
-                saved.generation, current.generation
-            ));
-        }
-        Ok(())
+        self.identity.check_against(&now.identity)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Writes `state` into the front-end's pipe and closes it. Waits at most two seconds.
@@ -225,7 +213,10 @@ mod tests {
         DeviceState {
             writeback: true,
             capacity_sectors: 2048,
-            identity: ImageIdentity { id: [7; 16], generation: 3 },
+            identity: DiskIdentity {
+                serial: *b"a disk of twenty b. ",
+                content: Some([7, 8, 9, 10]),
+            },
         }
     }
 
@@ -273,24 +264,23 @@ mod tests {
             bad[at] ^= 0x40;
             assert!(DeviceState::from_bytes(&bad).is_err(), "byte {at}");
         }
-        let mut bad = good;
-        bad[16] = 2;
-        assert!(DeviceState::from_bytes(&bad).is_err());
+        for at in [16, 17] {
+            let mut bad = good;
+            bad[at] = 2;
+            assert!(DeviceState::from_bytes(&bad).is_err(), "byte {at}");
+        }
     }
 
     #[test]
     fn the_state_of_another_disk_is_refused() {
         let now = state();
         assert!(now.check_against(&now).is_ok());
-        let other = ImageIdentity { id: [8; 16], ..now.identity };
+        assert!(now.check_against(&DeviceState { capacity_sectors: 2049, ..now }).is_err());
+        let other = DiskIdentity { content: Some([7, 8, 9, 11]), ..now.identity };
         let err = now.check_against(&DeviceState { identity: other, ..now }).unwrap_err();
         assert!(err.to_string().contains("another disk"), "{err}");
-        assert!(now.check_against(&DeviceState { capacity_sectors: 2049, ..now }).is_err());
-        let later = ImageIdentity { generation: 4, ..now.identity };
-        assert!(now.check_against(&DeviceState { identity: later, ..now }).is_err());
-        // What is not known is not compared.
-        let nameless = DeviceState { identity: ImageIdentity::default(), ..now };
-        assert!(nameless.check_against(&now).is_ok());
-        assert!(now.check_against(&nameless).is_ok());
+        let unread = DiskIdentity { content: None, ..now.identity };
+        let saved = DeviceState { identity: unread, ..now };
+        assert_eq!(DeviceState::from_bytes(&saved.to_bytes()).unwrap(), Some(saved));
     }
 }

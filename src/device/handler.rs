@@ -1011,7 +1011,8 @@ impl VhostUserBackendReqHandler for Handler {
             state.load = None;
             match direction {
                 VhostTransferStateDirection::SAVE => {
-                    let saved = device_state::save(fd, &self.device_state());
+                    let saved = (self.rings().settle())
+                        .and_then(|()| device_state::save(fd, &self.device_state()));
                     state.save_failed = saved.is_err();
                     saved
                 }

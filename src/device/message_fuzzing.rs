@@ -24,10 +24,11 @@ use super::connection::{self, Stop};
 use super::dirty_log::DirtyLog;
 use super::features;
 use super::handler::Device;
+use super::identity::DiskIdentity;
 use super::inflight::InflightRegion;
 use super::mapping::memfd_create;
 use super::memory::GuestMemory;
-use super::rings::{ImageIdentity, Notifier, RingStart, Rings, Session};
+use super::rings::{Notifier, RingStart, Rings, Session};
 use crate::error::{Error, Result};
 
 /// One call of a [`Rings`] method, as far as tests care.
@@ -67,7 +68,7 @@ pub struct MockRings {
     /// Runs in each stop, before it answers.
     pub on_stop: Mutex<Option<StopHook>>,
     /// Identity to report.
-    pub identity: Mutex<ImageIdentity>,
+    pub identity: Mutex<DiskIdentity>,
 }
 
 struct MockState {
@@ -110,7 +111,7 @@ impl MockRings {
             refuse_start: AtomicBool::new(false),
             refuse_session: AtomicBool::new(false),
             on_stop: Mutex::new(None),
-            identity: Mutex::new(ImageIdentity::default()),
+            identity: Mutex::new(DiskIdentity::default()),
         })
     }
 
@@ -183,8 +184,13 @@ impl Rings for MockRings {
         self.state().config.clone()
     }
 
-    fn identity(&self) -> ImageIdentity {
+    fn identity(&self) -> DiskIdentity {
         *self.identity.lock().expect("mock")
+    }
+
+    fn settle(&self) -> Result<()> {
+        assert!(self.live().is_empty(), "settled while rings run");
+        Ok(())
     }
 
     fn session(&self, session: Session, _region: Option<&Arc<InflightRegion>>) -> Result<()> {

@@ -31,6 +31,7 @@ pub mod features;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod handler;
+pub mod identity;
 pub mod inflight;
 pub mod mapping;
 pub mod memory;

@@ -18,9 +18,10 @@ use crate::device::config_space::ConfigSpace;
 use crate::device::dirty_log::DirtyLog;
 use crate::device::export::Export;
 use crate::device::features;
+use crate::device::identity::DiskIdentity;
 use crate::device::inflight::InflightRegion;
 use crate::device::memory::GuestMemory;
-use crate::device::rings::{ImageIdentity, Notifier, RingStart, Rings, Session};
+use crate::device::rings::{Notifier, RingStart, Rings, Session};
 use crate::device::worker;
 use crate::error::{Error, Result, ResultExt};
 use crate::io::block_on;
@@ -228,8 +229,16 @@ impl Rings for Pool {
         self.export.config()
     }
 
-    fn identity(&self) -> ImageIdentity {
-        ImageIdentity::default()
+    fn identity(&self) -> DiskIdentity {
+        DiskIdentity::of(&self.export.node(), &self.export.options.serial)
+    }
+
+    fn settle(&self) -> Result<()> {
+        let node = self.export.node();
+        match node.limits().read_only {
+            true => Ok(()),
+            false => block_on(node.flush()),
+        }
     }
 
     fn session(&self, session: Session, region: Option<&Arc<InflightRegion>>) -> Result<()> {

@@ -11,7 +11,7 @@
 //!
 //! # What holds on this line
 //!
-//! * All methods but [`Rings::features`], [`Rings::config`] and [`Rings::identity`] are called from
+//! * All methods but [`Rings::features`] and [`Rings::config`] are called from
 //!   the message thread of the one connection there is, never two at a time. They may block that
 //!   thread (a drain does); nothing they wait for may wait for that thread.
 //! * A ring is started only while it is not live, and only with a size that is a power of two up
@@ -28,6 +28,7 @@ use std::sync::Arc;
 use super::config_space::ConfigSpace;
 use super::dirty_log::DirtyLog;
 use super::features;
+use super::identity::DiskIdentity;
 use super::inflight::{InflightQueue, InflightRegion};
 use super::memory::GuestMemory;
 use crate::error::Result;
@@ -89,15 +90,6 @@ pub struct RingStart {
     pub dirty_log: Option<Arc<DirtyLog>>,
 }
 
-/// Which disk a saved device state belongs to. Zeros mean "not known", and match everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ImageIdentity {
-    /// An identifier that the image carries in itself (a VHDX data write GUID, say).
-    pub id: [u8; 16],
-    /// Counts changes of the image's content in steps that its format gives; 0 if it has none.
-    pub generation: u64,
-}
-
 /// What the message thread asks of the workers. See the module's documentation for threads.
 pub trait Rings: Send + Sync {
     /// Number of queues served.
@@ -115,10 +107,12 @@ pub trait Rings: Send + Sync {
     /// The config space as it is now. Any thread.
     fn config(&self) -> ConfigSpace;
 
-    /// Which disk this is, for a saved device state. Any thread.
-    fn identity(&self) -> ImageIdentity {
-        ImageIdentity::default()
-    }
+    /// Which disk this is, for a saved device state: looks at the disk, with no ring live.
+    fn identity(&self) -> DiskIdentity;
+
+    /// Makes everything that completed durable, with no ring live: a saved device state goes with
+    /// the disk of that moment, which must not be lost to a power cut or to our own death.
+    fn settle(&self) -> Result<()>;
 
     /// Says whose requests the next rings carry, and in which in-flight region it is noted whether
     /// completed writes are kept outside of the image. Refused if what was kept for a returned
