@@ -638,7 +638,7 @@ fi 2>/dev/null
 /// Not a test of its own: the jobs of other tests run it inside a guest. On the host it does
 /// nothing.
 #[test]
-#[ignore = "runs inside a guest"]
+#[ignore = "the guests of other tests run it"]
 fn runs_inside_a_guest() {
     load::run();
 }

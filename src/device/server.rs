@@ -602,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "needs the environment that sockets_of_systemd makes"]
+    #[ignore = "sockets_of_systemd runs it, in an environment of its own"]
     fn sockets_of_systemd_child() {
         let mut sockets = listenfd::ListenFd::from_env();
         assert!(ServerSocket::from_systemd(&mut sockets, 1).unwrap().is_none());
