@@ -16,6 +16,8 @@
 //!    ▲
 //! images             open, create, check: from a path to a node, with locks and the open gate
 //!    ▲
+//! jobs               what all long work on disks has in common: states, pause, speed, completion
+//!    ▲
 //! control            QMP: the wire, the commands, the events
 //!    ▲
 //! cli                serve create info check map measure convert compare resize log bench
@@ -64,6 +66,7 @@ pub mod formats;
 pub mod frontend;
 pub mod images;
 pub mod io;
+pub mod jobs;
 pub mod units;
 pub mod write_log;
 

@@ -67,6 +67,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     // Before the disk is drained, which may take long: the answer to `quit`, and no new commands.
     drop(control);
+    daemon.end_jobs();
     server.stop();
     let closed = block_on(image.node.close());
     say_what_was_served(pool.export());

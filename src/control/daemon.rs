@@ -5,11 +5,13 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 
 use super::events::Events;
 use super::inbox::Inbox;
+use super::job_events;
 use crate::error::{Result, ResultExt};
+use crate::jobs::{self, JobEvent, Jobs};
 
 /// The state of the process that commands look at and change. It belongs to the main thread.
 #[derive(Debug)]
@@ -23,7 +25,8 @@ pub struct Daemon {
 pub struct Shared {
     name: Option<String>,
     events: Events,
-    mailbox: Mailbox,
+    jobs: Jobs,
+    mailbox: Arc<Mailbox>,
     /// What the control thread is told.
     pub(super) inbox: Arc<Inbox>,
 }
@@ -49,12 +52,11 @@ impl Daemon {
     pub fn new(name: Option<String>) -> Result<Daemon> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let inbox = Arc::new(Inbox::new()?);
-        let shared = Shared {
-            name,
-            events: Events::new(Arc::clone(&inbox)),
-            mailbox: Mailbox { tasks: Mutex::default(), wake: wake.context(|| "eventfd")? },
-            inbox,
-        };
+        let mailbox =
+            Arc::new(Mailbox { tasks: Mutex::default(), wake: wake.context(|| "eventfd")? });
+        let events = Events::new(Arc::clone(&inbox));
+        let jobs = Jobs::new(JobNews { events: events.clone(), mailbox: Arc::clone(&mailbox) });
+        let shared = Shared { name, events, jobs, mailbox, inbox };
         Ok(Daemon { shared: Arc::new(shared), quitting: false })
     }
 
@@ -66,6 +68,11 @@ impl Daemon {
     /// Where events go.
     pub fn events(&self) -> &Events {
         &self.shared.events
+    }
+
+    /// All jobs.
+    pub fn jobs(&self) -> &Jobs {
+        &self.shared.jobs
     }
 
     /// Ends the process after what is being done.
@@ -83,11 +90,51 @@ impl Daemon {
         let mut count = [0; 8];
         // Emptied before the tasks are taken: who leaves one later makes it readable again.
         let _ = rustix::io::read(&self.shared.mailbox.wake, &mut count);
-        while !self.quitting {
+        loop {
             let task = self.shared.mailbox.tasks.lock().unwrap().pop_front();
             let Some(task) = task else { return };
             task(self);
         }
+    }
+
+    /// Cancels all jobs and waits until what they did is undone, for the end of the process.
+    pub fn end_jobs(&mut self) {
+        self.quitting = true;
+        self.shared.jobs.cancel_all();
+        loop {
+            self.run_tasks();
+            if self.shared.jobs.are_over() {
+                return;
+            }
+            let shared = Arc::clone(&self.shared);
+            let mut fds = [PollFd::from_borrowed_fd(shared.main_wake(), PollFlags::IN)];
+            // A signal is no reason to leave; a second SIGTERM ends the process anyway.
+            let _ = rustix::event::poll(&mut fds, None);
+        }
+    }
+}
+
+impl Mailbox {
+    fn leave(&self, task: Task) {
+        self.tasks.lock().unwrap().push_back(task);
+        // Fails only where it is readable already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+/// Tells clients of jobs, and does for jobs what they may not.
+struct JobNews {
+    events: Events,
+    mailbox: Arc<Mailbox>,
+}
+
+impl jobs::Listener for JobNews {
+    fn event(&self, event: &JobEvent) {
+        job_events::emit(&self.events, event);
+    }
+
+    fn on_main(&self, task: jobs::MainTask) {
+        self.mailbox.leave(Box::new(move |_| task()));
     }
 }
 
@@ -102,11 +149,14 @@ impl Shared {
         &self.events
     }
 
+    /// All jobs.
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
     /// Has the main thread do something; returns at once.
     pub fn on_main(&self, task: impl FnOnce(&mut Daemon) + Send + 'static) {
-        self.mailbox.tasks.lock().unwrap().push_back(Box::new(task));
-        // Fails only where it is readable already.
-        let _ = rustix::io::write(&self.mailbox.wake, &1u64.to_ne_bytes());
+        self.mailbox.leave(Box::new(task));
     }
 
     /// Readable when [`Daemon::run_tasks`] has something to do.

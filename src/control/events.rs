@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use super::inbox::{Inbox, Note};
+use super::job_events;
 use super::qapi::Object;
 use super::schema::Schema;
 
@@ -47,7 +48,15 @@ impl EventKind {
 }
 
 /// Every event there is.
-pub(super) const EVENTS: &[EventKind] = &[EventKind::of::<EventsLost>()];
+pub(super) const EVENTS: &[EventKind] = &[
+    EventKind::of::<job_events::BlockJobCancelled>(),
+    EventKind::of::<job_events::BlockJobCompleted>(),
+    EventKind::of::<job_events::BlockJobError>(),
+    EventKind::of::<job_events::BlockJobPending>(),
+    EventKind::of::<job_events::BlockJobReady>(),
+    EventKind::of::<job_events::JobStatusChange>(),
+    EventKind::of::<EventsLost>(),
+];
 
 crate::qapi! {
     /// Events for this client were dropped because it did not read. It should query what it needs

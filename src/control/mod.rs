@@ -42,6 +42,7 @@ pub mod daemon;
 pub mod error;
 pub mod events;
 mod inbox;
+mod job_events;
 pub mod json;
 pub mod qapi;
 pub mod request;

@@ -327,6 +327,10 @@ impl State {
         run: fn(&mut super::Daemon, serde_json::Map<String, Value>) -> QmpResult<Value>,
     ) {
         self.shared.on_main(move |daemon| {
+            if daemon.is_quitting() {
+                // The client finds the connection closed.
+                return;
+            }
             let result = run(daemon, call.arguments);
             daemon.shared().inbox.leave(Note::Reply { client, id, result });
         });

@@ -97,7 +97,8 @@ pub fn set_default_engine(kind: EngineKind) {
     DEFAULT_KIND.store(kind as u8, Ordering::Relaxed);
 }
 
-fn default_engine() -> EngineKind {
+/// The engine for reactors that say nothing else.
+pub fn default_engine() -> EngineKind {
     match DEFAULT_KIND.load(Ordering::Relaxed) {
         k if k == EngineKind::IoUring as u8 => EngineKind::IoUring,
         k if k == EngineKind::Threads as u8 => EngineKind::Threads,

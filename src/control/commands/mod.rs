@@ -1,7 +1,11 @@
 //! The commands, each in a file of its own.
 
+mod block_job_verbs;
+mod job_verbs;
 mod qmp_capabilities;
+mod query_block_jobs;
 mod query_commands;
+mod query_jobs;
 mod query_name;
 mod query_qmp_schema;
 mod query_status;
@@ -16,8 +20,23 @@ use super::command::Command;
 
 /// Every command, by name.
 pub const COMMANDS: &[Command] = &[
+    Command::quick::<block_job_verbs::BlockJobCancel>(),
+    Command::quick::<block_job_verbs::BlockJobComplete>(),
+    Command::quick::<block_job_verbs::BlockJobDismiss>(),
+    Command::quick::<block_job_verbs::BlockJobFinalize>(),
+    Command::quick::<block_job_verbs::BlockJobPause>(),
+    Command::quick::<block_job_verbs::BlockJobResume>(),
+    Command::quick::<block_job_verbs::BlockJobSetSpeed>(),
+    Command::quick::<job_verbs::JobCancel>(),
+    Command::quick::<job_verbs::JobComplete>(),
+    Command::quick::<job_verbs::JobDismiss>(),
+    Command::quick::<job_verbs::JobFinalize>(),
+    Command::quick::<job_verbs::JobPause>(),
+    Command::quick::<job_verbs::JobResume>(),
     Command::quick::<qmp_capabilities::QmpCapabilities>(),
+    Command::quick::<query_block_jobs::QueryBlockJobs>(),
     Command::quick::<query_commands::QueryCommands>(),
+    Command::quick::<query_jobs::QueryJobs>(),
     Command::quick::<query_name::QueryName>(),
     Command::quick::<query_qmp_schema::QueryQmpSchema>(),
     Command::quick::<query_status::QueryStatus>(),
