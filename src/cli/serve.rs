@@ -27,6 +27,7 @@ use crate::device::pool::Pool;
 use crate::device::server::{Server, ServerSocket};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::Image;
+use crate::io::footprint::give_back_start_up;
 use crate::io::{EngineKind, block_on, reactor};
 
 /// Serves a disk until told to stop; returns the exit code. [`ServeArgs::check`] has passed.
@@ -62,6 +63,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         .transpose()?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
+    give_back_start_up();
     wait(&signals, &server, &device, &pool, &mut daemon)?;
 
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

@@ -19,6 +19,7 @@ pub mod buf;
 pub mod engine;
 pub mod exec;
 pub mod file;
+pub mod footprint;
 pub mod host;
 pub mod lock;
 pub mod reactor;
