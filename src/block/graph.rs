@@ -146,12 +146,6 @@ impl Graph {
                 format!("Duplicate nodes with node-name='{name}'"),
             ));
         }
-        if self.root(name).is_some() {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("node-name={name} is conflicting with a device id"),
-            ));
-        }
         Ok(())
     }
 

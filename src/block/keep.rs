@@ -138,10 +138,15 @@ impl Keep {
     ) -> Result<Keep> {
         assert!(format.len() <= 31, "format name too long");
         prepare_dir(dir).context(|| format!("state directory {}", dir.display()))?;
-        let path = dir.join(format!("{format}-{:x}-{:x}.keep", image.0, image.1));
+        let path = dir.join(file_name(image, format));
         let keep = Keep::open_file(&path, image, format, capacity)
             .context(|| format!("{}", path.display()))?;
         Ok(keep)
+    }
+
+    /// Whether there is a keep of the image in `dir`, without making one.
+    pub fn is_there(dir: &Path, image: (u64, u64), format: &str) -> bool {
+        dir.join(file_name(image, format)).exists()
     }
 
     fn open_file(path: &Path, image: (u64, u64), format: &str, capacity: u64) -> Result<Keep> {
@@ -469,6 +474,10 @@ impl Keep {
             capacity,
         ))
     }
+}
+
+fn file_name(image: (u64, u64), format: &str) -> String {
+    format!("{format}-{:x}-{:x}.keep", image.0, image.1)
 }
 
 /// Room for one record, set aside by [`Keep::reserve`]. Dropping it gives the room back.

@@ -44,6 +44,9 @@ struct NodeInner {
     next_hold: AtomicU64,
     /// Set when a metadata write or flush failed: writes are refused from then on.
     poisoned: AtomicBool,
+    /// The node below that a flush of this one has to flush first, if `owes_flush`.
+    owed: Mutex<Option<Node>>,
+    owes_flush: AtomicBool,
     counters: Counters,
 }
 
@@ -62,6 +65,10 @@ pub struct Counters {
     pub reads: AtomicU64,
     /// Writes.
     pub writes: AtomicU64,
+    /// Bytes read.
+    pub bytes_read: AtomicU64,
+    /// Bytes written.
+    pub bytes_written: AtomicU64,
     /// Flushes.
     pub flushes: AtomicU64,
     /// Requests that failed.
@@ -100,6 +107,8 @@ impl Node {
                 holds: Mutex::default(),
                 next_hold: AtomicU64::new(0),
                 poisoned: AtomicBool::new(false),
+                owed: Mutex::default(),
+                owes_flush: AtomicBool::new(false),
                 counters: Counters::default(),
             }),
         }
@@ -207,6 +216,7 @@ impl Node {
             return Ok(());
         }
         self.inner.counters.reads.fetch_add(1, Ordering::Relaxed);
+        self.inner.counters.bytes_read.fetch_add(buf.len(), Ordering::Relaxed);
         self.counted(self.driver().read(offset, buf).await)
     }
 
@@ -217,6 +227,7 @@ impl Node {
             return Ok(());
         }
         self.inner.counters.writes.fetch_add(1, Ordering::Relaxed);
+        self.inner.counters.bytes_written.fetch_add(buf.len(), Ordering::Relaxed);
         self.counted(self.driver().write(offset, buf, fua).await)
     }
 
@@ -246,11 +257,44 @@ impl Node {
             return Err(self.poisoned());
         }
         self.inner.counters.flushes.fetch_add(1, Ordering::Relaxed);
-        let result = self.driver().flush().await;
+        let result = match self.pay_flush().await {
+            Ok(()) => self.driver().flush().await,
+            Err(err) => Err(err),
+        };
         if let Err(err) = &result {
             self.poison(err);
         }
         self.counted(result)
+    }
+
+    /// From now on a flush of this node flushes `below` first, until one has: requests that completed
+    /// there before a snapshot must survive a power cut after a flush of the overlay. So a snapshot
+    /// need not keep guests waiting for the disk.
+    pub fn owe_flush_of(&self, below: Node) {
+        *self.inner.owed.lock().unwrap() = Some(below);
+        self.inner.owes_flush.store(true, Ordering::Release);
+    }
+
+    /// Whether a flush has to go through [`Node::flush`], not straight to the driver.
+    #[inline]
+    pub fn owes_flush(&self) -> bool {
+        self.inner.owes_flush.load(Ordering::Acquire)
+    }
+
+    /// Flushes what [`Node::owe_flush_of`] was told of.
+    pub async fn pay_flush(&self) -> Result<()> {
+        if !self.owes_flush() {
+            return Ok(());
+        }
+        let Some(below) = self.inner.owed.lock().unwrap().clone() else { return Ok(()) };
+        // It may owe one itself.
+        Box::pin(below.flush()).await?;
+        let mut owed = self.inner.owed.lock().unwrap();
+        if owed.as_ref().is_some_and(|owed| owed.is_same(&below)) {
+            *owed = None;
+            self.inner.owes_flush.store(false, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// What is known of the range without reading it; see [`Driver::block_status`].

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::HostFile;
 
 /// The longest chain of images that is opened.
-pub const MAX_DEPTH: usize = 64;
+pub const MAX_DEPTH: usize = 256;
 
 /// Decides which files may be pulled in by images.
 #[derive(Clone, Debug, Default)]

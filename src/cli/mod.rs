@@ -18,6 +18,7 @@ mod compare;
 pub mod control_args;
 mod convert;
 mod create;
+pub mod daemon_args;
 mod info;
 pub mod lanes;
 mod log;

@@ -17,18 +17,18 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
-use crate::block::Root;
-use crate::cli::serve_args::Aio;
+use crate::block::{Graph, Node};
+use crate::cli::serve_args::{Aio, EXPORT};
 use crate::cli::{DONE, ServeArgs};
-use crate::control::{self, Daemon};
-use crate::device::export::{CachePolicy, Export, ExportOptions};
-use crate::device::handler::Device;
-use crate::device::pool::Pool;
-use crate::device::server::{Server, ServerSocket};
+use crate::control::disks::{ExportRequest, WorkerOptions};
+use crate::control::{self, Daemon, Disks};
+use crate::device::export::{CachePolicy, Export};
+use crate::device::exports::Served;
+use crate::device::server::ServerSocket;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::images::Image;
+use crate::images::{Image, Layers, frozen};
 use crate::io::footprint::give_back_start_up;
-use crate::io::{EngineKind, block_on, reactor};
+use crate::io::{EngineKind, reactor};
 
 /// Serves a disk until told to stop; returns the exit code. [`ServeArgs::check`] has passed.
 pub fn run(args: &ServeArgs) -> Result<u8> {
@@ -41,58 +41,77 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         Some(Aio::Threads) => EngineKind::Threads,
     };
     reactor::set_default_engine(engine);
-    let image = crate::images::open(&args.open_request()?)?;
-    image.check_for_guest(args.block_size)?;
-    let pool = Arc::new(Pool::new(Arc::new(Export::new(
-        Root::new(image.node.name(), image.node.clone()),
-        export_options(args, engine),
-    ))));
-    let socket = listen(args)?;
-    let where_ = socket.to_string();
-    let pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
-    say_what_is_served(args, &image, &where_);
-    let mut daemon = Daemon::new(args.name.clone())?;
-    let control = args.control.socket()?;
-    let device = Device::new(image.node.name(), pool.clone());
-    let server = Server::start(socket, Arc::clone(&device))?;
-    let control = control
-        .map(|socket| {
-            tracing::info!("control socket on {socket}");
-            control::Server::start(vec![socket], Arc::clone(daemon.shared()))
-        })
-        .transpose()?;
+    let mut disks = empty_disks(args, engine);
+    let pidfile;
+    let is_single = !args.daemon.is_used();
+    let mut controls: Vec<ServerSocket> = Vec::new();
+    if is_single {
+        let image = crate::images::open(&args.open_request()?)?;
+        image.check_for_guest(args.block_size)?;
+        if !args.read_only {
+            frozen::check(&image.file)?;
+        }
+        let socket = listen(args)?;
+        pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
+        say_what_is_served(args, &image, &socket.to_string());
+        controls.extend(args.control.socket()?);
+        let node = disks.layers.add_format(image, None, true)?;
+        disks.export(export_request(args, node, socket))?;
+    } else {
+        args.daemon.set_up(&mut disks)?;
+        controls.extend(args.control.socket()?);
+        controls.extend(args.daemon.monitor_sockets()?);
+        pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
+        disks.exports.iter().for_each(|served| say_what_is_exported(&disks, served));
+    }
+    let mut daemon = Daemon::new(args.name.clone(), disks)?;
+    let ids: Vec<_> = daemon.disks().exports.iter().map(|served| served.id().to_string()).collect();
+    ids.iter().for_each(|id| daemon.watch_export(id));
+    let control = if controls.is_empty() {
+        None
+    } else {
+        controls.iter().for_each(|socket| tracing::info!("control socket on {socket}"));
+        Some(control::Server::start(controls, Arc::clone(daemon.shared()))?)
+    };
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     give_back_start_up();
-    wait(&signals, &server, &device, &pool, &mut daemon)?;
+    wait(&signals, &mut daemon, is_single)?;
 
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    // Before the disk is drained, which may take long: the answer to `quit`, and no new commands.
+    // Before the disks are drained, which may take long: the answer to `quit`, and no new commands.
     drop(control);
     daemon.end_jobs();
-    server.stop();
-    let closed = block_on(image.node.close());
-    say_what_was_served(pool.export());
+    let (served, closed) = daemon.disks_mut().close();
+    for export in &served {
+        say_what_was_served(export, is_single);
+    }
     drop(pidfile);
-    closed.context(|| format!("cannot close {}", image.name()))?;
+    closed?;
     Ok(DONE)
 }
 
-fn export_options(args: &ServeArgs, engine: EngineKind) -> ExportOptions {
-    ExportOptions {
-        serial: args.serial.clone().unwrap_or_else(|| "vublk".into()),
-        block_size: args.block_size as u32,
-        num_queues: usize::from(args.num_queues),
-        queue_size: args.queue_size,
-        threads: usize::from(args.threads.unwrap_or(args.num_queues)),
+fn empty_disks(args: &ServeArgs, engine: EngineKind) -> Disks {
+    let workers =
+        WorkerOptions { engine, threads: args.threads.map(usize::from), poll_us: args.poll_us };
+    Disks::new(Layers::new(Graph::new(), args.allow_dirs.clone(), args.state_dir()), workers)
+}
+
+fn export_request(args: &ServeArgs, node: Node, socket: ServerSocket) -> ExportRequest {
+    ExportRequest {
+        id: EXPORT.into(),
+        node,
+        socket,
+        writable: !args.read_only,
         cache: match args.cache {
             cache if cache.ignores_flush() => CachePolicy::Unsafe,
             cache if cache.is_writethrough() => CachePolicy::WriteThrough,
             _ => CachePolicy::WriteBack,
         },
-        engine,
-        poll_us: args.poll_us,
-        read_only: args.read_only,
+        block_size: args.block_size,
+        num_queues: usize::from(args.num_queues),
+        queue_size: args.queue_size,
+        serial: args.serial.clone().unwrap_or_else(|| "vublk".into()),
     }
 }
 
@@ -110,29 +129,29 @@ fn listen(args: &ServeArgs) -> Result<ServerSocket> {
     })
 }
 
-/// Waits until the process is to end.
-fn wait(
-    signals: &Signals,
-    server: &Server,
-    device: &Device,
-    pool: &Pool,
-    daemon: &mut Daemon,
-) -> Result<()> {
+/// Waits until the process is to end: a signal, `quit`, or (with a single disk) the front-end of a
+/// connected socket has left.
+fn wait(signals: &Signals, daemon: &mut Daemon, is_single: bool) -> Result<()> {
     let shared = Arc::clone(daemon.shared());
     loop {
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(&signals.fd, PollFlags::IN),
-            PollFd::from_borrowed_fd(server.ended(), PollFlags::IN),
             PollFd::from_borrowed_fd(shared.main_wake(), PollFlags::IN),
         ];
+        let ended = daemon.disks().exports.iter().map(|served| served.ended());
+        fds.extend(ended.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         match poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other.context(|| "poll")?,
         };
-        let (signalled, ended) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
-        if ended {
-            // The one front-end of a connected --fd has left.
-            return Ok(());
+        let signalled = !fds[0].revents().is_empty();
+        let has_ended = fds[2..].iter().any(|fd| !fd.revents().is_empty());
+        drop(fds);
+        if has_ended {
+            if is_single {
+                return Ok(());
+            }
+            daemon.end_exports();
         }
         daemon.run_tasks();
         if daemon.is_quitting() {
@@ -144,7 +163,7 @@ fn wait(
             continue;
         }
         match signals.next() {
-            Some(libc::SIGHUP) => look_at_the_size_again(device, pool),
+            Some(libc::SIGHUP) => look_at_the_sizes_again(daemon.disks()),
             Some(signal) => {
                 let name = if signal == libc::SIGINT { "SIGINT" } else { "SIGTERM" };
                 tracing::info!("{name}: stopping; what is in flight completes first");
@@ -156,17 +175,38 @@ fn wait(
     }
 }
 
-/// Tells the guest if the size of the disk has changed.
-fn look_at_the_size_again(device: &Device, pool: &Pool) {
-    match pool.export().refresh_capacity() {
-        Ok(false) => {}
-        Ok(true) => {
-            let size = pool.export().node().size();
-            tracing::info!("the size of the disk has changed: {size} bytes");
-            device.notify_config_change();
+/// Tells guests if the size of their disk has changed.
+fn look_at_the_sizes_again(disks: &Disks) {
+    for served in disks.exports.iter() {
+        match served.refresh_capacity() {
+            Ok(false) => {}
+            Ok(true) => {
+                let size = served.export().node().size();
+                tracing::info!("the size of {} has changed: {size} bytes", served.id());
+            }
+            Err(err) => {
+                tracing::error!("cannot look at the size of {} again: {err}", served.id());
+            }
         }
-        Err(err) => tracing::error!("cannot look at the size of the disk again: {err}"),
     }
+}
+
+/// The same for an export of many.
+fn say_what_is_exported(disks: &Disks, served: &Served) {
+    let node = served.root().node();
+    let access = if served.export().is_read_only() { "read-only" } else { "read-write" };
+    let file = disks
+        .layers
+        .file_of(&node)
+        .map_or_else(String::new, |file| format!(" of {}", file.path().display()));
+    tracing::info!(
+        "serving '{}' on {}: node '{}' ({}{file}, {} bytes, {access})",
+        served.id(),
+        served.socket(),
+        node.name(),
+        node.driver().name(),
+        node.size(),
+    );
 }
 
 /// One line for each thing an operator wants to see confirmed.
@@ -191,9 +231,10 @@ fn say_what_is_served(args: &ServeArgs, image: &Image, where_: &str) {
     }
 }
 
-fn say_what_was_served(export: &Export) {
+fn say_what_was_served(export: &Export, is_single: bool) {
     let totals = export.totals().map(|(name, count)| format!("{name}={count}"));
-    tracing::info!("served {}", totals.join(" "));
+    let which = if is_single { String::new() } else { format!("'{}': ", export.name()) };
+    tracing::info!("served {which}{}", totals.join(" "));
 }
 
 /// Has writes beyond the limit on the size of files (`ulimit -f`) fail, and not kill us: the guest

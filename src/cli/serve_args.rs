@@ -12,6 +12,7 @@ use clap::{Args, ValueEnum};
 
 use crate::block::Keep;
 use crate::cli::control_args::ControlArgs;
+use crate::cli::daemon_args::DaemonArgs;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result};
 use crate::images::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
@@ -28,6 +29,13 @@ pub const MAX_SOCKET_PATH: usize = 107;
 /// kernel has finished its I/O, and a supervisor may be faster than that.
 const LOCK_WAIT: Duration = Duration::from_millis(500);
 
+/// The options for many disks, which the options for a single one do not go with.
+const MANY: [&str; 4] = ["blockdevs", "exports", "chardevs", "monitors"];
+/// Name of the node of a single disk. Its export is called [`EXPORT`].
+pub const NODE: &str = "image";
+/// Name of the export of a single disk.
+pub const EXPORT: &str = "disk";
+
 /// How the host's I/O is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Aio {
@@ -43,29 +51,37 @@ pub enum Aio {
 pub struct ServeArgs {
     /// Listen for front-ends on this Unix socket; a stale one is replaced
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    #[arg(conflicts_with_all = MANY)]
     pub socket_path: Option<PathBuf>,
     /// Listen on this inherited socket
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    #[arg(conflicts_with_all = MANY)]
     pub fd: Option<RawFd>,
     /// Print what this back-end can do as JSON (vhost-user conventions) and exit
     #[arg(long)]
     pub print_capabilities: bool,
 
     /// The disk's image: a file or a block device
-    #[arg(value_name = "IMAGE", required_unless_present_any = ["blk_file", "print_capabilities"])]
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["blk_file", "print_capabilities", "blockdevs", "exports",
+          "chardevs", "monitors"])]
+    #[arg(conflicts_with_all = MANY)]
     pub image: Option<PathBuf>,
     /// The same as IMAGE, in vhost-user's spelling
     #[arg(long, value_name = "PATH", conflicts_with = "image")]
+    #[arg(conflicts_with_all = MANY)]
     pub blk_file: Option<PathBuf>,
     /// Format of the image; guessed from its first bytes if not given
     #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    #[arg(conflicts_with_all = MANY)]
     pub format: Option<ImageFormat>,
     /// Do not let the guest write
     #[arg(short = 'r', long)]
+    #[arg(conflicts_with_all = MANY)]
     pub read_only: bool,
     /// How the host caches: writeback (the page cache), none (O_DIRECT), writethrough and directsync
     /// (the same, every write durable before it completes), unsafe (flushes are ignored)
     #[arg(long, value_name = "MODE", default_value_t)]
+    #[arg(conflicts_with_all = MANY)]
     pub cache: CacheMode,
     /// Allow images to pull in files (backing files, data files) from below DIR; their own
     /// directory is always allowed
@@ -73,20 +89,25 @@ pub struct ServeArgs {
     pub allow_dirs: Vec<PathBuf>,
     /// Do not lock the image files against other users; two writers destroy an image
     #[arg(long)]
+    #[arg(conflicts_with_all = MANY)]
     pub no_lock: bool,
 
     /// The most queues a front-end may use; those it does not use cost nothing
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUES,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    #[arg(conflicts_with_all = MANY)]
     pub num_queues: u16,
     /// The largest queue a front-end may set up
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = parse_queue_size)]
+    #[arg(conflicts_with_all = MANY)]
     pub queue_size: u16,
     /// Serial number that the guest sees, at most 20 bytes
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
+    #[arg(conflicts_with_all = MANY)]
     pub serial: Option<String>,
     /// Size of the disk's blocks in bytes: 512 or 4096
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = parse_block_size)]
+    #[arg(conflicts_with_all = MANY)]
     pub block_size: u64,
 
     /// How the host's I/O is done; io_uring where the host allows it, if not given
@@ -101,6 +122,9 @@ pub struct ServeArgs {
           value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub poll_us: u32,
 
+    /// Many disks.
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
     /// The control socket.
     #[command(flatten)]
     pub control: ControlArgs,
@@ -124,6 +148,9 @@ impl ServeArgs {
     /// # Errors
     /// Names the option and the way out.
     pub fn check(&self) -> Result<()> {
+        if self.daemon.is_used() {
+            return Ok(());
+        }
         if self.socket_path.is_none() && self.fd.is_none() && !is_socket_activated() {
             return Err(Error::invalid(
                 "where to listen? give --socket-path PATH (or --fd N, or start it from a systemd \
@@ -150,7 +177,8 @@ impl ServeArgs {
         path.ok_or_else(|| Error::invalid("which image? give IMAGE or --blk-file PATH"))
     }
 
-    fn state_dir(&self) -> StateDir {
+    /// Where is kept what must outlive this process.
+    pub fn state_dir(&self) -> StateDir {
         if let Some(dir) = &self.state_dir {
             return StateDir::Required(dir.clone());
         }
@@ -171,7 +199,13 @@ impl ServeArgs {
             .cache(self.cache)
             .locking(locking)
             .allow_dirs(&self.allow_dirs);
-        Ok(OpenRequest { access, lock_wait: LOCK_WAIT, state_dir: self.state_dir(), ..request })
+        Ok(OpenRequest {
+            access,
+            lock_wait: LOCK_WAIT,
+            state_dir: self.state_dir(),
+            node_name: NODE.into(),
+            ..request
+        })
     }
 }
 

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 
+use super::block_events::{BlockExportDeleted, BlockIoError};
+use super::disks::Disks;
 use super::events::Events;
 use super::inbox::Inbox;
 use super::job_events;
@@ -17,6 +19,7 @@ use crate::jobs::{self, JobEvent, Jobs};
 #[derive(Debug)]
 pub struct Daemon {
     shared: Arc<Shared>,
+    disks: Disks,
     quitting: bool,
 }
 
@@ -48,8 +51,8 @@ impl fmt::Debug for Mailbox {
 }
 
 impl Daemon {
-    /// The state of a process that was given this name, or none.
-    pub fn new(name: Option<String>) -> Result<Daemon> {
+    /// The state of a process that was given this name, or none, and has these disks.
+    pub fn new(name: Option<String>, disks: Disks) -> Result<Daemon> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let inbox = Arc::new(Inbox::new()?);
         let mailbox =
@@ -57,12 +60,47 @@ impl Daemon {
         let events = Events::new(Arc::clone(&inbox));
         let jobs = Jobs::new(JobNews { events: events.clone(), mailbox: Arc::clone(&mailbox) });
         let shared = Shared { name, events, jobs, mailbox, inbox };
-        Ok(Daemon { shared: Arc::new(shared), quitting: false })
+        Ok(Daemon { shared: Arc::new(shared), disks, quitting: false })
     }
 
     /// The part that any thread may use.
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> &Disks {
+        &self.disks
+    }
+
+    /// The disks, to be changed.
+    pub fn disks_mut(&mut self) -> &mut Disks {
+        &mut self.disks
+    }
+
+    /// Has the failures of an export's requests told to clients.
+    pub fn watch_export(&self, id: &str) {
+        let Some(served) = self.disks.exports.get(id) else { return };
+        let events = self.shared.events.clone();
+        let (device, root) = (id.to_string(), served.root().clone());
+        served.export().on_failure(move |failure| {
+            events.emit(&BlockIoError::new(&device, root.node().name(), failure));
+        });
+    }
+
+    /// Takes out the exports whose one front-end has left, and tells clients.
+    pub fn end_exports(&mut self) {
+        for served in self.disks.exports.take_ended() {
+            let id = served.id().to_string();
+            self.disks.end(served);
+            tracing::info!("export '{id}' has ended: its front-end has left");
+            self.tell_export_ended(&id);
+        }
+    }
+
+    /// Tells clients that an export has ended.
+    pub fn tell_export_ended(&self, id: &str) {
+        self.shared.events.emit(&BlockExportDeleted { id: id.to_string() });
     }
 
     /// Where events go.

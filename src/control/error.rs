@@ -67,6 +67,13 @@ impl fmt::Display for QmpError {
 
 impl std::error::Error for QmpError {}
 
+/// For options of the command line, which are read by the same code as commands.
+impl From<QmpError> for Error {
+    fn from(err: QmpError) -> Error {
+        Error::invalid(err.desc)
+    }
+}
+
 /// The one place where the library's kinds become QMP's classes. A class other than the generic
 /// one belongs to certain commands, and those say so themselves.
 impl From<Error> for QmpError {

@@ -49,6 +49,8 @@ impl EventKind {
 
 /// Every event there is.
 pub(super) const EVENTS: &[EventKind] = &[
+    EventKind::of::<super::block_events::BlockExportDeleted>(),
+    EventKind::of::<super::block_events::BlockIoError>(),
     EventKind::of::<job_events::BlockJobCancelled>(),
     EventKind::of::<job_events::BlockJobCompleted>(),
     EventKind::of::<job_events::BlockJobError>(),

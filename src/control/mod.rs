@@ -35,22 +35,28 @@
 //! depth ([`json`]), a client that does not read its replies is not read from, and events that
 //! nobody fetches are dropped and counted ([`client`]).
 
+pub mod block_events;
+pub mod blockdev;
 pub mod client;
 pub mod command;
 pub mod commands;
 pub mod daemon;
+pub mod disks;
 pub mod error;
 pub mod events;
 mod inbox;
 mod job_events;
 pub mod json;
+pub mod keyval;
 pub mod qapi;
 pub mod request;
 pub mod schema;
 pub mod server;
+pub mod snapshot;
 
 pub use command::{Command, MainCommand, QuickCommand};
 pub use daemon::{Daemon, Shared};
+pub use disks::Disks;
 pub use error::{Class, QmpError};
 pub use events::{Event, Events};
 pub use qapi::{Qapi, QmpResult};

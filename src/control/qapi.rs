@@ -33,6 +33,8 @@ pub struct At<'a> {
 #[derive(Clone, Copy, Debug)]
 enum Step<'a> {
     Root,
+    /// The root of options from a command line, where every leaf is a text.
+    Keyval,
     Member(&'a str),
     Index(usize),
 }
@@ -40,6 +42,45 @@ enum Step<'a> {
 impl At<'_> {
     /// The arguments themselves.
     pub const ROOT: At<'static> = At { parent: None, step: Step::Root };
+    /// The same for `key=value,…` of a command line ([`keyval`](super::keyval)): numbers and
+    /// booleans are written as texts.
+    pub const KEYVAL: At<'static> = At { parent: None, step: Step::Keyval };
+
+    fn is_keyval(&self) -> bool {
+        match self.parent {
+            Some(parent) => parent.is_keyval(),
+            None => matches!(self.step, Step::Keyval),
+        }
+    }
+
+    /// What a text of a command line means where this type is expected.
+    fn interpret(&self, builtin: Builtin, value: Value) -> QmpResult<Value> {
+        let Value::String(text) = &value else { return Ok(value) };
+        if !self.is_keyval() {
+            return Ok(value);
+        }
+        let expects = |what: &str| QmpError::generic(format!("Parameter '{self}' expects {what}"));
+        match builtin {
+            Builtin::Bool => match text.as_str() {
+                "on" | "yes" | "true" | "y" => Ok(true.into()),
+                "off" | "no" | "false" | "n" => Ok(false.into()),
+                _ => Err(expects("'on' or 'off'")),
+            },
+            Builtin::Int => {
+                let number = text.parse::<i64>().map(Value::from);
+                let number = number.or_else(|_| text.parse::<u64>().map(Value::from));
+                number.or_else(|_| {
+                    let size = crate::units::parse_size(text);
+                    size.map(Value::from).map_err(|_| expects("an integer"))
+                })
+            }
+            Builtin::Number => {
+                let number = text.parse::<f64>().ok().and_then(Number::from_f64);
+                number.map(Value::Number).ok_or_else(|| expects("a number"))
+            }
+            _ => Ok(value),
+        }
+    }
 
     /// A member of the object here.
     pub fn member<'a>(&'a self, name: &'a str) -> At<'a> {
@@ -68,10 +109,10 @@ impl fmt::Display for At<'_> {
             parent.fmt(f)?;
         }
         match self.step {
-            Step::Root => Ok(()),
+            Step::Root | Step::Keyval => Ok(()),
             Step::Index(index) => write!(f, "[{index}]"),
             Step::Member(name) => match self.parent.map(|parent| parent.step) {
-                None | Some(Step::Root) => f.write_str(name),
+                None | Some(Step::Root | Step::Keyval) => f.write_str(name),
                 Some(_) => write!(f, ".{name}"),
             },
         }
@@ -142,9 +183,11 @@ pub fn object_to_value<T: Object>(object: &T) -> Value {
     Value::Object(map)
 }
 
-/// The name on the wire of a field: `node_name` is `node-name`, `r#type` is `type`.
+/// The name on the wire of a field: `node_name` is `node-name`, `r#type` is `type`. QEMU has names
+/// with an underscore, too: `backing__file` is `backing_file`.
 pub fn wire_name(field: &str) -> String {
-    field.strip_prefix("r#").unwrap_or(field).replace('_', "-")
+    let words = field.strip_prefix("r#").unwrap_or(field).split("__");
+    words.map(|word| word.replace('_', "-")).collect::<Vec<_>>().join("_")
 }
 
 /// A type of JSON itself.
@@ -157,6 +200,7 @@ macro_rules! builtin {
 
             fn from_value(value: Value, at: &At) -> QmpResult<Self> {
                 let read: fn(Value, &At) -> Option<QmpResult<Self>> = $read;
+                let value = at.interpret($builtin, value)?;
                 read(value, at).unwrap_or_else(|| Err(at.mistyped($expected)))
             }
 

@@ -1,11 +1,11 @@
 //! What is served: a node, and how the guest is to see it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::block::{Node, Root};
 use crate::device::config_space::{ConfigParams, ConfigSpace};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::EngineKind;
 
 /// How the guest's flushes and writes are treated.
@@ -46,6 +46,8 @@ pub struct ExportOptions {
 /// A served disk. Shared by the message thread and the workers.
 #[derive(Debug)]
 pub struct Export {
+    /// What log lines call it.
+    name: String,
     /// The disk, and the gate of the workers.
     pub root: Root,
     /// How it is served.
@@ -57,6 +59,40 @@ pub struct Export {
     guest_write_through: AtomicBool,
     /// What each worker that there is or was has done.
     workers: Mutex<Vec<Arc<Counters>>>,
+    /// Hears of requests that fail.
+    observer: Observer,
+}
+
+/// A request that has failed.
+#[derive(Clone, Copy, Debug)]
+pub struct Failure<'a> {
+    /// Of what kind.
+    pub of: FailureOf,
+    /// Whether the host has no space left.
+    pub nospace: bool,
+    /// Why.
+    pub reason: &'a Error,
+}
+
+/// What a failed request wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureOf {
+    /// To read.
+    Read,
+    /// To write, flush, or free space.
+    Write,
+}
+
+/// Somebody who hears of requests that fail.
+#[derive(Default)]
+struct Observer(OnceLock<Box<Listener>>);
+
+type Listener = dyn Fn(&Failure<'_>) + Send + Sync;
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Observer")
+    }
 }
 
 /// What a worker has done since it was made. Only the worker adds; anybody may read.
@@ -129,20 +165,35 @@ impl Export {
     /// An export of a node whose size is a multiple of the block size and not zero, and whose
     /// requests need no larger alignment than a block's. (Who opens the image has checked that,
     /// with messages that name the image.)
-    pub fn new(root: Root, options: ExportOptions) -> Export {
+    pub fn new(name: impl Into<String>, root: Root, options: ExportOptions) -> Export {
         let config = ConfigSpace::new(&config_params(&root.node(), &options));
         Export {
+            name: name.into(),
             root,
             options,
             config: Mutex::new(config),
             guest_write_through: AtomicBool::new(false),
             workers: Mutex::default(),
+            observer: Observer::default(),
         }
     }
 
     /// The node that is served now.
     pub fn node(&self) -> Node {
         self.root.node()
+    }
+
+    /// Has `observer` hear of requests that fail, on the worker's thread; it must not wait. Only
+    /// the first one counts.
+    pub fn on_failure(&self, observer: impl Fn(&Failure<'_>) + Send + Sync + 'static) {
+        let _ = self.observer.0.set(Box::new(observer));
+    }
+
+    /// A request has failed.
+    pub(super) fn note_failure(&self, of: FailureOf, reason: &Error) {
+        if let Some(observer) = self.observer.0.get() {
+            observer(&Failure { of, nospace: reason.kind() == ErrorKind::NoSpace, reason });
+        }
     }
 
     /// Counters for a new worker.
@@ -218,7 +269,7 @@ impl Export {
 
     /// The name for log lines.
     pub fn name(&self) -> &str {
-        self.root.name()
+        &self.name
     }
 }
 

@@ -45,7 +45,7 @@ impl Served {
     ) -> Result<Served> {
         let id = id.into();
         let described = socket.to_string();
-        let pool = Arc::new(Pool::new(Arc::new(Export::new(root, options))));
+        let pool = Arc::new(Pool::new(Arc::new(Export::new(id.clone(), root, options))));
         let device = Device::new(id.clone(), pool.clone());
         let server = Server::start(socket, Arc::clone(&device))?;
         Ok(Served { id, pool, device, server, socket: described })
@@ -94,6 +94,16 @@ impl Served {
             self.device.notify_config_change();
         }
         changed
+    }
+
+    /// Looks at what is below the disk again, in case the host has grown it; the front-end is told of
+    /// a change. Blocks until the workers have drained.
+    pub fn refresh_capacity(&self) -> Result<bool> {
+        let changed = self.export().refresh_capacity()?;
+        if changed {
+            self.device.notify_config_change();
+        }
+        Ok(changed)
     }
 
     /// Asks it to end and returns at once: to end several at a time.

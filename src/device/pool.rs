@@ -156,7 +156,8 @@ impl Pool {
         let (ready, started) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("vublk-q{number}"))
-            .stack_size(256 * 1024)
+            // Room for requests that go down a chain of hundreds of images; only what is used counts.
+            .stack_size(4 << 20)
             .spawn({
                 let (export, mailbox) = (Arc::clone(&self.export), Arc::clone(&mailbox));
                 move || worker::run(export, mailbox, number, ready)

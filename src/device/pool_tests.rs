@@ -177,7 +177,7 @@ fn export(driver: Arc<dyn Driver>, engine: EngineKind, threads: usize) -> Arc<Ex
         poll_us: 0,
         read_only: false,
     };
-    Arc::new(Export::new(Root::new("stressed", node), options))
+    Arc::new(Export::new("stressed", Root::new("stressed", node), options))
 }
 
 /// Guest memory with two regions: rings, headers and status bytes; data.

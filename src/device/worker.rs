@@ -37,7 +37,7 @@ use crate::block::driver::{Committed, Driver, Pin, Plan, PlanCommit, PlanExtent,
 use crate::block::{Node, Party};
 use crate::device::chain::Chain;
 use crate::device::dirty_log::DirtyLog;
-use crate::device::export::{CachePolicy, Counters, Export};
+use crate::device::export::{CachePolicy, Counters, Export, FailureOf};
 use crate::device::features;
 use crate::device::memory::GuestMemory;
 use crate::device::patience::Patience;
@@ -564,6 +564,9 @@ impl Worker {
                 if self.node.is_poisoned() {
                     return self.finish(index, Status::IoErr);
                 }
+                if self.node.owes_flush() {
+                    return self.spawn(at, index);
+                }
                 (PlanOp::Flush, ByteRange::default())
             }
             Kind::GetId => {
@@ -723,6 +726,11 @@ impl Worker {
             Err(err) => {
                 let kind = self.slots[index as usize].request.kind;
                 self.failures.note_request(self.export.name(), kind, &err);
+                if !matches!(kind, Kind::GetId) && err.kind() != ErrorKind::Unsupported {
+                    let is_read = matches!(kind, Kind::Read { .. });
+                    let of = if is_read { FailureOf::Read } else { FailureOf::Write };
+                    self.export.note_failure(of, &err);
+                }
                 if err.kind() == ErrorKind::Unsupported {
                     Status::Unsupported
                 } else {

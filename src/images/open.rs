@@ -24,7 +24,7 @@ use crate::filters::GuessGuard;
 use crate::formats::qcow2;
 use crate::formats::raw::Raw;
 use crate::formats::vhdx;
-use crate::images::{ImageFormat, probe, users};
+use crate::images::{ImageFormat, frozen, probe, users};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
 
 /// What may be done with an image.
@@ -153,6 +153,8 @@ pub struct OpenRequest {
     pub backing: bool,
     /// Where metadata is kept that must outlive this process, for disks that are served.
     pub state_dir: StateDir,
+    /// Where that may be found for an image below one that is served; see [`settle`].
+    pub settle_in: StateDir,
     /// The node's name. Nodes below it get names of their own.
     pub node_name: String,
 }
@@ -170,6 +172,7 @@ impl OpenRequest {
             allow_dirs: Vec::new(),
             backing: true,
             state_dir: StateDir::None,
+            settle_in: StateDir::None,
             node_name: "disk".into(),
         }
     }
@@ -311,6 +314,8 @@ pub struct Opening<'a> {
     pub(super) overridden: Option<Option<Image>>,
     /// Whether discards are ignored.
     pub(super) keeps_space: bool,
+    /// The session whose records were redone below this image.
+    settled: Option<u128>,
     /// The image below, once it was opened.
     backing: Option<Image>,
 }
@@ -323,8 +328,8 @@ impl<'a> Opening<'a> {
         gate: &'a OpenGate,
         chain: &'a mut Chain,
     ) -> Opening<'a> {
-        let (overridden, keeps_space, backing) = (None, false, None);
-        Opening { request, file, gate, chain, overridden, keeps_space, backing }
+        let (overridden, keeps_space, settled, backing) = (None, false, None, None);
+        Opening { request, file, gate, chain, overridden, keeps_space, settled, backing }
     }
 }
 
@@ -340,6 +345,19 @@ impl Opening<'_> {
             (None, None) => None,
         };
         Ok(self.backing.as_ref().map(|image| image.node.clone()))
+    }
+
+    /// The place for what must outlive this process, if a guest is to be served.
+    pub fn keep(&self, format: &str) -> Result<Option<Keep>> {
+        let keep = open_keep(self.request, &self.file, format)?;
+        if let (Some(keep), Some(nonce)) = (&keep, self.settled)
+            && keep.session().is_none()
+        {
+            // The predecessor died while it put this image on the one below: nothing was written to
+            // this one, and what the guest relies on has just been redone there.
+            keep.begin(nonce)?;
+        }
+        Ok(keep)
     }
 
     /// Opens a file that this image names, as an image of its own: a backing file (`access` read)
@@ -362,9 +380,17 @@ impl Opening<'_> {
             format,
             access,
             state_dir: StateDir::None,
+            settle_in: match &self.request.state_dir {
+                StateDir::None => self.request.settle_in.clone(),
+                dir => dir.clone(),
+            },
             node_name: graph::auto_name(),
             ..self.request.clone()
         };
+        if access == Access::Read {
+            let settled = settle(&request).context(context)?;
+            self.settled = self.settled.or(settled);
+        }
         open_link(&request, self.gate, self.chain, Some(self.gate)).context(context)
     }
 }
@@ -496,7 +522,7 @@ fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         read_only,
         overrides_backing: opening.overridden.is_some(),
         backing: opening.backing(named)?,
-        keep: if read_only { None } else { open_keep(request, &opening.file, "qcow2")? },
+        keep: if read_only { None } else { opening.keep("qcow2")? },
     };
     Ok(Arc::new(FormatDriver::new(block_on(qcow2::Qcow2::open(file, options))?)))
 }
@@ -558,6 +584,44 @@ fn open_keep(request: &OpenRequest, file: &HostFile, format: &str) -> Result<Opt
             Ok(None)
         }
     }
+}
+
+/// Redoes what a process that was killed has kept for an image that a snapshot had frozen: until
+/// such an image has been flushed, once, writes that its guest saw completed may be in its keep and
+/// nowhere else. Returns the session they are of. Images without a snapshot's mark are left alone.
+fn settle(request: &OpenRequest) -> Result<Option<u128>> {
+    let (StateDir::IfPossible(dir) | StateDir::Required(dir)) = &request.settle_in else {
+        return Ok(None);
+    };
+    let Some(format) = request.format.filter(|format| *format != ImageFormat::Raw) else {
+        return Ok(None);
+    };
+    let Ok(file) = HostFile::open(&request.path, OpenOptions::default()) else { return Ok(None) };
+    if frozen::overlay_of(&file).is_none() {
+        return Ok(None);
+    }
+    let identity = file.identity()?;
+    drop(file);
+    if !Keep::is_there(dir, identity, format.name()) {
+        return Ok(None);
+    }
+    let keep = Keep::open(dir, identity, format.name())?;
+    let (session, found) = (keep.session(), keep.found());
+    drop(keep);
+    let Some(nonce) = found else { return Ok(session) };
+    let image = open(&OpenRequest {
+        access: Access::Write,
+        state_dir: request.settle_in.clone(),
+        settle_in: StateDir::None,
+        ..request.clone()
+    })?;
+    tracing::info!("{}: redoing what was kept of it when a snapshot was taken", image.name());
+    let driver = image.node.driver();
+    block_on(async {
+        driver.resume(Some(nonce)).await?;
+        driver.close().await
+    })?;
+    Ok(Some(nonce))
 }
 
 /// The format of an open file, by its first bytes.

@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod command;
 pub mod driver;
+pub mod qmp;
 pub mod random;
 
 #[allow(unused_imports)]
@@ -14,6 +15,7 @@ pub use self::{
     backend::{Backend, Setup},
     command::{fails, have, ok, ok_or, tool, tool_ok, vublk},
     driver::{Done, Driver},
+    qmp::Qmp,
     random::Random,
 };
 

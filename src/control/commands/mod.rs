@@ -1,18 +1,33 @@
 //! The commands, each in a file of its own.
 
+mod block_export_add;
+mod block_export_del;
 mod block_job_verbs;
+mod block_resize;
+mod blockdev_add;
+mod blockdev_del;
+mod blockdev_reopen;
+mod blockdev_snapshot;
+mod blockdev_snapshot_sync;
 mod job_verbs;
 mod qmp_capabilities;
+mod query_block;
+mod query_block_exports;
 mod query_block_jobs;
+mod query_blockstats;
 mod query_commands;
 mod query_jobs;
 mod query_name;
+mod query_named_block_nodes;
 mod query_qmp_schema;
 mod query_status;
 mod query_tpm;
 mod query_version;
 mod quit;
+mod transaction;
+mod x_vublk_query_pauses;
 
+pub use block_export_add::{BlockExportOptions, add as add_export};
 pub use qmp_capabilities::{Capabilities, Capability};
 pub use query_version::{VersionInfo, version};
 
@@ -20,6 +35,8 @@ use super::command::Command;
 
 /// Every command, by name.
 pub const COMMANDS: &[Command] = &[
+    Command::main::<block_export_add::BlockExportAdd>(),
+    Command::main::<block_export_del::BlockExportDel>(),
     Command::quick::<block_job_verbs::BlockJobCancel>(),
     Command::quick::<block_job_verbs::BlockJobComplete>(),
     Command::quick::<block_job_verbs::BlockJobDismiss>(),
@@ -27,6 +44,12 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<block_job_verbs::BlockJobPause>(),
     Command::quick::<block_job_verbs::BlockJobResume>(),
     Command::quick::<block_job_verbs::BlockJobSetSpeed>(),
+    Command::main::<block_resize::BlockResize>(),
+    Command::main::<blockdev_add::BlockdevAdd>(),
+    Command::main::<blockdev_del::BlockdevDel>(),
+    Command::main::<blockdev_reopen::BlockdevReopen>(),
+    Command::main::<blockdev_snapshot::BlockdevSnapshotCommand>(),
+    Command::main::<blockdev_snapshot_sync::BlockdevSnapshotSyncCommand>(),
     Command::quick::<job_verbs::JobCancel>(),
     Command::quick::<job_verbs::JobComplete>(),
     Command::quick::<job_verbs::JobDismiss>(),
@@ -34,15 +57,21 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<job_verbs::JobPause>(),
     Command::quick::<job_verbs::JobResume>(),
     Command::quick::<qmp_capabilities::QmpCapabilities>(),
+    Command::main::<query_block::QueryBlock>(),
+    Command::main::<query_block_exports::QueryBlockExports>(),
     Command::quick::<query_block_jobs::QueryBlockJobs>(),
+    Command::main::<query_blockstats::QueryBlockstats>(),
     Command::quick::<query_commands::QueryCommands>(),
     Command::quick::<query_jobs::QueryJobs>(),
     Command::quick::<query_name::QueryName>(),
+    Command::main::<query_named_block_nodes::QueryNamedBlockNodes>(),
     Command::quick::<query_qmp_schema::QueryQmpSchema>(),
     Command::quick::<query_status::QueryStatus>(),
     Command::quick::<query_tpm::QueryTpm>(),
     Command::quick::<query_version::QueryVersion>(),
     Command::main::<quit::Quit>(),
+    Command::main::<transaction::Transaction>(),
+    Command::main::<x_vublk_query_pauses::QueryPauses>(),
 ];
 
 /// The command of this name.

@@ -1,0 +1,412 @@
+//! `BlockdevOptions`: nodes as clients and command lines describe them.
+//!
+//! What is declared here is what the parser takes, the schema says, and [`add`] honours; an option
+//! of QEMU's that is not here is refused by name. To add a driver: a variant of [`DriverOptions`]
+//! with its options, and an arm in [`open`].
+//!
+//! A child is named, or described in place; then it goes with its parent.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::block::{Graph, Node, graph};
+use crate::control::QmpError;
+use crate::control::disks::Disks;
+use crate::control::qapi::{Flat, QmpResult};
+use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
+use crate::images::{Access, CacheMode, ImageFormat, Locking};
+use crate::qapi;
+
+/// How long a node waits for a file that is locked: a killed predecessor's locks stay until the
+/// kernel has finished its I/O.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
+
+qapi! {
+    /// What happens to discards.
+    pub enum BlockdevDiscardOptions { Ignore = "ignore", Unmap = "unmap" }
+}
+qapi! {
+    /// Whether zeros that are written are looked for; they are not.
+    pub enum BlockdevDetectZeroesOptions { Off = "off" }
+}
+qapi! {
+    /// Yes, no, or as usual.
+    pub enum OnOffAuto { Auto = "auto", On = "on", Off = "off" }
+}
+qapi! {
+    /// How the host caches.
+    pub struct BlockdevCacheOptions {
+        /// Bypass the page cache.
+        pub direct: Option<bool>,
+        /// Ignore flushes.
+        pub no_flush: Option<bool>,
+    }
+}
+qapi! {
+    /// A file or block device of the host.
+    pub struct BlockdevOptionsFile {
+        /// Where it is.
+        pub filename: String,
+        /// Whether to lock it against other users; `auto` is `on`.
+        pub locking: Option<OnOffAuto>,
+    }
+}
+qapi! {
+    /// A format that stands on its file only.
+    pub struct BlockdevOptionsGenericFormat {
+        /// The node below.
+        pub file: BlockdevRef,
+    }
+}
+qapi! {
+    /// A format that may stand on a backing image.
+    pub struct BlockdevOptionsGenericCOWFormat {
+        /// The node below.
+        pub file: BlockdevRef,
+        /// The backing image; what the image names if absent, none if null.
+        pub backing: Option<BlockdevRefOrNull>,
+    }
+}
+qapi! {
+    /// A node by name, or a new one.
+    pub alternate BlockdevRef {
+        /// A new one.
+        Definition(Box<BlockdevOptions>),
+        /// The name of a node.
+        Reference(String),
+    }
+}
+qapi! {
+    /// A node by name, a new one, or none.
+    pub alternate BlockdevRefOrNull {
+        /// A new one.
+        Definition(Box<BlockdevOptions>),
+        /// The name of a node.
+        Reference(String),
+        /// None.
+        Null(()),
+    }
+}
+qapi! {
+    /// The options of each driver.
+    pub union BlockdevDriverOptions by "driver" {
+        File(BlockdevOptionsFile) = "file",
+        HostDevice(BlockdevOptionsFile) = "host_device",
+        Qcow2(BlockdevOptionsGenericCOWFormat) = "qcow2",
+        Raw(BlockdevOptionsGenericFormat) = "raw",
+    }
+}
+qapi! {
+    /// A node.
+    pub struct BlockdevOptions {
+        /// Its name.
+        pub node_name: Option<String>,
+        /// What happens to discards; ignored if absent.
+        pub discard: Option<BlockdevDiscardOptions>,
+        /// How the host caches.
+        pub cache: Option<BlockdevCacheOptions>,
+        /// Whether it may only be read.
+        pub read_only: Option<bool>,
+        /// Whether to open it for reading where writing is not allowed.
+        pub auto_read_only: Option<bool>,
+        /// Whether others may write it meanwhile; only for what is read.
+        pub force_share: Option<bool>,
+        /// Whether to look for zeros that are written.
+        pub detect_zeroes: Option<BlockdevDetectZeroesOptions>,
+        /// The driver and its options.
+        pub driver: Flat<BlockdevDriverOptions>,
+    }
+}
+
+impl BlockdevOptions {
+    fn access(&self) -> Access {
+        if self.read_only == Some(true) { Access::Read } else { Access::Write }
+    }
+
+    fn cache(&self) -> Option<CacheMode> {
+        let cache = self.cache.as_ref()?;
+        Some(match (cache.direct == Some(true), cache.no_flush == Some(true)) {
+            (false, false) => CacheMode::Writeback,
+            (true, false) => CacheMode::None,
+            (_, true) => CacheMode::Unsafe,
+        })
+    }
+
+    /// The node below a format.
+    fn file(&self) -> Option<&BlockdevRef> {
+        match &self.driver.0 {
+            BlockdevDriverOptions::File(_) | BlockdevDriverOptions::HostDevice(_) => None,
+            BlockdevDriverOptions::Qcow2(format) => Some(&format.file),
+            BlockdevDriverOptions::Raw(format) => Some(&format.file),
+        }
+    }
+
+    /// What the operator says of the backing.
+    pub fn backing(&self) -> Option<&BlockdevRefOrNull> {
+        match &self.driver.0 {
+            BlockdevDriverOptions::Qcow2(format) => format.backing.as_ref(),
+            _ => None,
+        }
+    }
+}
+
+/// What a child inherits from its parent, where it does not say otherwise.
+#[derive(Clone, Copy, Debug)]
+struct Inherited {
+    read_only: Option<bool>,
+    auto_read_only: Option<bool>,
+    cache: CacheMode,
+    keeps_space: bool,
+}
+
+/// Adds the node that the operator describes, with what is described below it. Nothing is left of
+/// it if that fails.
+pub fn add(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Node> {
+    let Some(name) = &options.node_name else {
+        return Err(QmpError::generic("'node-name' must be specified for the root node"));
+    };
+    let name = name.clone();
+    let result = open(disks, options, None, true);
+    if result.is_err() {
+        // What was opened for it and is used by nobody.
+        disks.layers.collect();
+    }
+    result.inspect(|node| debug_assert_eq!(node.name(), name))
+}
+
+fn open(
+    disks: &mut Disks,
+    options: &BlockdevOptions,
+    inherited: Option<Inherited>,
+    explicit: bool,
+) -> QmpResult<Node> {
+    let name = match &options.node_name {
+        Some(name) => {
+            disks.graph().check_name(name)?;
+            name.clone()
+        }
+        None => graph::auto_name(),
+    };
+    match &options.driver.0 {
+        BlockdevDriverOptions::File(file) => {
+            open_protocol(disks, options, file, "file", name, inherited, explicit)
+        }
+        BlockdevDriverOptions::HostDevice(file) => {
+            open_protocol(disks, options, file, "host_device", name, inherited, explicit)
+        }
+        BlockdevDriverOptions::Qcow2(_) => {
+            open_format(disks, options, ImageFormat::Qcow2, name, inherited, explicit)
+        }
+        BlockdevDriverOptions::Raw(_) => {
+            open_format(disks, options, ImageFormat::Raw, name, inherited, explicit)
+        }
+    }
+}
+
+fn open_protocol(
+    disks: &mut Disks,
+    options: &BlockdevOptions,
+    file: &BlockdevOptionsFile,
+    driver: &'static str,
+    node_name: String,
+    inherited: Option<Inherited>,
+    explicit: bool,
+) -> QmpResult<Node> {
+    let read_only = options.read_only.or(inherited.and_then(|i| i.read_only)) == Some(true);
+    let shares = options.force_share == Some(true);
+    if shares && !read_only {
+        return Err(QmpError::generic("force-share=on can only be used with read-only images"));
+    }
+    let request = ProtocolRequest {
+        node_name,
+        path: PathBuf::from(&file.filename),
+        driver,
+        access: if read_only { Access::Read } else { Access::Write },
+        auto_read_only: options.auto_read_only.or(inherited.and_then(|i| i.auto_read_only))
+            == Some(true),
+        cache: options.cache().or(inherited.map(|i| i.cache)).unwrap_or_default(),
+        locking: match (file.locking, shares) {
+            (Some(OnOffAuto::Off), _) => Locking::Off,
+            (_, true) => Locking::Share,
+            _ => Locking::Guard,
+        },
+        lock_wait: LOCK_WAIT,
+        keeps_space: match options.discard {
+            Some(discard) => discard == BlockdevDiscardOptions::Ignore,
+            None => inherited.is_none_or(|i| i.keeps_space),
+        },
+    };
+    let image = blockdev::open_protocol(&request)?;
+    Ok(disks.layers.add_protocol(image, explicit)?)
+}
+
+fn open_format(
+    disks: &mut Disks,
+    options: &BlockdevOptions,
+    format: ImageFormat,
+    node_name: String,
+    inherited: Option<Inherited>,
+    explicit: bool,
+) -> QmpResult<Node> {
+    if options.force_share == Some(true) {
+        return Err(QmpError::generic(
+            "force-share belongs to the file: give it to the node below (file.force-share=on)",
+        ));
+    }
+    let inherited = Inherited {
+        read_only: options.read_only.or(inherited.and_then(|i| i.read_only)),
+        auto_read_only: options.auto_read_only.or(inherited.and_then(|i| i.auto_read_only)),
+        cache: options.cache().or(inherited.map(|i| i.cache)).unwrap_or_default(),
+        keeps_space: options.discard != Some(BlockdevDiscardOptions::Unmap),
+    };
+    let file = options.file().expect("a format has a file");
+    let below = child(disks, file, Some(inherited))?;
+    let Some(layer) = disks.layers.of(&below).filter(|layer| layer.is_protocol) else {
+        return Err(QmpError::generic(format!(
+            "node '{}' is not a file: the file of a {format} node must be one (driver 'file' or \
+             'host_device')",
+            below.name()
+        )));
+    };
+    let protocol = layer.image.clone();
+    // Its rights on the host belong to whoever uses it; two formats in one file are none.
+    disks.graph().check_unused(&below)?;
+    let backing = match options.backing() {
+        None => BackingChoice::AsNamed,
+        Some(BlockdevRefOrNull::Null(())) => BackingChoice::Nothing,
+        Some(BlockdevRefOrNull::Reference(name)) => {
+            let node = by_name(disks.graph(), name)?;
+            BackingChoice::Image(Box::new(disks.image_of(&node)?))
+        }
+        Some(BlockdevRefOrNull::Definition(options)) => {
+            let read = Inherited { read_only: Some(true), ..inherited };
+            let node = open(disks, options, Some(read), options.node_name.is_some())?;
+            BackingChoice::Image(Box::new(disks.image_of(&node)?))
+        }
+    };
+    let wants = if inherited.read_only == Some(true) { Access::Read } else { Access::Write };
+    let access = match (wants, protocol.access) {
+        (Access::Write, Access::Read) if inherited.auto_read_only == Some(true) => Access::Read,
+        (wants, _) => wants,
+    };
+    let request = FormatRequest {
+        node_name,
+        format,
+        access,
+        keeps_space: inherited.keeps_space,
+        backing,
+        allow_dirs: disks.layers.allow_dirs().to_vec(),
+        state_dir: disks.layers.state_dir().clone(),
+    };
+    let image = blockdev::open_format(&protocol, &request)?;
+    Ok(disks.layers.add_format(image, Some(below), explicit)?)
+}
+
+fn child(
+    disks: &mut Disks,
+    reference: &BlockdevRef,
+    inherited: Option<Inherited>,
+) -> QmpResult<Node> {
+    match reference {
+        BlockdevRef::Reference(name) => by_name(disks.graph(), name),
+        BlockdevRef::Definition(options) => {
+            open(disks, options, inherited, options.node_name.is_some())
+        }
+    }
+}
+
+/// A node that options refer to.
+pub fn by_name(graph: &Graph, name: &str) -> QmpResult<Node> {
+    graph.find(name).ok_or_else(|| {
+        QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'"))
+    })
+}
+
+/// Changes nodes that exist: `read-only` and `backing` may differ from how they were added, and
+/// nothing else. Options that are absent go back to their defaults, as in QEMU.
+pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
+    let Some(name) = &options.node_name else {
+        return Err(QmpError::generic("node-name not specified"));
+    };
+    let node = disks
+        .graph()
+        .find(name)
+        .ok_or_else(|| QmpError::generic(format!("Failed to find node with node-name='{name}'")))?;
+    let Some(layer) = disks.layers.of(&node).cloned() else {
+        return Err(QmpError::generic(format!("node '{name}' cannot be reopened")));
+    };
+    let cannot = |option: &str| QmpError::generic(format!("Cannot change the option '{option}'"));
+    if options.driver.word() != node.driver().name() {
+        return Err(cannot("driver"));
+    }
+    match &options.driver.0 {
+        BlockdevDriverOptions::File(file) | BlockdevDriverOptions::HostDevice(file)
+            if std::path::Path::new(&file.filename) != layer.image.file.path() =>
+        {
+            return Err(cannot("filename"));
+        }
+        _ => {}
+    }
+    if let Some(file) = options.file() {
+        let now = disks.graph().children(&node).into_iter().find(|(role, _)| *role == "file");
+        let is_same = match (file, now) {
+            (BlockdevRef::Reference(name), Some((_, now))) => name == now.name(),
+            _ => false,
+        };
+        if !is_same {
+            return Err(cannot("file"));
+        }
+    }
+    if options.cache().unwrap_or_default() != layer.image.cache {
+        return Err(cannot("cache"));
+    }
+    if (options.discard != Some(BlockdevDiscardOptions::Unmap)) != node.keeps_space() {
+        return Err(cannot("discard"));
+    }
+    let backing = match options.backing() {
+        None => node.backing(),
+        Some(BlockdevRefOrNull::Null(())) => None,
+        Some(BlockdevRefOrNull::Reference(name)) => Some(by_name(disks.graph(), name)?),
+        Some(BlockdevRefOrNull::Definition(_)) => return Err(cannot("backing")),
+    };
+    let access = options.access();
+    let moves = match (&backing, &node.backing()) {
+        (Some(new), Some(old)) => !new.is_same(old),
+        (None, None) => false,
+        _ => true,
+    };
+    let _hold = disks.hold_graph(&node, "blockdev-reopen")?;
+    if let Some(backing) = backing.as_ref().filter(|_| moves) {
+        disks.graph().check_cycle(&node, backing, "backing")?;
+    }
+    if access == Access::Read && disks.is_written(&node) {
+        return Err(QmpError::generic(format!(
+            "Cannot make block node read-only, there is a writer on it: {}",
+            disks.users_of(&node)
+        )));
+    }
+    let graph = std::sync::Arc::clone(disks.graph());
+    let quiesced = graph.quiesce(std::slice::from_ref(&node));
+    let changed = change(disks, &node, access, moves.then_some(backing.as_ref()), &quiesced);
+    let pause = graph.resume(quiesced);
+    tracing::info!("blockdev-reopen of '{name}': guests paused for {} us", pause.as_micros());
+    changed
+}
+
+fn change(
+    disks: &mut Disks,
+    node: &Node,
+    access: Access,
+    backing: Option<Option<&Node>>,
+    quiesced: &crate::block::Quiesced,
+) -> QmpResult<()> {
+    // What was written so far is durable below the old backing.
+    if !node.limits().read_only {
+        crate::io::block_on(node.flush())?;
+    }
+    disks.layers.set_access(node, access, quiesced)?;
+    if let Some(backing) = backing {
+        disks.graph().set_backing(node, backing, quiesced)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! `blockdev-del`: takes a node out of the graph and closes its image.
+
+use super::prelude::*;
+
+qapi! {
+    /// Which node.
+    pub struct BlockdevDelArguments {
+        /// Its name.
+        pub node_name: String,
+    }
+}
+
+pub struct BlockdevDel;
+
+impl MainCommand for BlockdevDel {
+    const NAME: &'static str = "blockdev-del";
+    const DOC: &'static str = "Removes a node that nobody uses, and closes its image.";
+    type Arguments = BlockdevDelArguments;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: BlockdevDelArguments) -> QmpResult<Nothing> {
+        daemon.disks_mut().layers.remove(&arguments.node_name)?;
+        Ok(Nothing {})
+    }
+}

@@ -1,0 +1,65 @@
+//! `blockdev-snapshot-sync`: makes an overlay and puts it on a disk that is served.
+
+use std::path::PathBuf;
+
+use super::prelude::*;
+use crate::control::snapshot::{self, OverlayRequest, Snapshot};
+use crate::images::ImageFormat;
+
+qapi! {
+    /// What becomes of the overlay's file.
+    pub enum NewImageMode { Existing = "existing", AbsolutePaths = "absolute-paths" }
+}
+qapi! {
+    /// Which disk, and the overlay to be made.
+    pub struct BlockdevSnapshotSync {
+        /// The export whose disk is frozen.
+        pub device: Option<String>,
+        /// Or the node.
+        pub node_name: Option<String>,
+        /// The overlay's file. Overwritten if it exists, unless `mode` says otherwise.
+        pub snapshot_file: String,
+        /// The name of the overlay's node; must be given with `node-name`.
+        pub snapshot_node_name: Option<String>,
+        /// The overlay's format; qcow2 if absent.
+        pub format: Option<String>,
+        /// Whether the overlay is made (`absolute-paths`, which is usual) or there already.
+        pub mode: Option<NewImageMode>,
+    }
+}
+
+impl BlockdevSnapshotSync {
+    /// What it asks for.
+    pub fn request(self) -> QmpResult<OverlayRequest> {
+        let format = self.format.as_deref().unwrap_or("qcow2");
+        let known = format.parse::<ImageFormat>().ok();
+        let known = known.filter(|format| format.is_supported() && *format != ImageFormat::Raw);
+        let format = known.ok_or_else(|| match format {
+            "raw" => QmpError::generic("raw images cannot have a backing file; use format qcow2"),
+            _ => QmpError::generic(format!("Invalid snapshot format '{format}'")),
+        })?;
+        Ok(OverlayRequest {
+            device: self.device,
+            node_name: self.node_name,
+            file: PathBuf::from(self.snapshot_file),
+            snapshot_node_name: self.snapshot_node_name,
+            format,
+            exists: self.mode == Some(NewImageMode::Existing),
+        })
+    }
+}
+
+pub struct BlockdevSnapshotSyncCommand;
+
+impl MainCommand for BlockdevSnapshotSyncCommand {
+    const NAME: &'static str = "blockdev-snapshot-sync";
+    const DOC: &'static str = "Freezes a disk as it is now: writes go to an overlay that is made.";
+    type Arguments = BlockdevSnapshotSync;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: BlockdevSnapshotSync) -> QmpResult<Nothing> {
+        let action = Snapshot::of_file(daemon.disks_mut(), &arguments.request()?)?;
+        snapshot::run(daemon, vec![action])?;
+        Ok(Nothing {})
+    }
+}

@@ -1,0 +1,107 @@
+//! `transaction`: several changes at one instant, all or none.
+
+use super::blockdev_snapshot::BlockdevSnapshot;
+use super::blockdev_snapshot_sync::BlockdevSnapshotSync;
+use super::prelude::*;
+use crate::control::qapi::Flat;
+use crate::control::snapshot::{self, Action, Snapshot};
+
+qapi! {
+    /// An action whose data has members of its own.
+    pub struct AbortWrapper {
+        /// Nothing.
+        pub data: Nothing,
+    }
+}
+qapi! {
+    /// An action whose data has members of its own.
+    pub struct BlockdevSnapshotWrapper {
+        /// As for the command.
+        pub data: BlockdevSnapshot,
+    }
+}
+qapi! {
+    /// An action whose data has members of its own.
+    pub struct BlockdevSnapshotSyncWrapper {
+        /// As for the command.
+        pub data: BlockdevSnapshotSync,
+    }
+}
+qapi! {
+    /// What is done.
+    pub union TransactionData by "type" {
+        Abort(AbortWrapper) = "abort",
+        BlockdevSnapshot(BlockdevSnapshotWrapper) = "blockdev-snapshot",
+        BlockdevSnapshotSync(BlockdevSnapshotSyncWrapper) = "blockdev-snapshot-sync",
+    }
+}
+qapi! {
+    /// One change.
+    pub struct TransactionAction {
+        /// Which.
+        pub action: Flat<TransactionData>,
+    }
+}
+qapi! {
+    /// Whether jobs of a transaction fail together.
+    pub enum ActionCompletionMode { Individual = "individual", Grouped = "grouped" }
+}
+qapi! {
+    /// What holds for all actions.
+    pub struct TransactionProperties {
+        /// Whether jobs of it fail together. No action starts a job yet.
+        pub completion_mode: Option<ActionCompletionMode>,
+    }
+}
+qapi! {
+    /// What is to be done.
+    pub struct TransactionArguments {
+        /// The changes, in order.
+        pub actions: Vec<TransactionAction>,
+        /// What holds for all of them.
+        pub properties: Option<TransactionProperties>,
+    }
+}
+
+pub struct Transaction;
+
+impl MainCommand for Transaction {
+    const NAME: &'static str = "transaction";
+    const DOC: &'static str = "Changes several disks at one instant: all is done, or nothing.";
+    type Arguments = TransactionArguments;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: TransactionArguments) -> QmpResult<Nothing> {
+        let mut actions = Vec::with_capacity(arguments.actions.len());
+        for action in arguments.actions {
+            match prepare(daemon, action.action.0) {
+                Ok(action) => actions.push(action),
+                Err(err) => {
+                    // The last one first, as each may stand on those before it.
+                    while let Some(action) = actions.pop() {
+                        drop(action);
+                    }
+                    daemon.disks_mut().layers.collect();
+                    return Err(err);
+                }
+            }
+        }
+        snapshot::run(daemon, actions)?;
+        Ok(Nothing {})
+    }
+}
+
+fn prepare(daemon: &mut Daemon, action: TransactionData) -> QmpResult<Box<dyn Action>> {
+    let disks = daemon.disks_mut();
+    match action {
+        TransactionData::Abort(_) => {
+            Err(QmpError::generic("Transaction aborted using Abort action"))
+        }
+        TransactionData::BlockdevSnapshot(BlockdevSnapshotWrapper { data }) => {
+            Snapshot::of_node(disks, &data.node, &data.overlay)
+        }
+        TransactionData::BlockdevSnapshotSync(BlockdevSnapshotSyncWrapper { data }) => {
+            Snapshot::of_file(disks, &data.request()?)
+        }
+    }
+}

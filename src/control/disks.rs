@@ -1,0 +1,213 @@
+//! The disks of a daemon: its nodes, the images behind them, and the exports they are served by.
+//!
+//! Part of the [`Daemon`](super::Daemon), so it belongs to the main thread.
+
+use std::sync::Arc;
+
+use crate::block::node::Hold;
+use crate::block::{Graph, Node, Rights, Root};
+use crate::control::QmpError;
+use crate::control::error::Class;
+use crate::control::qapi::QmpResult;
+use crate::device::export::{CachePolicy, Export, ExportOptions};
+use crate::device::exports::{Exports, Served};
+use crate::device::server::ServerSocket;
+use crate::images::{Access, Image, Layers, frozen};
+use crate::io::EngineKind;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Disks {
+    /// The images behind the nodes.
+    pub layers: Layers,
+    /// What is served.
+    pub exports: Exports,
+    /// How exports do their I/O.
+    pub workers: WorkerOptions,
+}
+
+/// How the workers of all exports are set up.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerOptions {
+    /// How I/O is done.
+    pub engine: EngineKind,
+    /// The most threads of an export; one for each queue if absent.
+    pub threads: Option<usize>,
+    /// How long a worker may poll, in microseconds.
+    pub poll_us: u32,
+}
+
+/// A disk to be served.
+#[derive(Debug)]
+pub struct ExportRequest {
+    /// Its name.
+    pub id: String,
+    /// The node.
+    pub node: Node,
+    /// Where.
+    pub socket: ServerSocket,
+    /// Whether the guest may write.
+    pub writable: bool,
+    /// How writes and flushes are treated.
+    pub cache: CachePolicy,
+    /// Block size that the guest sees.
+    pub block_size: u64,
+    /// The most queues.
+    pub num_queues: usize,
+    /// The largest queue.
+    pub queue_size: u16,
+    /// What the guest gets for GET_ID.
+    pub serial: String,
+}
+
+impl Disks {
+    /// No disks yet.
+    pub fn new(layers: Layers, workers: WorkerOptions) -> Disks {
+        Disks { layers, exports: Exports::default(), workers }
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &Arc<Graph> {
+        self.layers.graph()
+    }
+
+    /// The node that an export (`device`) stands on, or the node of that name.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn find(&self, device: Option<&str>, node_name: Option<&str>) -> QmpResult<Node> {
+        if let Some(served) = device.and_then(|id| self.exports.get(id)) {
+            return Ok(served.root().node());
+        }
+        if let Some(node) = node_name.and_then(|name| self.graph().find(name)) {
+            return Ok(node);
+        }
+        Err(QmpError::generic(format!(
+            "Cannot find device='{}' nor node-name='{}'",
+            device.unwrap_or_default(),
+            node_name.unwrap_or_default()
+        )))
+    }
+
+    /// What a command that takes either in one argument means: an export first, then a node.
+    pub fn find_any(&self, name: &str) -> QmpResult<Node> {
+        self.find(Some(name), Some(name))
+    }
+
+    /// The image behind a node.
+    pub fn image_of(&self, node: &Node) -> QmpResult<Image> {
+        let layer = self.layers.of(node).map(|layer| layer.image.clone());
+        layer.ok_or_else(|| QmpError::generic(format!("node '{}' is not an image", node.name())))
+    }
+
+    /// Keeps jobs away from a node while the graph around it is changed; refused if one is there.
+    pub fn hold_graph(&self, node: &Node, command: &str) -> QmpResult<Hold> {
+        Ok(node.hold(command, Rights::GRAPH, Rights::ALL.and(Rights::GRAPH))?)
+    }
+
+    /// Whether an export or a job may write to the node.
+    pub fn is_written(&self, node: &Node) -> bool {
+        let writes = |served: &Served| {
+            !served.export().options.read_only && served.root().node().is_same(node)
+        };
+        self.exports.iter().any(writes) || !node.holders().is_empty()
+    }
+
+    /// Who uses a node, for messages.
+    pub fn users_of(&self, node: &Node) -> String {
+        let mut users: Vec<_> =
+            self.graph().parents(node).iter().map(|parent| parent.to_string()).collect();
+        users.extend(node.holders());
+        users.join(", ")
+    }
+
+    /// Serves a disk.
+    ///
+    /// # Errors
+    /// In QEMU's words where it has them.
+    pub fn export(&mut self, request: ExportRequest) -> QmpResult<()> {
+        let ExportRequest { id, node, .. } = &request;
+        if self.exports.get(id).is_some() {
+            return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
+        }
+        if request.writable && node.limits().read_only {
+            return Err(QmpError::generic(format!("Block node is read-only: '{}'", node.name())));
+        }
+        let image = self.image_of(node)?;
+        image.check_for_guest(request.block_size)?;
+        if request.writable {
+            frozen::check(&image.file)?;
+        }
+        let options = ExportOptions {
+            serial: request.serial,
+            block_size: request.block_size as u32,
+            num_queues: request.num_queues,
+            queue_size: request.queue_size,
+            threads: self.workers.threads.unwrap_or(request.num_queues).min(request.num_queues),
+            cache: request.cache,
+            engine: self.workers.engine,
+            poll_us: self.workers.poll_us,
+            read_only: !request.writable,
+        };
+        let root = Root::new(format!("export '{}'", request.id), request.node);
+        self.graph().add_root(&root)?;
+        let served = Served::start(request.id, root.clone(), options, request.socket);
+        match served {
+            Ok(served) => self.exports.add(served),
+            Err(err) => {
+                self.graph().remove_root(&root);
+                return Err(err.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends an export. Blocks until what is in flight has completed and is flushed.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is not there, or a front-end is connected and `hard` is not set.
+    pub fn unexport(&mut self, id: &str, hard: bool) -> QmpResult<Arc<Export>> {
+        let Some(served) = self.exports.get(id) else {
+            return Err(QmpError::generic(format!("Export '{id}' is not found")));
+        };
+        if !hard && served.is_connected() {
+            return Err(QmpError::new(
+                Class::Generic,
+                format!(
+                    "export '{id}' still in use: a front-end is connected (mode 'hard' ends it)"
+                ),
+            ));
+        }
+        let served = self.exports.take(id)?;
+        Ok(self.end(served))
+    }
+
+    /// Ends an export that was taken out.
+    pub fn end(&mut self, served: Served) -> Arc<Export> {
+        let export = served.stop();
+        self.graph().remove_root(&export.root);
+        self.layers.collect();
+        export
+    }
+
+    /// Tells guests of a change of size of what they stand on.
+    pub fn update_capacities(&self) {
+        for served in self.exports.iter() {
+            served.update_capacity();
+        }
+    }
+
+    /// Whether an image may be written through its node: for messages.
+    pub fn is_writable(&self, node: &Node) -> bool {
+        self.layers.of(node).is_some_and(|layer| layer.image.access == Access::Write)
+    }
+
+    /// Ends all exports, then closes all images. Returns what was served.
+    pub fn close(&mut self) -> (Vec<Arc<Export>>, crate::error::Result<()>) {
+        let served = self.exports.stop_all();
+        for export in &served {
+            self.graph().remove_root(&export.root);
+        }
+        (served, self.layers.close_all())
+    }
+}

@@ -1,0 +1,462 @@
+//! Changes of several disks at one instant: `transaction`, and the commands that are a transaction of
+//! one action.
+//!
+//! ```text
+//!            prepare, in order       open and create files, check names, take holds: slow, undone
+//!               │                    by dropping it
+//!            flush                   so that little is left to be flushed while guests wait
+//!  guests    ┌─ quiesce ───────────  one barrier for all disks
+//!  wait      │  commit               each action; a failure undoes those before it
+//!            └─ resume ────────────  the pause is measured
+//!            clean                   what can be done while guests go on
+//! ```
+//!
+//! All or nothing: an action that fails leaves everything as it was, and files that were made for
+//! the transaction are removed.
+//!
+//! # Order of a snapshot, for crashes
+//!
+//! 1. The overlay is complete and durable, header and directory entry, before it is used.
+//! 2. The image that is frozen gets its mark (see [`crate::images::frozen`]), durable.
+//! 3. At the barrier the overlay takes the image's place; the guest's session goes on there. Nothing
+//!    is flushed while the guest waits. Instead the overlay *owes* a flush of what is below: until
+//!    that has succeeded, a flush of the guest's flushes both ([`Node::owe_flush_of`]).
+//! 4. What is frozen is flushed, while the guest goes on.
+//!
+//! Killed before 3, the disk is the image as it was, and the overlay is an empty file; the mark makes
+//! the next process ask for the overlay, which shows the same content. Killed after it, completed
+//! writes are in the overlay; those that were completed before and not flushed are in the page cache,
+//! or in the keep of the image that is frozen: who opens it below its overlay redoes them
+//! ([`crate::images::open`]).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::block::node::Hold;
+use crate::block::open_gate::MAX_DEPTH;
+use crate::block::{Graph, Node, Quiesced, Rights};
+use crate::control::disks::Disks;
+use crate::control::qapi::QmpResult;
+use crate::control::{Daemon, QmpError};
+use crate::error::{Result, ResultExt};
+use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
+use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
+use crate::io::block_on;
+
+/// Something that happens at the barrier of a transaction. Made by what prepares it; dropping it
+/// before `commit` undoes the preparation.
+pub trait Action {
+    /// What it is called in the log.
+    fn name(&self) -> &'static str;
+
+    /// The nodes that must be quiet.
+    fn nodes(&self) -> Vec<Node>;
+
+    /// Does it. The gates of all that reach [`Action::nodes`] are closed, and guests wait.
+    fn commit(&mut self, disks: &mut Disks, quiesced: &Quiesced) -> QmpResult<()>;
+
+    /// Takes a commit back, because a later action failed. The gates are still closed.
+    fn undo(&mut self, disks: &mut Disks, quiesced: &Quiesced);
+
+    /// All actions are done, and guests go on.
+    fn clean(&mut self, disks: &mut Disks) {
+        let _ = disks;
+    }
+}
+
+/// Does prepared actions at one barrier, all or none.
+pub fn run(daemon: &mut Daemon, mut actions: Vec<Box<dyn Action>>) -> QmpResult<()> {
+    let disks = daemon.disks_mut();
+    let nodes: Vec<Node> = actions.iter().flat_map(|action| action.nodes()).collect();
+    for node in &nodes {
+        // So that little is left for the flush afterwards, which the guest's own have to wait for.
+        flush(node)?;
+    }
+    let graph = Arc::clone(disks.graph());
+    let quiesced = graph.quiesce(&nodes);
+    let mut result = Ok(());
+    let mut done = 0;
+    for action in &mut actions {
+        result = action.commit(disks, &quiesced);
+        if result.is_err() {
+            break;
+        }
+        done += 1;
+    }
+    if result.is_err() {
+        for action in actions[..done].iter_mut().rev() {
+            action.undo(disks, &quiesced);
+        }
+    }
+    let pause = graph.resume(quiesced);
+    let names: Vec<_> = actions.iter().map(|action| action.name()).collect();
+    tracing::info!(
+        "{}: {}; guests paused for {} us",
+        names.join(", "),
+        if result.is_ok() { "done" } else { "undone" },
+        pause.as_micros()
+    );
+    if result.is_ok() {
+        for action in &mut actions {
+            action.clean(disks);
+        }
+    }
+    drop(actions);
+    disks.layers.collect();
+    result
+}
+
+/// Makes what was completed durable; read-only nodes have nothing of that.
+fn flush(node: &Node) -> Result<()> {
+    if node.limits().read_only {
+        return Ok(());
+    }
+    block_on(node.flush()).context(|| format!("node '{}': flush before the snapshot", node.name()))
+}
+
+/// A snapshot: an overlay comes to stand on a node, and everybody who stood on the node on the
+/// overlay.
+pub struct Snapshot {
+    name: &'static str,
+    node: Node,
+    overlay: Node,
+    /// What the overlay stood on before.
+    overlay_backing: Option<Node>,
+    /// What the node was opened for before.
+    access: Access,
+    graph: Arc<Graph>,
+    /// Files to remove unless it is done.
+    created: Vec<PathBuf>,
+    /// Whether the node got its mark from us.
+    marked: Option<Image>,
+    is_done: bool,
+    /// Whether the overlay's node is the operator's once it is done.
+    is_named: bool,
+    _holds: Vec<Hold>,
+}
+
+impl Snapshot {
+    /// Of an overlay that is there: `blockdev-snapshot`.
+    pub fn of_node(disks: &mut Disks, node: &str, overlay: &str) -> QmpResult<Box<dyn Action>> {
+        let node = disks.find_any(node)?;
+        let overlay = disks.graph().find(overlay).ok_or_else(|| {
+            QmpError::generic(format!("Cannot find device='{overlay}' nor node-name='{overlay}'"))
+        })?;
+        let name = "blockdev-snapshot";
+        if !disks.graph().parents(&overlay).is_empty() {
+            return Err(QmpError::generic(format!(
+                "The overlay is already in use: {}",
+                disks.users_of(&overlay)
+            )));
+        }
+        if overlay.backing().is_some() {
+            return Err(QmpError::generic("The overlay already has a backing image"));
+        }
+        let snapshot = Snapshot::new(disks, name, node, overlay)?;
+        Ok(Box::new(snapshot))
+    }
+
+    /// Of an overlay that is made now, or opened: `blockdev-snapshot-sync`.
+    pub fn of_file(disks: &mut Disks, request: &OverlayRequest) -> QmpResult<Box<dyn Action>> {
+        let node = disks.find(request.device.as_deref(), request.node_name.as_deref())?;
+        if request.node_name.is_some() && request.snapshot_node_name.is_none() {
+            return Err(QmpError::generic("New overlay node-name missing"));
+        }
+        let name = "blockdev-snapshot-sync";
+        if let Some(new) = &request.snapshot_node_name {
+            if disks.graph().find(new).is_some() {
+                return Err(QmpError::generic("New overlay node-name already in use"));
+            }
+            disks.graph().check_name(new)?;
+        }
+        // Before any file is made.
+        drop(disks.hold_graph(&node, name)?);
+        let mut created = Created::default();
+        let overlay = create_overlay(disks, &node, request, &mut created)?;
+        let snapshot = Snapshot::new(disks, name, node, overlay);
+        match snapshot {
+            Ok(mut snapshot) => {
+                snapshot.created = std::mem::take(&mut created.paths);
+                snapshot.is_named = request.snapshot_node_name.is_some();
+                Ok(Box::new(snapshot))
+            }
+            Err(err) => {
+                disks.layers.collect();
+                Err(err)
+            }
+        }
+    }
+
+    fn new(disks: &Disks, name: &'static str, node: Node, overlay: Node) -> QmpResult<Snapshot> {
+        if node.is_same(&overlay) || disks.graph().reaches(&node, &overlay) {
+            disks.graph().check_cycle(&overlay, &node, "backing")?;
+        }
+        let depth = std::iter::successors(Some(node.clone()), Node::backing).count();
+        if depth >= MAX_DEPTH {
+            return Err(QmpError::generic(format!(
+                "Node '{}' stands on a chain of {depth} images already, and a longer one could not \
+                 be opened again; commit some of them first",
+                node.name()
+            )));
+        }
+        let image = disks.image_of(&node)?;
+        let overlay_image = disks.image_of(&overlay)?;
+        if overlay_image.access == Access::Read {
+            return Err(QmpError::generic(format!(
+                "Block node is read-only: '{}'",
+                overlay.name()
+            )));
+        }
+        if overlay.size() != node.size() {
+            return Err(QmpError::generic(format!(
+                "The overlay '{}' of {} bytes and node '{}' of {} must have the same size",
+                overlay.name(),
+                overlay.size(),
+                node.name(),
+                node.size()
+            )));
+        }
+        let all = Rights::ALL.and(Rights::GRAPH);
+        let holds =
+            vec![node.hold(name, Rights::GRAPH, all)?, overlay.hold(name, Rights::GRAPH, all)?];
+        let marked = frozen::overlay_of(&image.file).is_none().then(|| image.clone());
+        if marked.is_some() {
+            frozen::mark(&image.file, overlay_image.file.path());
+        }
+        Ok(Snapshot {
+            name,
+            access: image.access,
+            overlay_backing: overlay.backing(),
+            graph: Arc::clone(disks.graph()),
+            node,
+            overlay,
+            created: Vec::new(),
+            marked,
+            is_done: false,
+            is_named: false,
+            _holds: holds,
+        })
+    }
+}
+
+impl Action for Snapshot {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn nodes(&self) -> Vec<Node> {
+        vec![self.node.clone()]
+    }
+
+    fn commit(&mut self, disks: &mut Disks, quiesced: &Quiesced) -> QmpResult<()> {
+        if self.overlay.backing().is_none_or(|below| !below.is_same(&self.node)) {
+            disks.graph().set_backing(&self.overlay, Some(&self.node), quiesced).map_err(
+                |err| match err.kind() {
+                    crate::ErrorKind::Unsupported => {
+                        QmpError::generic("The overlay does not support backing images")
+                    }
+                    _ => err.into(),
+                },
+            )?;
+        }
+        let frozen = disks.layers.set_access(&self.node, Access::Read, quiesced);
+        let moved = frozen.and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced));
+        match moved {
+            Ok(()) => {
+                if self.access == Access::Write {
+                    self.overlay.owe_flush_of(self.node.clone());
+                }
+                self.is_done = true;
+                Ok(())
+            }
+            Err(err) => {
+                self.restore(disks, quiesced);
+                Err(err.into())
+            }
+        }
+    }
+
+    fn undo(&mut self, disks: &mut Disks, quiesced: &Quiesced) {
+        // The overlay stands on the node, and is left out of what is moved: its own backing.
+        for parent in disks.graph().parents(&self.overlay) {
+            let moved = match &parent {
+                crate::block::graph::Parent::Root(root) => {
+                    root.replace_node(self.node.clone(), quiesced).map(drop)
+                }
+                crate::block::graph::Parent::Node(node, _) => {
+                    node.set_backing(Some(self.node.clone()), quiesced)
+                }
+            };
+            if let Err(err) = moved {
+                tracing::error!("{parent} cannot be put back on '{}': {err}", self.node.name());
+            }
+        }
+        self.restore(disks, quiesced);
+        self.is_done = false;
+    }
+
+    fn clean(&mut self, disks: &mut Disks) {
+        self.created.clear();
+        self.marked = None;
+        if self.is_named {
+            disks.graph().set_explicit(&self.overlay, true);
+        }
+        if let Err(err) = block_on(self.overlay.pay_flush()) {
+            // The guest's next flush tries again, and fails if that does.
+            tracing::error!(
+                "node '{}': what was written before the snapshot cannot be flushed: {err}",
+                self.node.name()
+            );
+        }
+    }
+}
+
+impl Snapshot {
+    fn restore(&self, disks: &mut Disks, quiesced: &Quiesced) {
+        let access = disks.layers.set_access(&self.node, self.access, quiesced);
+        let backing = self.overlay.set_backing(self.overlay_backing.clone(), quiesced);
+        for err in [access.err(), backing.err()].into_iter().flatten() {
+            tracing::error!("a snapshot that failed is not undone in full: {err}");
+        }
+    }
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        if self.is_done {
+            return;
+        }
+        if let Some(image) = &self.marked {
+            frozen::clear(&image.file);
+        }
+        for path in &self.created {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// What `blockdev-snapshot-sync` asks for.
+#[derive(Clone, Debug)]
+pub struct OverlayRequest {
+    /// The export whose disk it is.
+    pub device: Option<String>,
+    /// Or the node.
+    pub node_name: Option<String>,
+    /// The overlay's file.
+    pub file: PathBuf,
+    /// The overlay's node.
+    pub snapshot_node_name: Option<String>,
+    /// The overlay's format.
+    pub format: ImageFormat,
+    /// Whether the overlay is there already, and stands on the right image.
+    pub exists: bool,
+}
+
+/// Files that were made, removed when this is dropped.
+#[derive(Default)]
+struct Created {
+    paths: Vec<PathBuf>,
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Makes the overlay's file (or takes the one that is there) and opens it on the node.
+fn create_overlay(
+    disks: &mut Disks,
+    node: &Node,
+    request: &OverlayRequest,
+    created: &mut Created,
+) -> QmpResult<Node> {
+    let below = disks.image_of(node)?;
+    if !request.exists {
+        create_file(&below, node, request, created)?;
+    }
+    let protocol = blockdev::open_protocol(&ProtocolRequest {
+        node_name: crate::block::graph::auto_name(),
+        path: request.file.clone(),
+        driver: "file",
+        access: Access::Write,
+        auto_read_only: false,
+        cache: below.cache,
+        locking: below.locking,
+        lock_wait: std::time::Duration::ZERO,
+        keeps_space: node.keeps_space(),
+    })?;
+    if protocol.file.identity()? == below.file.identity()? {
+        return Err(QmpError::generic(format!(
+            "{}: an image cannot be its own backing file",
+            request.file.display()
+        )));
+    }
+    let image = blockdev::open_format(
+        &protocol,
+        &FormatRequest {
+            node_name: match &request.snapshot_node_name {
+                Some(name) => name.clone(),
+                None => crate::block::graph::auto_name(),
+            },
+            format: request.format,
+            access: Access::Write,
+            keeps_space: node.keeps_space(),
+            backing: BackingChoice::Image(Box::new(below)),
+            allow_dirs: disks.layers.allow_dirs().to_vec(),
+            state_dir: disks.layers.state_dir().clone(),
+        },
+    )?;
+    let file = disks.layers.add_protocol(protocol, false)?;
+    // Not the operator's before the snapshot is done.
+    Ok(disks.layers.add_format(image, Some(file), false)?)
+}
+
+/// Makes an empty overlay that names the image below by its full path.
+fn create_file(
+    below: &Image,
+    node: &Node,
+    request: &OverlayRequest,
+    created: &mut Created,
+) -> QmpResult<()> {
+    let path = &request.file;
+    if std::fs::symlink_metadata(path).is_err() {
+        created.paths.push(path.clone());
+    } else if is_used_by(path, below)? {
+        return Err(QmpError::generic(format!(
+            "{}: an image cannot be its own backing file",
+            path.display()
+        )));
+    }
+    let name = std::path::absolute(below.file.path()).map_err(crate::Error::from)?;
+    let name = name
+        .to_str()
+        .ok_or_else(|| QmpError::generic(format!("{}: its path is not text", below.name())))?;
+    images::create(&CreateRequest {
+        path: path.clone(),
+        format: request.format,
+        size: Some(node.size()),
+        options: Vec::new(),
+        backing: Some(name.to_string()),
+        backing_format: Some(below.format),
+        // It is open, and locked by ourselves.
+        backing_unchecked: true,
+    })?;
+    sync_with_directory(path)?;
+    Ok(())
+}
+
+fn is_used_by(path: &Path, image: &Image) -> Result<bool> {
+    let file = crate::io::HostFile::open(path, crate::io::OpenOptions::default())?;
+    Ok(file.identity()? == image.file.identity()?)
+}
+
+/// Has a new file survive a power cut, its name included.
+fn sync_with_directory(path: &Path) -> Result<()> {
+    let what = || path.display().to_string();
+    std::fs::File::open(path).and_then(|file| file.sync_all()).context(what)?;
+    let directory = crate::block::open_gate::directory_of(path);
+    std::fs::File::open(directory).and_then(|dir| dir.sync_all()).context(what)
+}

@@ -1,0 +1,90 @@
+//! A small client of the control socket: one command at a time, events kept aside.
+
+use std::collections::VecDeque;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+/// An open connection past the negotiation.
+#[derive(Debug)]
+pub struct Qmp {
+    reader: BufReader<UnixStream>,
+    /// Events that came and nobody has asked for.
+    pub events: VecDeque<Value>,
+}
+
+impl Qmp {
+    /// Connects, as soon as somebody listens, and negotiates.
+    pub fn connect(path: &Path) -> Qmp {
+        let deadline = super::soon();
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(err) => assert!(Instant::now() < deadline, "no control socket: {err}"),
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        };
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+        let mut qmp = Qmp { reader: BufReader::new(stream), events: VecDeque::new() };
+        assert!(qmp.read().get("QMP").is_some());
+        qmp.ok("qmp_capabilities", json!({}));
+        qmp
+    }
+
+    fn read(&mut self) -> Value {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).expect("an answer");
+        assert!(!line.is_empty(), "the connection is closed");
+        serde_json::from_str(&line).expect("JSON")
+    }
+
+    /// Runs a command: what it returns, or the sentence of its error.
+    pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
+        self.reader.get_mut().write_all(line.as_bytes()).expect("somebody listens");
+        loop {
+            let mut answer = self.read();
+            if answer.get("event").is_some() {
+                self.events.push_back(answer);
+            } else if let Some(error) = answer.get("error") {
+                return Err(error["desc"].as_str().expect("a sentence").to_string());
+            } else {
+                return Ok(answer["return"].take());
+            }
+        }
+    }
+
+    /// Runs a command that must succeed.
+    #[track_caller]
+    pub fn ok(&mut self, command: &str, arguments: Value) -> Value {
+        match self.run(command, arguments.clone()) {
+            Ok(value) => value,
+            Err(err) => panic!("{command} {arguments}: {err}"),
+        }
+    }
+
+    /// Runs a command that must fail; its sentence.
+    #[track_caller]
+    pub fn fails(&mut self, command: &str, arguments: Value) -> String {
+        match self.run(command, arguments.clone()) {
+            Ok(value) => panic!("{command} {arguments} succeeded: {value}"),
+            Err(err) => err,
+        }
+    }
+
+    /// The next event of this name; earlier ones are dropped.
+    pub fn event(&mut self, name: &str) -> Value {
+        loop {
+            let event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.read(),
+            };
+            if event["event"] == name {
+                return event["data"].clone();
+            }
+        }
+    }
+}

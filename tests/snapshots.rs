@@ -1,0 +1,461 @@
+//! Live snapshots: taken while guests write, killed while they are taken.
+//!
+//! The guest is our own front-end. Each sector holds the number of the write that wrote it, so a
+//! frozen image tells which writes it has. It must be the disk at one instant: all writes that had
+//! completed when the command was given, none that was started after its answer, and for each write
+//! that it has everything that had completed before that one was started.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+mod common;
+
+use common::{Backend, Qmp, Random, Setup, have, skip, tool, tool_ok};
+use serde_json::json;
+use vublk::block::StatusKind;
+use vublk::frontend::{Personality, Request, Session, SessionOptions};
+use vublk::images::blockdev::{
+    BackingChoice, FormatRequest, ProtocolRequest, open_format, open_protocol,
+};
+use vublk::images::{self, Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
+use vublk::io::{AlignedBuf, block_on};
+use vublk::units::ByteRange;
+
+const SECTOR: u64 = 512;
+const DISK: u64 = 4 << 20;
+const SECTORS: usize = (DISK / SECTOR) as usize;
+const QUEUES: u16 = 2;
+const DEPTH: usize = 8;
+
+/// Counts everything that happens, in one order for all threads.
+static CLOCK: AtomicU64 = AtomicU64::new(1);
+
+fn tick() -> u64 {
+    CLOCK.fetch_add(1, Ordering::SeqCst)
+}
+
+/// A write: when it was started, and when it had completed.
+#[derive(Clone, Copy, Debug)]
+struct Write {
+    number: u64,
+    started: u64,
+    completed: u64,
+}
+
+/// A guest that writes and reads back what it wrote.
+struct Guest {
+    disk: Session,
+    random: Random,
+    /// For each sector its writes, in their order.
+    history: Vec<Vec<Write>>,
+    busy: Vec<bool>,
+    ops: Vec<HashMap<u16, Op>>,
+    next: u64,
+}
+
+#[derive(Debug)]
+enum Op {
+    Write(usize, usize),
+    Read(usize, usize),
+    Flush,
+}
+
+fn sector(number: u64) -> Vec<u8> {
+    number.to_le_bytes().repeat(64)
+}
+
+fn numbers(bytes: &[u8]) -> Vec<u64> {
+    let number = |sector: &[u8]| {
+        assert!(sector.chunks(8).all(|word| word == &sector[..8]), "a torn sector");
+        u64::from_le_bytes(sector[..8].try_into().unwrap())
+    };
+    bytes.chunks(SECTOR as usize).map(number).collect()
+}
+
+impl Guest {
+    fn new(disk: Session, random: Random) -> Guest {
+        Guest {
+            disk,
+            random,
+            history: vec![Vec::new(); SECTORS],
+            busy: vec![false; SECTORS],
+            ops: (0..QUEUES).map(|_| HashMap::new()).collect(),
+            next: 1,
+        }
+    }
+
+    fn submit(&mut self, queue: usize) {
+        let scale = self.random.below(6);
+        let len = 1 + self.random.below(1 << scale) as usize;
+        let start = self.random.below((SECTORS - len + 1) as u64) as usize;
+        let (request, op) = match self.random.below(40) {
+            0 => (Request::flush(), Op::Flush),
+            choice => {
+                if self.busy[start..start + len].contains(&true) {
+                    return;
+                }
+                self.busy[start..start + len].fill(true);
+                let at = start as u64 * SECTOR;
+                if choice < 10 {
+                    (Request::read(at, (len as u64 * SECTOR) as u32), Op::Read(start, len))
+                } else {
+                    let number = self.next;
+                    self.next += 1;
+                    let write = Write { number, started: tick(), completed: u64::MAX };
+                    self.history[start..start + len].iter_mut().for_each(|h| h.push(write));
+                    (Request::write(at, sector(number).repeat(len)), Op::Write(start, len))
+                }
+            }
+        };
+        let head = self.disk.submit(queue, &request).unwrap();
+        self.ops[queue].insert(head, op);
+    }
+
+    fn poll(&mut self, queue: usize) -> bool {
+        let Some(completion) = self.disk.try_wait(queue).unwrap() else { return false };
+        let op = self.ops[queue].remove(&completion.head).unwrap();
+        let data = completion.ok().unwrap_or_else(|err| panic!("{op:?}: {err}"));
+        match op {
+            Op::Flush => {}
+            Op::Write(start, len) => {
+                let now = tick();
+                for history in &mut self.history[start..start + len] {
+                    history.last_mut().unwrap().completed = now;
+                }
+                self.busy[start..start + len].fill(false);
+            }
+            Op::Read(start, len) => {
+                for (at, number) in (start..start + len).zip(numbers(&data)) {
+                    let last = self.history[at].last().map_or(0, |write| write.number);
+                    assert_eq!(number, last, "sector {at} read by the guest");
+                }
+                self.busy[start..start + len].fill(false);
+            }
+        }
+        true
+    }
+
+    fn turn(&mut self) {
+        for queue in 0..usize::from(QUEUES) {
+            for _ in 0..DEPTH {
+                if self.ops[queue].len() < DEPTH {
+                    self.submit(queue);
+                }
+            }
+            while self.poll(queue) {}
+        }
+        std::thread::yield_now();
+    }
+
+    /// Writes until told to stop, then waits for what is in flight.
+    fn work(&mut self, stop: &AtomicBool) {
+        while !stop.load(Ordering::SeqCst) {
+            self.turn();
+        }
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        let deadline = common::soon();
+        while self.ops.iter().any(|ops| !ops.is_empty()) {
+            assert!(std::time::Instant::now() < deadline, "these never end: {:?}", self.ops);
+            for queue in 0..usize::from(QUEUES) {
+                while self.poll(queue) {}
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// What every sector must hold now.
+    fn now(&self) -> Vec<u64> {
+        self.history.iter().map(|h| h.last().map_or(0, |write| write.number)).collect()
+    }
+
+    fn read_all(&mut self) -> Vec<u64> {
+        let part = 1 << 20;
+        let parts = (0..DISK / part).map(|i| self.disk.read(0, i * part, part as u32).unwrap());
+        parts.flat_map(|bytes| numbers(&bytes)).collect()
+    }
+}
+
+/// When a snapshot was asked for, and when the answer was there.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    before: u64,
+    after: u64,
+}
+
+/// Demands that an image is the disk at one instant within `moment`.
+fn is_instant(what: &str, content: &[u64], history: &[Vec<Write>], moment: Moment) {
+    let find = |at: usize| history[at].iter().position(|write| write.number == content[at]);
+    let mut newest = moment.before;
+    for at in 0..SECTORS {
+        if content[at] != 0 {
+            let found = find(at).unwrap_or_else(|| panic!("{what}: sector {at}: {}", content[at]));
+            let started = history[at][found].started;
+            assert!(started < moment.after, "{what}: sector {at} was written after the snapshot");
+            newest = newest.max(started);
+        }
+    }
+    for at in 0..SECTORS {
+        let next = if content[at] == 0 { 0 } else { find(at).unwrap() + 1 };
+        if let Some(missing) = history[at].get(next) {
+            assert!(
+                missing.completed > newest,
+                "{what}: sector {at} lacks a write that had completed: {missing:?}, {newest}"
+            );
+        }
+    }
+}
+
+/// What an image shows, with all that is below it.
+fn read_image(path: &Path, format: ImageFormat) -> Vec<u64> {
+    let image = images::open(&OpenRequest::read(path).format(Some(format))).unwrap();
+    let mut buf = AlignedBuf::zeroed(DISK as usize, 4096);
+    block_on(image.node.read(0, buf.buffers())).unwrap();
+    numbers(buf.as_slice())
+}
+
+/// Puts what an overlay itself holds over `content`.
+fn apply_overlay(path: &Path, content: &mut [u64]) {
+    let file = ProtocolRequest {
+        node_name: "file".into(),
+        path: path.to_path_buf(),
+        driver: "file",
+        access: Access::Read,
+        auto_read_only: false,
+        cache: CacheMode::Writeback,
+        locking: Locking::Guard,
+        lock_wait: Duration::ZERO,
+        keeps_space: true,
+    };
+    let alone = FormatRequest {
+        node_name: "alone".into(),
+        format: ImageFormat::Qcow2,
+        access: Access::Read,
+        keeps_space: true,
+        backing: BackingChoice::Nothing,
+        allow_dirs: Vec::new(),
+        state_dir: StateDir::None,
+    };
+    let image = open_format(&open_protocol(&file).unwrap(), &alone).unwrap();
+    let mut at = 0;
+    while at < DISK {
+        let range = ByteRange { offset: at, len: DISK - at };
+        let status = block_on(image.node.block_status(range)).unwrap();
+        if status.kind != StatusKind::Unallocated {
+            let mut buf = AlignedBuf::zeroed(status.range.len as usize, 4096);
+            block_on(image.node.read(at, buf.buffers())).unwrap();
+            let start = (at / SECTOR) as usize;
+            let part = numbers(buf.as_slice());
+            content[start..start + part.len()].copy_from_slice(&part);
+        }
+        at = status.range.end();
+    }
+}
+
+fn on_tmpfs() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("vublk-snap-").tempdir_in("/dev/shm").unwrap()
+}
+
+/// A daemon with one disk, a control socket and a state directory.
+struct Host {
+    backend: Backend,
+    dir: tempfile::TempDir,
+    state: tempfile::TempDir,
+}
+
+impl Host {
+    fn start(format: &'static str) -> Host {
+        let dir = tempfile::Builder::new().prefix("vublk-snap-").tempdir().unwrap();
+        let state = on_tmpfs();
+        let disk = dir.path().join("disk");
+        common::ok(dir.path(), &["create", "-q", "-f", format, "disk", &DISK.to_string()]);
+        let mut host = Host { backend: Setup::new(&[]).prepare(), dir, state };
+        host.backend = host.setup(format, &disk).start();
+        host
+    }
+
+    fn setup(&self, format: &'static str, image: &Path) -> Setup {
+        let (state, control) = (self.state.path().to_str().unwrap(), self.control());
+        let args = ["--state-dir", state, "--control", control.to_str().unwrap()];
+        Setup::new(&args).format(format, image)
+    }
+
+    fn control(&self) -> PathBuf {
+        self.dir.path().join("control.sock")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn guest(&self, name: &str) -> Guest {
+        let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
+        Guest::new(self.backend.open(options), Random::new(name))
+    }
+
+    fn snapshot(&self, qmp: &mut Qmp, name: &str) -> Moment {
+        let before = tick();
+        let file = self.path(name);
+        qmp.ok("blockdev-snapshot-sync", json!({"device": "disk", "snapshot-file": file}));
+        Moment { before, after: tick() }
+    }
+}
+
+/// The heart of it: many snapshots in a row while a guest writes on two queues.
+#[test]
+fn two_hundred_snapshots_under_load() {
+    const SNAPSHOTS: usize = 200;
+    let mut host = Host::start("raw");
+    let mut qmp = Qmp::connect(&host.control());
+    let mut guest = host.guest("two_hundred_snapshots_under_load");
+    let stop = Arc::new(AtomicBool::new(false));
+    let worker = std::thread::spawn({
+        let stop = Arc::clone(&stop);
+        move || {
+            guest.work(&stop);
+            guest
+        }
+    });
+    let moments: Vec<_> =
+        (0..SNAPSHOTS).map(|i| host.snapshot(&mut qmp, &format!("s{i}.qcow2"))).collect();
+    std::thread::sleep(Duration::from_millis(100));
+    stop.store(true, Ordering::SeqCst);
+    let mut guest = worker.join().unwrap();
+    let pauses = qmp.ok("x-vublk-query-pauses", json!({}));
+    assert_eq!(pauses["count"], SNAPSHOTS);
+    eprintln!("{} writes, {SNAPSHOTS} snapshots, pauses {pauses}", guest.next - 1);
+    assert_eq!(guest.read_all(), guest.now(), "the disk through {SNAPSHOTS} overlays");
+    let stats = qmp.ok("query-blockstats", json!({}));
+    assert_eq!(stats[0]["stats"]["x-vublk-errors"], 0);
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+
+    // Opening a chain takes a stack frame for each of its images, and threads of tests have little.
+    let check = std::thread::Builder::new().stack_size(64 << 20);
+    check.spawn(move || check_all(&host, &guest, &moments)).unwrap().join().unwrap();
+}
+
+/// Demands that each frozen image is the disk at its instant, and the last overlay the disk as it is.
+fn check_all(host: &Host, guest: &Guest, moments: &[Moment]) {
+    let count = moments.len();
+    let mut content = numbers(&std::fs::read(host.path("disk")).unwrap());
+    for (i, moment) in moments.iter().enumerate() {
+        is_instant(&format!("snapshot {i}"), &content, &guest.history, *moment);
+        if i % 66 == 65 || i == count - 1 {
+            let below = format!("s{}.qcow2", i - 1);
+            common::ok(host.dir.path(), &["convert", "-O", "raw", &below, "out.raw"]);
+            let below = numbers(&std::fs::read(host.path("out.raw")).unwrap());
+            assert!(below == content, "snapshot {i} read through its chain");
+        }
+        apply_overlay(&host.path(&format!("s{i}.qcow2")), &mut content);
+    }
+    assert!(content == guest.now(), "the last overlay is the disk");
+    if have("qemu-img") {
+        for i in (0..count).step_by(20) {
+            tool_ok(host.dir.path(), "qemu-img", &["check", "-q", &format!("s{i}.qcow2")]);
+        }
+    }
+}
+
+/// A daemon that dies while it takes snapshots. The guest lives on and must find every write that it
+/// saw completed, whichever image is on top; and no old command line may be taken up.
+fn killed(format: &'static str, name: &str) {
+    let mut host = Host::start(format);
+    let mut guest = host.guest(name);
+    let mut top = host.path("disk");
+    let mut top_format = format;
+    let mut taken = 0;
+    let mut moments = Random::new(name);
+    for round in 0..12 {
+        let mut qmp = Qmp::connect(&host.control());
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = std::thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                while !stop.load(Ordering::SeqCst) {
+                    guest.turn();
+                }
+                guest
+            }
+        });
+        std::thread::sleep(Duration::from_millis(5 + 7 * (round % 3)));
+        let overlay = host.path(&format!("k{round}.qcow2"));
+        let file = overlay.clone();
+        let snapshot = std::thread::spawn(move || {
+            // The daemon may be gone before it answers.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                qmp.run("blockdev-snapshot-sync", json!({"device": "disk", "snapshot-file": file}))
+            }));
+        });
+        std::thread::sleep(Duration::from_micros(moments.below(1 + 6000 * round)));
+        host.backend.kill();
+        stop.store(true, Ordering::SeqCst);
+        guest = worker.join().unwrap();
+        snapshot.join().unwrap();
+        // An operator starts it with the same command first.
+        let mut again = host.setup(top_format, &top).prepare();
+        again.spawn();
+        std::thread::sleep(Duration::from_millis(100));
+        let refused = again.log().contains("a snapshot was taken of this disk");
+        if refused {
+            assert!(!again.wait_end().success());
+            assert!(again.log().contains(overlay.to_str().unwrap()), "{}", again.log());
+            top = overlay;
+            top_format = "qcow2";
+            taken += 1;
+            again = host.setup(top_format, &top).start();
+        }
+        host.backend = again;
+        guest.disk.path = host.backend.socket.clone();
+        guest.disk.reconnect().unwrap_or_else(|err| {
+            panic!("round {round}, refused {refused}: {err}\n{}", host.backend.log())
+        });
+        guest.settle();
+        assert!(guest.read_all() == guest.now(), "round {round}: completed writes are lost");
+    }
+    eprintln!("{taken} of 12 kills were after the point of no return");
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success());
+    let format = if top_format == "raw" { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+    assert!(read_image(&top, format) == guest.now());
+}
+
+#[test]
+fn killed_while_a_snapshot_of_raw_is_taken() {
+    killed("raw", "killed_while_a_snapshot_of_raw_is_taken");
+}
+
+#[test]
+fn killed_while_a_snapshot_of_qcow2_is_taken() {
+    killed("qcow2", "killed_while_a_snapshot_of_qcow2_is_taken");
+}
+
+/// Images that qemu-img reads as we do.
+#[test]
+fn qemu_reads_the_chain() {
+    if !have("qemu-img") {
+        return skip("qemu-img");
+    }
+    let mut host = Host::start("raw");
+    let mut qmp = Qmp::connect(&host.control());
+    let mut guest = host.guest("qemu_reads_the_chain");
+    for i in 0..3 {
+        guest.disk.write(0, i * 4096, &sector(i + 1).repeat(8)).unwrap();
+        host.snapshot(&mut qmp, &format!("q{i}.qcow2"));
+    }
+    guest.disk.write(0, 16384, &sector(9).repeat(8)).unwrap();
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success());
+    let convert = ["convert", "-O", "raw", "q2.qcow2", "out.raw"];
+    tool_ok(host.dir.path(), "qemu-img", &convert);
+    let theirs = std::fs::read(host.path("out.raw")).unwrap();
+    assert!(numbers(&theirs) == read_image(&host.path("q2.qcow2"), ImageFormat::Qcow2));
+    let info = tool(host.dir.path(), "qemu-img", &["info", "--backing-chain", "q2.qcow2"]);
+    let info = String::from_utf8_lossy(&info.stdout).into_owned();
+    assert_eq!(info.matches("\nfile format: qcow2").count(), 3, "{info}");
+}
