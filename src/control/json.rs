@@ -20,6 +20,9 @@ pub const MAX_MESSAGE: usize = 4 << 20;
 /// The deepest nesting of arrays and objects.
 pub const MAX_DEPTH: usize = 1024;
 
+/// How much of a token that cannot be errors show.
+const MAX_SHOWN: usize = 100;
+
 /// Cuts a stream of bytes into messages.
 #[derive(Debug, Default)]
 pub struct Framer {
@@ -28,6 +31,8 @@ pub struct Framer {
     /// Open brackets, each by the byte that opened it.
     depth: usize,
     state: State,
+    /// Where in the message the token begins that is being read.
+    token: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,8 +44,10 @@ enum State {
     Text(u8),
     /// Behind a backslash in a string.
     Escape(u8),
-    /// In a number or keyword that starts here.
-    Word(usize),
+    /// In a keyword.
+    Keyword,
+    /// In a number.
+    Number,
     /// After an error: skip to a likely start of something new.
     Recovery,
 }
@@ -69,10 +76,13 @@ impl Framer {
 
     /// The stream has ended: what is left in the middle of a message, if it is worth a word.
     pub fn finish(&mut self) -> Option<Message> {
-        if let State::Word(start) = self.state
-            && let Some(message) = self.end_word(start)
-        {
-            return Some(message);
+        let message = match self.state {
+            State::Keyword => self.end_token(),
+            State::Number => self.end_number(None).1,
+            _ => None,
+        };
+        if message.is_some() {
+            return message;
         }
         let left = !self.message.is_empty();
         self.reset(State::Between);
@@ -93,12 +103,11 @@ impl Framer {
                 self.state = State::Text(quote);
                 (true, if is_text(byte) { self.keep(byte) } else { self.stray(byte) })
             }
-            State::Word(start) => {
-                if byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.' | b'_') {
-                    return (true, self.keep(byte));
-                }
-                (false, self.end_word(start))
-            }
+            State::Keyword if byte.is_ascii_lowercase() => (true, self.keep(byte)),
+            State::Keyword => (false, self.end_token()),
+            State::Number if byte.is_ascii_digit() && self.is_zero() => (true, self.stray(byte)),
+            State::Number if is_number(byte) => (true, self.keep(byte)),
+            State::Number => self.end_number(Some(byte)),
             State::Recovery => match byte {
                 0..=0x1f | 0xfe | 0xff => {
                     self.state = State::Between;
@@ -114,6 +123,7 @@ impl Framer {
     }
 
     fn between(&mut self, byte: u8) -> Option<Message> {
+        self.token = self.message.len();
         match byte {
             b' ' | b'\t' | b'\r' | b'\n' => {
                 // Kept inside of a message only: it may part what would be one word.
@@ -135,8 +145,12 @@ impl Framer {
                 self.state = State::Text(byte);
                 self.keep(byte)
             }
-            b'a'..=b'z' | b'0'..=b'9' | b'-' => {
-                self.state = State::Word(self.message.len());
+            b'a'..=b'z' => {
+                self.state = State::Keyword;
+                self.keep(byte)
+            }
+            b'0'..=b'9' | b'-' => {
+                self.state = State::Number;
                 self.keep(byte)
             }
             _ => self.stray(byte),
@@ -157,19 +171,26 @@ impl Framer {
         self.keep(byte)
     }
 
-    fn end_word(&mut self, start: usize) -> Option<Message> {
-        self.state = State::Between;
-        let word = &self.message[start..];
-        let is_keyword = word.iter().all(u8::is_ascii_lowercase);
-        if !is_keyword && number(word).is_none() {
-            let word = String::from_utf8_lossy(word).into_owned();
-            return self.fail(State::Recovery, format!("JSON parse error, stray '{word}'"));
+    /// Whether the number so far is a zero, which no digit may follow.
+    fn is_zero(&self) -> bool {
+        matches!(&self.message[self.token..], b"0" | b"-0")
+    }
+
+    /// The byte after a number, or the end of the stream; it is used up if the number is none.
+    fn end_number(&mut self, byte: Option<u8>) -> (bool, Option<Message>) {
+        if number(&self.message[self.token..]).is_some() {
+            return (false, self.end_token());
         }
-        self.end_token()
+        let message = match byte {
+            Some(byte) => self.stray(byte),
+            None => self.stray_token(),
+        };
+        (true, message)
     }
 
     /// A token has ended; outside of all brackets that makes a message.
     fn end_token(&mut self) -> Option<Message> {
+        self.state = State::Between;
         if self.depth > 0 {
             return None;
         }
@@ -186,18 +207,19 @@ impl Framer {
         None
     }
 
+    /// A byte that cannot be here, for whatever the token is.
     fn stray(&mut self, byte: u8) -> Option<Message> {
-        let shown = if byte.is_ascii_graphic() || byte == b' ' {
-            char::from(byte).to_string()
-        } else {
-            format!("\\x{byte:02x}")
-        };
-        // A byte that ends the recovery has done so already.
-        let next = match byte {
-            0..=0x1f | 0xfe | 0xff => State::Between,
-            _ => State::Recovery,
-        };
-        self.fail(next, format!("JSON parse error, stray '{shown}'"))
+        // What is to be shown ends before it, as in C.
+        if byte != 0 {
+            self.message.push(byte);
+        }
+        self.stray_token()
+    }
+
+    fn stray_token(&mut self) -> Option<Message> {
+        let token = &self.message[self.token..];
+        let shown = String::from_utf8_lossy(&token[..token.len().min(MAX_SHOWN)]).into_owned();
+        self.fail(State::Recovery, format!("JSON parse error, stray '{shown}'"))
     }
 
     fn fail(&mut self, next: State, text: String) -> Option<Message> {
@@ -212,6 +234,11 @@ impl Framer {
         self.depth = 0;
         self.state = next;
     }
+}
+
+/// Whether numbers may have the byte in them.
+fn is_number(byte: u8) -> bool {
+    byte.is_ascii_digit() || matches!(byte, b'+' | b'-' | b'.' | b'e' | b'E')
 }
 
 /// Whether a string may hold the byte as it is. Bytes from 0x80 on are looked at as UTF-8 later.
@@ -268,10 +295,9 @@ impl Parser<'_> {
             return Ok(Value::Object(object));
         }
         loop {
-            if !matches!(self.peek(), Some(b'"' | b'\'')) {
+            let Value::String(key) = self.value(depth + 1)? else {
                 return Err("key is not a string in object".into());
-            }
-            let key = self.text()?;
+            };
             if self.peek() != Some(b':') {
                 return Err("missing : in object pair".into());
             }
@@ -313,7 +339,10 @@ impl Parser<'_> {
 
     fn word(&mut self) -> Result<Value, String> {
         let rest = &self.bytes[self.at..];
-        let is_part = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.' | b'_');
+        let is_part = match rest.first() {
+            Some(b'a'..=b'z') => |byte: &u8| byte.is_ascii_lowercase(),
+            _ => |byte: &u8| is_number(*byte),
+        };
         let len = rest.iter().position(|byte| !is_part(byte)).unwrap_or(rest.len());
         let word = &rest[..len];
         self.at += len;
@@ -359,7 +388,7 @@ impl Parser<'_> {
                 text.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
                 return Ok(());
             }
-            _ => return Err(format!("invalid escape sequence '\\{}'", byte.escape_ascii())),
+            _ => return Err("invalid escape sequence in string".into()),
         };
         text.push(plain);
         Ok(())
@@ -376,9 +405,9 @@ impl Parser<'_> {
                 code = 0x10000 + ((code - 0xd800) << 10) + (u32::from(second) - 0xdc00);
             }
         }
-        // QEMU has no strings with a NUL in them, either.
+        // No name and no path has a NUL; QEMU takes it, in an encoding that is not UTF-8.
         let c = char::from_u32(code).filter(|c| *c != '\0');
-        c.ok_or_else(|| format!("'\\u{first:04x}' is not a valid character"))
+        c.ok_or_else(|| format!("\\u{first:04x} is not a valid Unicode character"))
     }
 
     fn hex4(&mut self) -> Result<u16, String> {
@@ -387,7 +416,7 @@ impl Parser<'_> {
         let is_hex = digits.iter().all(u8::is_ascii_hexdigit);
         let text = std::str::from_utf8(digits).ok().filter(|_| is_hex);
         let code = text.and_then(|text| u16::from_str_radix(text, 16).ok());
-        code.ok_or_else(|| format!("invalid escape sequence '\\u{}'", digits.escape_ascii()))
+        code.ok_or_else(|| format!("\\u{} is not a valid Unicode character", digits.escape_ascii()))
     }
 }
 
@@ -467,7 +496,9 @@ mod tests {
     fn errors_are_those_of_qemu() {
         for (text, expected) in [
             ("bad ", "invalid keyword 'bad'"),
-            ("{bad}", "key is not a string in object"),
+            ("{bad}", "invalid keyword 'bad'"),
+            ("{1:2}", "key is not a string in object"),
+            ("{,}", "expecting value"),
             ("{'a':bad}", "invalid keyword 'bad'"),
             ("{'a' 1}", "missing : in object pair"),
             ("{'a':1 'b'}", "expected separator in dict"),
@@ -477,12 +508,15 @@ mod tests {
             ("{'a':1]", "expected separator in dict"),
             ("]", "expecting value"),
             (",", "expecting value"),
-            (r#""\x""#, "invalid escape sequence '\\x'"),
-            (r#""\u12g4""#, "invalid escape sequence '\\u12g4'"),
-            (r#""\ud800""#, "'\\ud800' is not a valid character"),
-            (r#""\u0000""#, "'\\u0000' is not a valid character"),
-            ("01 ", "stray '01'"),
+            (r#""\x""#, "invalid escape sequence in string"),
+            (r#""\u12g4""#, "\\u12g4 is not a valid Unicode character"),
+            (r#""\ud800""#, "\\ud800 is not a valid Unicode character"),
+            (r#""\u0000""#, "\\u0000 is not a valid Unicode character"),
+            ("01\n", "stray '01'"),
+            ("1.\n", "stray '1.\n'"),
             ("-", "stray '-'"),
+            ("@", "stray '@'"),
+            ("\"a\n", "stray '\"a\n'"),
             ("{'a'", "premature EOI"),
         ] {
             assert_eq!(one(text), Err(format!("JSON parse error, {expected}")), "{text}");

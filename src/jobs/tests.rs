@@ -109,6 +109,9 @@ impl Copy {
                 self.to.write(offset, buf.buffers(), false).await
             };
             let result = result.await;
+            if result.is_ok() {
+                context.advance(PIECE);
+            }
             drop(turn);
             let Err(err) = result else { return Ok(()) };
             match context.on_error(self.on_error, Operation::Write, &err) {
@@ -126,7 +129,6 @@ impl Body for Copy {
             context.set_total(SIZE);
             for offset in (0..SIZE).step_by(PIECE as usize) {
                 self.piece(context, offset).await?;
-                context.advance(PIECE);
             }
             if self.then_ready {
                 context.ready();
