@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::block::{Node, Root};
 use crate::device::config_space::{ConfigParams, ConfigSpace};
+use crate::device::latency::{Latencies, Times};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::EngineKind;
 
@@ -118,6 +119,10 @@ pub struct Counters {
     pub interrupts: Counter,
     /// Times a worker entered the kernel to submit or wait.
     pub enters: Counter,
+    /// Requests that are in flight, when the worker last submitted or waited.
+    pub in_flight: Counter,
+    /// How long requests took.
+    pub latencies: Latencies,
 }
 
 /// A count that one thread adds to: a plain addition, no locked instruction.
@@ -144,6 +149,26 @@ impl Counter {
 }
 
 impl Counters {
+    /// Adds what a worker has done that is gone.
+    fn absorb(&self, gone: &Counters) {
+        let sums = [
+            (&self.requests, &gone.requests),
+            (&self.reads, &gone.reads),
+            (&self.writes, &gone.writes),
+            (&self.flushes, &gone.flushes),
+            (&self.bytes_read, &gone.bytes_read),
+            (&self.bytes_written, &gone.bytes_written),
+            (&self.errors, &gone.errors),
+            (&self.kicks, &gone.kicks),
+            (&self.interrupts, &gone.interrupts),
+            (&self.enters, &gone.enters),
+        ];
+        for (sum, gone) in sums {
+            sum.add(gone.get());
+        }
+        self.latencies.absorb(&gone.latencies);
+    }
+
     /// Each count with its name, in the order that people read them.
     pub fn named(&self) -> [(&'static str, u64); 10] {
         [
@@ -199,7 +224,14 @@ impl Export {
     /// Counters for a new worker.
     pub(super) fn new_counters(&self) -> Arc<Counters> {
         let counters = Arc::new(Counters::default());
-        self.workers.lock().unwrap().push(Arc::clone(&counters));
+        let mut workers = self.workers.lock().unwrap();
+        // A guest may come and go for years: what workers did that are gone is added up.
+        let (mut alive, gone): (Vec<_>, Vec<_>) =
+            workers.drain(..).partition(|worker| Arc::strong_count(worker) > 1);
+        let past = Counters::default();
+        gone.iter().for_each(|worker| past.absorb(worker));
+        alive.extend([Arc::new(past), Arc::clone(&counters)]);
+        *workers = alive;
         counters
     }
 
@@ -212,6 +244,24 @@ impl Export {
             }
         }
         totals
+    }
+
+    /// How many requests are in flight now.
+    pub fn in_flight(&self) -> u64 {
+        self.workers.lock().unwrap().iter().map(|worker| worker.in_flight.get()).sum()
+    }
+
+    /// How long reads, writes and flushes took since the export was made, as far as they were
+    /// timed.
+    pub fn times(&self) -> [Times; 3] {
+        let mut times: [Times; 3] = Default::default();
+        for worker in self.workers.lock().unwrap().iter() {
+            let Latencies { reads, writes, flushes } = &worker.latencies;
+            for (histogram, times) in [reads, writes, flushes].into_iter().zip(&mut times) {
+                histogram.add_to(times);
+            }
+        }
+        times
     }
 
     /// The device configuration as of now.
@@ -290,5 +340,40 @@ fn config_params(node: &Node, options: &ExportOptions) -> ConfigParams {
         discard_granularity: limits.discard_granularity,
         may_unmap: limits.discard_granularity > 0,
         writeback: options.cache != CachePolicy::WriteThrough,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::latency::Timed;
+    use std::time::Duration;
+
+    #[test]
+    fn workers_that_are_gone_stay_in_the_sums_and_cost_nothing() {
+        let file = Arc::new(crate::io::sim::SimFile::new("disk"));
+        let driver = crate::formats::raw::Raw::open(file, false).unwrap();
+        let node = Node::new(Arc::new(driver), Default::default());
+        let options = ExportOptions {
+            serial: String::new(),
+            block_size: 512,
+            num_queues: 1,
+            queue_size: 128,
+            read_only: false,
+            threads: 1,
+            cache: CachePolicy::WriteBack,
+            engine: EngineKind::Auto,
+            poll_us: 0,
+        };
+        let export = Export::new("e", Root::new("e", node), options);
+        for round in 1..=100 {
+            let counters = export.new_counters();
+            counters.requests.add(2);
+            counters.in_flight.set(1);
+            counters.latencies.add(Timed::Read, Duration::from_micros(7));
+            assert_eq!(export.totals()[0], ("requests", 2 * round));
+            assert_eq!(export.times()[0].count(), round);
+            assert!(export.workers.lock().unwrap().len() <= 3);
+        }
     }
 }

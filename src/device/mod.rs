@@ -33,6 +33,7 @@ pub mod fuzzing;
 pub mod handler;
 pub mod identity;
 pub mod inflight;
+pub mod latency;
 pub mod mapping;
 pub mod memory;
 #[doc(hidden)]

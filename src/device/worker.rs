@@ -39,6 +39,7 @@ use crate::device::chain::Chain;
 use crate::device::dirty_log::DirtyLog;
 use crate::device::export::{CachePolicy, Counters, Export, FailureOf};
 use crate::device::features;
+use crate::device::latency::{Stopwatch, Timed};
 use crate::device::memory::GuestMemory;
 use crate::device::patience::Patience;
 use crate::device::pool::{Command, Mailbox, Stopped};
@@ -109,6 +110,7 @@ struct Worker {
     next_watch: u64,
     serial: [u8; request::ID_LEN],
     counts: Arc<Counters>,
+    stopwatch: Stopwatch,
     patience: Patience,
     failures: FailureLog,
     quit: bool,
@@ -334,6 +336,7 @@ impl Worker {
             events: Vec::with_capacity(64),
             next_watch: 0,
             counts,
+            stopwatch: Stopwatch::new(),
             patience,
             failures: FailureLog::default(),
             quit: false,
@@ -405,6 +408,7 @@ impl Worker {
     #[inline]
     fn turn(&mut self, wait: bool) -> bool {
         let mut events = std::mem::take(&mut self.events);
+        self.counts.in_flight.set(self.in_flight as u64);
         self.reactor.turn(wait, &mut events);
         let mut busy = !events.is_empty();
         for event in events.drain(..) {
@@ -533,6 +537,7 @@ impl Worker {
         slot.table = served.table;
         served.in_flight_here += 1;
         self.in_flight += 1;
+        self.stopwatch.begin(index);
         if let Err(err) = served.ring.walk(head, &mut self.chain) {
             self.failures.note_chain(self.export.name(), served.index, head, &err);
         }
@@ -768,6 +773,17 @@ impl Worker {
         }
         if status != Status::Ok {
             self.counts.errors.add(1);
+        }
+        if let Some(time) = self.stopwatch.end(index) {
+            let timed = match slot.request.kind {
+                Kind::Read { .. } => Some(Timed::Read),
+                Kind::Write { .. } => Some(Timed::Write),
+                Kind::Flush => Some(Timed::Flush),
+                _ => None,
+            };
+            if let Some(timed) = timed {
+                self.counts.latencies.add(timed, time);
+            }
         }
         if let Some(log) = served.ring.dirty_log() {
             let log = Arc::clone(log);
