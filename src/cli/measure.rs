@@ -11,6 +11,7 @@ use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2::{self, CreateOptions};
+use crate::formats::vhdx;
 use crate::images::{self, ImageFormat};
 use crate::io::block_on;
 use crate::units::{ByteRange, align_down};
@@ -48,6 +49,8 @@ struct Measured {
 
 pub fn run(args: &MeasureArgs) -> Result<u8> {
     let mut options = parse_options(&args.options)?;
+    let is_vhdx = args.target_format == ImageFormat::Vhdx;
+    let of_vhdx = if is_vhdx { std::mem::take(&mut options) } else { Vec::new() };
     let cluster_size = take_option(&mut options, "cluster_size");
     let refcount_bits = take_option(&mut options, "refcount_bits");
     let is_qcow2 = args.target_format == ImageFormat::Qcow2;
@@ -87,6 +90,18 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
                 None => 0,
             };
             Measured { required: fully_allocated - all + data, fully_allocated }
+        }
+        ImageFormat::Vhdx => {
+            let options = images::create::vhdx::options_of(size, &of_vhdx, None, None)?;
+            let measured = vhdx::create::measure(&options)?;
+            let data = match &image {
+                Some(image) if !options.is_fixed => {
+                    block_on(data_clusters(&image.node, options.block_size))
+                        .context(|| format!("{}: finding out what is allocated", image.name()))?
+                }
+                _ => 0,
+            };
+            Measured { required: measured.empty + data, fully_allocated: measured.full }
         }
         other => {
             return Err(Error::unsupported(format!("{other} images cannot be measured here")));

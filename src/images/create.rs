@@ -3,6 +3,8 @@
 //! An existing file is overwritten, as `qemu-img create` does, but only after its locks say that
 //! nobody uses it. Block devices keep their size: the image must fit.
 
+pub mod vhdx;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -62,6 +64,7 @@ pub fn options(format: ImageFormat) -> &'static [OptionHelp] {
             ("compat", "version of the format: 1.1 (default)"),
             ("preallocation", "off (default)"),
         ],
+        ImageFormat::Vhdx => vhdx::OPTIONS,
         _ => &[("size", "size of the disk")],
     }
 }
@@ -85,6 +88,7 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
     match request.format {
         ImageFormat::Raw => create_raw(request),
         ImageFormat::Qcow2 => create_qcow2(request),
+        ImageFormat::Vhdx => vhdx::create(request),
         other => Err(Error::unsupported(format!(
             "{}: {other} images cannot be created",
             request.path.display()
@@ -234,7 +238,10 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
     )?;
     // Stays open (and locked) until the image is there.
     let backing = match &options.backing {
-        Some(named) if !request.backing_unchecked => Some(open_backing(request, named)?),
+        Some(named) if !request.backing_unchecked => {
+            let format = named.format.as_deref().map(str::parse).transpose()?;
+            Some(open_backing(request, &named.file, format)?)
+        }
         _ => None,
     };
     options.size = size_of(request, backing.as_ref())?;
@@ -291,9 +298,8 @@ fn backing_of(
 }
 
 /// Opens the backing file that is to be named in a new image.
-fn open_backing(request: &CreateRequest, named: &qcow2::Backing) -> Result<Image> {
-    let path = open_gate::combine(&request.path, &named.file);
-    let format = named.format.as_deref().map(str::parse).transpose()?;
+fn open_backing(request: &CreateRequest, file: &str, format: Option<ImageFormat>) -> Result<Image> {
+    let path = open_gate::combine(&request.path, file);
     let image = open(&OpenRequest::read(path).format(format)).context(|| "the backing file")?;
     if let Ok(target) = HostFile::open(&request.path, OpenOptions::default())
         && target.identity()? == image.file.identity()?

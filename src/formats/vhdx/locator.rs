@@ -2,7 +2,7 @@
 //!
 //! It gives the parent's DataWriteGuid, and paths in the words of Windows. The relative path is
 //! taken to be relative to the child's directory. Of the others, which name volumes that do not
-//! exist here, only the file's name is of use: such a parent is looked for beside the child.
+//! exist here, only the file's name is of use (unless it is a path of this host): such a parent is looked for beside the child.
 //! Whatever is found must have the right GUID, so looking in one place more does no harm.
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -119,6 +119,11 @@ impl Locator {
             let path = relative.replace('\\', "/");
             push(path.strip_prefix("./").unwrap_or(&path).to_string());
         }
+        // Images made on this host name its path as it is, which Windows cannot mistake for one
+        // of its own.
+        if let Some(path) = self.get("absolute_win32_path").filter(|path| path.starts_with('/')) {
+            push(path.to_string());
+        }
         for key in ["relative_path", "volume_path", "absolute_win32_path"] {
             let name = self.get(key).and_then(|path| path.rsplit(['\\', '/']).next());
             push(name.unwrap_or_default().to_string());
@@ -177,6 +182,12 @@ mod tests {
             ("relative_path", ".\\sub\\parent.vhdx"),
         ]);
         assert_eq!(found.paths(), ["sub/parent.vhdx", "parent.vhdx", "base.vhdx"]);
+        let here = locator(&[
+            LINKAGE,
+            ("relative_path", "..\\base.vhdx"),
+            ("absolute_win32_path", "/srv/base.vhdx"),
+        ]);
+        assert_eq!(here.paths(), ["../base.vhdx", "/srv/base.vhdx", "base.vhdx"]);
         let linkages: Vec<_> = found.linkages().map(|guid| guid.to_string()).collect();
         assert_eq!(linkages, ["aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"]);
     }

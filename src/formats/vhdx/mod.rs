@@ -21,6 +21,7 @@
 //!                          load the page             zeros, or the parent
 //! ```
 //!
+//! * [`create`]: new images.
 //! * [`layout`]: the structures on disk. `header`, `region`, `metadata`, `locator`: read and checked.
 //! * [`structure`]: all of that, before anything is changed.
 //! * `log`, `replay`: entries of the log; replay in memory (readers) or on disk (writers).
@@ -30,11 +31,12 @@
 //!
 //! # Limits
 //!
-//! Images are read, not written yet.
+//! Images are created and read, not written yet.
 
 pub mod bat;
 #[allow(dead_code, reason = "pages are changed by writes only")]
 mod cache;
+pub mod create;
 mod disk;
 pub mod geometry;
 pub mod header;

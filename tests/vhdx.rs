@@ -1,0 +1,199 @@
+//! VHDX images by the commands: ours as others read them, and damaged ones.
+//!
+//! `qemu-img` is the second opinion, and libvhdi for what QEMU does not know (4096-byte sectors,
+//! parents): `integration/setup libvhdi` puts it below `target/integration`. Tests that need one
+//! of them say so on stderr and pass where it is missing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+mod common;
+
+use common::{Random, fails, have, ok, tool_ok};
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
+}
+
+/// A Python that has libvhdi.
+fn libvhdi() -> Option<PathBuf> {
+    let dir = match std::env::var_os("VUBLK_INTEGRATION_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("target/integration"),
+    };
+    let python = dir.join("libvhdi/bin/python3");
+    let works = Command::new(&python).args(["-c", "import pyvhdi"]).output();
+    if works.is_ok_and(|output| output.status.success()) {
+        return Some(python);
+    }
+    common::skip("libvhdi is not there (integration/setup libvhdi)");
+    None
+}
+
+/// What libvhdi says of an image (whose parents it is given, nearest first): size and SHA-256.
+fn libvhdi_reads(dir: &Path, images: &[&str]) -> Option<(u64, String)> {
+    const SCRIPT: &str = "
+import sys, hashlib, pyvhdi
+files = [pyvhdi.file() for _ in sys.argv[1:]]
+for file, path in zip(files, sys.argv[1:]):
+    file.open(path)
+for child, parent in zip(files, files[1:]):
+    assert child.parent_identifier == parent.identifier, 'another parent'
+    child.set_parent(parent)
+top, sum, left = files[0], hashlib.sha256(), files[0].media_size
+while left:
+    sum.update(piece := top.read_buffer(min(left, 1 << 20)))
+    left -= len(piece)
+print(top.media_size, sum.hexdigest())
+";
+    let python = libvhdi()?;
+    let mut args = vec!["-c", SCRIPT];
+    args.extend(images);
+    let text = tool_ok(dir, python.to_str().unwrap(), &args);
+    let (size, sum) = text.trim().split_once(' ').unwrap();
+    Some((size.parse().unwrap(), sum.to_string()))
+}
+
+/// What we say: size and SHA-256 of the content.
+fn we_read(dir: &Path, image: &str) -> (u64, String) {
+    ok(dir, &["convert", "-f", "vhdx", "-O", "raw", image, "content.raw"]);
+    let size = std::fs::metadata(dir.join("content.raw")).unwrap().len();
+    let sum = tool_ok(dir, "sha256sum", &["content.raw"]);
+    (size, sum.split(' ').next().unwrap().to_string())
+}
+
+#[test]
+fn new_images_are_read_by_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let with_qemu = have("qemu-img");
+    for (name, size, options) in [
+        ("a.vhdx", "100M", "subformat=dynamic"),
+        ("b.vhdx", "10M", "subformat=fixed"),
+        ("c.vhdx", "3M", "block_size=1M,log_size=4M"),
+        ("d.vhdx", "5G", "block_size=256M,block_state_zero=on"),
+        ("e.vhdx", "64T", "physical_sector_size=512"),
+        ("f.vhdx", "4097K", "subformat=fixed,block_size=1M"),
+    ] {
+        ok(d, &["create", "-f", "vhdx", "-o", options, name, size]);
+        let info = json(&ok(d, &["info", "--output=json", name]));
+        assert_eq!(info["format"], "vhdx");
+        if !with_qemu {
+            continue;
+        }
+        tool_ok(d, "qemu-img", &["check", name]);
+        let theirs = json(&tool_ok(d, "qemu-img", &["info", "--output=json", name]));
+        for key in ["virtual-size", "cluster-size", "dirty-flag"] {
+            assert_eq!(info[key], theirs[key], "{name}: {key}");
+        }
+    }
+    for name in ["a.vhdx", "b.vhdx", "c.vhdx", "f.vhdx"] {
+        if let Some(read) = libvhdi_reads(d, &[name]) {
+            assert_eq!(read, we_read(d, name), "{name}");
+        }
+    }
+}
+
+#[test]
+fn images_of_qemu_with_data_are_measured_and_read() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("images of QEMU");
+    let mut content = vec![0; 9 << 20];
+    for _ in 0..10 {
+        let at = random.below(content.len() as u64 - 4096) as usize;
+        content[at..at + 4096].fill_with(|| random.below(256) as u8);
+    }
+    std::fs::write(d.join("raw"), &content).unwrap();
+    for options in ["subformat=fixed", "block_size=1M", "block_state_zero=off,block_size=2M"] {
+        tool_ok(d, "qemu-img", &["convert", "-O", "vhdx", "-o", options, "raw", "q.vhdx"]);
+        ok(d, &["compare", "-F", "raw", "q.vhdx", "raw"]);
+        if let Some(read) = libvhdi_reads(d, &["q.vhdx"]) {
+            assert_eq!(read, we_read(d, "q.vhdx"));
+        }
+    }
+    let measure = |args: &[&str]| {
+        let all = [&["measure", "-O", "vhdx", "--output=json"], args].concat();
+        let sizes = json(&ok(d, &all));
+        (sizes["required"].as_u64().unwrap(), sizes["fully-allocated"].as_u64().unwrap())
+    };
+    assert_eq!(measure(&["--size", "10M", "-o", "subformat=fixed"]), (14_680_064, 14_680_064));
+    assert_eq!(measure(&["--size", "10M"]), (4 << 20, 36 << 20));
+    let (required, full) = measure(&["-o", "block_size=1M", "-f", "raw", "raw"]);
+    assert!(required > 4 << 20 && required <= full && full == 13 << 20, "{required} {full}");
+}
+
+#[test]
+fn differencing_images_name_their_parent_both_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = &dir.path().canonicalize().unwrap();
+    std::fs::create_dir(d.join("sub")).unwrap();
+    let options = "block_size=1M,logical_sector_size=4096";
+    ok(d, &["create", "-f", "vhdx", "-o", options, "base.vhdx", "5M"]);
+    let text = ok(d, &["create", "-f", "vhdx", "-b", "base.vhdx", "-F", "vhdx", "child.avhdx"]);
+    assert!(text.contains("subformat=differencing") && text.contains("size=5242880"), "{text}");
+    let absolute = d.join("child.avhdx");
+    let absolute = absolute.to_str().unwrap();
+    ok(d, &["create", "-f", "vhdx", "-b", absolute, "-F", "vhdx", "sub/grandchild.avhdx"]);
+    let base = json(&ok(d, &["info", "--output=json", "base.vhdx"]));
+    let child = json(&ok(d, &["info", "--output=json", "child.avhdx"]));
+    let details = |info: &Value| info["format-specific"]["data"].clone();
+    let locator = details(&child)["parent-locator"].clone();
+    let linkage = format!("{{{}}}", details(&base)["data-write-guid"].as_str().unwrap());
+    assert_eq!(locator["parent_linkage"], linkage.as_str());
+    assert_eq!(locator["relative_path"], ".\\base.vhdx");
+    assert_eq!(locator["absolute_win32_path"], d.join("base.vhdx").to_str().unwrap());
+    assert_eq!(details(&child)["logical-sector-size"], 4096);
+    assert_eq!(details(&child)["page-83-guid"], details(&base)["page-83-guid"]);
+    assert_eq!(child["backing-filename"], "base.vhdx");
+    // What lies above needs a permission; what is moved is found by its absolute path.
+    let allow = d.to_str().unwrap();
+    let line = fails(d, &["map", "sub/grandchild.avhdx"], 1);
+    assert!(line.contains("--allow-dir"), "{line}");
+    ok(d, &["map", "--allow-dir", allow, "sub/grandchild.avhdx"]);
+    std::fs::create_dir(d.join("moved")).unwrap();
+    std::fs::rename(d.join("sub/grandchild.avhdx"), d.join("moved/g.avhdx")).unwrap();
+    ok(d, &["map", "--allow-dir", allow, "moved/g.avhdx"]);
+    if let Some(read) = libvhdi_reads(d, &["moved/g.avhdx", "child.avhdx", "base.vhdx"]) {
+        let empty = tool_ok(d, "sh", &["-c", "head -c 5242880 /dev/zero | sha256sum"]);
+        assert_eq!(read, (5 << 20, empty.split(' ').next().unwrap().to_string()));
+    }
+}
+
+#[test]
+fn creation_refuses_what_makes_no_sense() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-f", "vhdx", "base.vhdx", "3M"]);
+    ok(d, &["create", "base.raw", "3M"]);
+    let refused = |args: &[&str], words: &str| {
+        let all = [&["create", "-f", "vhdx"], args].concat();
+        let line = fails(d, &all, 1);
+        assert!(line.contains(words), "{args:?}: {line}");
+        assert!(!d.join("new.vhdx").exists());
+    };
+    refused(&["new.vhdx"], "needs a size");
+    refused(&["new.vhdx", "0"], "from one sector");
+    refused(&["new.vhdx", "65T"], "64T");
+    refused(&["-o", "cluster_size=64k", "new.vhdx", "1M"], "no option 'cluster_size'");
+    refused(&["-o", "block_size=3M", "new.vhdx", "1M"], "power of two");
+    let on = |base: &'static str, format| ["-b", base, "-F", format, "new.vhdx"];
+    refused(&on("base.raw", "raw"), "can stand on VHDX images only");
+    refused(&on("none.vhdx", "vhdx"), "none.vhdx: No such file");
+    refused(&["-b", "base.vhdx", "new.vhdx"], "say it with -F vhdx");
+    refused(&["-u", "-b", "base.vhdx", "-F", "vhdx", "new.vhdx", "3M"], "must be there (-u)");
+    let with = |options| ["-o", options, "-b", "base.vhdx", "-F", "vhdx", "new.vhdx"];
+    refused(&with("subformat=fixed"), "a fixed image cannot have a backing file");
+    refused(&with("block_state_zero=on"), "would hide all of the backing file");
+    refused(&with("logical_sector_size=4096"), "logical sectors of 512 bytes");
+    let before = std::fs::read(d.join("base.vhdx")).unwrap();
+    let own = ["create", "-f", "vhdx", "-b", "base.vhdx", "-F", "vhdx", "base.vhdx"];
+    let line = fails(d, &own, 1);
+    assert!(line.contains("its own backing file"), "{line}");
+    assert_eq!(std::fs::read(d.join("base.vhdx")).unwrap(), before);
+}
