@@ -23,7 +23,7 @@
 //! cli                serve create info check map measure convert compare resize log bench
 //!                    completions man
 //!
-//! write_log          the dm-log-writes format; sees io only
+//! write_log          the dm-log-writes format (reading, sidecar); sees io only
 //!
 //! device             sees block and io only: messages, rings, requests, workers
 //! frontend           the other end of the wire, for `vublk bench` and for tests; knows nothing

@@ -4,30 +4,25 @@
 //! must find every write that it saw completed, flushed or not. If it does not come back, a new one
 //! must find what was flushed, and the image must never be worse than leaky.
 //!
-//! What is expected is kept for each sector: a sector is 64 times one word, which tells who wrote
-//! it. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
+//! `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::process::Output;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 mod common;
 
+use common::guest::{Guest, SECTOR, sector, words};
 use common::{Backend, Random, Setup, have, ok, tool, tool_ok, vublk};
 use vublk::frontend::{Personality, Request, Session, SessionOptions};
 
-const SECTOR: u64 = 512;
 /// Size of the disk; the last cluster is not a whole one.
 const DISK: u64 = (12 << 20) + 7 * SECTOR;
 /// Size of the backing file, which ends in the middle of a cluster.
 const BASE: u64 = (9 << 20) + 3 * SECTOR;
-const SECTORS: u64 = DISK / SECTOR;
 /// How often the process is killed in a test.
 const KILLS: u32 = 24;
 const QUEUES: u16 = 2;
-/// Requests in flight in each queue.
-const DEPTH: usize = 12;
 
 /// The process under test, restarted always with the same command.
 struct Server {
@@ -99,227 +94,10 @@ fn base_word(at: u64) -> u64 {
     0xba5e_0000_0000_0000 | at
 }
 
-fn sector(word: u64) -> Vec<u8> {
-    word.to_le_bytes().repeat(64)
-}
-
-/// The words of whole sectors; a torn one is a failure.
-fn words(bytes: &[u8]) -> Vec<u64> {
-    let word = |sector: &[u8]| {
-        let word = &sector[..8];
-        assert!(sector.chunks(8).all(|other| other == word), "a torn sector");
-        u64::from_le_bytes(word.try_into().unwrap())
-    };
-    bytes.chunks(SECTOR as usize).map(word).collect()
-}
-
-/// A run of sectors.
-#[derive(Clone, Copy, Debug)]
-struct Run {
-    start: u64,
-    len: u64,
-}
-
-impl Run {
-    fn sectors(self) -> std::ops::Range<usize> {
-        self.start as usize..(self.start + self.len) as usize
-    }
-}
-
-/// A request in flight and what it does.
-#[derive(Debug)]
-enum Op {
-    Write(Run, u64),
-    Zero(Run),
-    /// Afterwards the sectors are zero or what they were: a read tells.
-    Discard(Run),
-    Read(Run),
-    /// With the number of requests completed when it was submitted.
-    Flush(u64),
-}
-
-/// A guest that writes, and what it knows of its disk.
-struct Guest {
-    disk: Session,
-    random: Random,
-    /// For each sector all that it may be after a new start, oldest first, each with the number
-    /// of requests completed by then (the largest number while in flight). The last completed one
-    /// is what the guest must read.
-    sectors: Vec<Vec<(u64, u64)>>,
-    busy: Vec<bool>,
-    ops: Vec<HashMap<u16, Op>>,
-    completed: u64,
-    next_word: u64,
-}
-
-const IN_FLIGHT: u64 = u64::MAX;
-
-impl Guest {
-    fn new(disk: Session, random: Random) -> Guest {
-        let word = |at: u64| if at < BASE / SECTOR { base_word(at) } else { 0 };
-        Guest {
-            disk,
-            random,
-            sectors: (0..SECTORS).map(|at| vec![(word(at), 0)]).collect(),
-            busy: vec![false; SECTORS as usize],
-            ops: (0..QUEUES).map(|_| HashMap::new()).collect(),
-            completed: 0,
-            next_word: 1,
-        }
-    }
-
-    /// What must be read now.
-    fn now(&self, at: usize) -> u64 {
-        self.sectors[at].iter().rfind(|(_, done)| *done != IN_FLIGHT).unwrap().0
-    }
-
-    /// A run that no request in flight touches; mostly small, at places that often share clusters.
-    fn free_run(&mut self) -> Option<Run> {
-        let scale = 1 + self.random.below(8);
-        let len = 1 + self.random.below(1 << scale);
-        let start = self.random.below(SECTORS - len + 1);
-        let run = Run { start, len };
-        (!self.busy[run.sectors()].contains(&true)).then_some(run)
-    }
-
-    fn submit(&mut self, queue: usize) {
-        if self.random.below(150) == 0 {
-            return self.send(queue, &Request::flush(), Op::Flush(self.completed));
-        }
-        let Some(run) = self.free_run() else { return };
-        let bytes = (run.start * SECTOR, run.len * SECTOR);
-        let (op, request) = match self.random.below(12) {
-            0 => (Op::Discard(run), Request::discard(&[bytes])),
-            1 => (Op::Zero(run), Request::write_zeroes(&[bytes], self.random.below(2) == 0)),
-            2 => (Op::Read(run), Request::read(bytes.0, bytes.1 as u32)),
-            _ => {
-                self.next_word += 1;
-                let data = sector(self.next_word).repeat(run.len as usize);
-                (Op::Write(run, self.next_word), Request::write(bytes.0, data))
-            }
-        };
-        self.busy[run.sectors()].fill(true);
-        let word = match op {
-            Op::Write(_, word) => Some(word),
-            Op::Zero(_) | Op::Discard(_) => Some(0),
-            _ => None,
-        };
-        if let Some(word) = word {
-            self.sectors[run.sectors()].iter_mut().for_each(|s| s.push((word, IN_FLIGHT)));
-        }
-        self.send(queue, &request, op);
-    }
-
-    fn send(&mut self, queue: usize, request: &Request, op: Op) {
-        let head = self.disk.submit(queue, request).unwrap();
-        self.ops[queue].insert(head, op);
-    }
-
-    /// Takes what is completed; whether there was anything.
-    fn poll(&mut self, queue: usize) -> bool {
-        let Some(completion) = self.disk.try_wait(queue).unwrap() else { return false };
-        let op = self.ops[queue].remove(&completion.head).unwrap();
-        let data = completion.ok().unwrap_or_else(|err| panic!("{op:?}: {err}"));
-        self.completed += 1;
-        let done = self.completed;
-        match op {
-            Op::Write(run, _) | Op::Zero(run) => {
-                self.sectors[run.sectors()].iter_mut().for_each(|s| s.last_mut().unwrap().1 = done);
-                self.busy[run.sectors()].fill(false);
-            }
-            Op::Discard(run) => {
-                let request = Request::read(run.start * SECTOR, (run.len * SECTOR) as u32);
-                self.send(queue, &request, Op::Read(run));
-            }
-            Op::Read(run) => {
-                for (at, word) in run.sectors().zip(words(&data)) {
-                    let last = self.sectors[at].last().copied().unwrap();
-                    if last == (0, IN_FLIGHT) {
-                        // After a discard.
-                        assert!(word == 0 || word == self.now(at), "sector {at}: {word:x}");
-                        self.sectors[at].last_mut().unwrap().1 = done;
-                        self.sectors[at].push((word, done));
-                    } else {
-                        assert_eq!(word, self.now(at), "sector {at}");
-                    }
-                }
-                self.busy[run.sectors()].fill(false);
-            }
-            Op::Flush(before) => {
-                for sector in &mut self.sectors {
-                    if let Some(kept) = sector.iter().rposition(|(_, done)| *done <= before) {
-                        sector.drain(..kept);
-                    }
-                }
-            }
-        }
-        true
-    }
-
-    /// Writes for a while, then leaves its requests in flight.
-    fn work(&mut self, time: Duration) {
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            for queue in 0..usize::from(QUEUES) {
-                while self.ops[queue].len() < DEPTH {
-                    let before = self.ops[queue].len();
-                    self.submit(queue);
-                    if self.ops[queue].len() == before {
-                        break;
-                    }
-                }
-                while self.poll(queue) {}
-            }
-            std::thread::yield_now();
-        }
-    }
-
-    /// Waits for all that is in flight.
-    fn settle(&mut self) {
-        let end = Instant::now() + Duration::from_secs(20);
-        while self.ops.iter().any(|ops| !ops.is_empty()) {
-            assert!(Instant::now() < end, "these never end: {:?}", self.ops);
-            for queue in 0..usize::from(QUEUES) {
-                while self.poll(queue) {}
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
-    }
-
-    /// The whole disk, as words.
-    fn read_all(&mut self) -> Vec<u64> {
-        let mut all = Vec::new();
-        let mut offset = 0;
-        while offset < DISK {
-            let len = (DISK - offset).min(1 << 20);
-            all.extend(words(&self.disk.read(0, offset, len as u32).unwrap()));
-            offset += len;
-        }
-        all
-    }
-
-    /// Demands that every completed write is there. Nothing may be in flight.
-    fn verify(&mut self) {
-        for (at, word) in self.read_all().into_iter().enumerate() {
-            assert_eq!(word, self.now(at), "sector {at}: not what was written last");
-        }
-    }
-
-    /// Another guest on the same disk: demands that what was flushed is there, and starts from what
-    /// it finds.
-    fn replace(&mut self, disk: Session) {
-        self.disk = disk;
-        self.ops.iter_mut().for_each(HashMap::clear);
-        self.busy.fill(false);
-        for (at, word) in self.read_all().into_iter().enumerate() {
-            let possible = &mut self.sectors[at];
-            assert!(
-                possible.iter().any(|(other, _)| *other == word),
-                "sector {at}: {word:x} instead of one of {possible:x?}"
-            );
-            *possible = vec![(word, self.completed)];
-        }
-    }
+/// A guest on a fresh disk.
+fn guest(server: &Server, name: &str) -> Guest {
+    let word = |at: u64| if at < BASE / SECTOR { base_word(at) } else { 0 };
+    Guest::new(connect(server), Random::new(name), (0..DISK / SECTOR).map(word))
 }
 
 fn connect(server: &Server) -> Session {
@@ -333,8 +111,7 @@ fn comes_back(cluster_size: &str, state: tempfile::TempDir, is_named: bool, kill
         return;
     }
     let mut server = Server::start(cluster_size, state, is_named);
-    let mut guest =
-        Guest::new(connect(&server), Random::new(&format!("comes_back, {cluster_size}")));
+    let mut guest = guest(&server, &format!("comes_back, {cluster_size}"));
     let mut while_redoing = 0;
     for round in 0..kills {
         let time = Duration::from_micros(guest.random.below(120_000));
@@ -392,8 +169,7 @@ fn completed_writes_survive_kills_without_a_state_directory() {
 #[test]
 fn a_guest_whose_kept_writes_are_gone_is_refused() {
     let mut server = Server::start("64k", on_tmpfs(), true);
-    let random = Random::new("a_guest_whose_kept_writes_are_gone_is_refused");
-    let mut guest = Guest::new(connect(&server), random);
+    let mut guest = guest(&server, "a_guest_whose_kept_writes_are_gone_is_refused");
     let elsewhere = on_tmpfs();
 
     guest.work(Duration::from_millis(50));
@@ -457,7 +233,7 @@ fn flushed_writes_survive_the_guest() {
         return;
     }
     let mut server = Server::start("64k", on_tmpfs(), true);
-    let mut guest = Guest::new(connect(&server), Random::new("flushed_writes_survive_the_guest"));
+    let mut guest = guest(&server, "flushed_writes_survive_the_guest");
     for _ in 0..KILLS {
         let time = Duration::from_micros(guest.random.below(150_000));
         guest.work(time);
@@ -490,8 +266,7 @@ fn sessions_follow_each_other_in_one_process() {
         return;
     }
     let mut server = Server::start("64k", on_tmpfs(), true);
-    let mut guest =
-        Guest::new(connect(&server), Random::new("sessions_follow_each_other_in_one_process"));
+    let mut guest = guest(&server, "sessions_follow_each_other_in_one_process");
     for round in 0..6 {
         guest.work(Duration::from_millis(60));
         guest.disk.reconnect().unwrap_or_else(|err| panic!("round {round}: {err}"));

@@ -563,7 +563,8 @@ fn lock(file: &File) -> Result<()> {
 }
 
 /// Names this boot of the host.
-fn read_boot_id() -> Result<[u8; 40]> {
+/// Which boot of the host this is, in the kernel's words.
+pub fn read_boot_id() -> Result<[u8; 40]> {
     const PATH: &str = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(PATH).context(|| PATH)?;
     let text = text.trim().as_bytes();

@@ -23,6 +23,7 @@ pub mod graph;
 pub mod keep;
 pub mod node;
 pub mod open_gate;
+pub mod origin;
 pub mod range_lock;
 pub mod root;
 

@@ -28,6 +28,7 @@ mod measure;
 pub mod options;
 pub mod output;
 pub mod progress;
+pub mod recording_args;
 mod resize;
 pub mod serve;
 pub mod serve_args;

@@ -26,7 +26,7 @@ use crate::device::export::{CachePolicy, Export};
 use crate::device::exports::Served;
 use crate::device::server::ServerSocket;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::images::{Image, Layers, frozen};
+use crate::images::{self, Image, Layers, frozen};
 use crate::io::footprint::give_back_start_up;
 use crate::io::{EngineKind, reactor};
 
@@ -46,11 +46,17 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let is_single = !args.daemon.is_used();
     let mut controls: Vec<ServerSocket> = Vec::new();
     if is_single {
-        let image = crate::images::open(&args.open_request()?)?;
-        image.check_for_guest(args.block_size)?;
+        let request = args.open_request()?;
+        let mut image = images::open(&request)?;
         if !args.read_only {
             frozen::check(&image.file)?;
         }
+        let (locking, wait_for) = (request.locking, request.lock_wait);
+        let record = args.recording.request(args.cache, locking, wait_for);
+        if let Some(record) = record {
+            image = images::recording::record_image(image, &record)?;
+        }
+        image.check_for_guest(args.block_size)?;
         let socket = listen(args)?;
         pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
         say_what_is_served(args, &image, &socket.to_string());

@@ -13,6 +13,7 @@ use clap::{Args, ValueEnum};
 use crate::block::Keep;
 use crate::cli::control_args::ControlArgs;
 use crate::cli::daemon_args::DaemonArgs;
+use crate::cli::recording_args::RecordingArgs;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result};
 use crate::images::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
@@ -125,6 +126,10 @@ pub struct ServeArgs {
     /// Many disks.
     #[command(flatten)]
     pub daemon: DaemonArgs,
+    /// Recording.
+    #[command(flatten)]
+    pub recording: RecordingArgs,
+
     /// The control socket.
     #[command(flatten)]
     pub control: ControlArgs,

@@ -34,7 +34,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use crate::block::driver::{Committed, Driver, Pin, Plan, PlanCommit, PlanExtent, PlanOp, Planned};
-use crate::block::{Node, Party};
+use crate::block::{Node, Party, origin};
 use crate::device::chain::Chain;
 use crate::device::dirty_log::DirtyLog;
 use crate::device::export::{CachePolicy, Counters, Export, FailureOf};
@@ -625,7 +625,9 @@ impl Worker {
         let node = self.node.clone();
         let fua = self.export.writes_through();
         let ended = Rc::clone(&self.ended);
+        let queue = self.rings[at].index as u16;
         self.reactor.executor().spawn(async move {
+            origin::set_queue(Some(queue));
             let result = perform(&node, kind, data, &segments, fua).await;
             ended.borrow_mut().push((index, result));
         });

@@ -2,6 +2,8 @@
 
 pub mod guess_guard;
 pub mod no_flush;
+pub mod write_log;
 
 pub use guess_guard::GuessGuard;
 pub use no_flush::NoFlush;
+pub use write_log::WriteLog;

@@ -22,6 +22,7 @@ pub mod info;
 pub mod layers;
 pub mod open;
 pub mod probe;
+pub mod recording;
 mod users;
 
 use std::fmt;

@@ -158,6 +158,40 @@ impl fmt::Debug for Buffers {
     }
 }
 
+/// Several owners as one.
+impl BufferOwner for Vec<Arc<dyn BufferOwner>> {}
+
+/// Puts together buffers from pieces of memory of our own, for one write.
+#[derive(Default)]
+pub struct Gather {
+    iovs: Vec<libc::iovec>,
+    owners: Vec<Arc<dyn BufferOwner>>,
+}
+
+impl Gather {
+    /// Adds `len` bytes from `offset` of `memory`.
+    ///
+    /// # Panics
+    /// If they do not lie inside.
+    pub fn push(&mut self, memory: &AlignedBuf, offset: usize, len: usize) {
+        let end = offset.checked_add(len).expect("end overflows");
+        assert!(end <= memory.len(), "{offset}+{len} of {} bytes", memory.len());
+        let start = memory.inner.ptr.as_ptr().wrapping_add(offset);
+        self.iovs.push(libc::iovec { iov_base: start.cast(), iov_len: len });
+        self.owners.push(Arc::clone(&memory.inner) as Arc<dyn BufferOwner>);
+    }
+
+    /// All that was added, in order.
+    pub fn finish(mut self) -> Buffers {
+        let owner = match self.owners.len() {
+            1 => self.owners.remove(0),
+            _ => Arc::new(self.owners),
+        };
+        // SAFETY: each range lies inside of memory that one of the owners keeps alive.
+        unsafe { Buffers::from_raw(self.iovs, owner) }
+    }
+}
+
 /// Whether each range starts at a multiple of `address` and is a multiple of `length` long, both
 /// powers of two. Disks may take memory at any address that is a multiple of four, say, but still
 /// only whole blocks in each range.
@@ -247,6 +281,11 @@ impl AlignedBuf {
     /// Whether the length is zero.
     pub fn is_empty(&self) -> bool {
         self.inner.len == 0
+    }
+
+    /// Whether no [`Buffers`] of this memory exist, so that [`AlignedBuf::as_slice`] may be called.
+    pub fn is_unshared(&self) -> bool {
+        Arc::strong_count(&self.inner) == 1
     }
 
     /// The whole memory for a read or write.

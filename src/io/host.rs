@@ -276,6 +276,32 @@ impl HostFile {
         Ok((dev, stat.st_ino))
     }
 
+    /// When the file was last written to, in nanoseconds since 1970; 0 for block devices, whose
+    /// writers leave no trace, and where the host does not say.
+    pub fn modified_ns(&self) -> i64 {
+        match self.kind {
+            HostKind::BlockDevice => 0,
+            HostKind::Regular => rustix::fs::fstat(&self.fd).map_or(0, |stat| {
+                stat.st_mtime
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(stat.st_mtime_nsec as i64)
+            }),
+        }
+    }
+
+    /// When the file was made, in nanoseconds since 1970; 0 where the host does not say. Inode
+    /// numbers are used again, so this tells a file from one that was there before it.
+    pub fn born_ns(&self) -> i64 {
+        use rustix::fs::{AtFlags, StatxFlags};
+        match rustix::fs::statx(&self.fd, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME) {
+            Ok(stat) if stat.stx_mask & StatxFlags::BTIME.bits() != 0 => {
+                let born = stat.stx_btime;
+                born.tv_sec.saturating_mul(1_000_000_000).saturating_add(i64::from(born.tv_nsec))
+            }
+            _ => 0,
+        }
+    }
+
     /// Logical block size of a block device; 1 for files, whose writes may have any size.
     pub fn logical_block_size(&self) -> Result<u64> {
         match self.kind {

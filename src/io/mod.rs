@@ -30,4 +30,4 @@ pub use engine::{Engine, EngineKind};
 pub use file::{Alignment, File, Fut, Hole};
 pub use host::{HostFile, HostKind, OpenOptions};
 pub use lock::Rights;
-pub use reactor::{Reactor, block_on, prepare_thread, spawn_local};
+pub use reactor::{Reactor, block_on, prepare_thread, spawn_local, yield_now};

@@ -375,7 +375,7 @@ fn block_on_plainly<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// Lets others run: the task goes on in the next turn.
-pub(super) async fn yield_now() {
+pub async fn yield_now() {
     let mut yielded = false;
     std::future::poll_fn(|cx| {
         if std::mem::replace(&mut yielded, true) {

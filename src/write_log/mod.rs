@@ -5,6 +5,7 @@
 //! layout     sizes, fields and bits
 //! reader     Log: superblock and entries, streamed, every number checked
 //! selection  a part of a log, by entry numbers, marks and flushes
+//! sidecar    what vublk knows of entries and the log has no place for
 //! builder    a log in memory, from the writes it is to hold
 //! ```
 //!
@@ -23,6 +24,7 @@ pub mod builder;
 pub mod layout;
 pub mod reader;
 pub mod selection;
+pub mod sidecar;
 
 pub use builder::LogBuilder;
 pub use layout::{Flags, Superblock};

@@ -227,6 +227,17 @@ impl Log {
         Walk { number: entry.number + 1, position: entry.end_position(), ..self.walk() }
     }
 
+    /// The entry whose header lies at `position`, even if the superblock does not count it.
+    pub async fn entry_at(&self, number: u64, position: u64) -> Result<Entry> {
+        Walk { number, position, ..self.walk() }.read_entry(number).await
+    }
+
+    /// Reads a range of the log's file, whatever alignment the file demands. The range must lie
+    /// inside the file, and be short.
+    pub async fn read_bytes(&self, range: ByteRange) -> Result<Vec<u8>> {
+        read_at(&*self.file, range, self.len).await
+    }
+
     /// The text of a mark.
     pub async fn read_mark(&self, entry: &Entry) -> Result<Mark> {
         let offset = entry.position + ENTRY_LEN as u64;

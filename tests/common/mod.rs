@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod command;
 pub mod driver;
+pub mod guest;
 pub mod qmp;
 pub mod random;
 

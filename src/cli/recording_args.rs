@@ -1,0 +1,81 @@
+//! The options of `serve` that record the guest's writes, named as those of QEMU's `blklogwrites`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::filters::write_log::open::DEFAULT_INTERVAL;
+use crate::filters::write_log::{Existing, Order, Settings};
+use crate::images::recording::RecordRequest;
+use crate::images::{CacheMode, Locking};
+
+/// Where flushes stand in a log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogOrder {
+    /// Before every write that had not completed when the flush was submitted
+    #[default]
+    Strict,
+    /// Before every write that had not completed when the flush had ended, as in QEMU
+    Completion,
+}
+
+/// Recording.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Recording of writes")]
+pub struct RecordingArgs {
+    /// Record every write, discard and flush in this file or block device (dm-log-writes format;
+    /// see `vublk log`). A log of this image is continued, any other is refused
+    #[arg(long, value_name = "LOG", conflicts_with_all = ["blockdev", "export"])]
+    pub log_writes: Option<PathBuf>,
+    /// Size of the log's sectors; the guest's blocks must not be smaller. A power of two from 512
+    /// to 64K, 512 if not given
+    #[arg(long, value_name = "BYTES", requires = "log_writes", conflicts_with = "log_append")]
+    log_sector_size: Option<u32>,
+    /// Add to the log whatever image it was of
+    #[arg(long, requires = "log_writes", conflicts_with = "log_overwrite")]
+    log_append: bool,
+    /// Start the log anew; the file's space is used again
+    #[arg(long, requires = "log_writes")]
+    log_overwrite: bool,
+    /// Count entries in the log's superblock at least every N of them, not only when the guest
+    /// flushes
+    #[arg(long, value_name = "N", requires = "log_writes", default_value_t = DEFAULT_INTERVAL,
+          value_parser = clap::value_parser!(u64).range(1..))]
+    log_super_update_interval: u64,
+    /// Where flushes stand among the writes in flight
+    #[arg(long, value_enum, value_name = "ORDER", requires = "log_writes", default_value_t)]
+    log_order: LogOrder,
+    /// The log's sidecar, which tells vublk which image it is of and how far it is whole;
+    /// LOG.sidecar if not given
+    #[arg(long, value_name = "FILE", requires = "log_writes")]
+    log_sidecar: Option<PathBuf>,
+}
+
+impl RecordingArgs {
+    /// What is asked for, if anything is.
+    pub fn request(
+        &self,
+        cache: CacheMode,
+        locking: Locking,
+        lock_wait: Duration,
+    ) -> Option<RecordRequest> {
+        let log = self.log_writes.clone()?;
+        let existing = match (self.log_append, self.log_overwrite) {
+            (true, _) => Existing::Append,
+            (_, true) => Existing::Overwrite,
+            _ => Existing::Continue,
+        };
+        let settings = Settings {
+            sector_size: self.log_sector_size,
+            existing,
+            interval: self.log_super_update_interval,
+            order: match self.log_order {
+                LogOrder::Strict => Order::Strict,
+                LogOrder::Completion => Order::Completion,
+            },
+        };
+        let sidecar = self.log_sidecar.clone();
+        Some(RecordRequest { log, sidecar, cache, locking, lock_wait, settings })
+    }
+}

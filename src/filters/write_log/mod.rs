@@ -1,0 +1,296 @@
+//! `blklogwrites`: records what is written to a disk in a log in dm-log-writes format.
+//!
+//! ```text
+//! read, status ───────────────────────────────────────────► below, as if the filter were not there
+//! write    copy it ─► the copy to the disk ─► the same copy to the log ─► complete
+//! discard, write-zeroes    to the disk ─► an entry in the log ─► complete
+//! flush    take a place in the log ─► flush the disk ─► make the log durable, count ─► complete
+//!
+//! tail       who writes where, and up to where the log is whole
+//! batch      entries of one thread that are written together
+//! copies     what is written, once for the disk and the log
+//! recorder   the log's files and its superblock
+//! open       starting a log, or going on with one
+//! ```
+//!
+//! **The order** of entries is one in which the disk may have become durable, as the kernel's target
+//! has it: a write takes its place when it is on the disk, a flush when it is *submitted*. So a
+//! write that was in flight when the guest asked for a flush stands behind it, however early it
+//! ended: the flush does not promise it. (QEMU's order, [`Order::Completion`], gives the flush
+//! its place when it has ended, and thereby hides the bugs of guests that do not wait.)
+//!
+//! Invariants:
+//! * What fails on the disk is not in the log. What cannot be logged fails, although it is on the
+//!   disk: a guest that sees an error knows nothing of what is there.
+//! * If a request was completed before another was submitted, its entry comes first. Requests that
+//!   overlap take their places in the order in which they reach the disk, so the last in the log
+//!   is what the disk holds.
+//! * A request completes only when its entry is whole, and all before it ([`tail`]).
+//! * The superblock covers what is durable, and after a flush all that the flush promised.
+//! * What was completed is found again after `kill -9`, by the CRCs in the sidecar ([`open`]).
+
+mod batch;
+mod copies;
+pub mod open;
+mod recorder;
+mod tail;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
+use crate::block::{Keep, Node, Quiesced, RangeGuard, RangeLock, origin};
+use crate::error::Result;
+use crate::filters::write_log::batch::Pending;
+use crate::filters::write_log::copies::MAX_DATA;
+use crate::filters::write_log::recorder::Recorder;
+use crate::io::{Buffers, Fut};
+use crate::units::{ByteRange, align_down, align_up};
+use crate::write_log::layout::{Flags, RawEntry};
+
+use open::Closed;
+pub use open::{Began, Existing, Settings, Subject, open};
+
+/// Where a flush stands among the writes that were in flight with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// Before all that had not completed when it was submitted, as the kernel has it.
+    #[default]
+    Strict,
+    /// Before all that had not completed when it ended, as QEMU has it.
+    Completion,
+}
+
+/// The filter; see the [module](self).
+#[derive(Debug)]
+pub struct WriteLog {
+    below: Arc<dyn Driver>,
+    recorder: Recorder,
+    order: Order,
+    /// Held by each request until it has its place in the log.
+    in_flight: RangeLock,
+    /// Whether anything but an end mark was added.
+    has_grown: AtomicBool,
+    closing: Closed,
+}
+
+impl WriteLog {
+    /// The log's name.
+    pub fn log_name(&self) -> &str {
+        self.recorder.log().name()
+    }
+
+    /// How many entries there are and may be counted, and how many the superblock counts.
+    pub fn entries(&self) -> (u64, u64) {
+        (self.recorder.tail().countable(), self.recorder.counted())
+    }
+
+    /// What is recorded.
+    pub fn below(&self) -> &Arc<dyn Driver> {
+        &self.below
+    }
+
+    /// Adds a mark and makes the log durable up to it. A text that does not fit its log sector is
+    /// cut.
+    pub async fn mark(&self, text: &[u8]) -> Result<()> {
+        self.has_grown.store(true, Ordering::Relaxed);
+        let end = self.recorder.append(self.recorder.mark(text)).await?;
+        self.recorder.publish(end.entry).await
+    }
+
+    /// An entry for a write, a discard or zeros that are not in memory.
+    fn without_data(&self, header: RawEntry, zero_sectors: u64, submitted: u64) -> Pending {
+        Pending {
+            copy: self.recorder.copies().header(&header, &[]),
+            data_sectors: zero_sectors,
+            zeros: zero_sectors > 0,
+            submitted,
+            queue: origin::queue(),
+        }
+    }
+
+    /// Waits until no request that overlaps is under way.
+    async fn enter(&self, range: ByteRange) -> RangeGuard<'_> {
+        match self.in_flight.try_exclusive(range) {
+            Some(guard) => guard,
+            None => self.in_flight.exclusive(range).await,
+        }
+    }
+
+    async fn write_and_log(&self, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
+        let (submitted, queue) = (self.recorder.tail().event(), origin::queue());
+        let _place = self.enter(ByteRange { offset, len: buf.len() }).await;
+        let mut done = 0;
+        let mut end = 0;
+        while done < buf.len() {
+            let len = (buf.len() - done).min(MAX_DATA);
+            let range = ByteRange { offset: offset + done, len };
+            let flags = if fua { Flags::FUA } else { Flags::NONE };
+            let header = self.recorder.header(flags, range, 0);
+            let copies = self.recorder.copies();
+            let copy = match len == buf.len() {
+                true => copies.copy(&header, &buf).await,
+                false => copies.copy(&header, &buf.slice(done, len)).await,
+            };
+            self.below.write(range.offset, copy.data(), fua).await?;
+            let data_sectors = header.nr_sectors.get();
+            let pending = Pending { copy, data_sectors, zeros: false, submitted, queue };
+            end = self.append(pending).await?;
+            done += len;
+        }
+        if fua {
+            self.recorder.publish(end).await?;
+        }
+        Ok(())
+    }
+
+    /// Adds an entry; returns the number after it.
+    async fn append(&self, pending: Pending) -> Result<u64> {
+        self.has_grown.store(true, Ordering::Relaxed);
+        let end = self.recorder.append(pending).await?;
+        self.recorder.publish_now_and_then().await?;
+        Ok(end.entry)
+    }
+
+    async fn zero_and_log(&self, range: ByteRange, may_unmap: bool) -> Result<()> {
+        let submitted = self.recorder.tail().event();
+        let _place = self.enter(range).await;
+        self.below.write_zeroes(range, may_unmap).await?;
+        let header = self.recorder.header(Flags::NONE, range, 0);
+        let sectors = header.nr_sectors.get();
+        self.append(self.without_data(header, sectors, submitted)).await.map(|_| ())
+    }
+
+    async fn discard_and_log(&self, range: ByteRange) -> Result<()> {
+        let submitted = self.recorder.tail().event();
+        let _place = self.enter(range).await;
+        self.below.discard(range).await?;
+        self.zero_the_edges(range).await?;
+        let header = self.recorder.header(Flags::DISCARD, range, 0);
+        self.append(self.without_data(header, 0, submitted)).await.map(|_| ())
+    }
+
+    /// A replay makes zeros of a discard. What is below frees whole units only, and may leave old
+    /// data at the edges; with zeros there the disk is what a replay makes of it.
+    async fn zero_the_edges(&self, range: ByteRange) -> Result<()> {
+        let unit = self.below.limits().discard_granularity;
+        if !unit.is_power_of_two() {
+            return Ok(());
+        }
+        let start = align_up(range.offset, unit).unwrap_or(u64::MAX).min(range.end());
+        let end = align_down(range.end(), unit).max(start);
+        for edge in [ByteRange::between(range.offset, start), ByteRange::between(end, range.end())]
+        {
+            if !edge.is_empty() {
+                self.below.write_zeroes(edge, true).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush_and_log(&self) -> Result<()> {
+        let (submitted, queue) = (self.recorder.tail().event(), origin::queue());
+        if self.order == Order::Completion {
+            self.below.flush().await?;
+        }
+        let flush = self.recorder.begin_flush(submitted, queue).await?;
+        let end = flush.entry() + 1;
+        if self.order == Order::Strict
+            && let Err(err) = self.below.flush().await
+        {
+            // Should this fail as well, nothing is counted any more.
+            let _ = flush.failed(&err).await;
+            return Err(err);
+        }
+        flush.succeeded().await?;
+        self.recorder.publish(end).await
+    }
+
+    async fn close_both(&self) -> Result<()> {
+        self.below.close().await?;
+        let has_grown = self.has_grown.swap(false, Ordering::Relaxed);
+        self.closing.end(&self.recorder, has_grown).await
+    }
+}
+
+impl Driver for WriteLog {
+    fn name(&self) -> &'static str {
+        "blklogwrites"
+    }
+
+    fn limits(&self) -> Limits {
+        let below = self.below.limits();
+        let unit = u64::from(self.recorder.sector_size());
+        Limits { request_alignment: below.request_alignment.max(unit), ..below }
+    }
+
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        match op {
+            PlanOp::Read => self.below.plan(op, range, plan),
+            PlanOp::Write { .. } | PlanOp::Flush => Planned::NotNow,
+        }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        self.below.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
+        Box::pin(self.write_and_log(offset, buf, fua))
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        Box::pin(self.zero_and_log(range, may_unmap))
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        Box::pin(self.discard_and_log(range))
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(self.flush_and_log())
+    }
+
+    fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
+        self.below.block_status(range)
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
+        self.below.resize(size)
+    }
+
+    fn refresh(&self) -> Result<()> {
+        self.below.refresh()
+    }
+
+    fn children(&self) -> Vec<(&'static str, Node)> {
+        self.below.children()
+    }
+
+    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
+        self.below.set_backing(backing, quiesced)
+    }
+
+    fn details(&self) -> serde_json::Value {
+        self.below.details()
+    }
+
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        self.below.resume(nonce)
+    }
+
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        self.below.begin_session(nonce)
+    }
+
+    fn keep(&self) -> Option<&Keep> {
+        self.below.keep()
+    }
+
+    fn close<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(self.close_both())
+    }
+}
+
+#[cfg(test)]
+mod tests;

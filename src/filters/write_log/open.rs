@@ -1,0 +1,459 @@
+//! Starting a log, or going on with one.
+//!
+//! | the log's file | sidecar | what happens |
+//! |---|---|---|
+//! | empty, or begins with zeros | | a new log |
+//! | a log | of this image, ended in order, image unchanged since | goes on |
+//! | a log | of this image, not ended, same boot of the host | goes on, after counting in what is whole |
+//! | a log | none, or of another image, or the host went down | refused, unless told to append or overwrite |
+//! | anything else | | refused, unless told to overwrite |
+//!
+//! *Counting in*: a process that was killed had entries that the superblock does not count yet, and
+//! the guest, which may live on, saw their requests completed. Each has a record with its CRC; they
+//! are taken over one by one as long as entry and record agree. What comes after was completed to
+//! nobody. A log in that state is never overwritten while the host is up, whatever was asked for:
+//! the same command line is what restarts a process under a living guest.
+//!
+//! After the host went down the log may know of writes that the disk has lost, and the disk may
+//! have writes that the log does not count, so going on would make a log that never was.
+
+use std::sync::Arc;
+
+use crate::block::RangeLock;
+use crate::block::driver::Driver;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::filters::write_log::recorder::{Recorder, Start};
+use crate::filters::write_log::tail::Place;
+use crate::filters::write_log::{Order, WriteLog};
+use crate::io::{AlignedBuf, File, HostFile};
+use crate::write_log::layout::{
+    DEFAULT_SECTOR_SIZE, END_MARK, Flags, MAGIC, RawEntry, header_sector, is_sector_size,
+};
+use crate::write_log::sidecar::{self, Header, ImageIdentity, Record, RecordState, Sidecar};
+use crate::write_log::{Kind, Log, Superblock};
+
+/// What to do with a log that is there already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Existing {
+    /// Go on with it if it is this image's, else refuse.
+    #[default]
+    Continue,
+    /// Go on with it, whatever it was.
+    Append,
+    /// Start anew.
+    Overwrite,
+}
+
+/// How to record.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Size of a log sector in bytes, for a new log.
+    pub sector_size: Option<u32>,
+    /// What to do with a log that is there.
+    pub existing: Existing,
+    /// The superblock is written at least every so many entries.
+    pub interval: u64,
+    /// Where flushes stand.
+    pub order: Order,
+}
+
+/// How often the superblock is written, unless somebody says otherwise: as in QEMU.
+pub const DEFAULT_INTERVAL: u64 = 4096;
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            sector_size: None,
+            existing: Existing::Continue,
+            interval: DEFAULT_INTERVAL,
+            order: Order::Strict,
+        }
+    }
+}
+
+/// What is recorded.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// The disk.
+    pub below: Arc<dyn Driver>,
+    /// Which file it is in.
+    pub image: ImageIdentity,
+    /// The file, to tell whether it was changed while nobody recorded.
+    pub file: Option<Arc<HostFile>>,
+}
+
+/// How recording began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Began {
+    /// With an empty log.
+    New,
+    /// After so many entries that were there; of these, so many that the superblock did not count.
+    After {
+        /// All entries.
+        entries: u64,
+        /// Those that were counted in.
+        counted_in: u64,
+    },
+}
+
+/// Opens a log for recording.
+///
+/// # Errors
+/// Names the log or its sidecar, and the way out. Nothing is changed then.
+pub async fn open(
+    subject: Subject,
+    log: Arc<dyn File>,
+    sidecar: Arc<dyn File>,
+    settings: Settings,
+) -> Result<(WriteLog, Began)> {
+    let name = log.name().to_string();
+    let opening = Opening { subject: &subject, log: &log, sidecar: &sidecar, settings };
+    let found = opening.find().await.context(|| name.clone())?;
+    let (start, header, began) = match found {
+        None => opening.start().await.context(|| name)?,
+        Some(found) => opening.go_on(found).await.context(|| name)?,
+    };
+    let is_new = began == Began::New;
+    let driver = WriteLog {
+        below: subject.below,
+        recorder: Recorder::new(start),
+        order: settings.order,
+        in_flight: RangeLock::new(),
+        has_grown: is_new.into(),
+        closing: Closed { header, image: subject.file },
+    };
+    Ok((driver, began))
+}
+
+/// A log that is to be continued.
+struct Found {
+    log: Log,
+    /// Its sidecar, if it is this image's.
+    sidecar: Option<Sidecar>,
+    /// Whether entries behind the count may be whole.
+    is_unfinished: bool,
+}
+
+struct Opening<'a> {
+    subject: &'a Subject,
+    log: &'a Arc<dyn File>,
+    sidecar: &'a Arc<dyn File>,
+    settings: Settings,
+}
+
+impl Opening<'_> {
+    /// The log to go on with; `None` if a new one is to be started.
+    async fn find(&self) -> Result<Option<Found>> {
+        let overwrite = self.settings.existing == Existing::Overwrite;
+        match self.look().await? {
+            Content::Nothing => Ok(None),
+            Content::Other if overwrite => Ok(None),
+            Content::Other => Err(Error::new(
+                ErrorKind::Busy,
+                "is neither empty nor a log of writes; overwriting it must be asked for \
+                 (--log-overwrite)",
+            )),
+            Content::Log => match Log::open(Arc::clone(self.log)).await {
+                Ok(log) => self.decide(log).await,
+                Err(_) if overwrite => Ok(None),
+                Err(err) => Err(err),
+            },
+        }
+    }
+
+    /// What to do with a log that is there.
+    async fn decide(&self, log: Log) -> Result<Option<Found>> {
+        let found = self.look_at_sidecar(&log).await;
+        match (found, self.settings.existing) {
+            (Ok(sidecar), existing) => {
+                let is_unfinished = sidecar.header().closed.is_none();
+                if existing == Existing::Overwrite && !is_unfinished {
+                    return Ok(None);
+                }
+                if existing == Existing::Overwrite {
+                    tracing::warn!(
+                        "{}: its recording was not ended in order, and its guest may live on: \
+                         going on with it. To start anew all the same, remove the file",
+                        log.name()
+                    );
+                }
+                Ok(Some(Found { log, sidecar: Some(sidecar), is_unfinished }))
+            }
+            (Err(_), Existing::Overwrite) => Ok(None),
+            (Err(_), Existing::Append) => {
+                Ok(Some(Found { log, sidecar: None, is_unfinished: false }))
+            }
+            (Err(err), Existing::Continue) => Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "holds a log already, which cannot be continued: {err}. --log-append goes on \
+                     with it all the same, --log-overwrite starts anew"
+                ),
+            )),
+        }
+    }
+
+    /// The sidecar, if it says that the log can be continued; else why not.
+    async fn look_at_sidecar(&self, log: &Log) -> Result<Sidecar> {
+        let sidecar = Sidecar::open(Arc::clone(self.sidecar)).await?;
+        let (header, image) = (sidecar.header(), &self.subject.image);
+        let refuse = |why: String| Err(Error::invalid(why));
+        if !header.image.is_same(image) {
+            let (path, own) = (header.image.path.display(), image.path.display());
+            return refuse(format!("it is of another image, {path}, and not of {own}"));
+        }
+        if u64::from(header.sector_size) != log.sector_size() {
+            return refuse(format!("{} does not belong to it", sidecar.name()));
+        }
+        match header.closed {
+            Some(then) if then != 0 && self.changed_ns() != 0 && then != self.changed_ns() => {
+                refuse(format!("{} was changed after recording ended", image.path.display()))
+            }
+            None if header.boot_id != boot_id() => refuse(
+                "the host went down while it was recorded, so the disk may not be what the log \
+                 ends with"
+                    .into(),
+            ),
+            _ => Ok(sidecar),
+        }
+    }
+
+    /// When the image was last changed.
+    fn changed_ns(&self) -> i64 {
+        self.subject.file.as_ref().map_or(0, |file| file.modified_ns())
+    }
+
+    /// What the log's file begins with.
+    async fn look(&self) -> Result<Content> {
+        let unit = self.log.alignment().request.max(512);
+        let len = self.log.len()?.min(unit);
+        if len == 0 {
+            return Ok(Content::Nothing);
+        }
+        let mut head = AlignedBuf::zeroed(len as usize, self.log.alignment().memory.max(512));
+        self.log.read(0, head.buffers()).await?;
+        let head = head.as_slice();
+        Ok(match head {
+            _ if head.iter().all(|byte| *byte == 0) => Content::Nothing,
+            _ if head.starts_with(&MAGIC.to_le_bytes()) => Content::Log,
+            _ => Content::Other,
+        })
+    }
+
+    /// Starts a new log.
+    async fn start(&self) -> Result<(Start, Header, Began)> {
+        let sector_size = self.settings.sector_size.unwrap_or(DEFAULT_SECTOR_SIZE);
+        self.check_sector_size(sector_size)?;
+        let header = self.header(sector_size, 0);
+        // A sidecar without a log means nothing; a log without its sidecar could not be continued.
+        self.write_header(&header, 0).await?;
+        write_superblock(self.log, Superblock { entries: 0, sector_size }).await?;
+        let start = Start {
+            log: Arc::clone(self.log),
+            sidecar: Arc::clone(self.sidecar),
+            sector_size,
+            end: Place { entry: 0, sector: 1 },
+            counted: 0,
+            event: 0,
+            interval: self.settings.interval,
+        };
+        Ok((start, header, Began::New))
+    }
+
+    /// Goes on with a log.
+    async fn go_on(&self, found: Found) -> Result<(Start, Header, Began)> {
+        let Found { log, sidecar, is_unfinished } = found;
+        let counted = log.entries();
+        let sector_size = log.superblock().sector_size;
+        self.check_sector_size(sector_size)?;
+        let mut end = End { place: Place { entry: 0, sector: 1 }, event: 0, pending: Vec::new() };
+        let first_entry = match sidecar {
+            None => {
+                end.place = walk_to_end(&log).await?;
+                counted
+            }
+            Some(mut sidecar) => {
+                end.find(&log, &mut sidecar).await?;
+                if is_unfinished {
+                    end.count_in(&log, &mut sidecar).await?;
+                }
+                sidecar.header().first_entry
+            }
+        };
+        for record in &end.pending {
+            self.turn_into_mark(record, sector_size).await?;
+        }
+        let entries = end.place.entry;
+        let header = self.header(sector_size, first_entry);
+        self.write_header(&header, entries).await?;
+        if entries > counted {
+            self.log.flush().await?;
+            write_superblock(self.log, Superblock { entries, sector_size }).await?;
+        }
+        let start = Start {
+            log: Arc::clone(self.log),
+            sidecar: Arc::clone(self.sidecar),
+            sector_size,
+            end: end.place,
+            counted: entries,
+            event: end.event,
+            interval: self.settings.interval,
+        };
+        Ok((start, header, Began::After { entries, counted_in: entries - counted }))
+    }
+
+    /// A flush that had not ended when the process was killed promised nothing.
+    async fn turn_into_mark(&self, record: &Record, sector_size: u32) -> Result<()> {
+        const TEXT: &[u8] = b"flush interrupted";
+        let header = RawEntry {
+            flags: Flags::MARK.0.into(),
+            data_len: (TEXT.len() as u64).into(),
+            ..RawEntry::default()
+        };
+        let sector = header_sector(&header, TEXT, sector_size);
+        let record = Record { crc: crc32c::crc32c(&sector), state: RecordState::Whole, ..*record };
+        let at = record.log_sector * u64::from(sector_size);
+        self.log.write(at, AlignedBuf::from_slice(&sector, 4096).buffers(), false).await?;
+        let bytes = AlignedBuf::from_slice(&record.to_bytes(), 64);
+        self.sidecar.write(Record::position(record.entry), bytes.buffers(), false).await
+    }
+
+    fn check_sector_size(&self, sector_size: u32) -> Result<()> {
+        if !is_sector_size(sector_size) {
+            return Err(Error::invalid(format!(
+                "invalid log sector size {sector_size} (a power of two from 512 to 65536 is \
+                 expected)"
+            )));
+        }
+        let unit = self.log.alignment().request;
+        if u64::from(sector_size) < unit {
+            return Err(Error::unsupported(format!(
+                "the host takes direct I/O on it only in units of {unit} bytes, more than a log \
+                 sector of {sector_size}; use --log-sector-size {unit} or --cache writeback"
+            )));
+        }
+        Ok(())
+    }
+
+    fn header(&self, sector_size: u32, first_entry: u64) -> Header {
+        Header {
+            image: self.subject.image.clone(),
+            disk_size: self.subject.below.limits().size,
+            sector_size,
+            first_entry,
+            boot_id: boot_id(),
+            closed: None,
+        }
+    }
+
+    /// Writes the sidecar's header and drops all records from `entries` on.
+    async fn write_header(&self, header: &Header, entries: u64) -> Result<()> {
+        let write = async {
+            self.sidecar.set_len(Record::position(entries)).await?;
+            let bytes = AlignedBuf::from_slice(&header.to_bytes()?, 4096);
+            self.sidecar.write(0, bytes.buffers(), false).await?;
+            self.sidecar.flush().await
+        };
+        write.await.context(|| format!("its sidecar {}", self.sidecar.name()))
+    }
+}
+
+/// What a file begins with.
+enum Content {
+    Nothing,
+    Log,
+    Other,
+}
+
+/// Where a log ends, and what was learned on the way.
+struct End {
+    place: Place,
+    /// The next event.
+    event: u64,
+    /// Flushes that had not ended.
+    pending: Vec<Record>,
+}
+
+impl End {
+    /// Finds the end of what is counted: by the last record, or else by way of all entries.
+    async fn find(&mut self, log: &Log, sidecar: &mut Sidecar) -> Result<()> {
+        let Some(last) = log.entries().checked_sub(1) else { return Ok(()) };
+        if let Some(record) = sidecar.record(last).await? {
+            self.event = record.completed.max(record.submitted).saturating_add(1);
+            let position = record.log_sector.saturating_mul(log.sector_size());
+            if let Ok(entry) = log.entry_at(last, position).await
+                && sidecar::matches(log, &entry, &record).await?
+            {
+                self.place = Place { entry: last + 1, sector: entry.end_sector() };
+                return Ok(());
+            }
+        }
+        self.place = walk_to_end(log).await?;
+        Ok(())
+    }
+
+    /// Takes over entries behind the count, as long as their records say that they are whole.
+    async fn count_in(&mut self, log: &Log, sidecar: &mut Sidecar) -> Result<()> {
+        while let Some(record) = sidecar.record(self.place.entry).await? {
+            let position = self.place.sector.saturating_mul(log.sector_size());
+            // Records of an earlier attempt at the same place have older numbers.
+            if record.log_sector != self.place.sector || record.completed < self.event {
+                break;
+            }
+            let Ok(entry) = log.entry_at(self.place.entry, position).await else { break };
+            if !sidecar::matches(log, &entry, &record).await? {
+                break;
+            }
+            if record.state == RecordState::Pending && entry.kind() == Kind::Flush {
+                self.pending.push(record);
+            }
+            self.event = record.completed.saturating_add(1);
+            self.place = Place { entry: self.place.entry + 1, sector: entry.end_sector() };
+        }
+        Ok(())
+    }
+}
+
+async fn walk_to_end(log: &Log) -> Result<Place> {
+    let mut walk = log.walk();
+    while walk.next().await?.is_some() {}
+    Ok(Place { entry: log.entries(), sector: walk.sector() })
+}
+
+async fn write_superblock(log: &Arc<dyn File>, superblock: Superblock) -> Result<()> {
+    let sector = AlignedBuf::from_slice(&superblock.to_sector(), 4096);
+    log.write(0, sector.buffers(), false).await?;
+    log.flush().await
+}
+
+/// Which boot of the host this is; zeros if the host does not say.
+fn boot_id() -> [u8; 40] {
+    crate::block::keep::read_boot_id().unwrap_or([0; 40])
+}
+
+/// What is to be said in the log when recording ends in order.
+#[derive(Debug)]
+pub struct Closed {
+    header: Header,
+    image: Option<Arc<HostFile>>,
+}
+
+impl Closed {
+    /// Ends the log; with a mark, as the kernel does, if it has grown.
+    pub(super) async fn end(&self, recorder: &Recorder, has_grown: bool) -> Result<()> {
+        if has_grown {
+            let end = recorder.append(recorder.mark(END_MARK)).await?;
+            recorder.publish(end.entry).await?;
+        }
+        let changed = self.image.as_ref().map_or(0, |file| file.modified_ns());
+        let header = Header { closed: Some(changed), ..self.header.clone() };
+        let bytes = AlignedBuf::from_slice(&header.to_bytes()?, 4096);
+        let sidecar = recorder.sidecar();
+        let write = async {
+            sidecar.flush().await?;
+            sidecar.write(0, bytes.buffers(), false).await?;
+            sidecar.flush().await
+        };
+        write.await.context(|| sidecar.name().to_string())
+    }
+}

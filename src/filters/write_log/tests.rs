@@ -1,0 +1,686 @@
+//! The filter on simulated files: what ends up in the log, and what is left of it when something
+//! fails, the process is killed or the power goes.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use super::*;
+use crate::ErrorKind;
+use crate::formats::raw::Raw;
+use crate::io::sim::{Fault, Rng, Sim, SimFile, SimOp, SimTask};
+use crate::io::{AlignedBuf, block_on};
+use crate::write_log::sidecar::{ImageIdentity, Sidecar};
+use crate::write_log::{Entry, Kind, Log, LogBuilder, Mark};
+
+/// Size of the disk, in bytes.
+const SIZE: u64 = 64 << 10;
+const SECTOR: u64 = 512;
+
+/// A disk, its log and its sidecar.
+#[derive(Clone)]
+struct Bed {
+    disk: SimFile,
+    log: SimFile,
+    sidecar: SimFile,
+}
+
+impl Bed {
+    fn new() -> Bed {
+        Bed {
+            disk: SimFile::from_bytes("disk", vec![0; SIZE as usize]),
+            log: SimFile::new("w.log"),
+            sidecar: SimFile::new("w.log.sidecar"),
+        }
+    }
+
+    /// What another process finds after this one was killed.
+    fn after_kill(&self) -> Bed {
+        Bed {
+            disk: SimFile::from_bytes("disk", self.disk.volatile()),
+            log: SimFile::from_bytes("w.log", self.log.volatile()),
+            sidecar: SimFile::from_bytes("w.log.sidecar", self.sidecar.volatile()),
+        }
+    }
+
+    fn subject(&self) -> Subject {
+        let image = ImageIdentity { file: (1, 2), born_ns: 3, path: "/disks/disk".into() };
+        let raw = Raw::open(Arc::new(self.disk.clone()), false).unwrap();
+        Subject { below: Arc::new(raw), image, file: None }
+    }
+
+    fn try_open(&self, settings: Settings) -> Result<(WriteLog, Began)> {
+        let (log, sidecar) = (self.log.clone(), self.sidecar.clone());
+        let opening = open(self.subject(), Arc::new(log), Arc::new(sidecar), settings);
+        // Also called from within `block_on`.
+        Sim::new(0).block_on(opening)
+    }
+
+    fn open(&self) -> WriteLog {
+        self.try_open(Settings::default()).unwrap().0
+    }
+
+    /// The entries that the superblock counts.
+    fn entries(&self) -> Vec<(Entry, Mark)> {
+        entries_of(&self.log.volatile())
+    }
+
+    /// The entries as short words: `W3+2` (write of two sectors at sector 3), `D…`, `F`, `M:text`.
+    fn words(&self) -> Vec<String> {
+        self.entries().iter().map(|(entry, mark)| word(entry, mark)).collect()
+    }
+}
+
+fn entries_of(log: &[u8]) -> Vec<(Entry, Mark)> {
+    // Also called from within `block_on`.
+    Sim::new(0).block_on(async {
+        let log = Log::open(Arc::new(SimFile::from_bytes("w.log", log.to_vec()))).await.unwrap();
+        let mut walk = log.walk();
+        let mut found = Vec::new();
+        while let Some(entry) = walk.next().await.unwrap() {
+            found.push((entry, walk.mark().clone()));
+        }
+        found
+    })
+}
+
+fn word(entry: &Entry, mark: &Mark) -> String {
+    let place = format!("{}+{}", entry.sector(), entry.sectors());
+    match entry.kind() {
+        Kind::Write if entry.flags.has(Flags::FUA) => format!("U{place}"),
+        Kind::Write => format!("W{place}"),
+        Kind::Discard => format!("D{place}"),
+        Kind::Flush => "F".into(),
+        Kind::Mark => format!("M:{mark}"),
+    }
+}
+
+/// The disk that the first `count` entries make of zeros.
+fn replay(log: &[u8], count: usize) -> Vec<u8> {
+    let mut disk = vec![0; SIZE as usize];
+    for (entry, _) in entries_of(log).iter().take(count) {
+        let target = &mut disk[entry.target.offset as usize..entry.target.end() as usize];
+        match entry.data() {
+            Some(data) => {
+                target.copy_from_slice(&log[data.offset as usize..data.end() as usize]);
+            }
+            None => target.fill(0),
+        }
+    }
+    disk
+}
+
+fn data(byte: u8, sectors: u64) -> Buffers {
+    AlignedBuf::from_slice(&vec![byte; (sectors * SECTOR) as usize], 512).buffers()
+}
+
+fn sectors(first: u64, count: u64) -> ByteRange {
+    ByteRange { offset: first * SECTOR, len: count * SECTOR }
+}
+
+async fn write(filter: &WriteLog, sector: u64, byte: u8, count: u64) -> Result<()> {
+    filter.write(sector * SECTOR, data(byte, count), false).await
+}
+
+#[test]
+fn each_kind_of_request_is_logged_as_the_format_has_it() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    assert_eq!(bed.words(), [""; 0]);
+    block_on(async {
+        write(&filter, 3, 0xab, 2).await.unwrap();
+        filter.discard(sectors(8, 3)).await.unwrap();
+        filter.write_zeroes(sectors(16, 40), true).await.unwrap();
+        assert_eq!(bed.words(), [""; 0], "counted before a flush");
+        filter.flush().await.unwrap();
+        assert_eq!(bed.words(), ["W3+2", "D8+3", "W16+40", "F"]);
+        filter.write(SECTOR, data(9, 1), true).await.unwrap();
+        assert_eq!(bed.words().len(), 5, "a FUA write is durable by itself");
+        filter.mark(b"here").await.unwrap();
+        assert_eq!(bed.words().len(), 6);
+        filter.close().await.unwrap();
+    });
+    let expected = ["W3+2", "D8+3", "W16+40", "F", "U1+1", "M:here", "M:dm-log-writes-end"];
+    assert_eq!(bed.words(), expected);
+    assert_eq!(replay(&bed.log.volatile(), 99), bed.disk.volatile());
+    assert_eq!(bed.log.durable(), bed.log.volatile());
+}
+
+#[test]
+fn the_log_has_the_bytes_that_the_format_demands() {
+    let bed = Bed::new();
+    let filter = bed.try_open(Settings { sector_size: Some(4096), ..Settings::default() });
+    let filter = filter.unwrap().0;
+    block_on(async {
+        filter.write(4096, data(7, 16), false).await.unwrap();
+        filter.flush().await.unwrap();
+        filter.discard(ByteRange { offset: 8192, len: 4096 }).await.unwrap();
+        filter.close().await.unwrap();
+    });
+    let same = LogBuilder::new(4096)
+        .write(4096, &[7; 8192])
+        .flush()
+        .discard(ByteRange { offset: 8192, len: 4096 })
+        .mark("dm-log-writes-end");
+    assert_eq!(bed.log.volatile(), same.finish());
+    assert_eq!(filter.limits().request_alignment, 4096);
+}
+
+#[test]
+fn long_writes_become_several_entries_and_long_marks_are_cut() {
+    let bed = Bed::new();
+    let disk = SimFile::from_bytes("disk", vec![0; 8 << 20]);
+    let bed = Bed { disk, ..bed };
+    let filter = bed.open();
+    let len = MAX_DATA + 4096;
+    let bytes: Vec<u8> = (0..len).map(|i| (i >> 9) as u8).collect();
+    block_on(async {
+        let buf = AlignedBuf::from_slice(&bytes, 512).buffers();
+        filter.write(1024, buf, false).await.unwrap();
+        filter.mark(&[b'x'; 600]).await.unwrap();
+    });
+    let first = MAX_DATA / SECTOR;
+    let mark = format!("M:{}", "x".repeat(479));
+    assert_eq!(bed.words(), [format!("W2+{first}"), format!("W{}+8", first + 2), mark]);
+    assert_eq!(bed.disk.volatile()[1024..1024 + len as usize], bytes);
+}
+
+/// Polls a future once.
+fn poll<F: Future + ?Sized>(future: &mut std::pin::Pin<Box<F>>) -> Poll<F::Output> {
+    future.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Polls futures and performs operations of `sim` until the future is over.
+fn finish<F: Future + ?Sized>(sim: &Sim, future: &mut std::pin::Pin<Box<F>>) -> F::Output {
+    for _ in 0..1000 {
+        if let Poll::Ready(out) = poll(future) {
+            return out;
+        }
+        sim.step();
+    }
+    panic!("it does not end");
+}
+
+#[test]
+fn a_write_in_flight_stands_behind_the_flush_that_did_not_wait_for_it() {
+    for (order, expected) in [
+        (Order::Strict, ["W1+1", "F", "W2+1", "M:end"]),
+        (Order::Completion, ["W1+1", "W2+1", "F", "M:end"]),
+    ] {
+        let bed = Bed::new();
+        let filter = bed.try_open(Settings { order, ..Settings::default() }).unwrap().0;
+        block_on(write(&filter, 1, 1, 1)).unwrap();
+        let sim = Sim::new(1);
+        sim.attach(&bed.disk);
+        let mut late: Fut<'_, ()> = Box::pin(write(&filter, 2, 2, 1));
+        assert!(poll(&mut late).is_pending());
+        // Submitted while the write is in flight; the write ends first.
+        let mut flush = filter.flush();
+        assert!(poll(&mut flush).is_pending());
+        let started = bed.disk.count(SimOp::Write);
+        while bed.disk.count(SimOp::Write) == started {
+            // The scheduler may choose the flush; then the orders do not differ.
+            sim.step();
+        }
+        finish(&sim, &mut late).unwrap();
+        finish(&sim, &mut flush).unwrap();
+        sim.detach(&bed.disk);
+        block_on(filter.mark(b"end")).unwrap();
+        if order == Order::Strict {
+            assert_eq!(bed.words(), expected, "{order:?}");
+        } else {
+            let words = bed.words();
+            assert!(words == expected || words[1] == "F", "{words:?}");
+        }
+    }
+}
+
+#[test]
+fn the_copy_that_is_logged_is_the_copy_that_is_stored() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    let sim = Sim::new(1);
+    sim.attach(&bed.disk);
+    sim.attach(&bed.log);
+    let guest = data(1, 1);
+    let mut request = filter.write(0, guest.clone(), false);
+    for byte in 2..50 {
+        let over = poll(&mut request).is_ready();
+        guest.copy_from_slice(&[byte; 512]);
+        if over {
+            break;
+        }
+        sim.step();
+    }
+    sim.detach(&bed.disk);
+    sim.detach(&bed.log);
+    drop(request);
+    block_on(filter.mark(b"end")).unwrap();
+    assert_eq!(bed.words(), ["W0+1", "M:end"]);
+    assert_eq!(bed.disk.volatile()[..512], [1; 512]);
+    assert_eq!(replay(&bed.log.volatile(), 1), bed.disk.volatile());
+}
+
+#[test]
+fn what_fails_on_the_disk_is_not_logged() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(async {
+        for op in [SimOp::Write, SimOp::WriteZeroes, SimOp::Discard] {
+            bed.disk.fail(Fault { op: Some(op), after: 0, errno: libc::EIO, for_good: true });
+        }
+        write(&filter, 1, 1, 1).await.unwrap_err();
+        filter.write_zeroes(sectors(1, 1), true).await.unwrap_err();
+        filter.discard(sectors(1, 1)).await.unwrap_err();
+        bed.disk.heal();
+        write(&filter, 2, 2, 1).await.unwrap();
+        filter.flush().await.unwrap();
+    });
+    assert_eq!(bed.words(), ["W2+1", "F"]);
+}
+
+#[test]
+fn a_flush_that_fails_becomes_a_mark() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(async {
+        write(&filter, 1, 1, 1).await.unwrap();
+        bed.disk.fail(Fault {
+            op: Some(SimOp::Flush),
+            after: 0,
+            errno: libc::EIO,
+            for_good: false,
+        });
+        filter.flush().await.unwrap_err();
+        write(&filter, 2, 2, 1).await.unwrap();
+        filter.flush().await.unwrap();
+    });
+    let words = bed.words();
+    assert_eq!(words.len(), 4);
+    assert!(words[1].starts_with("M:flush failed: ") && words[3] == "F", "{words:?}");
+}
+
+#[test]
+fn a_full_log_fails_requests_and_loses_nothing() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(async {
+        write(&filter, 1, 1, 1).await.unwrap();
+        filter.flush().await.unwrap();
+        let full = Fault { op: Some(SimOp::Write), after: 0, errno: libc::ENOSPC, for_good: true };
+        bed.log.fail(full);
+        let err = write(&filter, 2, 2, 1).await.unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::NoSpace);
+        assert!(err.to_string().starts_with("w.log: "), "{err}");
+        filter.discard(sectors(9, 1)).await.unwrap_err();
+        let err = filter.flush().await.unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::NoSpace);
+        assert_eq!(bed.words(), ["W1+1", "F"]);
+        // There is room again.
+        bed.log.heal();
+        write(&filter, 3, 3, 1).await.unwrap();
+        filter.flush().await.unwrap();
+    });
+    assert_eq!(bed.words(), ["W1+1", "F", "W3+1", "F"]);
+    assert_eq!(replay(&bed.log.volatile(), 4)[3 * 512..4 * 512], [3; 512]);
+}
+
+#[test]
+fn a_log_that_cannot_be_made_durable_counts_nothing_more() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(async {
+        filter.flush().await.unwrap();
+        bed.log.fail(Fault { op: Some(SimOp::Flush), after: 0, errno: libc::EIO, for_good: false });
+        write(&filter, 1, 1, 1).await.unwrap();
+        let err = filter.flush().await.unwrap_err().to_string();
+        assert!(err.starts_with("w.log: writing the superblock"), "{err}");
+        let err = filter.flush().await.unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Poisoned);
+    });
+    assert_eq!(bed.words(), ["F"]);
+}
+
+#[test]
+fn the_superblock_is_written_now_and_then() {
+    let bed = Bed::new();
+    let filter = bed.try_open(Settings { interval: 3, ..Settings::default() }).unwrap().0;
+    let counts: Vec<usize> = block_on(async {
+        let mut counts = Vec::new();
+        for i in 0..7 {
+            write(&filter, i, 1, 1).await.unwrap();
+            counts.push(bed.words().len());
+        }
+        counts
+    });
+    assert_eq!(counts, [0, 0, 3, 3, 3, 6, 6]);
+}
+
+#[test]
+fn a_log_goes_on_after_it_was_closed() {
+    let bed = Bed::new();
+    block_on(async {
+        let filter = bed.open();
+        write(&filter, 1, 1, 1).await.unwrap();
+        filter.close().await.unwrap();
+    });
+    let again = bed.after_kill();
+    let (filter, began) = again.try_open(Settings::default()).unwrap();
+    assert_eq!(began, Began::After { entries: 2, counted_in: 0 });
+    block_on(async {
+        write(&filter, 2, 2, 1).await.unwrap();
+        filter.close().await.unwrap();
+    });
+    let end = "M:dm-log-writes-end";
+    assert_eq!(again.words(), ["W1+1", end, "W2+1", end]);
+    // Nothing new, no other mark.
+    let third = again.after_kill();
+    block_on(third.open().close()).unwrap();
+    assert_eq!(third.words().len(), 4);
+}
+
+#[test]
+fn logs_of_others_are_refused_unless_somebody_insists() {
+    let bed = Bed::new();
+    block_on(async {
+        let filter = bed.open();
+        write(&filter, 1, 1, 1).await.unwrap();
+        filter.close().await.unwrap();
+    });
+    let own = bed.after_kill();
+    let foreign = Bed { sidecar: SimFile::new("w.log.sidecar"), ..bed.after_kill() };
+    let before = foreign.log.volatile();
+    let err = foreign.try_open(Settings::default()).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Busy);
+    let text = err.to_string();
+    assert!(
+        text.starts_with("w.log: holds a log already") && text.contains("--log-append"),
+        "{err}"
+    );
+    assert_eq!(foreign.log.volatile(), before);
+    // As another image's.
+    let other = own.after_kill();
+    let subject =
+        Subject { image: ImageIdentity { file: (1, 7), ..own.subject().image }, ..other.subject() };
+    let (log, sidecar) = (Arc::new(other.log.clone()), Arc::new(other.sidecar.clone()));
+    let err = block_on(open(subject, log, sidecar, Settings::default())).unwrap_err().to_string();
+    assert!(err.contains("of another image, /disks/disk"), "{err}");
+    // Told to append.
+    let append = Settings { existing: Existing::Append, ..Settings::default() };
+    let (filter, began) = foreign.try_open(append).unwrap();
+    assert_eq!(began, Began::After { entries: 2, counted_in: 0 });
+    block_on(async {
+        write(&filter, 5, 5, 1).await.unwrap();
+        filter.flush().await.unwrap();
+    });
+    assert_eq!(foreign.words(), ["W1+1", "M:dm-log-writes-end", "W5+1", "F"]);
+    // Told to overwrite; what was there stays behind the count.
+    let overwrite = Settings { existing: Existing::Overwrite, ..Settings::default() };
+    let (filter, began) = own.try_open(overwrite).unwrap();
+    assert_eq!(began, Began::New);
+    block_on(filter.flush()).unwrap();
+    assert_eq!(own.words(), ["F"]);
+    // No log at all.
+    let photo = Bed { log: SimFile::from_bytes("w.log", vec![0x55; 4096]), ..Bed::new() };
+    for settings in [Settings::default(), append] {
+        let err = photo.try_open(settings).unwrap_err().to_string();
+        assert!(err.contains("neither empty nor a log"), "{err}");
+    }
+    photo.try_open(overwrite).unwrap();
+    // Space that was set aside.
+    let zeros = Bed { log: SimFile::from_bytes("w.log", vec![0; 4096]), ..Bed::new() };
+    assert_eq!(zeros.try_open(Settings::default()).unwrap().1, Began::New);
+}
+
+#[test]
+fn a_log_whose_process_died_is_never_started_anew() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(write(&filter, 1, 1, 1)).unwrap();
+    let next = bed.after_kill();
+    let overwrite = Settings { existing: Existing::Overwrite, ..Settings::default() };
+    let (filter, began) = next.try_open(overwrite).unwrap();
+    assert_eq!(began, Began::After { entries: 1, counted_in: 1 });
+    block_on(filter.flush()).unwrap();
+    assert_eq!(next.words(), ["W1+1", "F"]);
+}
+
+#[test]
+fn a_flush_that_was_interrupted_promised_nothing() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    let sim = Sim::new(1);
+    sim.attach(&bed.disk);
+    let mut flush = filter.flush();
+    for _ in 0..5 {
+        assert!(poll(&mut flush).is_pending());
+    }
+    let next = bed.after_kill();
+    let (filter, began) = next.try_open(Settings::default()).unwrap();
+    assert_eq!(began, Began::After { entries: 1, counted_in: 1 });
+    block_on(filter.flush()).unwrap();
+    assert_eq!(next.words(), ["M:flush interrupted", "F"]);
+}
+
+#[test]
+fn after_the_host_went_down_a_log_is_not_continued() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(filter.flush()).unwrap();
+    let mut sidecar = bed.sidecar.volatile();
+    let header = crate::write_log::sidecar::Header::from_bytes(&sidecar).unwrap();
+    let header = crate::write_log::sidecar::Header { boot_id: [b'x'; 40], ..header };
+    sidecar[..4096].copy_from_slice(&header.to_bytes().unwrap());
+    let next = Bed { sidecar: SimFile::from_bytes("s", sidecar), ..bed.after_kill() };
+    let err = next.try_open(Settings::default()).unwrap_err().to_string();
+    assert!(err.contains("the host went down"), "{err}");
+    next.try_open(Settings { existing: Existing::Append, ..Settings::default() }).unwrap();
+}
+
+#[test]
+fn the_sidecar_tells_the_order_and_the_queue() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    origin::set_queue(Some(5));
+    block_on(write(&filter, 1, 1, 1)).unwrap();
+    origin::set_queue(None);
+    block_on(async {
+        filter.write_zeroes(sectors(2, 2), true).await.unwrap();
+        filter.flush().await.unwrap();
+        let log = Log::open(Arc::new(bed.log.clone())).await.unwrap();
+        let mut sidecar = Sidecar::open(Arc::new(bed.sidecar.clone())).await.unwrap();
+        assert_eq!(sidecar.header().disk_size, SIZE);
+        let mut walk = log.walk();
+        let mut seen = Vec::new();
+        while let Some(entry) = walk.next().await.unwrap() {
+            let record = sidecar.record(entry.number).await.unwrap().unwrap();
+            let whole = crate::write_log::sidecar::matches(&log, &entry, &record).await.unwrap();
+            assert!(whole, "{record:?}");
+            seen.push((record.submitted, record.completed, record.queue));
+        }
+        assert_eq!(seen, [(0, 1, Some(5)), (2, 3, None), (4, 5, None)]);
+        assert_eq!(sidecar.record(3).await.unwrap(), None);
+    });
+}
+
+/// A write to a sector, as the guest knows it. Submissions and completions are numbered.
+#[derive(Clone, Copy, Debug)]
+struct Access {
+    byte: u8,
+    submitted: u64,
+    completed: Option<u64>,
+}
+
+/// What a random guest has done.
+struct History {
+    /// For each sector the writes to it, oldest submission first.
+    sectors: Vec<Vec<Access>>,
+    events: u64,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        let zeros = Access { byte: 0, submitted: 0, completed: Some(0) };
+        History { sectors: vec![vec![zeros]; (SIZE / SECTOR) as usize], events: 0 }
+    }
+}
+
+impl History {
+    fn submit(&mut self, range: ByteRange, byte: u8) -> u64 {
+        self.events += 1;
+        let access = Access { byte, submitted: self.events, completed: None };
+        self.in_range(range).for_each(|sector| sector.push(access));
+        access.submitted
+    }
+
+    fn complete(&mut self, range: ByteRange, submitted: u64) {
+        self.events += 1;
+        let completed = Some(self.events);
+        for sector in self.in_range(range) {
+            let access = sector.iter_mut().find(|access| access.submitted == submitted);
+            access.expect("submitted before").completed = completed;
+        }
+    }
+
+    fn in_range(&mut self, range: ByteRange) -> impl Iterator<Item = &mut Vec<Access>> {
+        let sectors = (range.offset / SECTOR) as usize..(range.end() / SECTOR) as usize;
+        self.sectors[sectors].iter_mut()
+    }
+}
+
+/// Whether a sector with these accesses may hold `byte`, given that nothing completed is lost:
+/// somebody wrote it, and nobody completed another write that began after that had ended.
+fn is_possible(accesses: &[Access], byte: u8) -> bool {
+    let superseded = |one: &Access| {
+        let later = |other: &&Access| one.completed.is_some_and(|end| other.submitted > end);
+        accesses.iter().filter(later).any(|other| other.completed.is_some())
+    };
+    accesses.iter().any(|access| access.byte == byte && !superseded(access))
+}
+
+/// A guest that writes, discards and flushes at random, several requests at a time. Each write has
+/// a byte of its own. What is completed is noted in `history`; flushes note how many entries the
+/// log must count from then on.
+fn guest<'a>(
+    filter: &'a WriteLog,
+    seed: u64,
+    history: &'a RefCell<History>,
+    flushed: &'a Cell<u64>,
+) -> Vec<SimTask<'a>> {
+    let next = Rc::new(Cell::new(1));
+    (0..4)
+        .map(|lane| {
+            let (next, mut rng) = (Rc::clone(&next), Rng::new(seed * 8 + lane));
+            Box::pin(async move {
+                for _ in 0..12 {
+                    let byte: u8 = next.get();
+                    let first = rng.below(16);
+                    let count = 1 + rng.below(4);
+                    let range = sectors(first, count);
+                    let submit = |byte| history.borrow_mut().submit(range, byte);
+                    let complete = |submitted| history.borrow_mut().complete(range, submitted);
+                    match rng.below(8) {
+                        0 | 1 => {
+                            filter.flush().await.unwrap();
+                            flushed.set(flushed.get().max(filter.entries().1));
+                        }
+                        2 => {
+                            let submitted = submit(0);
+                            filter.write_zeroes(range, true).await.unwrap();
+                            complete(submitted);
+                        }
+                        _ => {
+                            next.set(byte + 1);
+                            let submitted = submit(byte);
+                            write(filter, first, byte, count).await.unwrap();
+                            complete(submitted);
+                        }
+                    }
+                }
+            }) as SimTask<'a>
+        })
+        .collect()
+}
+
+#[test]
+fn a_replay_makes_the_disk_whatever_the_order_of_the_host() {
+    for seed in 0..200 {
+        let bed = Bed::new();
+        let filter = bed.open();
+        let (history, flushed) = (RefCell::default(), Cell::new(0));
+        let sim = Sim::new(seed);
+        for file in [&bed.disk, &bed.log, &bed.sidecar] {
+            sim.attach(file);
+        }
+        sim.run(guest(&filter, seed, &history, &flushed));
+        for file in [&bed.disk, &bed.log, &bed.sidecar] {
+            sim.detach(file);
+        }
+        block_on(filter.close()).unwrap();
+        let log = bed.log.volatile();
+        assert_eq!(replay(&log, usize::MAX), bed.disk.volatile(), "seed {seed}");
+    }
+}
+
+#[test]
+fn killed_anywhere_the_log_holds_what_was_completed() {
+    let mut counted_in = 0;
+    for seed in 0..400 {
+        let bed = Bed::new();
+        let filter = bed.open();
+        let (history, flushed) = (RefCell::default(), Cell::new(0));
+        let sim = Sim::new(seed);
+        for file in [&bed.disk, &bed.log, &bed.sidecar] {
+            sim.attach(file);
+        }
+        let end = 1 + Rng::new(seed).below(400);
+        sim.run_until(guest(&filter, seed, &history, &flushed), |step| step >= end);
+        // Requests that were handed to the host may still happen, or not.
+        if seed % 2 == 0 {
+            sim.drain();
+        }
+        assert!(entries_of(&bed.log.volatile()).len() as u64 >= flushed.get(), "seed {seed}");
+        let next = bed.after_kill();
+        let (filter, began) = next.try_open(Settings::default()).unwrap();
+        let Began::After { counted_in: some, .. } = began else { panic!("seed {seed}: {began:?}") };
+        counted_in += some;
+        block_on(filter.close()).unwrap();
+        let log = next.log.volatile();
+        let replayed = replay(&log, usize::MAX);
+        let disk = next.disk.volatile();
+        for (sector, accesses) in history.borrow().sectors.iter().enumerate() {
+            let at = sector * 512;
+            let (logged, stored) = (replayed[at], disk[at]);
+            let case = format!("seed {seed}, sector {sector}: {accesses:?}");
+            assert!(is_possible(accesses, logged), "{logged} is logged, {case}");
+            assert!(is_possible(accesses, stored), "{stored} is stored, {case}");
+            // They may differ only where a request was in flight.
+            let in_flight = accesses.iter().any(|access| access.completed.is_none());
+            assert!(in_flight || logged == stored, "{logged} logged, {stored} stored, {case}");
+        }
+    }
+    assert!(counted_in > 1000, "only {counted_in} entries were counted in: nothing was tested");
+}
+
+#[test]
+fn a_power_cut_leaves_a_log_of_all_that_was_flushed() {
+    for seed in 0..300 {
+        let bed = Bed::new();
+        let filter = bed.open();
+        let (history, flushed) = (RefCell::default(), Cell::new(0));
+        let sim = Sim::new(seed);
+        for file in [&bed.disk, &bed.log, &bed.sidecar] {
+            sim.attach(file);
+        }
+        let end = 1 + Rng::new(seed).below(400);
+        sim.run_until(guest(&filter, seed, &history, &flushed), |step| step >= end);
+        let whole = bed.log.volatile();
+        let left = bed.log.power_cut(seed);
+        let entries = entries_of(&left);
+        assert!(entries.len() as u64 >= flushed.get(), "seed {seed}");
+        // Each entry that is counted is what was written, to the last byte.
+        let end = entries.last().map_or(512, |(entry, _)| entry.end_position() as usize);
+        assert!(left[512..end] == whole[512..end], "seed {seed}: a counted entry is torn");
+    }
+}
