@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use vublk::frontend::{Personality, Request, SessionOptions};
 use vublk::units::ByteRange;
 use vublk::write_log::{Flags, LogBuilder};
 
 mod common;
 
-use common::{fails, have, ok, tool, tool_ok, vublk};
+use common::{Setup, fails, have, ok, ok_or, tool, tool_ok, vublk};
 
 fn json_of(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
@@ -386,4 +387,150 @@ fn an_empty_log_changes_nothing() {
     fill(d);
     ok(d, &["log", "replay", "w.log", "--replay", "disk.img"]);
     assert_eq!(std::fs::read(d.join("disk.img")).unwrap(), [7; 10 * 512]);
+}
+
+/// Records some writes in `w.log` of a directory, and returns it. The image is `disk.raw` there.
+fn recorded(options: &[&str]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("w.log");
+    let image = dir.path().join("disk.raw");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let log = ["--log-writes", log.to_str().unwrap()];
+    let mut backend = Setup::new(&[&log[..], options].concat()).image(&image).start();
+    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+    for request in [
+        Request::write(4096, vec![1; 8192]),
+        Request::write_zeroes(&[(65536, 32768)], true),
+        Request::flush(),
+        Request::discard(&[(4096, 4096)]),
+        Request::write(8192, vec![2; 4096]),
+        Request::flush(),
+        Request::write(12288, vec![3; 4096]),
+    ] {
+        disk.execute(0, &request).unwrap().ok().unwrap();
+    }
+    disk.stop().unwrap();
+    assert!(backend.terminate().success());
+    dir
+}
+
+/// The kinds of the entries of a log.
+fn kinds(dir: &Path, log: &str) -> Vec<String> {
+    let list = json_of(&ok(dir, &["log", "list", "--output", "json", log]));
+    let names = |entry: &Value| match entry["flags"].as_array().unwrap()[..] {
+        [] => "WRITE".to_string(),
+        ref flags => flags.iter().map(|flag| flag.as_str().unwrap()).collect::<Vec<_>>().join("|"),
+    };
+    list.as_array().unwrap().iter().map(names).collect()
+}
+
+#[test]
+fn a_recorded_log_is_sound_and_replays_to_the_image() {
+    for options in [&[][..], &["--log-sector-size", "4096", "--block-size", "4096"]] {
+        let dir = recorded(options);
+        let d = dir.path();
+        let kinds = kinds(d, "w.log");
+        assert_eq!(kinds[..6], ["WRITE", "WRITE", "FLUSH", "DISCARD", "WRITE", "FLUSH"]);
+        assert_eq!(kinds.last().unwrap(), "MARK");
+        let verified = json_of(&ok(d, &["log", "verify", "--output", "json", "w.log"]));
+        assert_eq!(verified["entries-with-record"], verified["counted-entries"]);
+        assert_eq!((&verified["damage"], &verified["notes"]), (&json!([]), &json!([])));
+        ok(d, &["create", "-q", "-f", "raw", "new.raw", "1M"]);
+        ok(d, &["log", "replay", "w.log", "--replay", "new.raw"]);
+        assert!(
+            std::fs::read(d.join("new.raw")).unwrap() == std::fs::read(d.join("disk.raw")).unwrap()
+        );
+        // The zeros are a hole.
+        let stored =
+            std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(d.join("w.log")).unwrap());
+        assert!(stored * 512 < 65536, "{stored} blocks");
+        // A changed byte of data.
+        let mut bytes = std::fs::read(d.join("w.log")).unwrap();
+        let data = if options.is_empty() { 1024 } else { 8192 };
+        bytes[data + 700] ^= 1;
+        std::fs::write(d.join("w.log"), bytes).unwrap();
+        let text = ok_or(d, &["log", "verify", "w.log"], 2);
+        assert!(text.starts_with("entry 0: header or data are not what its record says"), "{text}");
+    }
+}
+
+/// What xfstests' replay-log refuses, besides what our reader does: see `docs/write-log.md`.
+#[test]
+fn a_recorded_log_keeps_to_what_replay_log_demands() {
+    let dir = recorded(&[]);
+    let bytes = std::fs::read(dir.path().join("w.log")).unwrap();
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    assert_eq!((number(0), number(8)), (0x006a_7366_7773_6872, 1));
+    let mut at = 512;
+    for entry in 0..number(16) {
+        let (sectors, flags, data_len) = (number(at + 8), number(at + 16), number(at + 24));
+        assert!(sectors > 0 || flags != 0, "entry {entry} is malformed");
+        assert_eq!(flags & !0xf, 0, "entry {entry}: flags that QEMU does not take");
+        let text = if flags == 8 { data_len } else { 0 };
+        assert!(data_len == text && text < 480, "entry {entry}: data_len {data_len}");
+        assert!(bytes[at + 32 + text..at + 512].iter().all(|b| *b == 0), "entry {entry}: padding");
+        at += 512 * if flags & 4 != 0 { 1 } else { 1 + sectors };
+    }
+    assert_eq!(at, bytes.len(), "something stands behind the last entry");
+}
+
+#[test]
+fn qemu_appends_to_our_log() {
+    if !have("qemu-io") {
+        return;
+    }
+    let dir = recorded(&[]);
+    let d = dir.path();
+    let before = kinds(d, "w.log");
+    let options = "driver=blklogwrites,file.driver=file,file.filename=disk.raw,\
+                   log.driver=file,log.filename=w.log,log-append=on";
+    let commands = ["-c", "write -P 7 16384 4096", "-c", "flush"];
+    tool_ok(d, "qemu-io", &[&["--image-opts", options][..], &commands].concat());
+    let after = kinds(d, "w.log");
+    assert_eq!(after[..before.len()], before, "QEMU changed what was there");
+    assert_eq!(after[before.len()..][..2], ["WRITE", "FLUSH"]);
+    ok(d, &["create", "-q", "-f", "raw", "new.raw", "1M"]);
+    ok(d, &["log", "replay", "w.log", "--replay", "new.raw"]);
+    assert!(
+        std::fs::read(d.join("new.raw")).unwrap() == std::fs::read(d.join("disk.raw")).unwrap()
+    );
+    // What QEMU wrote has no records, and the image has changed: going on must be asked for.
+    let log = d.join("w.log");
+    let image = d.join("disk.raw");
+    let args = ["serve", "--socket-path", "s", "-f", "raw", "--log-writes", "w.log", "disk.raw"];
+    let err = fails(d, &args, 1);
+    assert!(err.contains("disk.raw was changed after recording ended"), "{err}");
+    let append = ["--log-writes", log.to_str().unwrap(), "--log-append"];
+    let mut backend = Setup::new(&append).image(&image).start();
+    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+    disk.execute(0, &Request::write(20480, vec![9; 4096])).unwrap().ok().unwrap();
+    disk.stop().unwrap();
+    assert!(backend.terminate().success());
+    assert_eq!(kinds(d, "w.log")[after.len()..], ["WRITE", "FLUSH", "MARK"][..]);
+    ok(d, &["log", "verify", "w.log"]);
+}
+
+#[test]
+fn recording_is_refused_where_it_cannot_be_right() {
+    let dir = recorded(&[]);
+    let d = dir.path();
+    let refused = |args: &[&str]| {
+        fails(d, &[&["serve", "--socket-path", "s", "-f", "raw"], args].concat(), 1)
+    };
+    let err = refused(&["--log-writes", "disk.raw", "disk.raw"]);
+    assert!(err.contains("disk.raw"), "{err}");
+    let err = refused(&["-r", "--log-writes", "w.log", "disk.raw"]);
+    assert!(err.contains("nothing to record"), "{err}");
+    std::fs::copy(d.join("disk.raw"), d.join("copy.raw")).unwrap();
+    let err = refused(&["--log-writes", "w.log", "copy.raw"]);
+    assert!(err.contains("of another image") && err.contains("--log-overwrite"), "{err}");
+    let err = refused(&["--log-writes", "new.log", "--log-sector-size", "1000", "disk.raw"]);
+    assert!(err.contains("new.log: invalid log sector size 1000"), "{err}");
+    assert!(!d.join("new.log").exists(), "a refused log was made");
+    let err = refused(&["--log-writes", "new.log", "--log-sector-size", "4096", "disk.raw"]);
+    assert!(err.contains("--block-size 4096"), "{err}");
+    std::fs::write(d.join("notes"), "some text").unwrap();
+    let err = refused(&["--log-writes", "notes", "disk.raw"]);
+    assert!(err.contains("neither empty nor a log of writes"), "{err}");
+    assert_eq!(std::fs::read(d.join("notes")).unwrap(), b"some text");
 }

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | 0 | done |
 //! | 1 | failed; for `compare` the images differ |
-//! | 2 | wrong usage; for `check` the image is corrupt; for `compare` an image cannot be opened |
+//! | 2 | wrong usage; for `check` the image is corrupt, for `log verify` the log; for `compare` an image cannot be opened |
 //! | 3 | for `check` there are leaks only; for `compare` what is allocated cannot be found out |
 //! | 4 | for `compare` an image cannot be read |
 //! | 63 | for `check` the format cannot be checked |

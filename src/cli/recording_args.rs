@@ -26,7 +26,7 @@ pub enum LogOrder {
 pub struct RecordingArgs {
     /// Record every write, discard and flush in this file or block device (dm-log-writes format;
     /// see `vublk log`). A log of this image is continued, any other is refused
-    #[arg(long, value_name = "LOG", conflicts_with_all = ["blockdev", "export"])]
+    #[arg(long, value_name = "LOG", conflicts_with_all = ["blockdevs", "exports"])]
     pub log_writes: Option<PathBuf>,
     /// Size of the log's sectors; the guest's blocks must not be smaller. A power of two from 512
     /// to 64K, 512 if not given
@@ -59,6 +59,7 @@ impl RecordingArgs {
         cache: CacheMode,
         locking: Locking,
         lock_wait: Duration,
+        block_size: u64,
     ) -> Option<RecordRequest> {
         let log = self.log_writes.clone()?;
         let existing = match (self.log_append, self.log_overwrite) {
@@ -76,6 +77,6 @@ impl RecordingArgs {
             },
         };
         let sidecar = self.log_sidecar.clone();
-        Some(RecordRequest { log, sidecar, cache, locking, lock_wait, settings })
+        Some(RecordRequest { log, sidecar, cache, locking, lock_wait, block_size, settings })
     }
 }

@@ -52,7 +52,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
             frozen::check(&image.file)?;
         }
         let (locking, wait_for) = (request.locking, request.lock_wait);
-        let record = args.recording.request(args.cache, locking, wait_for);
+        let record = args.recording.request(args.cache, locking, wait_for, args.block_size);
         if let Some(record) = record {
             image = images::recording::record_image(image, &record)?;
         }

@@ -30,6 +30,8 @@ pub struct RecordRequest {
     pub locking: Locking,
     /// How long to wait for its lock.
     pub lock_wait: Duration,
+    /// Size of the guest's blocks in bytes: a request is whole log sectors.
+    pub block_size: u64,
     /// The rest.
     pub settings: Settings,
 }
@@ -97,6 +99,14 @@ fn start(
     let log = Arc::clone(log) as Arc<dyn File>;
     let opening = write_log::open(subject, log, Arc::new(sidecar), request.settings);
     let (filter, began) = block_on(opening)?;
+    let unit = filter.sector_size();
+    if unit > request.block_size {
+        return Err(Error::invalid(format!(
+            "{name}: log sectors of {unit} bytes are larger than the guest's blocks of {}; use \
+             --block-size {unit}, or a log with smaller sectors",
+            request.block_size
+        )));
+    }
     Ok(Recording { filter: Arc::new(filter), began })
 }
 

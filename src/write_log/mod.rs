@@ -21,6 +21,7 @@
 //!   first N gives a disk that a power cut could have left.
 
 pub mod builder;
+pub mod fuzzing;
 pub mod layout;
 pub mod reader;
 pub mod selection;

@@ -9,6 +9,7 @@ mod info;
 mod list;
 mod replay;
 mod source;
+mod verify;
 
 use clap::{Args, Subcommand};
 
@@ -27,6 +28,7 @@ enum LogCommand {
     List(list::ListArgs),
     Find(find::FindArgs),
     Replay(Box<replay::ReplayArgs>),
+    Verify(verify::VerifyArgs),
 }
 
 pub fn run(args: &LogArgs) -> Result<u8> {
@@ -35,5 +37,6 @@ pub fn run(args: &LogArgs) -> Result<u8> {
         LogCommand::List(args) => list::run(args),
         LogCommand::Find(args) => find::run(args),
         LogCommand::Replay(args) => replay::run(args),
+        LogCommand::Verify(args) => verify::run(args),
     }
 }

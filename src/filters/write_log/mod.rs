@@ -80,6 +80,11 @@ impl WriteLog {
         self.recorder.log().name()
     }
 
+    /// Size of a log sector in bytes: the unit of requests.
+    pub fn sector_size(&self) -> u64 {
+        u64::from(self.recorder.sector_size())
+    }
+
     /// How many entries there are and may be counted, and how many the superblock counts.
     pub fn entries(&self) -> (u64, u64) {
         (self.recorder.tail().countable(), self.recorder.counted())
