@@ -35,16 +35,16 @@
 //! 4096+N half 1: the same; the half with the higher generation is the one appended to
 //! ```
 //!
-//! An append writes the record and then, as one aligned 8-byte write, the committed length. Killed
-//! anywhere in between, the record does not exist, and neither did the completion it was to
-//! precede. `release` sets the committed length of the older half to 0, again one 8-byte write.
+//! An append copies the record into the mapped file and then stores, as one aligned word, the
+//! committed length: no system call (but one in [`RESERVE`] bytes, to make sure of the memory).
+//! Killed anywhere in between, the record does not exist, and neither did the completion it was to
+//! precede. `release` sets the committed length of the older half to 0, again one word.
 //! The CRC covers generation and position, so nothing stale passes for a record.
 //!
 //! Invariants: `rotate` is called only while nothing of the half before the current one is left;
 //! every committed record stays until `release`, `reset`, `begin` or `discard`.
 
 use std::fs::File;
-use std::io::IoSlice;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -53,6 +53,7 @@ use std::sync::{Mutex, MutexGuard};
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::io::SharedMemory;
 use crate::units::align_up;
 
 /// Space for records between two flushes, in bytes, if the owner does not say otherwise.
@@ -60,6 +61,9 @@ pub const DEFAULT_CAPACITY: u64 = 16 << 20;
 
 const MAGIC: &[u8; 8] = b"vublkKP1";
 const HEADER_LEN: u64 = 4096;
+/// How much memory is asked of the host at a time, in bytes. What was once asked for of each half
+/// up to this much is never given back while the session runs.
+const RESERVE: u64 = 128 << 10;
 /// Length and CRC of a record.
 const RECORD_HEADER: u64 = 8;
 
@@ -104,8 +108,8 @@ struct State {
     active: usize,
     /// Space in the active half promised to [`Reservation`]s.
     reserved: u64,
-    /// Whether `begin` was called, that is: whether records may be appended.
-    recording: bool,
+    /// The file as memory, from `begin` on: records may be appended.
+    memory: Option<SharedMemory>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -113,6 +117,8 @@ struct Half {
     generation: u64,
     /// How many bytes of records are valid.
     committed: u64,
+    /// For how many bytes the host has set memory aside.
+    backed: u64,
 }
 
 impl Keep {
@@ -201,7 +207,7 @@ impl Keep {
 
     /// Whether a session runs, that is: whether records are wanted.
     pub fn is_recording(&self) -> bool {
-        self.lock().recording
+        self.lock().memory.is_some()
     }
 
     /// Whether a record with this much payload fits an empty keep.
@@ -234,7 +240,7 @@ impl Keep {
         self.file.write_all_at(&header, 0)?;
         self.put(at::VALID, 1)?;
         state.nonce = Some(nonce);
-        state.recording = true;
+        state.memory = Some(SharedMemory::map(&self.file, HEADER_LEN + 2 * self.capacity)?);
         Ok(())
     }
 
@@ -257,32 +263,51 @@ impl Keep {
     /// Kind [`NoSpace`](ErrorKind::NoSpace) if the keep or the tmpfs is full: flush, `release`, and
     /// try again (or do without the record, as it is flushed then).
     pub fn append(&self, pieces: &[&[u8]]) -> Result<()> {
+        self.append_and(pieces, || ())
+    }
+
+    /// As [`Keep::append`], and does `change` once the record is kept, as one step to
+    /// [`Keep::rotate`]: either both come before it or none. `change` must be short.
+    pub fn append_and(&self, pieces: &[&[u8]], change: impl FnOnce()) -> Result<()> {
         let payload = pieces.iter().map(|piece| piece.len() as u64).sum();
-        let Some(reservation) = self.reserve(payload) else {
+        let mut state = self.lock();
+        let used = state.halves[state.active].committed + state.reserved;
+        if used.checked_add(record_len(payload)).is_none_or(|used| used > self.capacity) {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 format!("{}: full ({} bytes)", self.path.display(), self.capacity),
             ));
-        };
-        reservation.append(pieces)
+        }
+        self.append_locked(&mut state, pieces).context(|| self.path.display().to_string())?;
+        change();
+        Ok(())
     }
 
     fn append_locked(&self, state: &mut State, pieces: &[&[u8]]) -> Result<()> {
-        assert!(state.recording, "append to a keep without a session");
+        let memory = state.memory.as_ref().expect("append to a keep without a session");
         let payload: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         let half = &mut state.halves[state.active];
         let position = half.committed;
-        let crc = checksum(half.generation, position, pieces);
+        let committed = position + record_len(payload);
+        let start = HEADER_LEN + state.active as u64 * self.capacity;
+        if committed > half.backed {
+            let len = (committed - half.backed).next_multiple_of(RESERVE);
+            let len = len.min(self.capacity - half.backed);
+            SharedMemory::reserve(&self.file, start + half.backed, len)?;
+            half.backed += len;
+        }
         let mut header = [0u8; RECORD_HEADER as usize];
         header[..4].copy_from_slice(&(payload as u32).to_le_bytes());
+        let crc = checksum(half.generation, position, pieces);
         header[4..].copy_from_slice(&crc.to_le_bytes());
-        let mut parts = vec![IoSlice::new(&header)];
-        parts.extend(pieces.iter().map(|piece| IoSlice::new(piece)));
-        let offset = HEADER_LEN + state.active as u64 * self.capacity + position;
-        write_vectored_at(&self.file, &mut parts, offset)?;
-        let committed = position + record_len(payload);
-        self.put(at::HALVES + 16 * state.active + 8, committed)?;
-        state.halves[state.active].committed = committed;
+        memory.copy_in(start + position, &header);
+        let mut at = start + position + RECORD_HEADER;
+        for piece in pieces {
+            memory.copy_in(at, piece);
+            at += piece.len() as u64;
+        }
+        memory.store((at::HALVES + 16 * state.active + 8) as u64, committed);
+        half.committed = committed;
         Ok(())
     }
 
@@ -337,10 +362,14 @@ impl Keep {
             self.put(at::HALVES + 16 * half + 8, 0)?;
         }
         state.halves[half].committed = 0;
-        // Gives the memory back. Not vital.
-        let start = HEADER_LEN + half as u64 * self.capacity;
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let _ = rustix::fs::fallocate(&self.file, flags, start, self.capacity);
+        let backed = &mut state.halves[half].backed;
+        if *backed > RESERVE {
+            // Gives the memory back. Not vital.
+            let start = HEADER_LEN + half as u64 * self.capacity + RESERVE;
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let _ = rustix::fs::fallocate(&self.file, flags, start, self.capacity - RESERVE);
+            *backed = RESERVE;
+        }
         Ok(())
     }
 
@@ -350,18 +379,24 @@ impl Keep {
     /// # Errors
     /// Kind [`Corrupt`](ErrorKind::Corrupt) if a record is damaged: none may be applied then.
     pub fn take_over(&self, nonce: u128) -> Result<Option<Vec<Vec<u8>>>> {
+        let mut records = Vec::new();
+        let found = self.take_over_each(nonce, |record| records.push(record.to_vec()))?;
+        Ok(found.then_some(records))
+    }
+
+    /// As [`Keep::take_over`], for records of which only a digest is wanted in memory; false if
+    /// this keep holds nothing of the session. After an error, what was handed over is void.
+    pub fn take_over_each(&self, nonce: u128, mut each: impl FnMut(&[u8])) -> Result<bool> {
         let state = self.lock();
         if state.nonce != Some(nonce) {
-            return Ok(None);
+            return Ok(false);
         }
         let mut order = [0, 1];
         order.sort_by_key(|half| state.halves[*half].generation);
-        let mut records = Vec::new();
         for half in order {
-            self.read_half(&state, half, &mut records)
-                .context(|| self.path.display().to_string())?;
+            self.read_half(&state, half, &mut each).context(|| self.path.display().to_string())?;
         }
-        Ok(Some(records))
+        Ok(true)
     }
 
     /// The session that this keep is of, whether it holds records or not.
@@ -375,10 +410,11 @@ impl Keep {
         state.nonce.filter(|_| state.halves.iter().any(|half| half.committed > 0))
     }
 
-    fn read_half(&self, state: &State, half: usize, out: &mut Vec<Vec<u8>>) -> Result<()> {
-        let Half { generation, committed } = state.halves[half];
+    fn read_half(&self, state: &State, half: usize, each: &mut impl FnMut(&[u8])) -> Result<()> {
+        let Half { generation, committed, .. } = state.halves[half];
         let start = HEADER_LEN + half as u64 * self.capacity;
         let mut position = 0;
+        let mut payload = Vec::new();
         while position < committed {
             let damaged = |what: &str| {
                 Error::corrupt(format!(
@@ -394,12 +430,12 @@ impl Keep {
             if position + record_len(len) > committed {
                 return Err(damaged("runs past the end"));
             }
-            let mut payload = vec![0; len as usize];
+            payload.resize(len as usize, 0);
             self.file.read_exact_at(&mut payload, start + position + RECORD_HEADER)?;
             if checksum(generation, position, &[&payload]) != crc {
                 return Err(damaged("has a wrong checksum"));
             }
-            out.push(payload);
+            each(&payload);
             position += record_len(len);
         }
         Ok(())
@@ -416,8 +452,9 @@ impl Keep {
         }
         let mut state = self.lock();
         self.put(at::VALID, 0)?;
-        rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
+        // Unmapped before the file is cut.
         *state = State::default();
+        rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
         Ok(())
     }
 
@@ -461,6 +498,7 @@ impl Keep {
         let half = |i: usize| Half {
             generation: get_u64(&header, at::HALVES + 16 * i),
             committed: get_u64(&header, at::HALVES + 16 * i + 8),
+            backed: 0,
         };
         let halves = [half(0), half(1)];
         // The capacity is that of the process that wrote it.
@@ -469,10 +507,7 @@ impl Keep {
             return None;
         }
         let active = usize::from(halves[1].generation > halves[0].generation);
-        Some((
-            State { nonce: Some(nonce), halves, active, reserved: 0, recording: false },
-            capacity,
-        ))
+        Some((State { nonce: Some(nonce), halves, active, reserved: 0, memory: None }, capacity))
     }
 }
 
@@ -527,25 +562,6 @@ fn put_u64(header: &mut [u8], at: usize, value: u64) {
 
 fn get_u64(header: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"))
-}
-
-fn write_vectored_at(file: &File, mut parts: &mut [IoSlice<'_>], mut offset: u64) -> Result<()> {
-    while !parts.is_empty() {
-        match rustix::io::pwritev(file, parts, offset) {
-            Ok(0) => return Err(Error::from_errno(libc::ENOSPC)),
-            Ok(n) => {
-                offset += n as u64;
-                IoSlice::advance_slices(&mut parts, n);
-                // Empty pieces at the end would make the next call return 0.
-                if parts.iter().all(|part| part.is_empty()) {
-                    break;
-                }
-            }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 /// Locks the file against other processes. One that was just killed may still be going away.

@@ -23,6 +23,7 @@ pub mod footprint;
 pub mod host;
 pub mod lock;
 pub mod reactor;
+pub mod shared_memory;
 pub mod sim;
 
 pub use buf::{AlignedBuf, BufferOwner, Buffers};
@@ -31,3 +32,4 @@ pub use file::{Alignment, File, Fut, Hole};
 pub use host::{HostFile, HostKind, OpenOptions};
 pub use lock::Rights;
 pub use reactor::{Reactor, block_on, prepare_thread, spawn_local, yield_now};
+pub use shared_memory::SharedMemory;
