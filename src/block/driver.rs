@@ -242,6 +242,17 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
+    /// The same layer, of the same state, on another backing: for drivers whose plans lead through
+    /// their backing, so that it cannot change under them. `None`: [`Driver::set_backing`] does it
+    /// in place. The one that is replaced must not be used any more.
+    ///
+    /// # Errors
+    /// If the layer cannot stand on `backing`.
+    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
+        let _ = backing;
+        Ok(None)
+    }
+
     /// Puts another node (or none) in the place of the backing. The guard proves that nobody reads
     /// through this driver meanwhile.
     ///

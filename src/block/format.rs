@@ -127,6 +127,15 @@ pub trait Format: Send + Sync + fmt::Debug {
         None
     }
 
+    /// See [`Driver::on_backing`].
+    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Self>>
+    where
+        Self: Sized,
+    {
+        let _ = backing;
+        Ok(None)
+    }
+
     /// See [`Driver::set_backing`].
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         let _ = (backing, quiesced);
@@ -238,7 +247,7 @@ async fn read_backing(backing: Option<Node>, offset: u64, buf: Buffers) -> Resul
     Ok(())
 }
 
-impl<F: Format> Driver for FormatDriver<F> {
+impl<F: Format + 'static> Driver for FormatDriver<F> {
     fn name(&self) -> &'static str {
         self.format.name()
     }
@@ -303,6 +312,11 @@ impl<F: Format> Driver for FormatDriver<F> {
 
     fn children(&self) -> Vec<(&'static str, Node)> {
         self.format.backing().map(|node| ("backing", node)).into_iter().collect()
+    }
+
+    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
+        let format = self.format.on_backing(backing)?;
+        Ok(format.map(|format| Arc::new(FormatDriver { format }) as Arc<dyn Driver>))
     }
 
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {

@@ -37,6 +37,8 @@ struct NodeInner {
     keeps_space: bool,
     /// Replaced only while nobody uses it.
     driver: RwLock<Arc<dyn Driver>>,
+    /// Counts the drivers that were here before.
+    generation: AtomicU64,
     /// The driver's limits, as of the last change.
     limits: RwLock<Limits>,
     /// Who uses the node, and what each lets others do.
@@ -103,6 +105,7 @@ impl Node {
                 read_only: AtomicBool::new(options.read_only),
                 keeps_space: options.keeps_space,
                 driver: RwLock::new(driver),
+                generation: AtomicU64::new(0),
                 limits: RwLock::new(limits),
                 holds: Mutex::default(),
                 next_hold: AtomicU64::new(0),
@@ -152,7 +155,14 @@ impl Node {
         let limits = driver.limits();
         let old = std::mem::replace(&mut *self.inner.driver.write().unwrap(), driver);
         *self.inner.limits.write().unwrap() = limits;
+        self.inner.generation.fetch_add(1, Ordering::SeqCst);
         old
+    }
+
+    /// Changes whenever another driver was put in place: who caches the driver compares.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.inner.generation.load(Ordering::Acquire)
     }
 
     /// Refuses writes from now on even if the driver would take them, or no longer.
@@ -168,6 +178,10 @@ impl Node {
     /// If the driver cannot change its backing; then nothing has changed.
     pub fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         let driver = self.driver();
+        if let Some(other) = driver.on_backing(backing.clone())? {
+            self.replace_driver(other, quiesced);
+            return Ok(());
+        }
         driver.set_backing(backing, quiesced)?;
         *self.inner.limits.write().unwrap() = driver.limits();
         Ok(())
