@@ -17,8 +17,9 @@ use std::path::{Component, Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::HostFile;
 
-/// The longest chain of images that is opened.
-pub const MAX_DEPTH: usize = 256;
+/// The most files that a chain of images may have. More than anybody means, and few enough that a
+/// hostile chain ends soon: 255 layers of two files each.
+pub const MAX_DEPTH: usize = 512;
 
 /// Decides which files may be pulled in by images.
 #[derive(Clone, Debug, Default)]
