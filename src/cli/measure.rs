@@ -10,11 +10,12 @@ use crate::cli::options::{Output, ReadArgs, parse_options, take_option};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
+use crate::formats::addcow::layout::{HEADER_LEN, bitmap_len};
 use crate::formats::qcow2::{self, CreateOptions};
 use crate::formats::vhdx;
 use crate::images::{self, ImageFormat};
 use crate::io::block_on;
-use crate::units::{ByteRange, align_down};
+use crate::units::{ByteRange, SECTOR_SIZE, align_down};
 
 /// Calculate how large a new image would be
 #[derive(Debug, Args)]
@@ -102,6 +103,17 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
                 _ => 0,
             };
             Measured { required: measured.empty + data, fully_allocated: measured.full }
+        }
+        // Both files: the bitmap, and the image file with a hole where nothing was written.
+        ImageFormat::AddCow => {
+            let all = size.next_multiple_of(SECTOR_SIZE);
+            let metadata = HEADER_LEN + bitmap_len(all / SECTOR_SIZE);
+            let data = match &image {
+                Some(image) => block_on(data_clusters(&image.node, SECTOR_SIZE))
+                    .context(|| format!("{}: finding out what is allocated", image.name()))?,
+                None => 0,
+            };
+            Measured { required: metadata + data, fully_allocated: metadata + all }
         }
         other => {
             return Err(Error::unsupported(format!("{other} images cannot be measured here")));

@@ -102,6 +102,7 @@ pub fn open_protocol(request: &ProtocolRequest) -> Result<Image> {
         cache: request.cache,
         access,
         locking: request.locking,
+        image_file: None,
         backing: None,
     })
 }

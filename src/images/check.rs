@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::formats::qcow2;
-use crate::images::{Image, ImageFormat};
+use crate::images::{Image, ImageFormat, add_cow};
 use crate::io::{File, block_on};
 
 /// What a check may change.
@@ -78,6 +78,10 @@ pub fn check(image: &Image, repair: Option<Repair>) -> Result<Option<CheckReport
         (ImageFormat::Qcow2, None) => {
             let file = Arc::clone(&image.file) as Arc<dyn File>;
             block_on(qcow2::check::check(&file)).map(|found| Some(report_of(found)))
+        }
+        (ImageFormat::AddCow, what) => {
+            let fix_all = what == Some(Repair::All);
+            add_cow::check(image, what.is_some(), fix_all).map(Some)
         }
         _ => Ok(None),
     }

@@ -12,7 +12,7 @@ use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2;
 use crate::images::open::lock_for_writing;
-use crate::images::{Image, ImageFormat, OpenRequest, open};
+use crate::images::{Image, ImageFormat, OpenRequest, add_cow, open};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
@@ -65,6 +65,15 @@ pub fn options(format: ImageFormat) -> &'static [OptionHelp] {
             ("preallocation", "off (default)"),
         ],
         ImageFormat::Vhdx => vhdx::OPTIONS,
+        ImageFormat::AddCow => &[
+            ("size", "size of the disk; that of the image file or backing file if not given"),
+            ("image-file", "an existing raw image file; FILE.raw is made if not given"),
+            ("backing-file", "the image below, as -b"),
+            ("backing-fmt", "its format, as -F"),
+            ("image_file", "another spelling of image-file"),
+            ("backing_file", "another spelling of backing-file"),
+            ("backing_fmt", "another spelling of backing-fmt"),
+        ],
         _ => &[("size", "size of the disk")],
     }
 }
@@ -89,6 +98,7 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
         ImageFormat::Raw => create_raw(request),
         ImageFormat::Qcow2 => create_qcow2(request),
         ImageFormat::Vhdx => vhdx::create(request),
+        ImageFormat::AddCow => add_cow::create(request),
         other => Err(Error::unsupported(format!(
             "{}: {other} images cannot be created",
             request.path.display()
@@ -97,7 +107,7 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
 }
 
 /// The size of the new disk: as requested, or as the backing file's; a multiple of a sector.
-fn size_of(request: &CreateRequest, backing: Option<&Image>) -> Result<u64> {
+pub(super) fn size_of(request: &CreateRequest, backing: Option<&Image>) -> Result<u64> {
     let size = match (request.size, backing) {
         (Some(size), _) => size,
         (None, Some(backing)) => backing.node.size(),
@@ -262,7 +272,7 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
 }
 
 /// What was given as an option of the command or with `-o`, but not as both.
-fn only_one<'a>(
+pub(super) fn only_one<'a>(
     what: &str,
     argument: Option<&'a str>,
     option: Option<&'a str>,
@@ -298,7 +308,11 @@ fn backing_of(
 }
 
 /// Opens the backing file that is to be named in a new image.
-fn open_backing(request: &CreateRequest, file: &str, format: Option<ImageFormat>) -> Result<Image> {
+pub(super) fn open_backing(
+    request: &CreateRequest,
+    file: &str,
+    format: Option<ImageFormat>,
+) -> Result<Image> {
     let path = open_gate::combine(&request.path, file);
     let image = open(&OpenRequest::read(path).format(format)).context(|| "the backing file")?;
     if let Ok(target) = HostFile::open(&request.path, OpenOptions::default())

@@ -14,6 +14,7 @@
 //! [`open`](mod@open) and [`create`](mod@create), and (where it can be
 //! checked) one in [`check`](mod@check).
 
+mod add_cow;
 pub mod blockdev;
 pub mod check;
 pub mod create;
@@ -96,7 +97,7 @@ impl ImageFormat {
 
     /// The formats that can be opened and created, in the order that messages list them.
     pub const SUPPORTED: &'static [ImageFormat] =
-        &[ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx];
+        &[ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Vhdx, ImageFormat::AddCow];
 
     /// Its name, as QEMU has it where QEMU has it.
     pub fn name(self) -> &'static str {
@@ -115,7 +116,7 @@ impl ImageFormat {
             ImageFormat::WriteLog => {
                 Error::unsupported("is a log of writes (dm-log-writes), not a disk")
             }
-            ImageFormat::AddCow | ImageFormat::Qbm => {
+            ImageFormat::Qbm => {
                 Error::unsupported(format!("{self} images cannot be opened by this version yet"))
             }
             ImageFormat::Luks => Error::unsupported(
@@ -160,6 +161,6 @@ mod tests {
             assert_eq!(format.to_string(), name);
         }
         let err = "qcow3".parse::<ImageFormat>().unwrap_err();
-        assert_eq!(err.to_string(), "unknown format 'qcow3' (known: raw, qcow2, vhdx)");
+        assert_eq!(err.to_string(), "unknown format 'qcow3' (known: raw, qcow2, vhdx, add-cow)");
     }
 }

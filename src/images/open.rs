@@ -24,7 +24,7 @@ use crate::filters::GuessGuard;
 use crate::formats::qcow2;
 use crate::formats::raw::Raw;
 use crate::formats::vhdx;
-use crate::images::{ImageFormat, frozen, probe, users};
+use crate::images::{ImageFormat, add_cow, frozen, probe, users};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
 
 /// What may be done with an image.
@@ -220,6 +220,8 @@ pub struct Image {
     pub access: Access,
     /// How its file is guarded against others.
     pub locking: Locking,
+    /// The file with the data, for formats that have it in another than `file`.
+    pub image_file: Option<Arc<HostFile>>,
     /// The image that it stands on, if it has one and that was opened, too.
     pub backing: Option<Box<Image>>,
 }
@@ -316,6 +318,8 @@ pub struct Opening<'a> {
     pub(super) keeps_space: bool,
     /// The session whose records were redone below this image.
     settled: Option<u128>,
+    /// The file with the data, where that is another.
+    pub(super) image_file: Option<Arc<HostFile>>,
     /// The image below, once it was opened.
     backing: Option<Image>,
 }
@@ -328,8 +332,17 @@ impl<'a> Opening<'a> {
         gate: &'a OpenGate,
         chain: &'a mut Chain,
     ) -> Opening<'a> {
-        let (overridden, keeps_space, settled, backing) = (None, false, None, None);
-        Opening { request, file, gate, chain, overridden, keeps_space, settled, backing }
+        Opening {
+            request,
+            file,
+            gate,
+            chain,
+            overridden: None,
+            keeps_space: false,
+            settled: None,
+            image_file: None,
+            backing: None,
+        }
     }
 }
 
@@ -358,6 +371,11 @@ impl Opening<'_> {
             keep.begin(nonce)?;
         }
         Ok(keep)
+    }
+
+    /// The path of a file that this image names, if it may be opened.
+    pub(super) fn resolve(&self, reference: &str) -> Result<PathBuf> {
+        self.gate.resolve(self.file.path(), reference)
     }
 
     /// Opens a file that this image names, as an image of its own: a backing file (`access` read)
@@ -449,6 +467,7 @@ pub(super) fn build(mut opening: Opening<'_>, format: ImageFormat, guessed: bool
         cache: request.cache,
         access: request.access,
         locking: request.locking,
+        image_file: opening.image_file,
         backing: opening.backing.map(Box::new),
     })
 }
@@ -463,6 +482,7 @@ pub(super) fn open_driver(
         ImageFormat::Raw => open_raw(opening, guessed),
         ImageFormat::Qcow2 => open_qcow2(opening),
         ImageFormat::Vhdx => open_vhdx(opening),
+        ImageFormat::AddCow => add_cow::open_driver(opening),
         other => Err(other.refusal().context(opening.file.name())),
     }
 }
@@ -758,7 +778,8 @@ mod tests {
     #[test]
     fn known_formats_are_named_in_the_refusal() {
         for (magic, word) in [
-            (&b"KDMV"[..], "vmdk images are not supported"),
+            (&b"{ \"QBM\": {} }"[..], "qbm images cannot be opened by this version yet"),
+            (b"KDMV", "vmdk images are not supported"),
             (b"LUKS\xba\xbe", "luks"),
             (b"rhswfsj\0", "log of writes"),
         ] {

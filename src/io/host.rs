@@ -180,6 +180,30 @@ impl HostFile {
         })
     }
 
+    /// The same open file, with its locks, by way of the page cache from now on. The one that was
+    /// opened for direct I/O must not be used for more than its name and locks any more.
+    pub fn buffered(&self) -> Result<HostFile> {
+        if self.direct {
+            let flags = rustix::fs::fcntl_getfl(&self.fd)?;
+            rustix::fs::fcntl_setfl(&self.fd, flags - OFlags::DIRECT)?;
+        }
+        let (inline, reads_nowait) = probe_inline(self.fd.as_fd(), self.kind, false);
+        Ok(HostFile {
+            fd: Arc::clone(&self.fd),
+            path: self.path.clone(),
+            name: self.name.clone(),
+            kind: self.kind,
+            direct: false,
+            writable: self.writable,
+            alignment: Alignment::NONE,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            inline,
+            reads_nowait,
+            inline_suspended_until_ms: AtomicU64::new(0),
+            inline_slow_streak: AtomicU32::new(0),
+        })
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

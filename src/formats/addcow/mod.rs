@@ -1,0 +1,752 @@
+//! add-cow: a bitmap that says which sectors of a raw image file override a backing file.
+//!
+//! ```text
+//! disk.add-cow   header, bitmap       bit 1: the sector is in the image file, at the same offset
+//!     │    └───► disk.raw             bit 0: it is the backing file's, or zeros past its end
+//!     └────────► base                 (without a backing: zeros)
+//! ```
+//!
+//! The layout is version 1 of the format ([`layout`]); what is here makes it fast and safe.
+//!
+//! # How it works
+//!
+//! ```text
+//! read    bits in memory ──► plan: extents of the image file, of the backing's plan, zeros
+//! write   all bits set   ──► plan: the image file, nothing else
+//!         some clear     ──► plan: pin the page; the data goes to the image file; then, by the
+//!                            plan's commit: record in the keep, set the bits, complete
+//! flush   no new bits    ──► plan: sync the image file
+//!         else           ──► [`flush`]: copy changed pages, sync the image file, write the copies,
+//!                            sync the bitmap
+//! ```
+//!
+//! * [`pages`]: the bitmap's pages in memory, bounded, without locks.
+//! * [`flush`]: what becomes durable when; what survives a kill.
+//! * [`create`], [`check`], [`resize`]: the life of the file.
+//!
+//! A bit covers the smallest block a guest may have, so nothing is ever copied up for a write. Space
+//! is never given back to the backing: discards punch holes into the image file where bits are
+//! set, and those stay set, so that what was discarded reads as zeros or old data of its own.
+//!
+//! # Invariants
+//!
+//! * A durable 1 bit implies durable data in the image file.
+//! * A bit is visible only once the data is written, and recorded if a guest's session runs.
+//! * Bits go from 0 to 1 only. So an extent that was planned stays right while it is used.
+//! * Locks are taken in this order: order, loading, turn.
+//!
+//! # Limits
+//!
+//! * The format does not store the backing file's format; who opens the image must know it.
+//! * 4 MiB of the bitmap are in memory at most (64 GiB of disk need 16 MiB of bitmap, unless they
+//!   are all written or all not).
+
+pub mod check;
+pub mod create;
+mod flush;
+pub mod fuzzing;
+pub mod layout;
+mod pages;
+mod resize;
+
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+pub use self::layout::Header;
+
+use self::flush::Durability;
+use self::layout::{HEADER_LEN, bitmap_len, sectors_of};
+use self::pages::{NoRoom, PAGE_LEN, PAGE_SECTORS, Pages, Place};
+use crate::block::driver::Pin;
+use crate::block::{
+    CommitPlanned, Committed, Driver, Extent, ExtentKind, Format, Keep, Limits, Node, Plan,
+    PlanCommit, PlanExtent, PlanOp, Planned, Prepared, Quiesced, RangeGuard, RangeLock,
+    WriteCommit,
+};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::io::{AlignedBuf, File, Fut, yield_now};
+use crate::units::{ByteRange, SECTOR_SIZE};
+
+/// Name of the driver.
+pub const NAME: &str = "add-cow";
+
+/// Longer plans are for the asynchronous path.
+const MAX_EXTENTS: usize = 64;
+
+/// All there is, for range locks.
+const ALL: ByteRange = ByteRange { offset: 0, len: u64::MAX };
+
+/// What shows where no bit is set.
+#[derive(Clone, Debug)]
+pub enum Backing {
+    /// Zeros.
+    None,
+    /// This node.
+    Node(Node),
+    /// Nobody knows: only metadata is wanted, and reading there fails.
+    Unopened,
+}
+
+/// How to open an image.
+#[derive(Debug)]
+pub struct OpenOptions {
+    /// Refuse writes; the files need not be writable.
+    pub read_only: bool,
+    /// The image file: raw, opened by the caller.
+    pub image: Arc<dyn File>,
+    /// The backing, opened by the caller.
+    pub backing: Backing,
+    /// What format the backing has, for `info`.
+    pub backing_format: Option<String>,
+    /// Where completed writes are kept across the death of this process.
+    pub keep: Option<Keep>,
+}
+
+/// An add-cow image on a backing. Usable from any number of threads.
+pub struct AddCow {
+    shared: Arc<Shared>,
+    below: Below,
+}
+
+/// What the plans of an [`AddCow`] lead to where no bit is set.
+enum Below {
+    Zeros,
+    Unopened,
+    Link(Link),
+}
+
+/// The backing with its driver, which plans borrow from.
+struct Link {
+    node: Node,
+    driver: Arc<dyn Driver>,
+    /// The node's when `driver` was loaded.
+    generation: u64,
+    /// The backing's size in bytes.
+    size: u64,
+}
+
+/// The image itself, whatever it stands on.
+struct Shared {
+    /// The add-cow file.
+    file: Arc<dyn File>,
+    /// The image file.
+    data: Arc<dyn File>,
+    header: Header,
+    backing_format: Option<String>,
+    /// Size of the disk in bytes: whole sectors of the image file.
+    size: AtomicU64,
+    read_only: bool,
+    pages: Pages,
+    durability: Durability,
+    /// Shared: allocates. Exclusive: copies up from the backing, which must not race with writes.
+    order: RangeLock,
+    /// While somebody copies up, allocating writes take `order`, that is: are not planned.
+    copying_up: AtomicBool,
+    /// Page numbers that are being read from the file.
+    loading: RangeLock,
+}
+
+impl Link {
+    fn new(node: Node) -> Link {
+        // Before the driver: if that is replaced in between, the generation is already old.
+        let generation = node.generation();
+        Link { driver: node.driver(), generation, size: node.size(), node }
+    }
+}
+
+impl Below {
+    fn new(backing: Backing, name: &str) -> Result<Below> {
+        let node = match backing {
+            Backing::None => return Ok(Below::Zeros),
+            Backing::Unopened => return Ok(Below::Unopened),
+            Backing::Node(node) => node,
+        };
+        let align = node.limits().request_alignment;
+        if !node.size().is_multiple_of(align) {
+            return Err(Error::unsupported(format!(
+                "{name}: its backing file of {} bytes does not end with a sector of {align} bytes; \
+                 use --cache writeback",
+                node.size()
+            )));
+        }
+        Ok(Below::Link(Link::new(node)))
+    }
+}
+
+impl AddCow {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// Names the file and what is wrong. A refused image is not modified; neither is an accepted
+    /// one before its first flush.
+    pub async fn open(file: Arc<dyn File>, options: OpenOptions) -> Result<AddCow> {
+        let name = file.name().to_string();
+        let header = read_header(&file).await?;
+        let below = Below::new(options.backing, &name)?;
+        let image_len = options.image.len().context(|| name.clone())?;
+        let sectors = sectors_of(image_len);
+        let file_len = file.len().context(|| name.clone())?;
+        let bits = file_len.saturating_sub(HEADER_LEN);
+        if !image_len.is_multiple_of(SECTOR_SIZE) {
+            tracing::warn!(
+                "{name}: image file {}: its last {} bytes are no whole sector and are ignored",
+                options.image.name(),
+                image_len % SECTOR_SIZE
+            );
+        }
+        if bits != bitmap_len(sectors) {
+            tracing::warn!(
+                "{name}: has a bitmap of {bits} bytes, and image file {} one of {} sectors would \
+                 have {}; was one of them truncated or resized? vublk check tells more",
+                options.image.name(),
+                sectors,
+                bitmap_len(sectors)
+            );
+        }
+        if options.read_only && options.keep.is_some() {
+            return Err(Error::invalid(format!("{name}: a read-only image keeps nothing")));
+        }
+        let shared = Shared {
+            file,
+            data: options.image,
+            header,
+            backing_format: options.backing_format,
+            size: AtomicU64::new(sectors * SECTOR_SIZE),
+            read_only: options.read_only,
+            pages: Pages::new(sectors.div_ceil(PAGE_SECTORS)),
+            durability: Durability::new(options.keep, file_len),
+            order: RangeLock::new(),
+            copying_up: AtomicBool::new(false),
+            loading: RangeLock::new(),
+        };
+        Ok(AddCow { shared: Arc::new(shared), below })
+    }
+
+    /// What the header says.
+    pub fn header(&self) -> &Header {
+        &self.shared.header
+    }
+
+    /// The image file.
+    pub fn image(&self) -> &Arc<dyn File> {
+        &self.shared.data
+    }
+
+    /// Plans a read. Leaves rubbish in the plan if it cannot.
+    fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        let Some(data) = self.shared.data.as_host() else { return Planned::NotNow };
+        let mut at = range;
+        while !at.is_empty() {
+            let (first, count) = sectors(at);
+            let Some((in_image, run)) = self.shared.pages.run(first, count) else {
+                return Planned::NotNow;
+            };
+            let run = ByteRange { offset: at.offset, len: run * SECTOR_SIZE };
+            let planned = match (in_image, &self.below) {
+                (true, _) => {
+                    push_file(
+                        plan,
+                        PlanExtent::File { file: data, offset: run.offset, len: run.len },
+                    );
+                    Planned::Ready
+                }
+                (false, Below::Zeros) => {
+                    plan.extents.push(PlanExtent::Zero { len: run.len });
+                    Planned::Ready
+                }
+                (false, Below::Unopened) => Planned::NotNow,
+                (false, Below::Link(link)) => link.plan_read(run, plan),
+            };
+            if planned == Planned::NotNow || plan.extents.len() > MAX_EXTENTS {
+                return Planned::NotNow;
+            }
+            at = ByteRange::between(run.end(), range.end());
+        }
+        Planned::Ready
+    }
+
+    fn plan_write<'a>(&'a self, fua: bool, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        let shared = &*self.shared;
+        let Some(file) = shared.data.as_host() else { return Planned::NotNow };
+        if shared.read_only || shared.durability.is_poisoned() {
+            return Planned::NotNow;
+        }
+        let (first, count) = sectors(range);
+        match shared.pages.run(first, count) {
+            Some((true, run)) if run == count => {
+                // After the look at the bits, which somebody may have set a moment ago.
+                if shared.durability.must_wait_for_bits(fua) {
+                    return Planned::NotNow;
+                }
+            }
+            None => return Planned::NotNow,
+            Some((true, _)) if first % PAGE_SECTORS + count > PAGE_SECTORS => {
+                return Planned::NotNow;
+            }
+            Some(_) => {
+                if fua
+                    || !shared.durability.may_commit_in_memory()
+                    || shared.copying_up.load(Ordering::SeqCst)
+                    || first % PAGE_SECTORS + count > PAGE_SECTORS
+                    || !shared.pages.pin(first)
+                {
+                    return Planned::NotNow;
+                }
+                let owner = Arc::clone(&self.shared) as Arc<dyn CommitPlanned>;
+                plan.commit = Some(PlanCommit::new(owner, range));
+            }
+        }
+        plan.extents.push(PlanExtent::File { file, offset: range.offset, len: range.len });
+        Planned::Ready
+    }
+}
+
+impl Link {
+    fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        if self.node.generation() != self.generation {
+            return Planned::NotNow;
+        }
+        let inside = range.intersect(&ByteRange { offset: 0, len: self.size });
+        if !inside.is_empty() {
+            let before = plan.pin.take();
+            if self.driver.plan(PlanOp::Read, inside, plan) == Planned::NotNow {
+                return Planned::NotNow;
+            }
+            plan.pin = match (before, plan.pin.take()) {
+                (Some(a), Some(b)) => Some(Pin(Arc::new((a.0, b.0)))),
+                (a, b) => a.or(b),
+            };
+        }
+        if inside.len < range.len {
+            plan.extents.push(PlanExtent::Zero { len: range.len - inside.len });
+        }
+        Planned::Ready
+    }
+}
+
+/// Adds a piece of a file, to the one before it where they are one.
+fn push_file<'a>(plan: &mut Plan<'a>, extent: PlanExtent<'a>) {
+    if let (
+        Some(PlanExtent::File { file: last, offset: start, len: so_far }),
+        PlanExtent::File { file, offset, len },
+    ) = (plan.extents.last_mut(), &extent)
+        && last.id() == file.id()
+        && *start + *so_far == *offset
+    {
+        *so_far += len;
+        return;
+    }
+    plan.extents.push(extent);
+}
+
+/// The first sector of a range and how many there are.
+fn sectors(range: ByteRange) -> (u64, u64) {
+    (range.offset / SECTOR_SIZE, range.len / SECTOR_SIZE)
+}
+
+/// Reads the header of an add-cow file. Changes nothing.
+///
+/// # Errors
+/// Names the file and the field.
+pub async fn read_header(file: &Arc<dyn File>) -> Result<Header> {
+    let bytes = read_header_bytes(file).await?;
+    Header::parse(&bytes).context(|| file.name().to_string())
+}
+
+async fn read_header_bytes(file: &Arc<dyn File>) -> Result<Vec<u8>> {
+    let name = || file.name().to_string();
+    let len = file.len().context(name)?.min(HEADER_LEN);
+    let buf = AlignedBuf::zeroed(len as usize, 512);
+    file.read(0, buf.buffers()).await.context(name)?;
+    Ok(buf.to_vec())
+}
+
+impl Shared {
+    fn name(&self) -> &str {
+        self.file.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn sectors(&self) -> u64 {
+        self.size() / SECTOR_SIZE
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, format!("{} is read-only", self.name())));
+        }
+        self.durability.check_poison(self.name())
+    }
+
+    /// The value of the sector's bit, and for how many sectors it stays the same (not beyond the
+    /// page).
+    async fn run(&self, sector: u64, max: u64) -> Result<(bool, u64)> {
+        let page = sector / PAGE_SECTORS;
+        loop {
+            if let Some(run) = self.pages.run(sector, max) {
+                return Ok(run);
+            }
+            let _one = self.loading.exclusive(ByteRange { offset: page, len: 1 }).await;
+            if self.pages.find(page) != Place::Absent {
+                continue;
+            }
+            let bytes = self.read_page(page).await?;
+            // Without room for it the answer is right all the same, as nobody else can load it.
+            let _ = self.pages.install(page, &bytes);
+            return Ok(pages::run_in_bytes(&bytes, sector, max));
+        }
+    }
+
+    /// Pins the page of a sector, loading it if need be.
+    async fn pin(&self, sector: u64) -> Result<()> {
+        let page = sector / PAGE_SECTORS;
+        while !self.pages.pin(sector) {
+            let refused = match self.pages.find(page) {
+                Place::Frame(..) => continue,
+                Place::Uniform(value) => self.pages.install_uniform(page, value),
+                Place::Absent => {
+                    let _one = self.loading.exclusive(ByteRange { offset: page, len: 1 }).await;
+                    if self.pages.find(page) != Place::Absent {
+                        continue;
+                    }
+                    let bytes = self.read_page(page).await?;
+                    self.pages.install(page, &bytes)
+                }
+            };
+            match refused {
+                Ok(()) => {}
+                Err(NoRoom::Dirty) => self.flush_all().await?,
+                Err(NoRoom::Pinned) => yield_now().await,
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a page of the bitmap. What the file does not have is zeros, and so is what lies
+    /// beyond the disk, whatever the file has there.
+    async fn read_page(&self, page: u64) -> Result<Box<[u8; PAGE_LEN]>> {
+        let mut bytes = Box::new([0; PAGE_LEN]);
+        let start = page * PAGE_LEN as u64;
+        let end = bitmap_len(self.sectors()).min(self.durability.bitmap_bytes_in_file());
+        let len = end.saturating_sub(start).min(PAGE_LEN as u64) as usize;
+        if len > 0 {
+            let buf = AlignedBuf::zeroed(len, 512);
+            let read = self.file.read(HEADER_LEN + start, buf.buffers()).await;
+            read.context(|| format!("{}: bitmap at byte {start}", self.name()))?;
+            buf.buffers().copy_to_slice(&mut bytes[..len]);
+        }
+        self.mask_tail(page, &mut bytes);
+        Ok(bytes)
+    }
+
+    /// Clears the bits of a page that lie beyond the disk.
+    fn mask_tail(&self, page: u64, bytes: &mut [u8; PAGE_LEN]) {
+        let valid = self.sectors().saturating_sub(page * PAGE_SECTORS);
+        if valid >= PAGE_SECTORS {
+            return;
+        }
+        let whole = (valid / 8) as usize;
+        bytes[whole] &= (1u16 << (valid % 8)).wrapping_sub(1) as u8;
+        bytes[whole + 1..].fill(0);
+    }
+
+    /// The data of a range inside one page, which is pinned, has been written: makes it visible.
+    fn mark(&self, range: ByteRange) -> Committed {
+        let (first, count) = sectors(range);
+        self.durability.commit(range, || {
+            self.pages.set(first, count);
+        })
+    }
+
+    /// A place for a write of a prefix of `range`.
+    async fn place(&self, range: ByteRange) -> Result<Prepared<'_>> {
+        self.check_writable()?;
+        let (first, count) = sectors(range);
+        let count = count.min(PAGE_SECTORS - first % PAGE_SECTORS);
+        let order = self.order.shared(ByteRange { len: count * SECTOR_SIZE, ..range }).await;
+        let (in_image, run) = self.run(first, count).await?;
+        // What is there already is written in place, whatever comes behind it.
+        let count = if in_image { run } else { count };
+        if !in_image {
+            self.pin(first).await?;
+        }
+        let range = ByteRange { offset: range.offset, len: count * SECTOR_SIZE };
+        let commit = Commit { shared: self, range, pinned: !in_image, _order: order };
+        Ok(Prepared {
+            range,
+            file: Arc::clone(&self.data),
+            offset: range.offset,
+            commit: Some(Box::new(commit)),
+        })
+    }
+
+    /// Zeroes the range in the image file, or gives its space back.
+    async fn clear(&self, range: ByteRange, how: Clear, has_backing: bool) -> Result<()> {
+        self.check_writable()?;
+        let mut at = range;
+        while !at.is_empty() {
+            let (first, count) = sectors(at);
+            let count = count.min(PAGE_SECTORS - first % PAGE_SECTORS);
+            let chunk = ByteRange { offset: at.offset, len: count * SECTOR_SIZE };
+            let _order = self.order.shared(chunk).await;
+            let (in_image, run) = self.run(first, count).await?;
+            let run = ByteRange { offset: at.offset, len: run * SECTOR_SIZE };
+            match (how, in_image) {
+                (Clear::Discard, true) => self.data.discard(run).await?,
+                (Clear::Discard, false) => {}
+                (Clear::Zero { .. }, false) if !has_backing => {}
+                (Clear::Zero { may_unmap }, _) => self.data.write_zeroes(run, may_unmap).await?,
+            }
+            if !in_image && has_backing && how != Clear::Discard {
+                self.pin(first).await?;
+                let commit = Commit { shared: self, range: run, pinned: true, _order };
+                Box::new(commit).commit().await?;
+            } else if in_image {
+                self.settle().await?;
+            }
+            at = ByteRange::between(run.end(), range.end());
+        }
+        Ok(())
+    }
+
+    /// Makes what was written to sectors with set bits survive a kill.
+    async fn settle(&self) -> Result<()> {
+        match self.durability.must_wait_for_bits(false) {
+            true => self.flush_all().await,
+            false => Ok(()),
+        }
+    }
+}
+
+/// What [`Shared::clear`] does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Clear {
+    Zero { may_unmap: bool },
+    Discard,
+}
+
+/// A prepared write.
+struct Commit<'a> {
+    shared: &'a Shared,
+    range: ByteRange,
+    /// Whether bits are to be set, in a page that this keeps in memory.
+    pinned: bool,
+    _order: RangeGuard<'a>,
+}
+
+impl Drop for Commit<'_> {
+    fn drop(&mut self) {
+        if self.pinned {
+            self.shared.pages.unpin(self.range.offset / SECTOR_SIZE);
+        }
+    }
+}
+
+impl WriteCommit for Commit<'_> {
+    fn commit<'b>(self: Box<Self>) -> Fut<'b, ()>
+    where
+        Self: 'b,
+    {
+        Box::pin(async move {
+            let must_flush = match self.pinned {
+                true => self.shared.mark(self.range) == Committed::FlushFirst,
+                false => self.shared.durability.must_wait_for_bits(false),
+            };
+            let shared = self.shared;
+            // A flush takes its turn, and may wait for others that want this lock.
+            drop(self);
+            if must_flush { shared.flush_all().await } else { Ok(()) }
+        })
+    }
+}
+
+impl CommitPlanned for Shared {
+    fn written(&self, range: ByteRange) -> Result<Committed> {
+        let committed = self.mark(range);
+        self.pages.unpin(range.offset / SECTOR_SIZE);
+        Ok(committed)
+    }
+
+    fn abandoned(&self, range: ByteRange) {
+        self.pages.unpin(range.offset / SECTOR_SIZE);
+    }
+}
+
+impl Format for AddCow {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn limits(&self) -> Limits {
+        let data = self.shared.data.alignment();
+        let host = self.shared.data.as_host();
+        let (request, memory) = match &self.below {
+            Below::Link(link) => {
+                let below = link.node.limits();
+                (below.request_alignment, below.memory_alignment)
+            }
+            _ => (1, 1),
+        };
+        Limits {
+            size: self.shared.size(),
+            request_alignment: SECTOR_SIZE.max(data.request).max(request),
+            memory_alignment: data.memory.max(memory),
+            optimal_io: host.map_or(0, |host| host.preferred_io_size()),
+            discard_granularity: host.map_or(SECTOR_SIZE, |host| host.discard_granularity()),
+            read_only: self.shared.read_only,
+        }
+    }
+
+    #[inline]
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        match op {
+            PlanOp::Read => self.plan_read(range, plan),
+            PlanOp::Write { fua } => self.plan_write(fua, range, plan),
+            PlanOp::Flush => match self.shared.data.as_host() {
+                Some(file) if self.shared.durability.is_settled() => {
+                    plan.extents.push(PlanExtent::File { file, offset: 0, len: 0 });
+                    Planned::Ready
+                }
+                _ => Planned::NotNow,
+            },
+        }
+    }
+
+    fn map<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent> {
+        Box::pin(async move {
+            let shared = &self.shared;
+            // Whoever follows a chain down may come with the odd end of a layer below.
+            let last = range.end().div_ceil(SECTOR_SIZE);
+            let mut end = range.offset / SECTOR_SIZE;
+            let mut value = None;
+            // On through pages that are all the same, but not for ever.
+            for _ in 0..1024 {
+                if end >= last {
+                    break;
+                }
+                let (in_image, same) = shared.run(end, last - end).await?;
+                if *value.get_or_insert(in_image) != in_image {
+                    break;
+                }
+                end += same;
+            }
+            let run = ByteRange::between(range.offset, range.end().min(end * SECTOR_SIZE));
+            let kind = match (value == Some(true), &self.below) {
+                (true, _) => {
+                    ExtentKind::Data { file: Arc::clone(&shared.data), offset: run.offset }
+                }
+                (false, Below::Zeros) => ExtentKind::Zero { explicit: false },
+                (false, Below::Link(_)) => ExtentKind::Backing,
+                (false, Below::Unopened) => {
+                    return Err(Error::invalid(format!(
+                        "{}: was opened without its backing file, so {run} cannot be read",
+                        shared.name()
+                    )));
+                }
+            };
+            Ok(Extent { range: run, kind })
+        })
+    }
+
+    fn prepare_write<'a>(&'a self, range: ByteRange) -> Fut<'a, Prepared<'a>> {
+        Box::pin(self.shared.place(range))
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        let has_backing = !matches!(self.below, Below::Zeros);
+        Box::pin(self.shared.clear(range, Clear::Zero { may_unmap }, has_backing))
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        Box::pin(self.shared.clear(range, Clear::Discard, true))
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move {
+            match self.shared.read_only {
+                true => Ok(()),
+                false => self.shared.flush_all().await,
+            }
+        })
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
+        let backing = match &self.below {
+            Below::Link(link) => link.size,
+            _ => 0,
+        };
+        Box::pin(self.shared.resize(size, backing))
+    }
+
+    fn backing(&self) -> Option<Node> {
+        match &self.below {
+            Below::Link(link) => Some(link.node.clone()),
+            _ => None,
+        }
+    }
+
+    fn on_backing(&self, backing: Option<Node>) -> Result<Option<AddCow>> {
+        let backing = backing.map_or(Backing::None, Backing::Node);
+        let below = Below::new(backing, self.shared.name())?;
+        Ok(Some(AddCow { shared: Arc::clone(&self.shared), below }))
+    }
+
+    fn set_backing(&self, _backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
+        Err(Error::invalid("add-cow changes its backing by Format::on_backing"))
+    }
+
+    fn details(&self) -> serde_json::Value {
+        let shared = &self.shared;
+        let mut details = serde_json::json!({
+            "version": 1,
+            "image-filename": shared.header.image,
+        });
+        if let Some(backing) = &shared.header.backing {
+            details["backing-filename"] = backing.as_str().into();
+            if let Some(format) = &shared.backing_format {
+                details["backing-filename-format"] = format.as_str().into();
+            }
+        }
+        details
+    }
+
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        Box::pin(self.shared.resume_session(nonce))
+    }
+
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        match self.shared.read_only {
+            true => Ok(()),
+            false => self.shared.durability.begin_session(nonce, self.shared.name()),
+        }
+    }
+
+    fn keep(&self) -> Option<&Keep> {
+        self.shared.durability.keep()
+    }
+
+    fn close<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move {
+            if self.shared.read_only {
+                return Ok(());
+            }
+            self.shared.flush_all().await?;
+            self.shared.durability.discard_keep()
+        })
+    }
+}
+
+impl fmt::Debug for AddCow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AddCow({})", self.shared.name())
+    }
+}

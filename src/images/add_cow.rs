@@ -1,0 +1,275 @@
+//! add-cow images by path: three files that belong together.
+//!
+//! The format names its image file and its backing file, but does not say what format the backing
+//! file has. Guessing that would let whoever wrote to a raw backing choose what it is taken for. So
+//! `create` remembers it in an extended attribute of the add-cow file ([`BACKING_FORMAT`]), which
+//! leaves the file's bytes as the format wants them. A copy without the attribute has a raw
+//! backing; one that does not look raw is refused until the operator has said what it is.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::XattrFlags;
+
+use crate::block::{Driver, FormatDriver, open_gate};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::formats::addcow::{self, AddCow, Backing, Header};
+use crate::images::check::CheckReport;
+use crate::images::create::{NewFile, only_one, open_backing};
+use crate::images::open::{Opening, guess, open_host};
+use crate::images::{Access, CreateRequest, Created, Image, ImageFormat, OpenRequest, open};
+use crate::io::{File, HostFile, OpenOptions, block_on};
+use crate::units::SECTOR_SIZE;
+
+/// The extended attribute with the name of the backing file's format.
+const BACKING_FORMAT: &str = "user.vublk.backing-format";
+
+/// Opens the image and image file of an add-cow file that is open and locked.
+pub(super) fn open_driver(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
+    let request = opening.request;
+    let read_only = request.access == Access::Read;
+    let name = opening.file.name().to_string();
+    // Headers and bits have any length and place, which O_DIRECT does not allow.
+    let file = Arc::new(opening.file.buffered().context(|| name.clone())?) as Arc<dyn File>;
+    let header = block_on(addcow::read_header(&file))?;
+    let image = opening.child("image", &header.image, Some("raw"), request.access)?;
+    let format = match &header.backing {
+        Some(backing) if opening.overridden.is_none() => Some(backing_format(opening, backing)?),
+        _ => None,
+    };
+    let named = header.backing.as_deref().map(|backing| (backing, format.as_deref()));
+    let backing = match (request.backing, named) {
+        (false, Some(_)) => Backing::Unopened,
+        (false, None) => Backing::None,
+        (true, named) => opening.backing(named)?.map_or(Backing::None, Backing::Node),
+    };
+    let options = addcow::OpenOptions {
+        read_only,
+        image: Arc::clone(&image.file) as Arc<dyn File>,
+        backing,
+        backing_format: format,
+        keep: if read_only { None } else { opening.keep(addcow::NAME)? },
+    };
+    opening.image_file = Some(image.file);
+    Ok(Arc::new(FormatDriver::new(block_on(AddCow::open(file, options))?)))
+}
+
+/// The format of the backing file that an add-cow file names.
+fn backing_format(opening: &Opening<'_>, backing: &str) -> Result<String> {
+    if let Some(format) = remembered_format(&opening.file)? {
+        return Ok(format.name().to_string());
+    }
+    let context = || format!("{}: its backing file", opening.file.name());
+    let path = opening.resolve(backing).context(context)?;
+    let file = open_host(&path, OpenOptions::default()).context(context)?;
+    match guess(&file)? {
+        ImageFormat::Raw => Ok(ImageFormat::Raw.name().into()),
+        other => Err(Error::invalid(format!(
+            "{}: its backing file {} looks like {other}, and an add-cow file does not say; say \
+             what it is: setfattr -n {BACKING_FORMAT} -v {other} {0} (or -v raw)",
+            opening.file.name(),
+            path.display(),
+        ))),
+    }
+}
+
+/// The format that was remembered with [`remember_format`].
+fn remembered_format(file: &HostFile) -> Result<Option<ImageFormat>> {
+    let mut value = [0; 32];
+    let Ok(len) = rustix::fs::fgetxattr(file, BACKING_FORMAT, &mut value[..]) else {
+        // Not there, or nothing like it on this file system.
+        return Ok(None);
+    };
+    let text = String::from_utf8_lossy(&value[..len]);
+    let format = text.parse().context(|| format!("{}: {BACKING_FORMAT}", file.name()))?;
+    Ok(Some(format))
+}
+
+/// Remembers the format of the backing file with the add-cow file.
+///
+/// # Errors
+/// If the file system cannot, and it matters, because raw is what is taken where nothing is said.
+pub(super) fn remember_format(file: &HostFile, format: Option<ImageFormat>) -> Result<()> {
+    let Some(format) = format else {
+        let _ = rustix::fs::fremovexattr(file, BACKING_FORMAT);
+        return Ok(());
+    };
+    let value = format.name().as_bytes();
+    match rustix::fs::fsetxattr(file, BACKING_FORMAT, value, XattrFlags::empty()) {
+        Err(_) if format == ImageFormat::Raw => Ok(()),
+        Err(errno) => Err(Error::from(errno).context(format!(
+            "{}: cannot remember the format of the backing file ({format}) in the attribute \
+             {BACKING_FORMAT}",
+            file.name()
+        ))),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Makes an add-cow file, and its image file unless one is given.
+pub(super) fn create(request: &CreateRequest) -> Result<Created> {
+    let path = &request.path;
+    let name = || path.display().to_string();
+    let option = |keys: [&str; 2]| {
+        let found = request.options.iter().find(|(key, _)| keys.contains(&key.as_str()));
+        found.map(|(_, value)| value.as_str())
+    };
+    let backing = only_one(
+        "backing file",
+        request.backing.as_deref(),
+        option(["backing-file", "backing_file"]),
+    )?;
+    let given_format = only_one(
+        "backing file's format",
+        request.backing_format.map(ImageFormat::name),
+        option(["backing-fmt", "backing_fmt"]),
+    )?;
+    let format = match (backing, given_format) {
+        (None, None) => None,
+        (Some(_), Some(format)) => Some(format.parse::<ImageFormat>()?),
+        (Some(file), None) => {
+            return Err(Error::invalid(format!(
+                "{}: the backing file {file} is given without its format; say it with -F",
+                name()
+            )));
+        }
+        (None, Some(_)) => {
+            return Err(Error::invalid(format!(
+                "{}: the format of a backing file, but no backing file",
+                name()
+            )));
+        }
+    };
+    // Stays open (and locked) until the image is there.
+    let below = match (backing, format) {
+        (Some(file), Some(format)) if !request.backing_unchecked => {
+            Some(open_backing(request, file, Some(format))?)
+        }
+        _ => None,
+    };
+    let image = image_file(request, option(["image-file", "image_file"]), below.as_ref())?;
+    let header = Header { backing: backing.map(str::to_string), image: image.name.clone() };
+    let new = NewFile::create(path)?;
+    if new.file.identity()? == image.file.identity()? {
+        return Err(Error::invalid(format!("{}: an image cannot be its own image file", name())));
+    }
+    remember_format(&new.file, format)?;
+    block_on(addcow::create::create(new.file.as_ref(), &header, image.size))?;
+    if let Some(new) = image.new {
+        new.keep();
+    }
+    new.keep();
+    // The names are as durable as the content.
+    std::fs::File::open(open_gate::directory_of(path))?.sync_all().context(name)?;
+    let pair = |key: &str, value: String| (key.to_string(), value);
+    let mut shown = vec![pair("size", image.size.to_string()), pair("image_file", image.name)];
+    shown.extend(backing.map(|file| pair("backing_file", file.into())));
+    shown.extend(format.map(|format| pair("backing_fmt", format.to_string())));
+    Ok(Created { size: image.size, options: shown })
+}
+
+/// The image file of a new image.
+struct ImageFile {
+    /// As it is to be named.
+    name: String,
+    file: Arc<HostFile>,
+    size: u64,
+    /// Set if it was made just now.
+    new: Option<NewFile>,
+}
+
+/// The image file that the operator named, or a new one beside the add-cow file: its name with
+/// `.raw` behind it.
+fn image_file(
+    request: &CreateRequest,
+    named: Option<&str>,
+    below: Option<&Image>,
+) -> Result<ImageFile> {
+    let context = |path: &Path| format!("image file {}", path.display());
+    let Some(named) = named else { return new_image_file(request, below) };
+    let path = open_gate::combine(&request.path, named);
+    let to_open = OpenRequest::write(&path).format(Some(ImageFormat::Raw));
+    let image = open(&to_open).map_err(|err| match err.kind() {
+        ErrorKind::NotFound => Error::new(
+            ErrorKind::NotFound,
+            format!("image file {err}; without -o image-file one is made"),
+        ),
+        _ => err.context(context(&path)),
+    })?;
+    if below.is_some_and(|below| below.file.identity().ok() == image.file.identity().ok()) {
+        return Err(Error::invalid(format!(
+            "{}: is both image file and backing file",
+            path.display()
+        )));
+    }
+    let size = image.node.size();
+    if !size.is_multiple_of(SECTOR_SIZE) || size == 0 {
+        return Err(Error::invalid(format!(
+            "image file {}: image size is not a multiple of 512: {size} bytes",
+            path.display()
+        )));
+    }
+    if let Some(wanted) = request.size.filter(|wanted| *wanted != size) {
+        return Err(Error::invalid(format!(
+            "image file {}: has {size} bytes and not the {wanted} asked for; the size of an add-cow \
+             image is that of its image file",
+            path.display()
+        )));
+    }
+    if image.file.allocated_size()? > 0 {
+        tracing::warn!(
+            "image file {}: what it contains is hidden until it is overwritten",
+            path.display()
+        );
+    }
+    Ok(ImageFile { name: named.to_string(), file: image.file, size, new: None })
+}
+
+fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<ImageFile> {
+    let size = super::create::size_of(request, below)?;
+    if size == 0 {
+        return Err(Error::invalid(format!("{}: a disk needs a size", request.path.display())));
+    }
+    let mut path = request.path.clone().into_os_string();
+    path.push(".raw");
+    let path = PathBuf::from(path);
+    let base = path.file_name().and_then(|name| name.to_str());
+    let Some(base) = base else {
+        return Err(Error::invalid(format!("{}: is no name for a file", path.display())));
+    };
+    if std::fs::symlink_metadata(&path).is_ok() {
+        return Err(Error::invalid(format!(
+            "{0}: exists already; to make it the image file, with what it contains hidden, say -o \
+             image-file={base}",
+            path.display()
+        )));
+    }
+    let new = NewFile::create(&path)?;
+    let made = async {
+        new.file.set_len(size).await?;
+        new.file.flush().await
+    };
+    block_on(made).context(|| path.display().to_string())?;
+    Ok(ImageFile { name: base.into(), file: Arc::clone(&new.file), size, new: Some(new) })
+}
+
+/// Checks, and repairs, an add-cow file.
+pub(super) fn check(image: &Image, fix_leaks: bool, fix_all: bool) -> Result<CheckReport> {
+    let file = Arc::new(image.file.buffered()?) as Arc<dyn File>;
+    let data = image.image_file.as_ref().expect("an add-cow image has an image file");
+    let len = data.len().context(|| data.name().to_string())?;
+    let found = block_on(addcow::check::check(&file, len, fix_leaks, fix_all))?;
+    Ok(CheckReport {
+        image_end_offset: Some(addcow::layout::HEADER_LEN + found.sectors.div_ceil(8)),
+        total_clusters: Some(found.sectors),
+        allocated_clusters: Some(found.allocated),
+        fragmented_clusters: Some(found.fragments),
+        compressed_clusters: None,
+        check_errors: 0,
+        corruptions: found.corruptions,
+        leaks: found.leaks,
+        corruptions_fixed: found.corruptions_fixed,
+        leaks_fixed: found.leaks_fixed,
+        findings: found.findings,
+    })
+}

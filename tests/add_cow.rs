@@ -1,0 +1,322 @@
+//! add-cow on the command line: made, shown, converted, checked, refused.
+//!
+//! No other program reads the format, so contents are compared with what a plain model says, and
+//! with `qemu-img` once they are raw.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use serde_json::Value;
+
+mod common;
+
+use common::{fails, have, ok, ok_or, tool_ok, vublk};
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
+}
+
+/// Sectors filled with `first`, `first + 1`, …
+fn numbered(first: u8, sectors: u8) -> Vec<u8> {
+    (first..first + sectors).flat_map(|value| [value; 512]).collect()
+}
+
+/// A directory with `base` (raw, 40 sectors) and `top`, `top.raw` over it.
+fn base_and_top() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base"), numbered(1, 40)).unwrap();
+    let made = ok(dir.path(), &["create", "-f", "add-cow", "-b", "base", "-F", "raw", "top"]);
+    assert_eq!(
+        made,
+        "Formatting 'top', fmt=add-cow size=20480 image_file=top.raw backing_file=base \
+         backing_fmt=raw\n"
+    );
+    dir
+}
+
+/// Sets bytes of the add-cow file.
+fn patch(path: &Path, at: u64, bytes: &[u8]) {
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(bytes, at).unwrap();
+}
+
+/// Puts a sector into the image file and sets its bit.
+fn own_sector(dir: &Path, sector: u64, value: u8) {
+    patch(&dir.join("top.raw"), sector * 512, &[value; 512]);
+    let mut bits = std::fs::read(dir.join("top")).unwrap();
+    let byte = 2560 + sector as usize / 8;
+    bits[byte] |= 1 << (sector % 8);
+    patch(&dir.join("top"), byte as u64, &bits[byte..=byte]);
+}
+
+fn content(dir: &Path, image: &str) -> Vec<u8> {
+    ok(dir, &["convert", "-q", "-f", "add-cow", image, "content"]);
+    std::fs::read(dir.join("content")).unwrap()
+}
+
+#[test]
+fn what_is_created_is_version_1_to_the_byte() {
+    let dir = base_and_top();
+    let d = dir.path();
+    let bytes = std::fs::read(d.join("top")).unwrap();
+    let mut expected = b"ADD_COW\xff\0\0\0\x01".to_vec();
+    expected.resize(2565, 0);
+    expected[12..16].copy_from_slice(b"base");
+    expected[1036..1043].copy_from_slice(b"top.raw");
+    assert!(bytes == expected);
+    assert_eq!(std::fs::read(d.join("top.raw")).unwrap(), [0; 40 * 512]);
+    assert!(content(d, "top") == numbered(1, 40));
+    own_sector(d, 3, 0xaa);
+    let mut model = numbered(1, 40);
+    model[3 * 512..4 * 512].fill(0xaa);
+    assert!(content(d, "top") == model);
+    // Guessed by its magic, too.
+    ok(d, &["compare", "-q", "top", "-F", "raw", "content"]);
+}
+
+#[test]
+fn info_map_and_measure_tell_what_there_is() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 0, 1);
+    own_sector(d, 39, 2);
+    let info = json(&ok(d, &["info", "--output=json", "top"]));
+    assert_eq!(info["virtual-size"], 20480);
+    assert_eq!(info["format"], "add-cow");
+    assert_eq!(info["backing-filename"], "base");
+    assert_eq!(info["backing-filename-format"], "raw");
+    assert_eq!(info["format-specific"]["data"]["image-filename"], "top.raw");
+    let chain = json(&ok(d, &["info", "--backing-chain", "--output=json", "top"]));
+    assert_eq!(chain[1]["filename"], "base");
+    let map = json(&ok(d, &["map", "--output=json", "top"]));
+    let rows: Vec<_> = (map.as_array().unwrap().iter())
+        .map(|row| (row["start"].as_u64().unwrap(), row["depth"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(rows, [(0, 0), (512, 1), (39 * 512, 0)]);
+    let measured = json(&ok(d, &["measure", "--output=json", "-O", "add-cow", "--size", "1G"]));
+    assert_eq!(measured["required"], 2560 + (1 << 30) / 4096);
+    assert_eq!(measured["fully-allocated"], 2560 + (1 << 30) / 4096 + (1 << 30));
+}
+
+#[test]
+fn a_map_goes_on_behind_a_backing_with_an_odd_end() {
+    let dir = base_and_top();
+    let d = dir.path();
+    std::fs::write(d.join("base"), [1; 1300]).unwrap();
+    let map = json(&ok(d, &["map", "--output=json", "top"]));
+    let end = map.as_array().unwrap().last().unwrap();
+    assert_eq!(end["start"].as_u64().unwrap() + end["length"].as_u64().unwrap(), 20480);
+}
+
+#[test]
+fn chains_remember_the_format_of_each_layer() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 3, 0xaa);
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "top", "-F", "add-cow", "over"]);
+    let mut model = numbered(1, 40);
+    model[3 * 512..4 * 512].fill(0xaa);
+    assert!(content(d, "over") == model);
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "over", "-F", "add-cow", "over.qcow2"]);
+    ok(d, &["compare", "-q", "over.qcow2", "-F", "raw", "content"]);
+    // A copy that has lost the attribute is not taken for raw when it plainly is not.
+    std::fs::write(d.join("copy"), std::fs::read(d.join("over")).unwrap()).unwrap();
+    let err = fails(d, &["convert", "copy", "x"], 1);
+    assert!(err.contains("looks like add-cow") && err.contains("setfattr"), "{err}");
+    assert!(!d.join("x").exists());
+}
+
+#[test]
+fn convert_goes_to_and_from_it() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 7, 0xaa);
+    ok(d, &["convert", "-q", "-O", "add-cow", "top", "alone"]);
+    ok(d, &["compare", "-q", "top", "alone"]);
+    let info = json(&ok(d, &["info", "--output=json", "alone"]));
+    assert_eq!(info["backing-filename"], Value::Null);
+    ok(d, &["convert", "-q", "-O", "add-cow", "-B", "base", "-F", "raw", "top", "thin"]);
+    ok(d, &["compare", "-q", "top", "thin"]);
+    let check = json(&ok(d, &["check", "--output=json", "thin"]));
+    assert_eq!(check["allocated-clusters"], 1);
+    if have("qemu-img") {
+        ok(d, &["convert", "-q", "-O", "qcow2", "top", "top.qcow2"]);
+        ok(d, &["convert", "-q", "top", "plain"]);
+        tool_ok(d, "qemu-img", &["compare", "-f", "qcow2", "-F", "raw", "top.qcow2", "plain"]);
+    }
+}
+
+#[test]
+fn an_existing_image_file_can_be_used_and_is_hidden() {
+    let dir = base_and_top();
+    let d = dir.path();
+    std::fs::write(d.join("data"), [0x55; 8192]).unwrap();
+    let args = ["create", "-q", "-f", "add-cow", "-o", "image-file=data", "-b", "base", "-F"];
+    ok(d, &[&args[..], &["raw", "other"]].concat());
+    assert!(content(d, "other") == numbered(1, 16));
+    let refused = |args: &[&str]| fails(d, &[&["create", "-f", "add-cow"][..], args].concat(), 1);
+    assert!(refused(&["-b", "base", "-F", "raw", "top"]).contains("image-file=top.raw"));
+    let err = refused(&["-o", "image-file=gone", "-b", "base", "-F", "raw", "x"]);
+    assert!(err.contains("gone: No such file") && err.contains("without -o image-file"), "{err}");
+    let err = refused(&["-o", "image-file=base", "-b", "base", "-F", "raw", "x"]);
+    assert!(err.contains("base"), "{err}");
+    let err = refused(&["-o", "image-file=data", "-b", "base", "-F", "raw", "data"]);
+    assert!(err.contains("data"), "{err}");
+    assert_eq!(std::fs::read(d.join("data")).unwrap(), [0x55; 8192], "not emptied");
+    assert!(refused(&["-b", "base", "x"]).contains("say it with -F"));
+    assert!(refused(&["-b", "gone", "-F", "raw", "x"]).contains("gone: No such file"));
+    assert!(refused(&["x"]).contains("needs a size"));
+    std::fs::write(d.join("odd"), [1; 1000]).unwrap();
+    let err = refused(&["-o", "image-file=odd", "x"]);
+    assert!(err.contains("image size is not a multiple of 512"), "{err}");
+    assert!(!d.join("x").exists() && !d.join("x.raw").exists());
+    let err = refused(&["-b", &"n".repeat(1024), "-u", "-F", "raw", "x", "1M"]);
+    assert!(err.contains("too long, 1023 fit"), "{err}");
+    assert!(!d.join("x").exists() && !d.join("x.raw").exists());
+}
+
+#[test]
+fn check_finds_and_repairs_with_qemu_imgs_exit_codes() {
+    let dir = base_and_top();
+    let d = dir.path();
+    let bytes = std::fs::read(d.join("top")).unwrap();
+    assert!(ok(d, &["check", "top"]).contains("0/40 = 0.00% allocated"));
+    std::fs::write(d.join("top"), &bytes[..2562]).unwrap();
+    assert!(ok_or(d, &["check", "top"], 2).contains("bitmap is short: 2 of 5 bytes"));
+    ok_or(d, &["check", "-r", "leaks", "top"], 2);
+    assert!(ok(d, &["check", "-r", "all", "top"]).contains("1 corruptions"));
+    assert!(std::fs::read(d.join("top")).unwrap() == bytes);
+    std::fs::write(d.join("top"), [&bytes[..], &[0; 9]].concat()).unwrap();
+    assert!(ok_or(d, &["check", "top"], 3).contains("leftover: 9 bytes"));
+    ok(d, &["check", "-r", "leaks", "top"]);
+    assert!(std::fs::read(d.join("top")).unwrap() == bytes);
+}
+
+#[test]
+fn resize_changes_both_files() {
+    let dir = base_and_top();
+    let d = dir.path();
+    ok(d, &["resize", "-q", "--shrink", "top", "8K"]);
+    assert_eq!(std::fs::metadata(d.join("top.raw")).unwrap().len(), 8192);
+    assert_eq!(std::fs::metadata(d.join("top")).unwrap().len(), 2562);
+    ok(d, &["resize", "-q", "top", "30K"]);
+    // What the backing has behind the old end does not show.
+    let mut model = numbered(1, 16);
+    model.resize(30 << 10, 0);
+    assert!(content(d, "top") == model);
+    assert!(ok(d, &["check", "top"]).contains("No errors"));
+}
+
+#[test]
+fn hostile_files_are_refused_and_not_modified() {
+    let dir = base_and_top();
+    let d = dir.path();
+    let good = std::fs::read(d.join("top")).unwrap();
+    let refused = |change: &dyn Fn(&mut Vec<u8>), message: &str| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        std::fs::write(d.join("top"), &bytes).unwrap();
+        for command in [&["info"][..], &["map"], &["check", "-r", "all"], &["resize"]] {
+            let mut args = [command, &["-f", "add-cow", "top"]].concat();
+            if command == ["resize"] {
+                args.push("+1M");
+            }
+            let err = fails(d, &args, 1);
+            assert!(err.contains(message), "{args:?}: {err}");
+        }
+        assert!(std::fs::read(d.join("top")).unwrap() == bytes, "{message}");
+    };
+    let name = |at: usize, name: &'static str| {
+        move |bytes: &mut Vec<u8>| {
+            bytes[at..at + 1024].fill(0);
+            bytes[at..at + name.len()].copy_from_slice(name.as_bytes());
+        }
+    };
+    refused(&|bytes| bytes.truncate(2559), "truncated add-cow header");
+    refused(&|bytes| bytes.truncate(0), "not an add-cow file");
+    refused(&|bytes| bytes[0] = 0, "not an add-cow file");
+    refused(&|bytes| bytes[..4].copy_from_slice(b"ACOW"), "(ACOW) is not supported");
+    refused(&|bytes| bytes[11] = 9, "add-cow version 9 is not supported, only 1");
+    refused(&|bytes| bytes[12..1036].fill(b'x'), "backing_file: name is not terminated");
+    refused(&|bytes| bytes[1036..2060].fill(b'x'), "image_file: name is not terminated");
+    refused(&name(1036, ""), "image_file: name is empty");
+    refused(&name(1036, "a\nb"), "control characters");
+    refused(&name(1036, "gone"), "image file: gone: No such file");
+    refused(&name(1036, "top"), "already part of this chain");
+    refused(&name(1036, "../outside"), "No such file");
+    refused(&name(1036, "/etc/passwd"), "--allow-dir");
+    refused(&name(1036, "nbd:host:1"), "protocol 'nbd:' is not supported");
+    refused(&name(1036, "/dev/null"), "--allow-dir");
+    std::fs::create_dir(d.join("sub")).unwrap();
+    refused(&name(1036, "sub"), "directory");
+    // What the backing is matters to who reads it.
+    let unreadable = |change: &dyn Fn(&mut Vec<u8>), message: &str| {
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        std::fs::write(d.join("top"), &bytes).unwrap();
+        for args in [&["map", "top"][..], &["resize", "top", "+1M"]] {
+            let err = fails(d, args, 1);
+            assert!(err.contains(message), "{args:?}: {err}");
+        }
+        assert!(std::fs::read(d.join("top")).unwrap() == bytes, "{message}");
+    };
+    unreadable(&name(12, "gone"), "backing file: gone: No such file");
+    unreadable(&name(12, "top.raw"), "already part of this chain");
+    unreadable(&name(12, "/etc/passwd"), "--allow-dir");
+    unreadable(&name(12, "json:{}"), "protocol 'json:' is not supported");
+    assert_eq!(std::fs::metadata(d.join("top.raw")).unwrap().len(), 40 * 512);
+}
+
+#[test]
+fn cycles_are_refused_and_deep_chains_opened() {
+    let dir = base_and_top();
+    let d = dir.path();
+    // Two overlays, each on the other.
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "top", "-F", "add-cow", "over"]);
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "over", "-F", "add-cow", "third"]);
+    std::fs::rename(d.join("third"), d.join("top")).unwrap();
+    for image in ["top", "over"] {
+        let output = vublk(d, &["map", image]);
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{err}");
+        assert!(err.contains("already part of this chain"), "{err}");
+    }
+    let dir = base_and_top();
+    let d = dir.path();
+    let mut below = "top".to_string();
+    for layer in 0..210 {
+        let name = format!("layer{layer}");
+        let args = ["create", "-q", "-f", "add-cow", "-b", &below, "-F", "add-cow", "-u", &name];
+        ok(d, &[&args[..], &["20K"]].concat());
+        below = name;
+    }
+    assert!(content(d, &below) == numbered(1, 40));
+}
+
+#[test]
+fn the_files_are_locked_each_for_itself() {
+    let dir = base_and_top();
+    let d = dir.path();
+    // Another image over the same image file.
+    let args = ["create", "-q", "-f", "add-cow", "-o", "image-file=top.raw", "-b", "base", "-F"];
+    ok(d, &[&args[..], &["raw", "twin"]].concat());
+    let socket = d.join("socket");
+    let mut served = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .current_dir(d)
+        .args(["serve", "--socket-path", "socket", "top"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    for _ in 0..500 {
+        if socket.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let err = fails(d, &["resize", "twin", "+1M"], 1);
+    assert!(err.contains("top.raw"), "{err}");
+    fails(d, &["resize", "-f", "raw", "base", "+1M"], 1);
+    ok(d, &["convert", "-q", "-f", "raw", "base", "copy"]);
+    served.kill().unwrap();
+    served.wait().unwrap();
+}
