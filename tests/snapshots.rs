@@ -392,7 +392,7 @@ fn killed(format: &'static str, name: &str) {
                 qmp.run("blockdev-snapshot-sync", json!({"device": "disk", "snapshot-file": file}))
             }));
         });
-        std::thread::sleep(Duration::from_micros(moments.below(1 + 6000 * round)));
+        std::thread::sleep(Duration::from_micros(moments.below(1 + 20_000 * round)));
         host.backend.kill();
         stop.store(true, Ordering::SeqCst);
         guest = worker.join().unwrap();
@@ -400,8 +400,11 @@ fn killed(format: &'static str, name: &str) {
         // An operator starts it with the same command first.
         let mut again = host.setup(top_format, &top).prepare();
         again.spawn();
-        std::thread::sleep(Duration::from_millis(100));
-        let refused = again.log().contains("a snapshot was taken of this disk");
+        let refusal = "a snapshot was taken of this disk";
+        common::wait_until("an answer", || {
+            again.log().contains("serving ") || again.log().contains(refusal)
+        });
+        let refused = again.log().contains(refusal);
         if refused {
             assert!(!again.wait_end().success());
             assert!(again.log().contains(overlay.to_str().unwrap()), "{}", again.log());

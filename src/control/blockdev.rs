@@ -94,6 +94,7 @@ qapi! {
         HostDevice(BlockdevOptionsFile) = "host_device",
         Qcow2(BlockdevOptionsGenericCOWFormat) = "qcow2",
         Raw(BlockdevOptionsGenericFormat) = "raw",
+        Vhdx(BlockdevOptionsGenericFormat) = "vhdx",
     }
 }
 qapi! {
@@ -137,7 +138,9 @@ impl BlockdevOptions {
         match &self.driver.0 {
             BlockdevDriverOptions::File(_) | BlockdevDriverOptions::HostDevice(_) => None,
             BlockdevDriverOptions::Qcow2(format) => Some(&format.file),
-            BlockdevDriverOptions::Raw(format) => Some(&format.file),
+            BlockdevDriverOptions::Raw(format) | BlockdevDriverOptions::Vhdx(format) => {
+                Some(&format.file)
+            }
         }
     }
 
@@ -199,6 +202,9 @@ fn open(
         }
         BlockdevDriverOptions::Raw(_) => {
             open_format(disks, options, ImageFormat::Raw, name, inherited, explicit)
+        }
+        BlockdevDriverOptions::Vhdx(_) => {
+            open_format(disks, options, ImageFormat::Vhdx, name, inherited, explicit)
         }
     }
 }
@@ -375,7 +381,6 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
         (None, None) => false,
         _ => true,
     };
-    let _hold = disks.hold_graph(&node, "blockdev-reopen")?;
     if let Some(backing) = backing.as_ref().filter(|_| moves) {
         disks.graph().check_cycle(&node, backing, "backing")?;
     }
@@ -385,6 +390,7 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
             disks.users_of(&node)
         )));
     }
+    let _hold = disks.hold_graph(&node, "blockdev-reopen")?;
     let graph = std::sync::Arc::clone(disks.graph());
     let quiesced = graph.quiesce(std::slice::from_ref(&node));
     let changed = change(disks, &node, access, moves.then_some(backing.as_ref()), &quiesced);

@@ -1,0 +1,478 @@
+//! A daemon with many disks, in qemu-storage-daemon's grammar: its nodes, its exports, and the
+//! commands that change them while they are served.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+mod common;
+
+use common::{Qmp, wait_until};
+use serde_json::{Value, json};
+use vublk::frontend::{Personality, Session, SessionOptions};
+
+const DISK: u64 = 1 << 20;
+
+/// A daemon and the directory it works in.
+struct Daemon {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Daemon {
+    /// With `disk.raw`, a raw image of [`DISK`] bytes, `more.qcow2`, and whatever `args` ask for;
+    /// `DIR` in them stands for the directory.
+    fn start(args: &[&str]) -> Daemon {
+        let dir = prepare();
+        let mut command = command(dir.path(), args);
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let child = command.stderr(log).stdout(Stdio::null()).spawn().unwrap();
+        Daemon { dir, child }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn qmp(&self) -> Qmp {
+        Qmp::connect(&self.path("qmp.sock"))
+    }
+
+    fn guest(&self, socket: &str) -> Session {
+        wait_until("a socket", || self.path(socket).exists());
+        Session::open(&self.path(socket), SessionOptions::new(Personality::Qemu)).unwrap()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// Ends it by `quit`.
+    fn quit(mut self, qmp: &mut Qmp) {
+        qmp.ok("quit", json!({}));
+        assert!(self.child.wait().unwrap().success(), "{}", self.log());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+    }
+}
+
+fn prepare() -> tempfile::TempDir {
+    let dir = tempfile::Builder::new().prefix("vublk-").tempdir().unwrap();
+    std::fs::File::create(dir.path().join("disk.raw")).unwrap().set_len(DISK).unwrap();
+    common::ok(dir.path(), &["create", "-q", "-f", "qcow2", "more.qcow2", &DISK.to_string()]);
+    dir
+}
+
+fn command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.arg("serve").current_dir(dir).stdin(Stdio::null());
+    command.env_remove("VUBLK_LOG").env_remove("LISTEN_FDS").env_remove("RUNTIME_DIRECTORY");
+    command.args(args.iter().map(|arg| arg.replace("DIR", dir.to_str().unwrap())));
+    command
+}
+
+/// Two disks, each exported, and a monitor.
+const TWO: &[&str] = &[
+    "--blockdev",
+    "driver=file,node-name=f0,filename=DIR/disk.raw",
+    "--blockdev",
+    "raw,node-name=d0,file=f0,discard=unmap",
+    "--blockdev",
+    r#"{"driver":"qcow2","node-name":"d1","file":{"driver":"file","filename":"DIR/more.qcow2"}}"#,
+    "--export",
+    "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path=DIR/e0.sock,writable=on",
+    "--export",
+    "vhost-user-blk,id=e1,node-name=d1,addr.type=unix,addr.path=DIR/e1.sock,writable=on,num-queues=2",
+    "--chardev",
+    "socket,id=c0,path=DIR/qmp.sock,server=on,wait=off",
+    "--monitor",
+    "chardev=c0",
+];
+
+fn names(rows: &Value) -> Vec<String> {
+    let rows = rows.as_array().unwrap().iter();
+    rows.map(|row| row["node-name"].as_str().unwrap().to_string()).collect()
+}
+
+#[test]
+fn many_disks_are_served_and_told() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let blocks = qmp.ok("query-block", json!({}));
+    assert_eq!(blocks[0]["device"], "e0");
+    assert_eq!(blocks[0]["inserted"]["node-name"], "d0");
+    assert_eq!(blocks[0]["inserted"]["drv"], "raw");
+    assert_eq!(blocks[0]["inserted"]["children"], json!([{"child": "file", "node-name": "f0"}]));
+    assert_eq!(blocks[1]["inserted"]["image"]["virtual-size"], DISK);
+    assert_eq!(blocks[1]["inserted"]["image"]["format"], "qcow2");
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    assert_eq!(names(&nodes)[0], "d1", "the newest first");
+    assert_eq!(nodes.as_array().unwrap().len(), 4);
+    let exports = qmp.ok("query-block-exports", json!({}));
+    assert_eq!(exports[1]["type"], "vhost-user-blk");
+    assert_eq!(exports[1]["x-vublk-connected"], false);
+
+    let mut first = daemon.guest("e0.sock");
+    let mut second = daemon.guest("e1.sock");
+    first.write(0, 0, &[1; 4096]).unwrap();
+    second.write(0, 0, &[2; 4096]).unwrap();
+    assert_eq!(first.read(0, 0, 512).unwrap(), [1; 512]);
+    assert_eq!(second.read(0, 0, 512).unwrap(), [2; 512]);
+    let stats = qmp.ok("query-blockstats", json!({}));
+    assert_eq!(stats[0]["stats"]["wr_bytes"], 4096);
+    assert_eq!(stats[0]["stats"]["rd_operations"], 1);
+    assert_eq!(qmp.ok("query-block-exports", json!({}))[1]["x-vublk-connected"], true);
+    drop((first, second));
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn nodes_and_exports_come_and_go() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let in_use = qmp.fails("blockdev-del", json!({"node-name": "d0"}));
+    assert_eq!(in_use, "Node d0 is in use: export 'e0'");
+    let in_use = qmp.fails("blockdev-del", json!({"node-name": "f0"}));
+    assert_eq!(in_use, "Node f0 is in use: node 'd0' (file)");
+
+    let guest = daemon.guest("e0.sock");
+    wait_until("the guest", || {
+        qmp.ok("query-block-exports", json!({}))[0]["x-vublk-connected"] == true
+    });
+    let err = qmp.fails("block-export-del", json!({"id": "e0"}));
+    assert!(err.starts_with("export 'e0' still in use"), "{err}");
+    qmp.ok("block-export-del", json!({"id": "e0", "mode": "hard"}));
+    assert_eq!(qmp.event("BLOCK_EXPORT_DELETED"), json!({"id": "e0"}));
+    assert!(!daemon.path("e0.sock").exists());
+    drop(guest);
+    assert_eq!(qmp.fails("block-export-del", json!({"id": "e0"})), "Export 'e0' is not found");
+    qmp.ok("blockdev-del", json!({"node-name": "d0"}));
+    qmp.ok("blockdev-del", json!({"node-name": "f0"}));
+    assert_eq!(
+        qmp.fails("blockdev-del", json!({"node-name": "f0"})),
+        "Failed to find node with node-name='f0'"
+    );
+
+    // The same again, read-only, in one go.
+    let disk = daemon.path("disk.raw");
+    let file = json!({"driver": "file", "filename": disk, "read-only": true});
+    let raw = json!({"driver": "raw", "node-name": "d0", "read-only": true, "file": file});
+    qmp.ok("blockdev-add", raw);
+    let export = |id: &str, more: Value| {
+        let addr = json!({"type": "unix", "path": daemon.path("again.sock")});
+        let mut options = json!({"type": "vhost-user-blk", "id": id, "node-name": "d0",
+                                 "addr": addr});
+        options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        options
+    };
+    let err = qmp.fails("block-export-add", export("x", json!({"writable": true})));
+    assert_eq!(err, "Block node is read-only: 'd0'");
+    qmp.ok("block-export-add", export("x", json!({})));
+    let err = qmp.fails("block-export-add", export("x", json!({})));
+    assert_eq!(err, "Block export id 'x' is already in use");
+    let mut guest = daemon.guest("again.sock");
+    guest.write(0, 0, &[1; 512]).unwrap_err();
+    drop(guest);
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn refusals_are_qemus() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let file = |name: &str| json!({"driver": "file", "filename": daemon.path(name)});
+    let gone = daemon.path("gone").display().to_string();
+    let add = |options: Value| ("blockdev-add", options);
+    for ((command, arguments), expected) in [
+        (
+            add(json!({"driver": "raw", "file": "f0"})),
+            "'node-name' must be specified for the root node",
+        ),
+        (
+            add(json!({"driver": "raw", "node-name": "d0", "file": "f0"})),
+            "Duplicate nodes with node-name='d0'",
+        ),
+        (add(json!({"driver": "raw", "node-name": "0", "file": "f0"})), "Invalid node-name: '0'"),
+        (
+            add(json!({"driver": "raw", "node-name": "x", "file": file("gone")})),
+            &format!("Could not open '{gone}': No such file or directory"),
+        ),
+        (
+            add(json!({"driver": "raw", "node-name": "x", "file": "nope"})),
+            "Cannot find device='nope' nor node-name='nope'",
+        ),
+        (
+            add(json!({"driver": "raw", "node-name": "x", "file": "f0"})),
+            "Node f0 is in use: node 'd0' (file)",
+        ),
+        (
+            add(json!({"driver": "nbd", "node-name": "x"})),
+            "Parameter 'driver' does not accept value 'nbd'",
+        ),
+        (
+            add(json!({"driver": "raw", "node-name": "x", "file": "f0", "offset": 1})),
+            "Parameter 'offset' is unexpected",
+        ),
+        (
+            add(json!({"driver": "file", "node-name": "x", "filename": "y", "aio": "native"})),
+            "Parameter 'aio' is unexpected",
+        ),
+        (
+            add(
+                json!({"driver": "file", "node-name": "x", "filename": "y", "detect-zeroes": "on"}),
+            ),
+            "Parameter 'detect-zeroes' does not accept value 'on'",
+        ),
+        (
+            add(json!({"driver": "file", "node-name": "x", "filename": "y", "force-share": true})),
+            "force-share=on can only be used with read-only images",
+        ),
+        (
+            ("block_resize", json!({"node-name": "d0", "size": 0})),
+            "Parameter 'size' expects a >0 size",
+        ),
+        (
+            ("block_resize", json!({"node-name": "nope", "size": 512})),
+            "Cannot find device='' nor node-name='nope'",
+        ),
+        (
+            ("blockdev-snapshot", json!({"node": "d0", "overlay": "e1"})),
+            "Cannot find device='e1' nor node-name='e1'",
+        ),
+        (
+            ("blockdev-snapshot", json!({"node": "d0", "overlay": "d1"})),
+            "The overlay is already in use: export 'e1'",
+        ),
+        (
+            ("blockdev-snapshot-sync", json!({"node-name": "d0", "snapshot-file": "x"})),
+            "New overlay node-name missing",
+        ),
+        (
+            (
+                "blockdev-snapshot-sync",
+                json!({"device": "e0", "snapshot-file": "x", "snapshot-node-name": "d1"}),
+            ),
+            "New overlay node-name already in use",
+        ),
+        (
+            (
+                "blockdev-snapshot-sync",
+                json!({"device": "e0", "snapshot-file": "x", "format": "y"}),
+            ),
+            "Invalid snapshot format 'y'",
+        ),
+        (
+            ("transaction", json!({"actions": [{"type": "abort", "data": {}}]})),
+            "Transaction aborted using Abort action",
+        ),
+    ] {
+        assert_eq!(qmp.fails(command, arguments.clone()), expected, "{command} {arguments}");
+    }
+    assert!(!daemon.path("x").exists());
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    assert_eq!(nodes.as_array().unwrap().len(), 4, "a refusal leaves nothing");
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn a_transaction_is_all_or_nothing() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let mut guests = [daemon.guest("e0.sock"), daemon.guest("e1.sock")];
+    for guest in &mut guests {
+        guest.write(0, 0, &[1; 4096]).unwrap();
+    }
+    let snapshot = |device: &str, file: &str| {
+        json!({"type": "blockdev-snapshot-sync", "data":
+               {"device": device, "snapshot-file": daemon.path(file), "snapshot-node-name": file}})
+    };
+    let both =
+        |name: &str| vec![snapshot("e0", &format!("{name}0")), snapshot("e1", &format!("{name}1"))];
+
+    let mut actions = both("a");
+    actions.push(json!({"type": "abort", "data": {}}));
+    qmp.fails("transaction", json!({"actions": actions}));
+    // A file that cannot be made, after one that could.
+    let mut actions = both("b");
+    actions[1]["data"]["snapshot-file"] = "no/such/directory".into();
+    qmp.fails("transaction", json!({"actions": actions}));
+    for file in ["a0", "a1", "b0", "b1"] {
+        assert!(!daemon.path(file).exists(), "{file} is left");
+    }
+    let blocks = qmp.ok("query-block", json!({}));
+    assert_eq!(
+        (&blocks[0]["inserted"]["node-name"], &blocks[1]["inserted"]["node-name"]),
+        (&json!("d0"), &json!("d1"))
+    );
+    assert_eq!(blocks[0]["inserted"]["x-vublk-frozen-below"], Value::Null);
+    guests[0].write(0, 0, &[1; 4096]).unwrap();
+
+    qmp.ok("transaction", json!({"actions": both("c")}));
+    let blocks = qmp.ok("query-block", json!({}));
+    assert_eq!(blocks[0]["inserted"]["node-name"], "c0");
+    assert_eq!(blocks[0]["inserted"]["backing_file_depth"], 1);
+    assert_eq!(blocks[1]["inserted"]["image"]["backing-image"]["format"], "qcow2");
+    assert_eq!(qmp.ok("x-vublk-query-pauses", json!({}))["count"], 1);
+    for guest in &mut guests {
+        assert_eq!(guest.read(0, 0, 512).unwrap(), [1; 512]);
+        guest.write(0, 0, &[2; 4096]).unwrap();
+        guest.flush(0).unwrap();
+    }
+    assert_eq!(std::fs::read(daemon.path("disk.raw")).unwrap()[..4096], [1; 4096]);
+    let in_use = qmp.fails("blockdev-del", json!({"node-name": "d0"}));
+    assert_eq!(in_use, "Node d0 is in use: node 'c0' (backing)");
+    drop(guests);
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn a_disk_that_grows_is_told_to_its_guest() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    for (export, socket) in [("e0", "e0.sock"), ("e1", "e1.sock")] {
+        let mut guest = daemon.guest(socket);
+        guest.write(0, DISK, &[1; 512]).unwrap_err();
+        qmp.ok("block_resize", json!({"device": export, "size": 2 * DISK}));
+        guest.client.wait_config_change(common::soon()).unwrap();
+        let config = guest.client.get_config(0, 8).unwrap();
+        assert_eq!(u64::from_le_bytes(config.try_into().unwrap()) * 512, 2 * DISK);
+        guest.write(0, DISK, &[1; 512]).unwrap();
+        assert_eq!(guest.read(0, 2 * DISK - 512, 512).unwrap(), [0; 512]);
+    }
+    let err = qmp.fails("block_resize", json!({"device": "e0", "size": DISK}));
+    assert!(err.contains("x-vublk-shrink"), "{err}");
+    let err = qmp.fails("block_resize", json!({"device": "e0", "size": 3 * DISK + 1}));
+    assert!(err.contains("whole blocks"), "{err}");
+    qmp.ok("block_resize", json!({"device": "e0", "size": DISK, "x-vublk-shrink": true}));
+    assert_eq!(std::fs::metadata(daemon.path("disk.raw")).unwrap().len(), DISK);
+    // Nobody needs to be connected.
+    qmp.ok("block_resize", json!({"node-name": "d0", "size": 4 * DISK}));
+    daemon.quit(&mut qmp);
+}
+
+#[test]
+fn an_overlay_that_is_there_takes_the_place_of_its_base() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let mut guest = daemon.guest("e0.sock");
+    // In two clusters of the overlay, one of which will be copied up.
+    const LOW: u64 = 128 << 10;
+    guest.write(0, 0, &[1; 4096]).unwrap();
+    guest.write(0, LOW, &[1; 4096]).unwrap();
+    let overlay = daemon.path("over.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "over.qcow2", &DISK.to_string()];
+    common::ok(daemon.dir.path(), &create);
+    let add = json!({"driver": "qcow2", "node-name": "over", "backing": null,
+                     "file": {"driver": "file", "filename": overlay}});
+    qmp.ok("blockdev-add", add);
+    qmp.ok("blockdev-snapshot", json!({"node": "d0", "overlay": "over"}));
+    assert_eq!(guest.read(0, 0, 512).unwrap(), [1; 512]);
+    guest.write(0, 0, &[2; 512]).unwrap();
+    assert_eq!(guest.read(0, 512, 512).unwrap(), [1; 512]);
+    assert_eq!(guest.read(0, LOW, 512).unwrap(), [1; 512]);
+    let frozen = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    let d0 = frozen.as_array().unwrap().iter().find(|row| row["node-name"] == "d0").unwrap();
+    assert_eq!(d0["ro"], true);
+
+    // Written again, and no longer: what a commit does.
+    let base = |read_only: bool| {
+        json!({"options": [{"driver": "raw", "node-name": "d0", "file": "f0",
+                            "discard": "unmap", "read-only": read_only}]})
+    };
+    qmp.ok("blockdev-reopen", base(false));
+    qmp.ok("blockdev-reopen", base(true));
+    let mut other = base(true);
+    other["options"][0]["discard"] = "ignore".into();
+    assert_eq!(qmp.fails("blockdev-reopen", other), "Cannot change the option 'discard'");
+    let over = |backing: Value| {
+        let nodes = qmp_children(&frozen, "over");
+        json!({"options": [{"driver": "qcow2", "node-name": "over", "file": nodes,
+                            "backing": backing}]})
+    };
+    let err = qmp.fails("blockdev-reopen", over("over".into()));
+    assert_eq!(err, "Making 'over' a backing child of 'over' would create a cycle");
+    qmp.ok("blockdev-reopen", over(Value::Null));
+    assert_eq!(guest.read(0, LOW, 512).unwrap(), [0; 512], "without its base");
+    qmp.ok("blockdev-reopen", over("d0".into()));
+    assert_eq!(guest.read(0, LOW, 512).unwrap(), [1; 512]);
+    drop(guest);
+    daemon.quit(&mut qmp);
+}
+
+/// The name of the file node below a node.
+fn qmp_children(nodes: &Value, name: &str) -> String {
+    let node = nodes.as_array().unwrap().iter().find(|row| row["node-name"] == name).unwrap();
+    node["children"][0]["node-name"].as_str().unwrap().to_string()
+}
+
+/// A disk that a snapshot has frozen is not served again by an old command line.
+#[test]
+fn what_is_frozen_is_not_served_for_writing() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let overlay = daemon.path("s.qcow2");
+    qmp.ok("blockdev-snapshot-sync", json!({"device": "e0", "snapshot-file": overlay}));
+    qmp.ok("quit", json!({}));
+    let Daemon { dir, child } = &daemon;
+    let _ = child;
+    wait_until("the end", || !dir.path().join("e0.sock").exists());
+    let single = |args: &[&str]| {
+        let output = command(dir.path(), args).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let err = single(&["--socket-path", "x.sock", "-f", "raw", "disk.raw"]);
+    assert!(
+        err.contains("the disk goes on in") && err.contains(overlay.to_str().unwrap()),
+        "{err}"
+    );
+    let err = single(TWO);
+    assert!(err.contains("--export") && err.contains("the disk goes on in"), "{err}");
+    // Without its overlay it is the disk again.
+    std::fs::remove_file(&overlay).unwrap();
+    let again = Daemon {
+        dir: tempfile::tempdir().unwrap(),
+        child: command(dir.path(), TWO).stderr(Stdio::null()).spawn().unwrap(),
+    };
+    let mut qmp = Qmp::connect(&dir.path().join("qmp.sock"));
+    qmp.ok("quit", json!({}));
+    drop(again);
+}
+
+#[test]
+fn misuse_of_the_command_line_is_told() {
+    let dir = prepare();
+    for (args, expected) in [
+        (&["--blockdev", "driver=nbd,node-name=x"][..], "does not accept value 'nbd'"),
+        (&["--blockdev", "file,node-name=x"], "Parameter 'filename' is missing"),
+        (&["--blockdev", "file,node-name=x,filename"], "Expected '=' after parameter 'filename'"),
+        (
+            &["--blockdev", "file,node-name=x,filename=disk.raw,read-only=maybe"],
+            "Parameter 'read-only' expects 'on' or 'off'",
+        ),
+        (
+            &["--export", "vhost-user-blk,id=e,node-name=x,addr.type=unix,addr.path=x.sock"],
+            "Cannot find device='' nor node-name='x'",
+        ),
+        (&["--export", "nbd,id=e,node-name=x"], "Parameter 'type' does not accept value 'nbd'"),
+        (&["--monitor", "chardev=c"], "chardev \"c\" not found"),
+        (&["--chardev", "socket,id=c,path=x,server=on,wait=off"], "no --monitor uses it"),
+        (&["--chardev", "socket,id=c,path=x", "--monitor", "c"], "expects 'on': a monitor listens"),
+        (&["--blockdev", "file,node-name=x,filename=disk.raw", "disk.raw"], "cannot be used with"),
+        (
+            &["--blockdev", "file,node-name=x,filename=disk.raw", "--num-queues", "2"],
+            "cannot be used with",
+        ),
+    ] {
+        let output = command(dir.path(), args).output().unwrap();
+        let err = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && err.contains(expected), "{args:?}: {err}");
+    }
+}
