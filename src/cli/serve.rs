@@ -53,8 +53,10 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         }
         let (locking, wait_for) = (request.locking, request.lock_wait);
         let record = args.recording.request(args.cache, locking, wait_for, args.block_size);
+        let mut recording = None;
         if let Some(record) = record {
-            image = images::recording::record_image(image, &record)?;
+            let (recorded, started) = images::recording::record_image(image, &record)?;
+            (image, recording) = (recorded, Some(started));
         }
         image.check_for_guest(args.block_size)?;
         let socket = listen(args)?;
@@ -62,6 +64,9 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         say_what_is_served(args, &image, &socket.to_string());
         controls.extend(args.control.socket()?);
         let node = disks.layers.add_format(image, None, true)?;
+        if let Some(recording) = recording {
+            disks.recordings.adopt(&node, &recording)?;
+        }
         disks.export(export_request(args, node, socket))?;
     } else {
         args.daemon.set_up(&mut disks)?;

@@ -9,6 +9,7 @@ use crate::block::{Graph, Node, Rights, Root};
 use crate::control::QmpError;
 use crate::control::error::Class;
 use crate::control::qapi::QmpResult;
+use crate::control::recordings::Recordings;
 use crate::device::export::{CachePolicy, Export, ExportOptions};
 use crate::device::exports::{Exports, Served};
 use crate::device::server::ServerSocket;
@@ -22,6 +23,8 @@ pub struct Disks {
     pub layers: Layers,
     /// What is served.
     pub exports: Exports,
+    /// What is recorded.
+    pub recordings: Recordings,
     /// How exports do their I/O.
     pub workers: WorkerOptions,
 }
@@ -63,7 +66,7 @@ pub struct ExportRequest {
 impl Disks {
     /// No disks yet.
     pub fn new(layers: Layers, workers: WorkerOptions) -> Disks {
-        Disks { layers, exports: Exports::default(), workers }
+        Disks { layers, exports: Exports::default(), recordings: Recordings::default(), workers }
     }
 
     /// The graph.

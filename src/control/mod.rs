@@ -49,6 +49,7 @@ mod job_events;
 pub mod json;
 pub mod keyval;
 pub mod qapi;
+pub mod recordings;
 pub mod request;
 pub mod schema;
 pub mod server;

@@ -110,14 +110,15 @@ fn start(
     Ok(Recording { filter: Arc::new(filter), began })
 }
 
-/// The image with the filter in front of it, and a line about the log.
-pub fn record_image(image: Image, request: &RecordRequest) -> Result<Image> {
+/// The image with the filter in front of it.
+pub fn record_image(image: Image, request: &RecordRequest) -> Result<(Image, Recording)> {
     let recording = record(&image, image.node.driver(), request)?;
     recording.say(image.name());
+    let filter = Arc::clone(&recording.filter);
     let options =
         NodeOptions { name: image.node.name().into(), read_only: false, ..NodeOptions::default() };
-    let node = Node::new(recording.filter, options);
-    Ok(Image { node, ..image })
+    let node = Node::new(filter, options);
+    Ok((Image { node, ..image }, recording))
 }
 
 impl Recording {

@@ -7,6 +7,7 @@ mod apply;
 mod find;
 mod info;
 mod list;
+mod mark;
 mod replay;
 mod source;
 mod verify;
@@ -29,6 +30,7 @@ enum LogCommand {
     Find(find::FindArgs),
     Replay(Box<replay::ReplayArgs>),
     Verify(verify::VerifyArgs),
+    Mark(mark::MarkArgs),
 }
 
 pub fn run(args: &LogArgs) -> Result<u8> {
@@ -38,5 +40,6 @@ pub fn run(args: &LogArgs) -> Result<u8> {
         LogCommand::Find(args) => find::run(args),
         LogCommand::Replay(args) => replay::run(args),
         LogCommand::Verify(args) => verify::run(args),
+        LogCommand::Mark(args) => mark::run(args),
     }
 }

@@ -25,6 +25,7 @@ mod query_tpm;
 mod query_version;
 mod quit;
 mod transaction;
+mod x_vublk_log;
 mod x_vublk_query_pauses;
 
 pub use block_export_add::{BlockExportOptions, add as add_export};
@@ -71,6 +72,9 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<query_version::QueryVersion>(),
     Command::main::<quit::Quit>(),
     Command::main::<transaction::Transaction>(),
+    Command::main::<x_vublk_log::XVublkLogMark>(),
+    Command::main::<x_vublk_log::XVublkLogStart>(),
+    Command::main::<x_vublk_log::XVublkLogStop>(),
     Command::main::<x_vublk_query_pauses::QueryPauses>(),
 ];
 

@@ -211,8 +211,8 @@ impl WriteLog {
         self.recorder.publish(end).await
     }
 
-    async fn close_both(&self) -> Result<()> {
-        self.below.close().await?;
+    /// Ends the recording, for a disk that goes on without it. Nothing may be in flight.
+    pub async fn end(&self) -> Result<()> {
         let has_grown = self.has_grown.swap(false, Ordering::Relaxed);
         self.closing.end(&self.recorder, has_grown).await
     }
@@ -293,7 +293,10 @@ impl Driver for WriteLog {
     }
 
     fn close<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(self.close_both())
+        Box::pin(async {
+            self.below.close().await?;
+            self.end().await
+        })
     }
 }
 

@@ -1,0 +1,121 @@
+//! `x-vublk-log-start`, `-stop` and `-mark`: recording a guest's writes while it runs.
+
+use super::prelude::*;
+use crate::filters::write_log::{Existing, Settings};
+use crate::images::recording::RecordRequest;
+use crate::units::SECTOR_SIZE;
+
+qapi! {
+    /// What is recorded, and where.
+    pub struct LogStart {
+        /// The export, or the node.
+        pub device: String,
+        /// The log: a file, made if need be, or a block device.
+        pub log: String,
+        /// Size of the log's sectors, for a new log; 512 if absent.
+        pub log_sector_size: Option<u32>,
+        /// Add to the log whatever image it was of.
+        pub log_append: Option<bool>,
+        /// Start the log anew.
+        pub log_overwrite: Option<bool>,
+        /// Count entries in the superblock at least every so many of them.
+        pub log_super_update_interval: Option<u64>,
+        /// Its sidecar; beside the log if absent.
+        pub log_sidecar: Option<String>,
+    }
+}
+qapi! {
+    /// What is recorded.
+    pub struct LogStop {
+        /// The export, or the node.
+        pub device: String,
+    }
+}
+qapi! {
+    /// A mark.
+    pub struct LogMark {
+        /// The export, or the node, that is recorded.
+        pub device: String,
+        /// Its text.
+        pub mark: String,
+    }
+}
+
+pub struct XVublkLogStart;
+
+impl MainCommand for XVublkLogStart {
+    const NAME: &'static str = "x-vublk-log-start";
+    const DOC: &'static str = "Records every write of a guest in a log, in dm-log-writes format.";
+    type Arguments = LogStart;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: LogStart) -> QmpResult<Nothing> {
+        let disks = daemon.disks_mut();
+        let node = disks.find_any(&arguments.device)?;
+        let image = disks.image_of(&node)?;
+        let on_it = disks.exports.iter().filter(|served| served.root().node().is_same(&node));
+        // The smallest blocks that any guest of it may write.
+        let blocks = on_it.map(|served| u64::from(served.export().options.block_size)).min();
+        let request = RecordRequest {
+            log: arguments.log.into(),
+            sidecar: arguments.log_sidecar.map(Into::into),
+            cache: image.cache,
+            locking: image.locking,
+            lock_wait: std::time::Duration::ZERO,
+            block_size: blocks.unwrap_or(SECTOR_SIZE),
+            settings: Settings {
+                sector_size: arguments.log_sector_size,
+                existing: existing(arguments.log_append, arguments.log_overwrite)?,
+                interval: arguments
+                    .log_super_update_interval
+                    .unwrap_or(Settings::default().interval),
+                ..Settings::default()
+            },
+        };
+        let graph = std::sync::Arc::clone(disks.graph());
+        disks.recordings.start(&graph, &image, &request)?;
+        Ok(Nothing {})
+    }
+}
+
+fn existing(append: Option<bool>, overwrite: Option<bool>) -> QmpResult<Existing> {
+    match (append == Some(true), overwrite == Some(true)) {
+        (true, true) => Err(QmpError::generic("log-append and log-overwrite exclude each other")),
+        (true, false) => Ok(Existing::Append),
+        (false, true) => Ok(Existing::Overwrite),
+        (false, false) => Ok(Existing::Continue),
+    }
+}
+
+pub struct XVublkLogStop;
+
+impl MainCommand for XVublkLogStop {
+    const NAME: &'static str = "x-vublk-log-stop";
+    const DOC: &'static str = "Ends the recording of a guest's writes.";
+    type Arguments = LogStop;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: LogStop) -> QmpResult<Nothing> {
+        let disks = daemon.disks_mut();
+        let node = disks.find_any(&arguments.device)?;
+        let graph = std::sync::Arc::clone(disks.graph());
+        disks.recordings.stop(&graph, &node)?;
+        Ok(Nothing {})
+    }
+}
+
+pub struct XVublkLogMark;
+
+impl MainCommand for XVublkLogMark {
+    const NAME: &'static str = "x-vublk-log-mark";
+    const DOC: &'static str = "Gives a name to the present end of a log that is being recorded.";
+    type Arguments = LogMark;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: LogMark) -> QmpResult<Nothing> {
+        let disks = daemon.disks();
+        let node = disks.find_any(&arguments.device)?;
+        disks.recordings.mark(&node, &arguments.mark)?;
+        Ok(Nothing {})
+    }
+}

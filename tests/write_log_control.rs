@@ -1,0 +1,94 @@
+//! Recording that begins, is marked and ends under a running guest, by the control socket.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Value, json};
+
+mod common;
+
+use common::{Qmp, Setup, fails, ok};
+use vublk::frontend::{Personality, Request, SessionOptions};
+
+const DISK: u64 = 1 << 20;
+
+#[test]
+fn recording_starts_and_stops_under_a_running_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let control = d.join("control.sock");
+    let image = d.join("disk.raw");
+    std::fs::File::create(&image).unwrap().set_len(DISK).unwrap();
+    let options = ["--control", control.to_str().unwrap()];
+    let mut backend = Setup::new(&options).image(&image).start();
+    let mut qmp = Qmp::connect(&control);
+    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+    let device = backend_device(&mut qmp);
+    let log = d.join("w.log").to_str().unwrap().to_string();
+
+    // The guest writes all the time, each block once, one after the other.
+    let stop = Arc::new(AtomicBool::new(false));
+    let over = Arc::clone(&stop);
+    let guest = std::thread::spawn(move || {
+        let mut count = 0u64;
+        while !over.load(Ordering::Relaxed) {
+            let byte = 1 + (count % 250) as u8;
+            let request = Request::write(count % (DISK / 4096) * 4096, vec![byte; 4096]);
+            disk.execute(0, &request).unwrap().ok().unwrap();
+            count += 1;
+        }
+        disk.execute(0, &Request::flush()).unwrap().ok().unwrap();
+        disk.stop().unwrap();
+        count
+    });
+    let err = qmp.run("x-vublk-log-mark", json!({"device": device, "mark": "x"})).unwrap_err();
+    assert!(err.contains("is not being recorded"), "{err}");
+    qmp.run("x-vublk-log-start", json!({"device": device, "log": log})).unwrap();
+    let err = qmp.run("x-vublk-log-start", json!({"device": device, "log": log})).unwrap_err();
+    assert!(err.contains("is being recorded in") && err.contains("already"), "{err}");
+    // A snapshot would lead the writes past the log.
+    let overlay = d.join("overlay.qcow2").to_str().unwrap().to_string();
+    let snapshot = json!({"device": device, "snapshot-file": overlay, "format": "qcow2"});
+    let err = qmp.run("blockdev-snapshot-sync", snapshot).unwrap_err();
+    assert!(err.contains("the write log") && err.contains("w.log"), "{err}");
+    for mark in ["one", "two"] {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        qmp.run("x-vublk-log-mark", json!({"device": device, "mark": mark})).unwrap();
+    }
+    ok(d, &["log", "mark", "--device", &device, "control.sock", "three"]);
+    // It may be read while it grows.
+    ok(d, &["log", "verify", "w.log"]);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    qmp.run("x-vublk-log-stop", json!({"device": device})).unwrap();
+    let size = std::fs::metadata(d.join("w.log")).unwrap().len();
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    stop.store(true, Ordering::Relaxed);
+    let count = guest.join().unwrap();
+    assert!(count > 100, "{count} writes");
+    assert_eq!(std::fs::metadata(d.join("w.log")).unwrap().len(), size, "it went on growing");
+    let err = fails(d, &["log", "mark", "--device", &device, "control.sock", "four"], 1);
+    assert!(err.starts_with("control.sock: ") && err.contains("is not being recorded"), "{err}");
+    assert!(backend.terminate().success());
+
+    ok(d, &["log", "verify", "w.log"]);
+    let list = ok(d, &["log", "list", "--output", "json", "w.log"]);
+    let entries: Vec<Value> = serde_json::from_str(&list).unwrap();
+    let marks: Vec<_> = entries.iter().filter_map(|entry| entry["mark"].as_str()).collect();
+    assert_eq!(marks, ["one", "two", "three", "dm-log-writes-end"]);
+    // No write is missing in between: the guest's go round.
+    let blocks: Vec<u64> = entries
+        .iter()
+        .filter(|entry| entry["flags"].as_array().unwrap().is_empty())
+        .map(|entry| entry["sector"].as_u64().unwrap() / 8)
+        .collect();
+    assert!(blocks.len() > 10, "{} writes in the log", blocks.len());
+    for pair in blocks.windows(2) {
+        assert_eq!(pair[1], (pair[0] + 1) % (DISK / 4096));
+    }
+}
+
+/// The name of the one export.
+fn backend_device(qmp: &mut Qmp) -> String {
+    let exports = qmp.run("query-block-exports", json!({})).unwrap();
+    exports[0]["id"].as_str().unwrap().to_string()
+}
