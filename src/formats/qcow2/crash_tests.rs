@@ -8,6 +8,7 @@
 use super::tests::*;
 use super::*;
 use crate::block::Driver;
+use crate::io::Alignment;
 use crate::io::block_on;
 use crate::io::sim::{Rng, Sim, SimFile, SimTask};
 

@@ -1,0 +1,185 @@
+//! What completed survives the death of the process.
+
+use super::*;
+
+#[test]
+fn what_completed_survives_a_kill_for_the_same_guest_only() {
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed);
+        let cluster_size = [512, 4096, 65536][rng.below(3) as usize];
+        let with_backing = rng.one_in(2);
+        let size = 30 * cluster_size.max(4096);
+        let base = random_bytes(seed, size / 2);
+        let node = || with_backing.then(|| raw_node(&base, Alignment::NONE));
+        let dir = state_dir();
+        let keep = || Keep::open_with_capacity(dir.path(), IMAGE, "qcow2", 1 << 20).unwrap();
+        let file = new_image(&backed(size, cluster_size, with_backing), Alignment::NONE);
+        let mut model = vec![0; size as usize];
+        if with_backing {
+            model[..base.len()].copy_from_slice(&base);
+        }
+        let mut driver = open_image(&file, node(), Some(keep()));
+        block_on(driver.resume(None)).unwrap();
+        let mut nonce = 1000;
+        block_on(async { driver.begin_session(nonce) }).unwrap();
+        for _ in 0..6 {
+            for _ in 0..rng.below(25) {
+                let request = random_request(&mut rng, size, 512, 200);
+                block_on(perform(&driver, &request)).unwrap();
+                block_on(perform_on_model(&driver, &mut model, &request));
+            }
+            // Killed: nothing is closed or flushed; the page cache lives on.
+            drop(driver);
+            driver = open_image(&file, node(), Some(keep()));
+            block_on(driver.resume(Some(nonce))).unwrap();
+            let content = block_on(read(&driver, 0, size));
+            assert!(content == model, "seed {seed}: a completed write was lost");
+            nonce += 1;
+            driver.begin_session(nonce).unwrap();
+        }
+        let named = with_backing.then_some(&base[..]);
+        check_with_qemu(&file.volatile(), None, named, &format!("seed {seed}"));
+
+        // A new guest gets what was flushed, and nothing of what was kept.
+        block_on(driver.flush()).unwrap();
+        let flushed = block_on(read(&driver, 0, size));
+        let whole = ByteRange { offset: 0, len: size };
+        block_on(driver.write_zeroes(whole, true)).unwrap();
+        block_on(write(&driver, 0, &[9; 512])).unwrap();
+        drop(driver);
+        let driver = open_image(&file, node(), Some(keep()));
+        let err = block_on(driver.resume(Some(7))).unwrap_err();
+        assert!(err.to_string().contains("another guest's session"), "{err}");
+        block_on(driver.resume(None)).unwrap();
+        // (The last write went into its cluster's place, which is the flushed one.)
+        let content = block_on(read(&driver, 0, size));
+        let rest = cluster_size as usize..;
+        assert!(content[rest.clone()] == flushed[rest], "seed {seed}: unflushed state shows");
+        driver.begin_session(1).unwrap();
+        block_on(driver.close()).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "keep left behind");
+    }
+}
+
+/// What is noted for the guest (in its in-flight region) follows the root from node to node.
+#[test]
+fn it_is_noted_whether_a_guests_writes_are_kept() {
+    let dir = state_dir();
+    let raw = || {
+        let file = SimFile::with_alignment("raw", vec![0; 65536], Alignment::NONE);
+        let options = NodeOptions { name: "raw".into(), read_only: false, ..Default::default() };
+        Node::new(Arc::new(Raw::open(Arc::new(file), false).unwrap()), options)
+    };
+    let qcow2 = |keep| {
+        let file = new_image(&backed(65536, 4096, false), Alignment::NONE);
+        let options = NodeOptions { name: "qcow2".into(), read_only: false, ..Default::default() };
+        Node::new(Arc::new(open_image(&file, None, keep)), options)
+    };
+    let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+    let noted = Arc::new(Mutex::new(None));
+    let root = Root::new("disk", raw());
+    root.resume(None).unwrap();
+    let note = Arc::clone(&noted);
+    root.begin_session(1, move |kept| *note.lock().unwrap() = Some(kept)).unwrap();
+    assert_eq!(*noted.lock().unwrap(), Some(false));
+    root.replace_node(qcow2(Some(keep)), &root.quiesce()).unwrap();
+    assert_eq!(*noted.lock().unwrap(), Some(true));
+    root.replace_node(qcow2(None), &root.quiesce()).unwrap();
+    assert_eq!(*noted.lock().unwrap(), Some(false));
+    *noted.lock().unwrap() = Some(true);
+    root.end_session();
+    assert_eq!((*noted.lock().unwrap(), root.session()), (Some(false), None));
+}
+
+#[test]
+fn killed_in_the_middle_of_requests_and_flushes() {
+    for seed in 0..120 {
+        let mut rng = Rng::new(seed);
+        let cluster_size = [512, 4096, 65536][rng.below(3) as usize];
+        let lanes = 4u64;
+        let size = 40 * cluster_size.max(4096);
+        let dir = state_dir();
+        let keep = || Keep::open_with_capacity(dir.path(), IMAGE, "qcow2", 256 << 10).unwrap();
+        let file = new_image(&backed(size, cluster_size, false), Alignment::NONE);
+        // Of each block: the values it may have, the last completed one first.
+        let model: Mutex<Vec<Vec<u8>>> = Mutex::new(vec![vec![0]; (size / 512) as usize]);
+        for nonce in 1..5 {
+            let driver = open_image(&file, None, Some(keep()));
+            if nonce == 1 {
+                block_on(driver.resume(None)).unwrap();
+            } else {
+                block_on(driver.resume(Some(nonce - 1))).unwrap();
+            }
+            driver.begin_session(nonce).unwrap();
+            let content = block_on(read(&driver, 0, size));
+            for (block, possible) in model.lock().unwrap().iter_mut().enumerate() {
+                let found = content[block * 512];
+                assert!(content[block * 512..][..512].iter().all(|byte| *byte == found));
+                assert!(possible.contains(&found), "seed {seed}: block {block} is {found}");
+                *possible = vec![found];
+            }
+            let sim = Sim::new(rng.word());
+            sim.attach(&file);
+            let tasks: Vec<SimTask<'_>> = (0..lanes)
+                .map(|i| {
+                    let (driver, model) = (&driver, &model);
+                    let mut rng = Rng::new(rng.word());
+                    Box::pin(async move {
+                        for _ in 0..12 {
+                            if rng.one_in(8) {
+                                driver.flush().await.unwrap();
+                                continue;
+                            }
+                            let block = rng.below(size / 512 / lanes) * lanes + i;
+                            let value = rng.word() as u8;
+                            model.lock().unwrap()[block as usize].push(value);
+                            write(driver, block * 512, &[value; 512]).await.unwrap();
+                            model.lock().unwrap()[block as usize] = vec![value];
+                        }
+                    }) as SimTask<'_>
+                })
+                .collect();
+            let stop = rng.below(250);
+            sim.run_until(tasks, |step| step >= stop);
+            drop(driver);
+            // What the kernel was told to do happens, process or not.
+            sim.drain();
+            sim.detach(&file);
+        }
+        check_with_qemu(&file.volatile(), None, None, &format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn without_a_keep_writes_that_allocate_wait_for_the_disk() {
+    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
+    let driver = open_image(&file, None, None);
+    driver.begin_session(1).unwrap();
+    block_on(write(&driver, 0, &[1; 512])).unwrap();
+    let flushes = file.count(SimOp::Flush);
+    block_on(write(&driver, 512, &[2; 512])).unwrap();
+    assert_eq!(file.count(SimOp::Flush), flushes, "a mapped cluster costs nothing extra");
+    block_on(driver.discard(ByteRange { offset: 0, len: 65536 })).unwrap();
+    block_on(write(&driver, 65536, &[3; 512])).unwrap();
+    drop(driver);
+    let driver = open_image(&file, None, None);
+    assert_eq!(block_on(read(&driver, 0, 512)), [0; 512]);
+    assert_eq!(block_on(read(&driver, 65536, 512)), [3; 512]);
+}
+
+#[test]
+fn a_mapped_cluster_costs_no_record() {
+    let dir = state_dir();
+    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
+    let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+    let path = keep.path().to_path_buf();
+    let driver = open_image(&file, None, Some(keep));
+    driver.begin_session(1).unwrap();
+    block_on(write(&driver, 0, &[1; 65536])).unwrap();
+    assert!(std::fs::metadata(&path).unwrap().len() > 65536, "not recorded");
+    block_on(driver.flush()).unwrap();
+    use std::os::unix::fs::MetadataExt;
+    let blocks = std::fs::metadata(&path).unwrap().blocks();
+    block_on(write(&driver, 4096, &[2; 4096])).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().blocks(), blocks, "recorded without need");
+}
