@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+mod order;
+
 use std::future::Future;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
@@ -57,6 +59,8 @@ struct Slow {
     active: AtomicUsize,
     /// Operations that have ended.
     done: AtomicU64,
+    /// Whether flushes fail.
+    fails_to_flush: AtomicBool,
     /// Tasks to be woken a little later.
     later: Mutex<Sender<Waker>>,
 }
@@ -98,6 +102,7 @@ impl Slow {
             data: Mutex::new(vec![0; DISK as usize]),
             active: AtomicUsize::new(0),
             done: AtomicU64::new(0),
+            fails_to_flush: AtomicBool::new(false),
             later: Mutex::new(later),
         })
     }
@@ -156,7 +161,8 @@ impl Driver for Slow {
     }
 
     fn flush<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(self.transfer(4096, None, true))
+        let fails = self.fails_to_flush.load(Ordering::SeqCst);
+        Box::pin(self.transfer(if fails { BAD } else { 4096 }, None, true))
     }
 
     fn block_status<'a>(&'a self, _range: ByteRange) -> Fut<'a, BlockStatus> {

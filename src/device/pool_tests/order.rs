@@ -1,0 +1,188 @@
+//! What must come before what: stops and what is owed, nodes and who reads from them, sessions and
+//! what is noted of them. Each of these tests stands for a line of the worker or the pool that could
+//! be left out without the stress noticing.
+
+use std::io::Write;
+
+use super::*;
+use crate::device::rings::Session;
+
+/// Waits until `holds`; panics with `what` if that takes too long.
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < until, "still waiting for: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn is_readable(fd: &impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+}
+
+fn region() -> Arc<InflightRegion> {
+    let new = InflightRegion::create(2, QUEUE_SIZE).unwrap();
+    InflightRegion::from_front_end(new.file, new.mmap_size, 0, 2, QUEUE_SIZE).unwrap()
+}
+
+impl Queue {
+    /// Reads 4 KiB; the status and the first byte.
+    fn read(&mut self, offset: u64) -> (u8, u8) {
+        let head = self.offer(0, 0, offset, true);
+        self.ring.publish();
+        self.ring.kick().unwrap();
+        self.ring.wait_used(Instant::now() + PATIENCE).expect("an answer");
+        let used = self.ring.take_used().expect("an answer");
+        assert_eq!(used.id, u32::from(head));
+        assert!(self.ring.free_chain(used.id));
+        let byte = |addr| self.memory.read_vec(addr, 1).unwrap()[0];
+        (byte(self.status(0)), byte(self.data(0)))
+    }
+}
+
+/// A ring that is to stop before it has begun: what an earlier process owed is done, what is new
+/// is left to the guest's next ring.
+#[test]
+fn a_ring_that_is_stopped_at_once_does_what_is_owed_and_no_more() {
+    const OWED: u16 = 12;
+    let _watchdog = Watchdog::new("the stopped ring");
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let export = export(Slow::new(), engine, 1);
+        let pool = Pool::new(Arc::clone(&export));
+        let memory = guest_memory();
+        let mut queue = Queue::new(&memory, 0, true);
+        let region = region();
+        {
+            let mut earlier = region.queue(0).unwrap();
+            earlier.start(0, 0, QUEUE_SIZE).unwrap();
+            for slot in 0..SLOTS {
+                let head = queue.offer(slot, 0, slot * 4096, true);
+                if slot < u64::from(OWED) {
+                    earlier.take(head);
+                }
+            }
+        }
+        queue.ring.publish();
+        let closed = export.root.quiesce();
+        let mut start = start_of(&queue.ring, 0, true, &memory);
+        start.inflight = region.queue(0);
+        pool.start(0, start).unwrap();
+        let base = std::thread::scope(|scope| {
+            let stopper = scope.spawn(|| pool.stop(0).expect("live"));
+            // Long enough for a stop that waits for nothing.
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(queue.ring.used_index(), 0, "the gate is closed");
+            assert!(!stopper.is_finished(), "stopped with requests that are owed");
+            drop(closed);
+            stopper.join().unwrap()
+        });
+        assert_eq!((base, queue.ring.used_index()), (OWED, OWED));
+        for slot in 0..SLOTS {
+            let status = memory.read_vec(queue.status(slot), 1).unwrap()[0];
+            assert_eq!(status, if slot < u64::from(OWED) { 0 } else { 0xee }, "slot {slot}");
+        }
+        pool.disconnected();
+    }
+}
+
+/// Under a guest that reads, one file takes the place of another, mostly with the descriptor of the
+/// one before it. Every read finds the node of its time: content, size, and file.
+#[test]
+fn reads_go_to_the_node_that_is_there_now() {
+    let _watchdog = Watchdog::new("the replaced node");
+    let dir = tempfile::tempdir().unwrap();
+    let node = |i: u8| {
+        let path = dir.path().join(i.to_string());
+        // Every other one has one block more.
+        std::fs::write(&path, vec![i; 4096 * (1 + usize::from(i & 1))]).unwrap();
+        let file = Arc::new(HostFile::open(&path, OpenOptions::default()).unwrap());
+        let options = NodeOptions { name: i.to_string(), ..NodeOptions::default() };
+        Node::new(Arc::new(Raw::open(file, true).unwrap()), options)
+    };
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let export = export(Slow::new(), engine, 1);
+        let pool = Pool::new(Arc::clone(&export));
+        let memory = guest_memory();
+        let mut queue = Queue::new(&memory, 0, true);
+        pool.start(0, start_of(&queue.ring, 0, true, &memory)).unwrap();
+        for i in 1..40 {
+            let quiesced = export.root.quiesce();
+            drop(export.root.replace_node(node(i), &quiesced).unwrap());
+            drop(quiesced);
+            assert_eq!(queue.read(0), (0, i));
+            let (status, byte) = queue.read(4096);
+            if i & 1 == 0 {
+                assert_eq!(status, 1, "node {i} ends before that");
+            } else {
+                assert_eq!((status, byte), (0, i));
+            }
+        }
+        pool.stop(0).unwrap();
+        pool.disconnected();
+    }
+}
+
+/// Nobody may be listening where an interrupt went before: one more goes out when a ring starts,
+/// and when the place changes.
+#[test]
+fn interrupts_that_may_have_got_lost_are_sent_again() {
+    let export = export(Slow::new(), EngineKind::Auto, 1);
+    let pool = Pool::new(export);
+    let memory = guest_memory();
+    let queue = Queue::new(&memory, 0, true);
+    pool.start(0, start_of(&queue.ring, 0, true, &memory)).unwrap();
+    wait_until("the interrupt at the start", || is_readable(&queue.ring.call_fd()));
+    let flags = rustix::event::EventfdFlags::CLOEXEC;
+    let new = Arc::new(rustix::event::eventfd(0, flags).unwrap());
+    pool.set_call(0, Some(Arc::clone(&new)));
+    wait_until("the interrupt on the new descriptor", || is_readable(&new));
+    pool.stop(0).unwrap();
+    pool.disconnected();
+}
+
+/// The kernel keeps a file that it is asked to watch. Once the ring has stopped, nobody has the
+/// kick any more, which the writer of a pipe can tell.
+#[test]
+fn a_stopped_ring_leaves_no_watch_behind() {
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let pool = Pool::new(export(Slow::new(), engine, 1));
+        let memory = guest_memory();
+        let queue = Queue::new(&memory, 0, true);
+        let (kick, mut guest) = std::io::pipe().unwrap();
+        let mut start = start_of(&queue.ring, 0, true, &memory);
+        start.kick = Some(Arc::new(kick.into()));
+        pool.start(0, start).unwrap();
+        guest.write_all(&[1]).unwrap();
+        pool.stop(0).unwrap();
+        wait_until("the watch to go", || {
+            guest.write(&[1]).is_err_and(|err| err.kind() == std::io::ErrorKind::BrokenPipe)
+        });
+        pool.disconnected();
+    }
+}
+
+/// Completed writes that are kept outside of the image: a guest that comes back is refused where
+/// they are not found, and the note goes only when everything is durable.
+#[test]
+fn what_is_noted_of_kept_writes_is_heeded_and_stays_until_they_are_durable() {
+    let slow = Slow::new();
+    let pool = Pool::new(export(slow.clone(), EngineKind::Auto, 1));
+    let region = region();
+    pool.session(Session::New(7), Some(&region)).unwrap();
+    assert!(!region.is_kept(), "this driver has no keep");
+    // As the process before us left it, which had one.
+    region.note_kept(true);
+    let err = pool.session(Session::Returned(7), Some(&region)).unwrap_err().to_string();
+    assert!(err.contains("no state directory now"), "{err}");
+    pool.session(Session::New(8), Some(&region)).unwrap();
+    region.note_kept(true);
+    pool.disconnected();
+    assert!(!region.is_kept());
+    pool.session(Session::New(9), Some(&region)).unwrap();
+    region.note_kept(true);
+    slow.fails_to_flush.store(true, Ordering::SeqCst);
+    pool.disconnected();
+    assert!(region.is_kept(), "nothing is durable");
+}
