@@ -1,4 +1,4 @@
-//! `vublk serve` of a qcow2 image is killed again and again while a guest writes.
+//! `vublk serve` of a qcow2 or add-cow image is killed again and again while a guest writes.
 //!
 //! The guest is our own front-end, which keeps its in-flight area and reconnects as QEMU does. It
 //! must find every write that it saw completed, flushed or not. If it does not come back, a new one
@@ -24,9 +24,32 @@ const BASE: u64 = (9 << 20) + 3 * SECTOR;
 const KILLS: u32 = 24;
 const QUEUES: u16 = 2;
 
+/// What image is served, over a raw one.
+#[derive(Clone, Copy, Debug)]
+enum Image {
+    /// With clusters of this size.
+    Qcow2(&'static str),
+    AddCow,
+}
+
+impl Image {
+    fn format(self) -> &'static str {
+        match self {
+            Image::Qcow2(_) => "qcow2",
+            Image::AddCow => "add-cow",
+        }
+    }
+
+    /// Whether this machine has what the test needs; says so if not.
+    fn can_be_checked(self) -> bool {
+        matches!(self, Image::AddCow) || have("qemu-img")
+    }
+}
+
 /// The process under test, restarted always with the same command.
 struct Server {
     backend: Backend,
+    image: Image,
     /// Where the image, its backing file and what is made of them are.
     dir: tempfile::TempDir,
     /// On tmpfs, unless the test wants it otherwise.
@@ -35,20 +58,23 @@ struct Server {
 
 impl Server {
     /// `is_named`: whether the state directory is named, or merely offered.
-    fn start(cluster_size: &str, state: tempfile::TempDir, is_named: bool) -> Server {
+    fn start(image: Image, state: tempfile::TempDir, is_named: bool) -> Server {
         let dir = tempfile::tempdir().unwrap();
         let base: Vec<u8> = (0..BASE / SECTOR).flat_map(|at| sector(base_word(at))).collect();
         std::fs::write(dir.path().join("base.raw"), base).unwrap();
-        let options = format!("cluster_size={cluster_size}");
-        let size = DISK.to_string();
-        let create = ["create", "-q", "-f", "qcow2", "-o", &options, "-b", "base.raw", "-F", "raw"];
-        ok(dir.path(), &[&create[..], &["disk.qcow2", &size]].concat());
+        let mut options = format!("size={DISK}");
+        if let Image::Qcow2(cluster_size) = image {
+            options += &format!(",cluster_size={cluster_size}");
+        }
+        let format = image.format();
+        let create = ["create", "-q", "-f", format, "-o", &options, "-b", "base.raw", "-F", "raw"];
+        ok(dir.path(), &[&create[..], &["disk"]].concat());
         let setup = match is_named {
             true => Setup::new(&["--state-dir", state.path().to_str().unwrap()]),
             false => Setup::new(&[]).env("RUNTIME_DIRECTORY", state.path()),
         };
-        let backend = setup.format("qcow2", &dir.path().join("disk.qcow2")).start();
-        Server { backend, dir, state }
+        let backend = setup.format(format, &dir.path().join("disk")).start();
+        Server { backend, image, dir, state }
     }
 
     fn kill(&mut self) {
@@ -66,21 +92,29 @@ impl Server {
         assert!(left.is_empty(), "{left:?}");
     }
 
-    /// Asks both checkers. Leaks are what kills leave; anything else is an error.
+    /// Asks both checkers, where there are two. Leaks are what kills leave in qcow2; anything else
+    /// is an error.
     fn check(&self) {
-        let args = ["check", "-U", "-f", "qcow2", "--output=json", "disk.qcow2"];
+        let args = ["check", "-U", "-f", self.image.format(), "--output=json", "disk"];
+        let ours = vublk(self.dir.path(), &args);
+        if matches!(self.image, Image::AddCow) {
+            assert_eq!(ours.status.code(), Some(0), "{ours:?}");
+            return;
+        }
         let json = |output: Output| {
             assert!(matches!(output.status.code(), Some(0 | 3)), "{output:?}");
             serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
         };
-        let theirs = json(tool(self.dir.path(), "qemu-img", &args));
-        assert_eq!(json(vublk(self.dir.path(), &args)), theirs);
+        assert_eq!(json(ours), json(tool(self.dir.path(), "qemu-img", &args)));
     }
 
-    /// What QEMU reads from the image.
+    /// What QEMU, or else we, read from the image.
     fn content(&self) -> Vec<u8> {
-        let convert = ["convert", "-f", "qcow2", "-O", "raw", "disk.qcow2", "out.raw"];
-        tool_ok(self.dir.path(), "qemu-img", &convert);
+        let convert = ["convert", "-f", self.image.format(), "-O", "raw", "disk", "out.raw"];
+        match self.image {
+            Image::Qcow2(_) => tool_ok(self.dir.path(), "qemu-img", &convert),
+            Image::AddCow => ok(self.dir.path(), &convert),
+        };
         std::fs::read(self.dir.path().join("out.raw")).unwrap()
     }
 }
@@ -106,12 +140,12 @@ fn connect(server: &Server) -> Session {
 }
 
 /// The guest lives on. Every completed write must be there, every time.
-fn comes_back(cluster_size: &str, state: tempfile::TempDir, is_named: bool, kills: u32) {
-    if !have("qemu-img") {
+fn comes_back(image: Image, state: tempfile::TempDir, is_named: bool, kills: u32) {
+    if !image.can_be_checked() {
         return;
     }
-    let mut server = Server::start(cluster_size, state, is_named);
-    let mut guest = guest(&server, &format!("comes_back, {cluster_size}"));
+    let mut server = Server::start(image, state, is_named);
+    let mut guest = guest(&server, &format!("comes_back, {image:?}"));
     let mut while_redoing = 0;
     for round in 0..kills {
         let time = Duration::from_micros(guest.random.below(120_000));
@@ -151,24 +185,34 @@ fn comes_back(cluster_size: &str, state: tempfile::TempDir, is_named: bool, kill
 
 #[test]
 fn completed_writes_survive_kills() {
-    comes_back("64k", on_tmpfs(), true, KILLS);
+    comes_back(Image::Qcow2("64k"), on_tmpfs(), true, KILLS);
 }
 
 #[test]
 fn completed_writes_survive_kills_with_small_clusters() {
-    comes_back("4k", on_tmpfs(), true, KILLS);
+    comes_back(Image::Qcow2("4k"), on_tmpfs(), true, KILLS);
 }
 
 /// Without a directory on tmpfs, what allocates waits for the disk.
 #[test]
 fn completed_writes_survive_kills_without_a_state_directory() {
-    comes_back("64k", tempfile::tempdir().unwrap(), false, 6);
+    comes_back(Image::Qcow2("64k"), tempfile::tempdir().unwrap(), false, 6);
+}
+
+#[test]
+fn completed_writes_to_add_cow_survive_kills() {
+    comes_back(Image::AddCow, on_tmpfs(), true, KILLS);
+}
+
+#[test]
+fn completed_writes_to_add_cow_survive_kills_without_a_state_directory() {
+    comes_back(Image::AddCow, tempfile::tempdir().unwrap(), false, 6);
 }
 
 /// What is kept for the guest is gone after a kill. It must not go on as if nothing had happened.
 #[test]
 fn a_guest_whose_kept_writes_are_gone_is_refused() {
-    let mut server = Server::start("64k", on_tmpfs(), true);
+    let mut server = Server::start(Image::Qcow2("64k"), on_tmpfs(), true);
     let mut guest = guest(&server, "a_guest_whose_kept_writes_are_gone_is_refused");
     let elsewhere = on_tmpfs();
 
@@ -227,13 +271,12 @@ fn move_all(from: &Path, to: &Path) {
 }
 
 /// The guest dies with the process. What it flushed must be there for the next one.
-#[test]
-fn flushed_writes_survive_the_guest() {
-    if !have("qemu-img") {
+fn dies(image: Image) {
+    if !image.can_be_checked() {
         return;
     }
-    let mut server = Server::start("64k", on_tmpfs(), true);
-    let mut guest = guest(&server, "flushed_writes_survive_the_guest");
+    let mut server = Server::start(image, on_tmpfs(), true);
+    let mut guest = guest(&server, &format!("dies, {image:?}"));
     for _ in 0..KILLS {
         let time = Duration::from_micros(guest.random.below(150_000));
         guest.work(time);
@@ -252,6 +295,16 @@ fn flushed_writes_survive_the_guest() {
     }
 }
 
+#[test]
+fn flushed_writes_survive_the_guest() {
+    dies(Image::Qcow2("64k"));
+}
+
+#[test]
+fn flushed_writes_to_add_cow_survive_the_guest() {
+    dies(Image::AddCow);
+}
+
 /// Closes the connection: one front-end is served at a time.
 fn hang_up(disk: &mut Session) {
     let (nobody, _) = vublk::frontend::Wire::pair().unwrap();
@@ -265,7 +318,7 @@ fn sessions_follow_each_other_in_one_process() {
     if !have("qemu-img") {
         return;
     }
-    let mut server = Server::start("64k", on_tmpfs(), true);
+    let mut server = Server::start(Image::Qcow2("64k"), on_tmpfs(), true);
     let mut guest = guest(&server, "sessions_follow_each_other_in_one_process");
     for round in 0..6 {
         guest.work(Duration::from_millis(60));
@@ -285,7 +338,7 @@ fn sessions_follow_each_other_in_one_process() {
     server.stop();
     server.check();
 
-    let image = server.dir.path().join("disk.qcow2");
+    let image = server.dir.path().join("disk");
     server.backend = Setup::new(&["--read-only"]).format("qcow2", &image).start();
     let mut disk = connect(&server);
     let answer = disk.execute(0, &Request::write(0, vec![1; 512])).unwrap();
