@@ -122,7 +122,7 @@ fn chains_remember_the_format_of_each_layer() {
     // A copy that has lost the attribute is not taken for raw when it plainly is not.
     std::fs::write(d.join("copy"), std::fs::read(d.join("over")).unwrap()).unwrap();
     let err = fails(d, &["convert", "copy", "x"], 1);
-    assert!(err.contains("looks like add-cow") && err.contains("setfattr"), "{err}");
+    assert!(err.contains("looks like add-cow") && err.contains("vublk rebase -u"), "{err}");
     assert!(!d.join("x").exists());
 }
 
@@ -319,4 +319,95 @@ fn the_files_are_locked_each_for_itself() {
     ok(d, &["convert", "-q", "-f", "raw", "base", "copy"]);
     served.kill().unwrap();
     served.wait().unwrap();
+}
+
+#[test]
+fn commit_pushes_down_and_empties() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 3, 0xaa);
+    own_sector(d, 39, 0xbb);
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "top", "-F", "add-cow", "over"]);
+    let before = content(d, "over");
+    // Down to the bottom in one go; the overlay between then holds nothing that matters.
+    assert_eq!(ok(d, &["commit", "top"]), "Image committed.\n");
+    assert!(std::fs::read(d.join("base")).unwrap() == before);
+    assert_eq!(std::fs::read(d.join("top")).unwrap()[2560..], [0; 5]);
+    assert!(content(d, "over") == before);
+    own_sector(d, 5, 0xcc);
+    let changed = content(d, "over");
+    assert_eq!(ok(d, &["commit", "-q", "-b", "base", "over"]), "");
+    assert!(std::fs::read(d.join("base")).unwrap() == changed);
+    // Into another add-cow image, which is locked for writing with its image file.
+    let args = ["create", "-q", "-f", "add-cow", "-b", "over", "-F", "add-cow", "upper"];
+    ok(d, &args);
+    ok(d, &["commit", "-d", "upper"]);
+    assert!(content(d, "upper") == changed);
+    assert!(fails(d, &["commit", "-b", "nowhere", "over"], 1).contains("Did not find 'nowhere'"));
+    ok(d, &["create", "-q", "-f", "add-cow", "alone", "1M"]);
+    assert!(fails(d, &["commit", "alone"], 1).contains("does not have a backing file"));
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "q"]);
+    assert!(fails(d, &["commit", "q"], 1).contains("say -d"));
+    ok(d, &["commit", "-d", "q"]);
+}
+
+#[test]
+fn commit_grows_a_base_that_is_too_small() {
+    let dir = base_and_top();
+    let d = dir.path();
+    ok(d, &["resize", "-q", "top", "30K"]);
+    own_sector(d, 55, 0xaa);
+    let before = content(d, "top");
+    ok(d, &["commit", "-q", "top"]);
+    assert!(std::fs::read(d.join("base")).unwrap() == before);
+}
+
+#[test]
+fn rebase_keeps_the_content_or_only_the_name() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 3, 0xaa);
+    let before = content(d, "top");
+    // Shorter, and other in some places.
+    let mut other = numbered(1, 30);
+    other[10 * 512..20 * 512].fill(0x77);
+    std::fs::write(d.join("other"), &other).unwrap();
+    assert_eq!(ok(d, &["rebase", "-b", "other", "-F", "raw", "top"]), "Image rebased.\n");
+    assert!(content(d, "top") == before);
+    let info = json(&ok(d, &["info", "--output=json", "top"]));
+    assert_eq!(info["backing-filename"], "other");
+    ok(d, &["rebase", "-q", "-b", "", "top"]);
+    assert!(content(d, "top") == before);
+    assert_eq!(json(&ok(d, &["info", "--output=json", "top"]))["backing-filename"], Value::Null);
+    // Only the name, and the format.
+    ok(d, &["convert", "-q", "-f", "raw", "-O", "qcow2", "base", "base.qcow2"]);
+    ok(d, &["rebase", "-q", "-u", "-b", "base.qcow2", "-F", "qcow2", "top"]);
+    assert!(content(d, "top") == before);
+    let long = format!("{}base", "./".repeat(300));
+    ok(d, &["rebase", "-q", "-u", "-b", &long, "-F", "raw", "top"]);
+    assert!(content(d, "top") == before);
+    let longer = format!("./{long}");
+    let err = fails(d, &["rebase", "-u", "-b", &longer, "-F", "raw", "top"], 1);
+    assert!(err.contains("rebase to a shorter name first"), "{err}");
+    ok(d, &["rebase", "-q", "-u", "-b", "base", "-F", "raw", "top"]);
+    assert!(content(d, "top") == before);
+    let bytes = std::fs::read(d.join("top")).unwrap();
+    assert!(bytes[16..1036].iter().all(|byte| *byte == 0), "nothing is left of the long name");
+    assert!(fails(d, &["rebase", "-b", "other", "top"], 1).contains("say it with -F"));
+    assert!(fails(d, &["rebase", "-b", "gone", "-F", "raw", "top"], 1).contains("gone"));
+    assert!(fails(d, &["rebase", "-b", "top", "-F", "raw", "top"], 1).contains("top"));
+    assert!(content(d, "top") == before);
+}
+
+#[test]
+fn reset_forgets_what_was_written() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 3, 0xaa);
+    assert!(content(d, "top") != numbered(1, 40));
+    assert_eq!(ok(d, &["reset", "top"]), "Image reset.\n");
+    assert!(content(d, "top") == numbered(1, 40));
+    assert!(ok(d, &["check", "top"]).contains("0/40"));
+    assert!(fails(d, &["reset", "-f", "raw", "base"], 1).contains("raw images are not emptied"));
+    assert!(std::fs::read(d.join("base")).unwrap() == numbered(1, 40));
 }

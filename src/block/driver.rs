@@ -237,6 +237,14 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Forgets what this layer holds, so that all of the disk reads as what is below; whatever the
+    /// size of the disk, at once. Durable on return. Nothing may be in flight.
+    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move {
+            Err(Error::unsupported(format!("{} images are not emptied here", self.name())))
+        })
+    }
+
     /// The nodes below this one, with the role each plays ("file", "backing").
     fn children(&self) -> Vec<(&'static str, Node)> {
         Vec::new()

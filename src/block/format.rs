@@ -122,6 +122,13 @@ pub trait Format: Send + Sync + fmt::Debug {
         })
     }
 
+    /// See [`Driver::make_empty`].
+    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move {
+            Err(Error::unsupported(format!("{} images are not emptied here", self.name())))
+        })
+    }
+
     /// The node that [`ExtentKind::Backing`] refers to.
     fn backing(&self) -> Option<Node> {
         None
@@ -308,6 +315,10 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         self.format.resize(size)
+    }
+
+    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+        self.format.make_empty()
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {

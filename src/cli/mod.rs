@@ -14,6 +14,7 @@
 
 pub mod bench;
 mod check;
+mod commit;
 mod compare;
 pub mod control_args;
 mod convert;
@@ -28,7 +29,9 @@ mod measure;
 pub mod options;
 pub mod output;
 pub mod progress;
+mod rebase;
 pub mod recording_args;
+mod reset;
 mod resize;
 pub mod serve;
 pub mod serve_args;
@@ -67,6 +70,9 @@ enum Command {
     Measure(measure::MeasureArgs),
     Convert(convert::ConvertArgs),
     Compare(compare::CompareArgs),
+    Commit(commit::CommitArgs),
+    Rebase(rebase::RebaseArgs),
+    Reset(reset::ResetArgs),
     Resize(resize::ResizeArgs),
     Log(log::LogArgs),
     Bench(Box<bench::BenchArgs>),
@@ -100,6 +106,9 @@ impl Command {
             Command::Measure(args) => measure::run(args),
             Command::Convert(args) => convert::run(args),
             Command::Compare(args) => compare::run(args),
+            Command::Commit(args) => commit::run(args),
+            Command::Rebase(args) => rebase::run(args),
+            Command::Reset(args) => reset::run(args),
             Command::Resize(args) => resize::run(args),
             Command::Log(args) => log::run(args),
             Command::Bench(args) => bench::run(args).map(|()| DONE),

@@ -18,7 +18,7 @@ use crate::images::check::CheckReport;
 use crate::images::create::{NewFile, only_one, open_backing};
 use crate::images::open::{Opening, guess, open_host};
 use crate::images::{Access, CreateRequest, Created, Image, ImageFormat, OpenRequest, open};
-use crate::io::{File, HostFile, OpenOptions, block_on};
+use crate::io::{AlignedBuf, File, HostFile, OpenOptions, block_on};
 use crate::units::SECTOR_SIZE;
 
 /// The extended attribute with the name of the backing file's format.
@@ -66,7 +66,7 @@ fn backing_format(opening: &Opening<'_>, backing: &str) -> Result<String> {
         ImageFormat::Raw => Ok(ImageFormat::Raw.name().into()),
         other => Err(Error::invalid(format!(
             "{}: its backing file {} looks like {other}, and an add-cow file does not say; say \
-             what it is: setfattr -n {BACKING_FORMAT} -v {other} {0} (or -v raw)",
+             what it is: vublk rebase -u -b {backing} -F {other} {0} (or -F raw)",
             opening.file.name(),
             path.display(),
         ))),
@@ -91,19 +91,91 @@ fn remembered_format(file: &HostFile) -> Result<Option<ImageFormat>> {
 /// If the file system cannot, and it matters, because raw is what is taken where nothing is said.
 pub(super) fn remember_format(file: &HostFile, format: Option<ImageFormat>) -> Result<()> {
     let Some(format) = format else {
-        let _ = rustix::fs::fremovexattr(file, BACKING_FORMAT);
+        forget_format(file);
         return Ok(());
     };
-    let value = format.name().as_bytes();
-    match rustix::fs::fsetxattr(file, BACKING_FORMAT, value, XattrFlags::empty()) {
+    match remember(file, format.name().as_bytes()) {
         Err(_) if format == ImageFormat::Raw => Ok(()),
-        Err(errno) => Err(Error::from(errno).context(format!(
-            "{}: cannot remember the format of the backing file ({format}) in the attribute \
-             {BACKING_FORMAT}",
-            file.name()
-        ))),
-        Ok(()) => Ok(()),
+        result => result.context(|| format!("the format of the backing file ({format})")),
     }
+}
+
+fn remember(file: &HostFile, value: &[u8]) -> Result<()> {
+    rustix::fs::fsetxattr(file, BACKING_FORMAT, value, XattrFlags::empty())
+        .context(|| format!("{}: cannot set the attribute {BACKING_FORMAT}", file.name()))
+}
+
+fn forget_format(file: &HostFile) {
+    // Not there, or nothing like it on this file system.
+    let _ = rustix::fs::fremovexattr(file, BACKING_FORMAT);
+}
+
+/// The longest name that lies in the first sector of the header, which a disk writes whole or not at
+/// all, in bytes.
+const SHORT_NAME: usize = 512 - 12 - 1;
+
+/// Checks that an add-cow image can name this backing file (or none) from now on.
+///
+/// # Errors
+/// Names the image and what is wrong with the name.
+pub fn check_new_backing(image: &Image, backing: Option<&str>) -> Result<()> {
+    let name = || image.name().to_string();
+    let file = Arc::new(image.file.buffered().context(name)?) as Arc<dyn File>;
+    let old = block_on(addcow::read_header(&file))?;
+    let is_long = |name: &Option<String>| name.as_ref().is_some_and(|n| n.len() > SHORT_NAME);
+    let new = Header { backing: backing.map(str::to_string), image: old.image.clone() };
+    new.encode().context(name)?;
+    if is_long(&old.backing) && is_long(&new.backing) {
+        return Err(Error::unsupported(format!(
+            "{}: a backing file name of more than {SHORT_NAME} bytes cannot be put in the place of \
+             another such name without a moment when neither stands there; rebase to a shorter \
+             name first",
+            image.name()
+        )));
+    }
+    Ok(())
+}
+
+/// Has an add-cow image name another backing file, or none; durable on return. A power cut leaves
+/// the old name or the new one.
+///
+/// # Errors
+/// Names the image. See [`check_new_backing`].
+pub fn set_backing(
+    image: &Image,
+    backing: Option<&str>,
+    format: Option<ImageFormat>,
+) -> Result<()> {
+    check_new_backing(image, backing)?;
+    let name = || image.name().to_string();
+    let file = image.file.buffered().context(name)?;
+    let shared = Arc::new(image.file.buffered().context(name)?) as Arc<dyn File>;
+    let old = block_on(addcow::read_header(&shared))?;
+    let was_long = old.backing.as_ref().is_some_and(|name| name.len() > SHORT_NAME);
+    let bytes = Header { backing: backing.map(str::to_string), image: old.image }.encode()?;
+    // The first sector decides: a name ends in it, or goes on in what is there by then.
+    let (first, rest) = (0..512, 512..addcow::layout::HEADER_LEN as usize);
+    let order = if was_long { [first, rest] } else { [rest, first] };
+    let changed = remembered_format(&image.file)? != format;
+    block_on(async {
+        for part in order {
+            let buf = AlignedBuf::from_slice(&bytes[part.clone()], 512);
+            if part.start == 0 && changed {
+                // From here to the end the image cannot be opened with the wrong format.
+                remember(&file, b"being changed by vublk rebase")?;
+            }
+            file.write(part.start as u64, buf.buffers(), false).await?;
+            file.flush().await?;
+        }
+        Ok::<_, Error>(())
+    })
+    .context(name)?;
+    if changed {
+        forget_format(&file);
+        remember_format(&file, format)?;
+        block_on(file.flush()).context(name)?;
+    }
+    Ok(())
 }
 
 /// Makes an add-cow file, and its image file unless one is given.

@@ -178,11 +178,14 @@ pub fn open_format(protocol: &Image, request: &FormatRequest) -> Result<Image> {
     })
 }
 
+/// A driver, and the file with its data where that is not the image's own.
+pub type Reopened = (Arc<dyn Driver>, Option<Arc<HostFile>>);
+
 /// The driver of the same image once more, in a file that was opened anew.
-pub fn open_driver(file: &Image, request: &FormatRequest) -> Result<Arc<dyn Driver>> {
+pub fn open_driver(file: &Image, request: &FormatRequest) -> Result<Reopened> {
     with_opening(file, request, |mut opening| {
         let driver = open::open_driver(&mut opening, request.format, false)?;
-        Ok(ignoring_flushes(driver, file.cache))
+        Ok((ignoring_flushes(driver, file.cache), opening.image_file.take()))
     })
 }
 

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::open::{lock_rights, protocol_name};
 use crate::images::{Access, Image, StateDir};
-use crate::io::{HostFile, block_on};
+use crate::io::{HostFile, Rights, block_on};
 
 /// A node and the image behind it.
 #[derive(Clone, Debug)]
@@ -175,7 +175,7 @@ impl Layers {
             if let (Some(from), Some(to)) =
                 (lock_rights(image.locking, image.access), lock_rights(image.locking, access))
             {
-                image.file.relock(from, to)?;
+                relock(&image, from, to)?;
             }
             self.note_access(&image.file, access, quiesced);
             return Ok(());
@@ -206,7 +206,8 @@ impl Layers {
         };
         let had = lock_rights(old.locking, old.access);
         // Ours would be in the way of the new file's: locks belong to open files.
-        old.file.unlock();
+        let old_files = || [Some(&old.file), old.image_file.as_ref()].into_iter().flatten();
+        old_files().for_each(|file| file.unlock());
         let result = blockdev::open_protocol(&request).and_then(|new| {
             if new.file.identity()? != old.file.identity()? {
                 return Err(Error::invalid(format!(
@@ -221,13 +222,18 @@ impl Layers {
             Ok(opened) => opened,
             Err(err) => {
                 if let Some((held, shared)) = had {
-                    old.file.lock(held, shared)?;
+                    for file in old_files() {
+                        file.lock(held, shared)?;
+                    }
                 }
                 return Err(err);
             }
         };
-        for (node, driver) in drivers {
+        for (node, (driver, image_file)) in drivers {
             node.replace_driver(driver, quiesced);
+            for layer in self.layers.iter_mut().filter(|l| l.image.node.is_same(&node)) {
+                layer.image.image_file = image_file.clone();
+            }
         }
         let old_file = Arc::clone(&old.file);
         for layer in self.layers.iter_mut().filter(|l| Arc::ptr_eq(&l.image.file, &old_file)) {
@@ -242,12 +248,12 @@ impl Layers {
         &self,
         new: &Image,
         old: &Arc<HostFile>,
-    ) -> Result<Vec<(Node, Arc<dyn crate::block::Driver>)>> {
+    ) -> Result<Vec<(Node, blockdev::Reopened)>> {
         let mut drivers = Vec::new();
         for layer in self.layers.iter().filter(|l| Arc::ptr_eq(&l.image.file, old)) {
             let node = &layer.image.node;
             let driver = if layer.is_protocol {
-                blockdev::protocol_driver(&new.file, false)?
+                (blockdev::protocol_driver(&new.file, false)?, None)
             } else {
                 let below = node.backing().and_then(|below| self.of(&below));
                 let request = FormatRequest {
@@ -268,6 +274,17 @@ impl Layers {
         }
         Ok(drivers)
     }
+}
+
+/// Changes the locks on all files of an image, or on none.
+fn relock(image: &Image, from: (Rights, Rights), to: (Rights, Rights)) -> Result<()> {
+    image.file.relock(from, to)?;
+    let Some(data) = &image.image_file else { return Ok(()) };
+    data.relock(from, to).inspect_err(|_| {
+        if let Err(err) = image.file.relock(to, from) {
+            tracing::error!("{}: its locks are not what they were: {err}", image.name());
+        }
+    })
 }
 
 #[cfg(test)]

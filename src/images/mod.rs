@@ -29,6 +29,7 @@ mod users;
 use std::fmt;
 use std::str::FromStr;
 
+pub use add_cow::{check_new_backing, set_backing};
 pub use check::{CheckReport, Repair, check};
 pub use create::{CreateRequest, Created, create};
 pub use layers::{Layer, Layers};

@@ -39,6 +39,7 @@ mod completion;
 mod context;
 mod error_policy;
 mod job;
+pub mod layer_copy;
 mod limit;
 mod query;
 mod registry;

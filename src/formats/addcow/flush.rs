@@ -167,6 +167,14 @@ impl Durability {
         self.keep.as_ref().map_or(Ok(()), Keep::discard)
     }
 
+    /// What is kept counts for nothing any more.
+    pub fn forget_kept(&self) -> Result<()> {
+        match &self.keep {
+            Some(keep) if keep.is_recording() => keep.reset(),
+            _ => Ok(()),
+        }
+    }
+
     /// How much of the bitmap the file has, in bytes.
     pub fn bitmap_bytes_in_file(&self) -> u64 {
         self.file_len.load(Ordering::SeqCst).saturating_sub(HEADER_LEN)

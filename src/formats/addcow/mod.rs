@@ -687,6 +687,10 @@ impl Format for AddCow {
         Box::pin(self.shared.resize(size, backing))
     }
 
+    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(self.shared.make_empty())
+    }
+
     fn backing(&self) -> Option<Node> {
         match &self.below {
             Below::Link(link) => Some(link.node.clone()),

@@ -39,6 +39,25 @@ impl Shared {
         result.context(|| format!("{}: resizing", self.name()))
     }
 
+    /// Clears all bits, with nothing in flight, and gives the space of the image file back.
+    pub(super) async fn make_empty(&self) -> Result<()> {
+        // Nothing of what was written may be waiting to be written out afterwards.
+        self.flush_all().await?;
+        let emptied = async {
+            // Cut off and made anew: however long the bitmap is, and a power cut leaves all or none
+            // of it. Only then does the data go that the bits told of.
+            self.file.set_len(HEADER_LEN).await?;
+            self.file.set_len(HEADER_LEN + bitmap_len(self.sectors())).await?;
+            self.file.flush().await?;
+            self.data.discard(ByteRange { offset: 0, len: self.size() }).await
+        };
+        let result = emptied.await;
+        self.durability.set_file_len(HEADER_LEN + bitmap_len(self.sectors()));
+        self.pages.forget_all();
+        self.durability.forget_kept()?;
+        result.context(|| format!("{}: emptying it", self.name()))
+    }
+
     async fn grow(&self, old: u64, size: u64, backing: u64) -> Result<()> {
         trim_bitmap(self.file.as_ref(), old / SECTOR_SIZE).await?;
         let len = HEADER_LEN + bitmap_len(size / SECTOR_SIZE);

@@ -1,0 +1,122 @@
+//! `vublk commit`: pushes what an overlay holds down into a layer below it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::block::{Gate, Graph, Node};
+use crate::cli::progress::{Progress, ProgressArgs};
+use crate::cli::{DONE, output};
+use crate::error::{Error, Result, ResultExt};
+use crate::images::{self, Access, CacheMode, ImageFormat, Layers, OpenRequest, StateDir};
+use crate::io::block_on;
+use crate::jobs::layer_copy::CopyDown;
+use crate::units::ByteRange;
+
+/// Write what an overlay holds to the image below it
+#[derive(Debug, Args)]
+pub struct CommitArgs {
+    /// Format of the overlay; guessed from its first bytes if not given
+    #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    format: Option<ImageFormat>,
+    /// How the images are cached: writeback, none, or unsafe (no flush)
+    #[arg(short = 't', long = "cache", value_name = "MODE", default_value_t)]
+    cache: CacheMode,
+    /// The layer to write to, as `info --backing-chain` names it; the one right below if not given.
+    /// The overlay is not emptied then
+    #[arg(short = 'b', long = "base", value_name = "BASE")]
+    base: Option<PathBuf>,
+    /// Do not empty the overlay afterwards
+    #[arg(short = 'd', long = "drop")]
+    keep: bool,
+    /// Allow images to pull in files from below DIR; their own directory is always allowed
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    allow_dirs: Vec<PathBuf>,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// The overlay
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+pub fn run(args: &CommitArgs) -> Result<u8> {
+    let request = OpenRequest::write(&args.file)
+        .format(args.format)
+        .cache(args.cache)
+        .allow_dirs(&args.allow_dirs);
+    let image = images::open(&request)?;
+    let (top, name) = (image.node.clone(), image.name().to_string());
+    let empties = !args.keep && args.base.is_none();
+    if empties && image.format != ImageFormat::AddCow {
+        return Err(Error::unsupported(format!(
+            "{name}: {} images are not emptied here; say -d to leave it as it is",
+            image.format
+        )));
+    }
+    let mut layers = Layers::new(Graph::new(), args.allow_dirs.clone(), StateDir::None);
+    layers.add_format(image, None, true)?;
+    let base = find_base(&layers, &top, args.base.as_deref(), &name)?;
+    // Nobody else uses these nodes.
+    let quiesced = Gate::new().quiesce();
+    layers.set_access(&base, Access::Write, &quiesced)?;
+    block_on(async {
+        if base.size() < top.size() {
+            base.resize(top.size(), &quiesced).await?;
+        }
+        copy(args, &top, &base).await?;
+        base.flush().await?;
+        if empties {
+            top.driver().make_empty().await?;
+        }
+        Ok::<_, Error>(())
+    })
+    .context(|| format!("committing {name} (which is as it was)"))?;
+    layers.close_all()?;
+    if !args.quiet {
+        output::print("Image committed.\n")?;
+    }
+    Ok(DONE)
+}
+
+async fn copy(args: &CommitArgs, top: &Node, base: &Node) -> Result<()> {
+    let progress = Progress::new(args.progress, "committing", top.size());
+    let copy = CopyDown::new(top, base);
+    let mut offset = 0;
+    while offset < top.size() {
+        let (done, _) = copy.step(ByteRange::between(offset, top.size())).await?;
+        offset += done;
+        progress.advance(done);
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// The layer that is written to.
+fn find_base(
+    layers: &Layers,
+    top: &Node,
+    named: Option<&std::path::Path>,
+    name: &str,
+) -> Result<Node> {
+    let chain: Vec<Node> = std::iter::successors(top.backing(), Node::backing).collect();
+    let Some(named) = named else {
+        return chain
+            .first()
+            .cloned()
+            .ok_or_else(|| Error::invalid(format!("{name}: Image does not have a backing file")));
+    };
+    let path_of = |node: &&Node| layers.file_of(node).map(|file| file.path().to_path_buf());
+    let same = |path: PathBuf| {
+        path == named
+            || path.canonicalize().ok().is_some_and(|p| named.canonicalize().ok() == Some(p))
+    };
+    chain.iter().find(|node| path_of(node).is_some_and(same)).cloned().ok_or_else(|| {
+        Error::invalid(format!(
+            "{name}: Did not find '{}' in the backing chain of '{name}'",
+            named.display()
+        ))
+    })
+}

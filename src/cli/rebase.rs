@@ -1,0 +1,152 @@
+//! `vublk rebase`: puts an overlay on another backing file.
+//!
+//! The disk stays as it is: where the two backing files differ and the overlay holds nothing, what
+//! the old one has is copied into the overlay first, and made durable before the header names the
+//! new one. With `-u` only the header is changed, for backing files that were moved or converted.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::block::{Node, StatusKind, open_gate};
+use crate::cli::progress::{Progress, ProgressArgs};
+use crate::cli::{DONE, output};
+use crate::error::{Error, Result, ResultExt};
+use crate::images::{self, ImageFormat, OpenRequest};
+use crate::io::{AlignedBuf, block_on};
+use crate::jobs::layer_copy::CHUNK;
+use crate::units::ByteRange;
+
+/// The backing files are compared in pieces of this many bytes.
+const PIECE: usize = 4096;
+
+/// Put an overlay on another backing file
+#[derive(Debug, Args)]
+pub struct RebaseArgs {
+    /// Format of the overlay; guessed from its first bytes if not given
+    #[arg(short = 'f', long = "format", value_name = "FORMAT")]
+    format: Option<ImageFormat>,
+    /// The new backing file, as it is to be named in the image (relative to the image's directory);
+    /// empty for none
+    #[arg(short = 'b', long = "backing", value_name = "FILE")]
+    backing: String,
+    /// Format of the new backing file
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
+    backing_format: Option<ImageFormat>,
+    /// Change the name only and compare nothing: the content of the disk changes if the backing
+    /// files differ
+    #[arg(short = 'u', long = "unsafe")]
+    unchecked: bool,
+    /// Allow images to pull in files from below DIR; their own directory is always allowed
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    allow_dirs: Vec<PathBuf>,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// The overlay
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+pub fn run(args: &RebaseArgs) -> Result<u8> {
+    let new = (!args.backing.is_empty()).then_some(args.backing.as_str());
+    if new.is_some() && args.backing_format.is_none() {
+        return Err(Error::invalid(format!(
+            "{}: the backing file {} is given without its format; say it with -F",
+            args.file.display(),
+            args.backing
+        )));
+    }
+    let mut request =
+        OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
+    request.backing = !args.unchecked;
+    let image = images::open(&request)?;
+    let name = image.name().to_string();
+    if image.format != ImageFormat::AddCow {
+        return Err(Error::unsupported(format!(
+            "{name}: {} images are not rebased here; use qemu-img rebase",
+            image.format
+        )));
+    }
+    images::check_new_backing(&image, new)?;
+    if !args.unchecked {
+        let below = match new {
+            Some(new) => Some(open_new(args, new)?),
+            None => None,
+        };
+        let below = below.as_ref().map(|image| &image.node);
+        block_on(keep_content(args, &image.node, below))
+            .context(|| format!("{name}: copying what the new backing file does not have"))?;
+    }
+    images::set_backing(&image, new, args.backing_format)?;
+    if !args.unchecked {
+        block_on(image.node.close())?;
+    }
+    if !args.quiet {
+        output::print("Image rebased.\n")?;
+    }
+    Ok(DONE)
+}
+
+/// Opens the new backing file, as it will be opened by way of the overlay.
+fn open_new(args: &RebaseArgs, new: &str) -> Result<images::Image> {
+    let path = open_gate::combine(&args.file, new);
+    let same = |a: &Path, b: &Path| {
+        a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
+    };
+    if same(&path, &args.file) {
+        return Err(Error::invalid(format!(
+            "{}: an image cannot be its own backing file",
+            args.file.display()
+        )));
+    }
+    let request = OpenRequest::read(path).format(args.backing_format).allow_dirs(&args.allow_dirs);
+    images::open(&request).context(|| "the new backing file")
+}
+
+/// Copies into the overlay what only its old backing has, and makes it durable.
+async fn keep_content(args: &RebaseArgs, top: &Node, below: Option<&Node>) -> Result<()> {
+    let progress = Progress::new(args.progress, "rebasing", top.size());
+    let mut offset = 0;
+    while offset < top.size() {
+        let status = top.block_status(ByteRange::between(offset, top.size())).await?;
+        let run = match status.kind {
+            StatusKind::Unallocated => {
+                let run = ByteRange { len: status.range.len.min(CHUNK), ..status.range };
+                compare_and_copy(top, below, run).await?;
+                run
+            }
+            _ => status.range,
+        };
+        offset = run.end();
+        progress.advance(run.len);
+    }
+    progress.finish();
+    top.flush().await
+}
+
+async fn compare_and_copy(top: &Node, below: Option<&Node>, run: ByteRange) -> Result<()> {
+    let old = AlignedBuf::zeroed(run.len as usize, 4096);
+    top.read(run.offset, old.buffers()).await?;
+    let mut new = vec![0; run.len as usize];
+    if let Some(below) = below {
+        let align = below.limits().request_alignment;
+        let inside = run.intersect(&ByteRange { offset: 0, len: below.size() });
+        if !inside.is_empty() {
+            let len = inside.len.next_multiple_of(align).min(below.size() - run.offset);
+            let buf = AlignedBuf::zeroed(len as usize, 4096);
+            below.read(run.offset, buf.buffers()).await?;
+            new[..inside.len as usize].copy_from_slice(&buf.to_vec()[..inside.len as usize]);
+        }
+    }
+    let bytes = old.to_vec();
+    let pieces = bytes.chunks(PIECE).zip(new.chunks(PIECE)).enumerate();
+    for (i, (was, _)) in pieces.filter(|(_, (was, will_be))| was != will_be) {
+        let at = (i * PIECE) as u64;
+        let data = old.buffers().slice(at, was.len() as u64);
+        top.write(run.offset + at, data, false).await?;
+    }
+    Ok(())
+}
