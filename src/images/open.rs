@@ -557,9 +557,11 @@ fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         backing = open_vhdx_parent(opening, &paths.unwrap_or_default())?;
         structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
     }
+    let read_only = request.access == Access::Read;
     let options = vhdx::OpenOptions {
-        read_only: request.access == Access::Read,
+        read_only,
         backing,
+        keep: if read_only { None } else { open_keep(request, &opening.file, "vhdx")? },
         lenient: !request.backing,
         ..vhdx::OpenOptions::default()
     };

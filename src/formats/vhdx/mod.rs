@@ -18,41 +18,67 @@
 //! request ─ plan ─► pin ─► page of the BAT in memory? ─► block present? ─► file extent, no lock
 //!                              │ no                         │ no
 //!                              ▼                            ▼
-//!                          load the page             zeros, or the parent
+//!                          load the page             read: zeros, or the parent
+//!                                                    write: map a place for the block, then as above
+//! FLUSH ─► commit: changed pages → one entry of the log → flush; their place later
 //! ```
 //!
 //! * [`create`]: new images.
 //! * [`layout`]: the structures on disk. `header`, `region`, `metadata`, `locator`: read and checked.
 //! * [`structure`]: all of that, before anything is changed.
-//! * `log`, `replay`: entries of the log; replay in memory (readers) or on disk (writers).
-//! * [`geometry`], `bat`: which entry of the BAT, which bit of which bitmap; what entries may say.
+//! * [`log`], [`replay`]: entries of the log; replay in memory (readers) or on disk (writers).
+//! * [`geometry`], [`bat`]: which entry of the BAT, which bit of which bitmap; what entries may say.
 //! * `cache`: pages of the BAT and of sector bitmaps in bounded memory, read without a lock.
-//! * `pins`: who still uses a place in the file.
+//! * `read`, `write`: looking up, mapping, clearing. `pins`: who still uses a place in the file.
+//! * [`scan`], `space`: which places are free, and when one that was freed may be used again.
+//! * `journal`: changed pages on their way through the log to their place; power cuts and kills.
+//! * `session`: what frames it: headers before the first write, redo after a kill, an empty log at
+//!   the end.
+//!
+//! # Invariants
+//!
+//! * Nothing is changed before both headers say so on disk with new GUIDs.
+//! * Between two commits the file's metadata does not change at all; what a commit wrote is in the
+//!   log or in place, at every instant.
+//! * Locks are taken in this order: a block, its chunk, the length of the file; then the turn of a
+//!   commit, then the header. The journal's own lock is never held across an await.
+//! * A failed commit poisons the image: later writes and flushes fail, reads go on.
 //!
 //! # Limits
 //!
-//! Images are created and read, not written yet.
+//! * An image without a log is only read. Resizing and changing the parent: refused.
+//! * A block is freed as a whole. Discards of less give the host's space back, not the block's.
+//! * The BAT of an image with more than 2 million blocks stored is not searched for free places
+//!   inside the file; it then grows at its end only.
 
 pub mod bat;
-#[allow(dead_code, reason = "pages are changed by writes only")]
 mod cache;
+#[cfg(test)]
+mod crash_tests;
 pub mod create;
 mod disk;
 pub mod geometry;
 pub mod header;
+mod journal;
 pub mod layout;
 pub mod locator;
 pub mod log;
 pub mod metadata;
-#[allow(dead_code, reason = "places are freed by writes only")]
+#[cfg(test)]
+mod model_tests;
 mod pins;
 mod read;
 pub mod region;
 pub mod replay;
 pub mod scan;
+mod session;
+mod space;
 pub mod structure;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
+mod write;
 
 use std::fmt;
 use std::sync::Arc;
@@ -64,8 +90,14 @@ pub use self::structure::Structure;
 use self::bat::Checker;
 use self::cache::PageCache;
 use self::geometry::Geometry;
+use self::header::HeaderSlots;
+use self::journal::Journal;
 use self::pins::Pins;
-use crate::block::{Extent, Format, Guard, Limits, Node, Plan, PlanOp, Planned, Prepared};
+use self::space::Space;
+use crate::block::format::plan_file;
+use crate::block::{
+    Extent, Format, Guard, Keep, Limits, Node, Plan, PlanOp, Planned, Prepared, RangeLock,
+};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{File, Fut};
 use crate::units::ByteRange;
@@ -78,6 +110,9 @@ pub const DEFAULT_CACHE: u64 = 8 << 20;
 /// image, but a look at more would be felt. The rest is looked at page by page when it is used.
 const EAGER_SCAN: u64 = 1 << 20;
 
+/// The range of a lock that has one holder at a time.
+const ALL: ByteRange = ByteRange { offset: 0, len: u64::MAX };
+
 /// How to open an image.
 #[derive(Debug)]
 pub struct OpenOptions {
@@ -86,6 +121,8 @@ pub struct OpenOptions {
     /// The parent, opened and [checked](Structure::check_parent) by the caller. Without it, only
     /// the metadata of a differencing image can be looked at.
     pub backing: Option<Node>,
+    /// Where completed writes are kept across the death of this process.
+    pub keep: Option<Keep>,
     /// Memory for pages of the BAT and of sector bitmaps, in bytes.
     pub cache: u64,
     /// Do not look for bad entries of the BAT now: each fails where it is used.
@@ -94,7 +131,13 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { read_only: false, backing: None, cache: DEFAULT_CACHE, lenient: false }
+        OpenOptions {
+            read_only: false,
+            backing: None,
+            keep: None,
+            cache: DEFAULT_CACHE,
+            lenient: false,
+        }
     }
 }
 
@@ -107,10 +150,38 @@ pub struct Vhdx {
     checker: Checker,
     read_only: bool,
     backing: Option<Node>,
+    keep: Option<Keep>,
+    /// Whether a guest's session runs: completed writes must survive this process.
+    session: AtomicBool,
     /// Length of the file.
     file_len: AtomicU64,
     cache: PageCache,
     pins: Pins,
+    headers: Mutex<HeaderSlots>,
+    journal: Mutex<Journal>,
+    /// Known once something is written.
+    space: Mutex<Option<Space>>,
+
+    /// Whether both headers say that this session writes.
+    started: AtomicBool,
+    /// Held by who makes it so.
+    starting: RangeLock,
+    /// Held by who changes the headers.
+    header_turn: RangeLock,
+    /// Payload blocks whose entries change from or to "absent", by number.
+    blocks: RangeLock,
+    /// Chunks whose sector bitmap is being made, by number.
+    chunks: RangeLock,
+    /// Held by who makes the file longer.
+    growing: RangeLock,
+    /// Held by the commit that runs.
+    turn: RangeLock,
+    /// Commits begun, and the number of the last that was completed.
+    begun: AtomicU64,
+    completed: AtomicU64,
+    /// Counts publications, and those that the last commit covered.
+    changes: AtomicU64,
+    changes_saved: AtomicU64,
     /// Why writes are refused, if they are.
     poison: Mutex<Option<String>>,
     poisoned: AtomicBool,
@@ -166,10 +237,18 @@ impl Vhdx {
     }
 
     async fn open_unnamed(structure: Structure, options: OpenOptions) -> Result<Vhdx> {
-        if !options.read_only {
+        if !options.read_only && structure.headers.current.log.is_empty() {
             return Err(Error::unsupported(
-                "vhdx images can only be read by this version yet; open it read-only",
+                "has no log, and nothing can be written safely without one; open it read-only",
             ));
+        }
+        if let Some(keep) = &options.keep
+            && options.read_only
+        {
+            return Err(Error::invalid(format!(
+                "a read-only image keeps nothing ({})",
+                keep.path().display()
+            )));
         }
         let geometry = structure.geometry;
         if let Some(parent) = &options.backing
@@ -182,11 +261,19 @@ impl Vhdx {
                 parent.size()
             );
         }
-        let file = Arc::clone(&structure.file);
         let checker = Checker { geometry, reserved: structure.reserved() };
         if !options.lenient {
-            scan::scan(&file, &checker, structure.regions.bat, EAGER_SCAN).await?;
+            scan::scan(&structure.file, &checker, structure.regions.bat, EAGER_SCAN).await?;
         }
+        // Everything was found good: now the file may be changed.
+        let mut headers = structure.headers;
+        let file = match options.read_only {
+            true => Arc::clone(&structure.file),
+            false => {
+                session::replay(&structure, &mut headers).await?;
+                Arc::clone(&structure.raw_file)
+            }
+        };
         let bat_bytes = geometry.bat_entries() * 8;
         let bitmap_bytes = match geometry.has_parent {
             true => geometry.disk_size >> geometry.sector_shift >> 3,
@@ -202,6 +289,22 @@ impl Vhdx {
             read_only: options.read_only,
             backing: options.backing,
             pins: Pins::new(),
+            keep: options.keep,
+            session: AtomicBool::new(false),
+            headers: Mutex::new(headers),
+            journal: Mutex::default(),
+            space: Mutex::new(None),
+            started: AtomicBool::new(false),
+            starting: RangeLock::new(),
+            header_turn: RangeLock::new(),
+            blocks: RangeLock::new(),
+            chunks: RangeLock::new(),
+            growing: RangeLock::new(),
+            turn: RangeLock::new(),
+            begun: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            changes_saved: AtomicU64::new(0),
             poison: Mutex::default(),
             poisoned: AtomicBool::new(false),
         })
@@ -228,6 +331,16 @@ impl Vhdx {
             }
             *poison = Some(cause.to_string());
             self.poisoned.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Smallest discard that gives space back to the host.
+    fn discard_granularity(&self) -> u64 {
+        match self.read_only || self.structure.metadata.is_fixed {
+            true => 0,
+            false => self.file.as_host().map_or(self.geometry.sector_size(), |host| {
+                host.discard_granularity().max(self.geometry.sector_size())
+            }),
         }
     }
 
@@ -265,7 +378,7 @@ impl Format for Vhdx {
             request_alignment: alignment.request.max(self.geometry.sector_size()),
             memory_alignment: alignment.memory,
             optimal_io: self.file.as_host().map_or(0, |host| host.preferred_io_size()),
-            discard_granularity: 0,
+            discard_granularity: self.discard_granularity(),
             read_only: self.read_only,
         }
     }
@@ -273,7 +386,11 @@ impl Format for Vhdx {
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         match op {
             PlanOp::Read => self.plan_read(range, plan),
-            PlanOp::Write { .. } | PlanOp::Flush => Planned::NotNow,
+            PlanOp::Write { fua } => self.plan_write(range, fua, plan),
+            PlanOp::Flush if self.is_dirty() || self.poisoned.load(Ordering::Acquire) => {
+                Planned::NotNow
+            }
+            PlanOp::Flush => plan_file(plan, &self.file, 0, 0),
         }
     }
 
@@ -293,20 +410,41 @@ impl Format for Vhdx {
         })
     }
 
-    fn prepare_write<'a>(&'a self, _range: ByteRange) -> Fut<'a, Prepared<'a>> {
-        Box::pin(async { Err(self.check_writable().unwrap_err()) })
+    fn prepare_write<'a>(&'a self, range: ByteRange) -> Fut<'a, Prepared<'a>> {
+        Box::pin(self.place(range))
     }
 
-    fn write_zeroes<'a>(&'a self, _range: ByteRange, _may_unmap: bool) -> Fut<'a, ()> {
-        Box::pin(async { self.check_writable() })
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        Box::pin(self.clear(range, false, may_unmap))
     }
 
-    fn discard<'a>(&'a self, _range: ByteRange) -> Fut<'a, ()> {
-        Box::pin(async { self.check_writable() })
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        Box::pin(self.clear(range, true, true))
     }
 
     fn flush<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(async { Ok(()) })
+        Box::pin(async move {
+            match self.read_only {
+                true => Ok(()),
+                false => self.commit().await,
+            }
+        })
+    }
+
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        Box::pin(self.resume_session(nonce))
+    }
+
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        self.start_keeping(nonce)
+    }
+
+    fn keep(&self) -> Option<&Keep> {
+        self.keep.as_ref()
+    }
+
+    fn close<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(self.finish_session())
     }
 
     fn backing(&self) -> Option<Node> {
@@ -314,7 +452,7 @@ impl Format for Vhdx {
     }
 
     fn details(&self) -> serde_json::Value {
-        self.structure.details()
+        self.current_structure().details()
     }
 }
 

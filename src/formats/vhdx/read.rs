@@ -94,7 +94,8 @@ impl Vhdx {
                 return Ok(());
             }
             drop(loading);
-            self.make_room().await?;
+            // Every frame is taken by a page that is not in its place yet.
+            Box::pin(self.checkpoint()).await?;
         }
     }
 
@@ -110,11 +111,6 @@ impl Vhdx {
         }
     }
 
-    /// Makes it possible that another page comes in.
-    async fn make_room(&self) -> Result<()> {
-        Err(Error::invalid(format!("{}: no room for a page of metadata", self.name())))
-    }
-
     /// Where the sector bitmap of a block starts: the file offset of its page, and the first bit
     /// in the whole bitmap.
     pub(super) fn bitmap_page(&self, bitmap: u64, bit: u64) -> u64 {
@@ -122,7 +118,7 @@ impl Vhdx {
     }
 
     /// The sector bitmap block of a partially present block.
-    async fn bitmap_of(&self, block: u64) -> Result<u64> {
+    pub(super) async fn bitmap_of(&self, block: u64) -> Result<u64> {
         let index = self.geometry.bitmap_index(self.geometry.chunk_of(block));
         let entry = self.entry_at(index).await?;
         match bat::state(entry) {
@@ -164,6 +160,22 @@ impl Vhdx {
         Some((run.0, (run.1 << shift).min(range.len)))
     }
 
+    /// As [`Vhdx::bits_now`], from the file if need be.
+    pub(super) async fn bits(
+        &self,
+        bitmap: u64,
+        block: u64,
+        range: ByteRange,
+    ) -> Result<(bool, u64)> {
+        loop {
+            if let Some(found) = self.bits_now(bitmap, block, range) {
+                return Ok(found);
+            }
+            let within = self.geometry.within_block(range.offset) >> self.geometry.sector_shift;
+            self.load(self.bitmap_page(bitmap, self.geometry.first_bit(block) + within)).await?;
+        }
+    }
+
     /// Where the start of `range`, which lies within one block, is, and how far that holds.
     async fn place_of(&self, range: ByteRange) -> Result<(Place, u64)> {
         let block = self.geometry.block_of(range.offset);
@@ -174,15 +186,9 @@ impl Vhdx {
             payload::NOT_PRESENT if self.geometry.has_parent => Ok((Place::Parent, range.len)),
             payload::PARTIALLY_PRESENT => {
                 let bitmap = self.bitmap_of(block).await?;
-                loop {
-                    if let Some((present, len)) = self.bits_now(bitmap, block, range) {
-                        let at = bat::offset(entry) + within;
-                        return Ok((if present { Place::File(at) } else { Place::Parent }, len));
-                    }
-                    let bit =
-                        self.geometry.first_bit(block) + (within >> self.geometry.sector_shift);
-                    self.load(self.bitmap_page(bitmap, bit)).await?;
-                }
+                let (present, len) = self.bits(bitmap, block, range).await?;
+                let at = bat::offset(entry) + within;
+                Ok((if present { Place::File(at) } else { Place::Parent }, len))
             }
             state => Ok((Place::Zero { explicit: state != payload::NOT_PRESENT }, range.len)),
         }

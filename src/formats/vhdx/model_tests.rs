@@ -1,0 +1,241 @@
+//! Random requests against a vector of bytes, across reopening, on all kinds of images.
+
+use super::testing::*;
+use super::*;
+use crate::block::Driver;
+use crate::io::block_on;
+use crate::io::sim::{Rng, SimFile};
+use crate::units::MIB;
+
+/// A kind of image.
+struct Case {
+    fixture: Fixture,
+    parent: Option<Vec<u8>>,
+    steps: usize,
+    cache: u64,
+    /// Only this much of the disk is used, to keep the file small; the rest is zeros.
+    window: Vec<ByteRange>,
+}
+
+impl Case {
+    fn new(fixture: Fixture) -> Case {
+        let all = ByteRange { offset: 0, len: fixture.size };
+        Case { fixture, parent: None, steps: 300, cache: DEFAULT_CACHE, window: vec![all] }
+    }
+
+    /// On a parent of `len` random bytes.
+    fn with_parent(mut fixture: Fixture, len: u64) -> Case {
+        fixture.has_parent = true;
+        let mut rng = Rng::new(7);
+        let parent = (0..len / 8).flat_map(|_| rng.word().to_le_bytes()).collect();
+        Case { parent: Some(parent), ..Case::new(fixture) }
+    }
+
+    fn open(&self, file: &SimFile, read_only: bool) -> Driven {
+        let backing = self.parent.as_deref().map(parent_node);
+        let options =
+            OpenOptions { read_only, backing, cache: self.cache, ..OpenOptions::default() };
+        open_with(file, options).unwrap()
+    }
+
+    /// A range of the disk in whole sectors; now and then whole blocks.
+    fn range(&self, rng: &mut Rng) -> ByteRange {
+        let window = self.window[rng.below(self.window.len() as u64) as usize];
+        let unit = match rng.below(4) {
+            0 => self.fixture.block,
+            1 => 64 << 10,
+            _ => self.fixture.sector,
+        };
+        let (first, last) = (window.offset / unit, window.end().div_ceil(unit));
+        let start = first + rng.below(last - first);
+        let longest = if unit == self.fixture.block { 2 } else { 40 };
+        let len = 1 + rng.below(longest.min(last - start));
+        let end = ((start + len) * unit).min(window.end());
+        ByteRange::between((start * unit).max(window.offset), end)
+    }
+}
+
+/// The bytes of the windows, which is all that is ever used.
+struct Model {
+    parts: Vec<(ByteRange, Vec<u8>)>,
+}
+
+impl Model {
+    fn new(case: &Case) -> Model {
+        let part = |window: &ByteRange| {
+            let mut bytes = vec![0; window.len as usize];
+            if let Some(parent) = &case.parent {
+                let from = parent.len().min(window.offset as usize);
+                let to = parent.len().min(window.end() as usize);
+                bytes[..to - from].copy_from_slice(&parent[from..to]);
+            }
+            (*window, bytes)
+        };
+        Model { parts: case.window.iter().map(part).collect() }
+    }
+
+    fn slice(&mut self, range: ByteRange) -> &mut [u8] {
+        let inside =
+            |window: &ByteRange| range.offset >= window.offset && range.end() <= window.end();
+        let (window, bytes) = self.parts.iter_mut().find(|(w, _)| inside(w)).unwrap();
+        let from = (range.offset - window.offset) as usize;
+        &mut bytes[from..from + range.len as usize]
+    }
+
+    fn check(&self, driver: &Driven, what: &str) {
+        for (window, bytes) in &self.parts {
+            let found = block_on(read(driver, window.offset, window.len));
+            if found != *bytes {
+                let at = found.iter().zip(bytes).position(|(a, b)| a != b).unwrap();
+                panic!("{what}: differs from byte {} of the disk on", window.offset + at as u64);
+            }
+        }
+    }
+}
+
+fn run(name: &str, case: &Case, seeds: u64) {
+    for seed in 0..seeds {
+        let mut rng = Rng::new(seed);
+        let file = SimFile::from_bytes("test.vhdx", case.fixture.bytes());
+        let mut driver = case.open(&file, false);
+        let mut model = Model::new(case);
+        for step in 0..case.steps {
+            let what = format!("{name}, seed {seed}, step {step}");
+            let range = case.range(&mut rng);
+            match rng.below(20) {
+                0 => block_on(driver.flush()).unwrap(),
+                1 => {
+                    // Closed in order, or as a kill leaves it after a flush.
+                    match rng.one_in(2) {
+                        true => block_on(driver.close()).unwrap(),
+                        false => block_on(driver.flush()).unwrap(),
+                    }
+                    let reader = case.open(&SimFile::from_bytes("copy", file.volatile()), true);
+                    model.check(&reader, &what);
+                    driver = case.open(&file, false);
+                }
+                2..=4 => {
+                    block_on(driver.write_zeroes(range, rng.one_in(2))).unwrap();
+                    model.slice(range).fill(0);
+                }
+                5..=7 => {
+                    block_on(driver.discard(range)).unwrap();
+                    let found = block_on(read(&driver, range.offset, range.len));
+                    for (byte, found) in model.slice(range).iter_mut().zip(found) {
+                        assert!(found == *byte || found == 0, "{what}: a discard shows other data");
+                        *byte = found;
+                    }
+                }
+                8..=11 => {
+                    let found = block_on(read(&driver, range.offset, range.len));
+                    assert!(found == model.slice(range), "{what}: {range} differ");
+                }
+                _ => {
+                    let data: Vec<u8> =
+                        (0..range.len / 8).flat_map(|_| rng.word().to_le_bytes()).collect();
+                    block_on(write(&driver, range.offset, &data, rng.one_in(20))).unwrap();
+                    model.slice(range).copy_from_slice(&data);
+                }
+            }
+        }
+        model.check(&driver, &format!("{name}, seed {seed}, end"));
+        block_on(driver.close()).unwrap();
+        // A clean close leaves an empty log.
+        let file = SimFile::from_bytes("test.vhdx", file.durable());
+        let driver = case.open(&file, true);
+        assert!(driver.format().structure().replay.is_none());
+        model.check(&driver, &format!("{name}, seed {seed}, closed"));
+    }
+}
+
+#[test]
+fn dynamic_images_agree_with_a_vector_of_bytes() {
+    run("dynamic", &Case::new(Fixture::new(7 * MIB + 512)), 6);
+    let large_sectors = Fixture { sector: 4096, ..Fixture::new(5 * MIB + 4096) };
+    run("4096", &Case::new(large_sectors), 3);
+    let two = Fixture { block: 2 * MIB, ..Fixture::new(9 * MIB) };
+    run("2 MiB blocks", &Case::new(two), 3);
+}
+
+#[test]
+fn differencing_images_agree_with_a_vector_of_bytes() {
+    run("differencing", &Case::with_parent(Fixture::new(7 * MIB + 512), 7 * MIB + 512), 6);
+    // The parent ends before the disk, within a block.
+    run("short parent", &Case::with_parent(Fixture::new(6 * MIB), 3 * MIB + 512), 3);
+    let large_sectors = Fixture { sector: 4096, ..Fixture::new(5 * MIB + 4096) };
+    run("4096 with a parent", &Case::with_parent(large_sectors, 5 * MIB), 3);
+}
+
+/// The ends of a disk of more than 4 GiB, where payload entries lie beyond the first bitmap's.
+#[test]
+fn beyond_the_first_sector_bitmap() {
+    let size = (4 << 30) + 3 * MIB;
+    let mut fixture = Fixture::new(size);
+    let ends = || {
+        vec![
+            ByteRange { offset: 0, len: 2 * MIB },
+            ByteRange { offset: (4 << 30) - 2 * MIB, len: 5 * MIB },
+        ]
+    };
+    let case = Case { window: ends(), ..Case::new(fixture.clone()) };
+    run("interleave", &case, 2);
+    fixture.has_parent = true;
+    let parent = Some(vec![0x77; 3 * MIB as usize]);
+    let case = Case { window: ends(), parent, ..Case::new(fixture) };
+    run("interleave, differencing", &case, 2);
+}
+
+/// Blocks of 256 MiB, whose bits take many pages. The file is large, so there are few steps.
+#[test]
+fn the_largest_blocks() {
+    let fixture = Fixture { block: 256 * MIB, ..Fixture::new(100 * MIB) };
+    let window = vec![ByteRange { offset: 20 * MIB, len: 2 * MIB }];
+    let case = Case { window: window.clone(), steps: 40, ..Case::new(fixture.clone()) };
+    run("256 MiB blocks", &case, 1);
+    let fixture = Fixture { has_parent: true, ..fixture };
+    let parent = Some(vec![0x55; 30 * MIB as usize]);
+    let case = Case { window, parent, steps: 40, ..Case::new(fixture) };
+    run("256 MiB blocks, differencing", &case, 1);
+}
+
+#[test]
+fn discards_and_zeroes_make_room_for_others() {
+    let file = SimFile::from_bytes("test.vhdx", Fixture::new(8 * MIB).bytes());
+    let driver = open_image(&file, None, None).unwrap();
+    block_on(async {
+        let block = |n: u64| ByteRange { offset: n * MIB, len: MIB };
+        for n in 0..4 {
+            write(&driver, n * MIB, &vec![1 + n as u8; MIB as usize], false).await.unwrap();
+        }
+        let full = file.volatile().len();
+        driver.discard(block(0)).await.unwrap();
+        driver.write_zeroes(block(1), true).await.unwrap();
+        driver.flush().await.unwrap();
+        // Where they were is zeros now, and is used for others.
+        let zeros = file.volatile()[4 << 20..6 << 20].iter().all(|byte| *byte == 0);
+        assert!(zeros, "what was freed was not given back to the host");
+        write(&driver, 4 * MIB, &[5; 512], false).await.unwrap();
+        write(&driver, 5 * MIB, &[6; 512], false).await.unwrap();
+        assert_eq!(file.volatile().len(), full);
+        assert_eq!(read(&driver, 0, 2 * MIB).await, vec![0; 2 << 20]);
+        assert_eq!(read(&driver, 2 * MIB, 512).await, [3; 512]);
+        assert_eq!(read(&driver, 4 * MIB, 1024).await, [[5; 512], [0; 512]].concat());
+        // Without a flush, what was freed is not used again.
+        driver.discard(block(2)).await.unwrap();
+        write(&driver, 6 * MIB, &[7; 512], false).await.unwrap();
+        assert_eq!(file.volatile().len(), full + MIB as usize);
+    });
+}
+
+#[test]
+fn zeroes_that_must_keep_their_space_keep_it() {
+    let file = SimFile::from_bytes("test.vhdx", Fixture::new(2 * MIB).bytes());
+    let driver = open_image(&file, None, None).unwrap();
+    block_on(async {
+        write(&driver, 0, &vec![1; MIB as usize], false).await.unwrap();
+        driver.write_zeroes(ByteRange { offset: 0, len: MIB }, false).await.unwrap();
+        let status = driver.block_status(ByteRange { offset: 0, len: MIB }).await.unwrap();
+        assert_eq!(status.kind, crate::block::StatusKind::Data);
+        assert_eq!(read(&driver, 0, MIB).await, vec![0; 1 << 20]);
+    });
+}

@@ -1,0 +1,156 @@
+//! Places for new blocks in the file, and what becomes of the places of freed ones.
+//!
+//! ```text
+//! freed ──► in a log entry on disk ──► nobody uses it any more ──► hole punched ──► free ──► used again
+//!           (journal: a commit)        (pins: a generation)        (zeros)
+//! ```
+//!
+//! A place is given away again only at the end of this way. Before its freeing is on disk, a power
+//! cut could bring the old mapping back, which would then show another block's data; and a request
+//! that was under way when the block was freed may still read or write there.
+//!
+//! New space at the end of the file reads as zeros, so a mapping to it may reach the disk before
+//! the data does. Space that is used again is zeroed first, and whoever maps it must see to it that
+//! data and zeros are on disk before the mapping is.
+
+use crate::units::{ByteRange, MIB};
+
+use super::bat::Checker;
+use super::scan::Used;
+
+/// A place for a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Where in the file.
+    pub offset: u64,
+    /// Whether it is new space at the end of the file.
+    pub is_fresh: bool,
+    /// Whether it reads as zeros once the file is long enough.
+    pub is_zeroed: bool,
+}
+
+/// The free space of a file.
+#[derive(Debug)]
+pub struct Space {
+    block_size: u64,
+    /// Everything from here on was never used.
+    end: u64,
+    /// Free places of a block's size, with whether they read as zeros. The last one goes first.
+    free: Vec<(u64, bool)>,
+}
+
+impl Space {
+    /// Of a file of `file_len` bytes. Without `used`, what is free inside of it is not known.
+    pub fn new(checker: &Checker, file_len: u64, used: Option<&Used>) -> Space {
+        let block_size = checker.geometry.block_size();
+        let end = file_len.next_multiple_of(MIB);
+        let mut space = Space { block_size, end, free: Vec::new() };
+        if let Some(used) = used {
+            let blocks = used.blocks.iter().chain(&used.anchors);
+            let mut taken: Vec<ByteRange> = blocks.map(|b| Used::range(checker, b)).collect();
+            taken.extend(&checker.reserved);
+            taken.sort_unstable_by_key(|range| range.offset);
+            space.add_gaps(&taken);
+        }
+        space
+    }
+
+    fn add_gaps(&mut self, taken: &[ByteRange]) {
+        let mut at = 0;
+        let end = ByteRange { offset: self.end, len: 0 };
+        for range in taken.iter().chain([&end]) {
+            while at + self.block_size <= range.offset.min(self.end) {
+                self.free.push((at, false));
+                at += self.block_size;
+            }
+            at = at.max(range.end()).next_multiple_of(MIB);
+        }
+        // The first places first.
+        self.free.reverse();
+    }
+
+    /// A place for a payload block.
+    pub fn take_block(&mut self) -> Place {
+        match self.free.pop() {
+            Some((offset, is_zeroed)) => Place { offset, is_fresh: false, is_zeroed },
+            None => self.take_fresh(self.block_size),
+        }
+    }
+
+    /// A place for a sector bitmap block.
+    pub fn take_bitmap(&mut self) -> Place {
+        match self.block_size == MIB {
+            true => self.take_block(),
+            false => self.take_fresh(MIB),
+        }
+    }
+
+    fn take_fresh(&mut self, len: u64) -> Place {
+        let offset = self.end;
+        self.end += len;
+        Place { offset, is_fresh: true, is_zeroed: true }
+    }
+
+    /// Gives back a place that nothing refers to, of a block's size.
+    pub fn give_back(&mut self, offset: u64, is_zeroed: bool) {
+        self.free.push((offset, is_zeroed));
+    }
+
+    /// Takes a place that is known to be used already.
+    pub fn claim(&mut self, range: ByteRange) {
+        let block_size = self.block_size;
+        self.free
+            .retain(|(offset, _)| !range.overlaps(&ByteRange { offset: *offset, len: block_size }));
+        self.end = self.end.max(range.end().next_multiple_of(MIB));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::geometry::Geometry;
+    use super::super::scan::UsedBlock;
+    use super::*;
+
+    fn checker(block: u64) -> Checker {
+        let geometry = Geometry::of(64 * MIB, block, 512, true);
+        Checker { geometry, reserved: vec![ByteRange { offset: 0, len: 4 * MIB }] }
+    }
+
+    #[test]
+    fn gaps_are_used_before_the_file_grows() {
+        let index = checker(2 * MIB).geometry.bitmap_index(0) as u32;
+        let used = Used {
+            blocks: vec![
+                UsedBlock { mib: 6, index: 0 },
+                UsedBlock { mib: 8, index },
+                UsedBlock { mib: 11, index: 1 },
+            ],
+            anchors: vec![UsedBlock { mib: 16, index: 2 }],
+        };
+        let mut space = Space::new(&checker(2 * MIB), 18 * MIB + 5, Some(&used));
+        // 9..11, 13..15 (15..16 is too small), 4..6; then the end.
+        let place = |mib| Place { offset: mib * MIB, is_fresh: false, is_zeroed: false };
+        assert_eq!(space.free.len(), 3);
+        assert_eq!([4, 9, 13].map(|_| space.take_block()), [place(4), place(9), place(13)]);
+        let fresh = space.take_block();
+        assert_eq!((fresh.offset, fresh.is_fresh), (19 * MIB, true));
+        assert_eq!(space.take_bitmap().offset, 21 * MIB);
+        space.give_back(9 * MIB, true);
+        space.claim(ByteRange { offset: 30 * MIB, len: 2 * MIB });
+        assert!(space.take_block().is_zeroed);
+        assert_eq!(space.take_block().offset, 32 * MIB);
+    }
+
+    #[test]
+    fn what_is_not_known_is_left_alone() {
+        let mut space = Space::new(&checker(MIB), 18 * MIB, None);
+        assert_eq!(space.take_bitmap().offset, 18 * MIB);
+    }
+
+    #[test]
+    fn a_claimed_place_is_not_given_away() {
+        let mut space = Space::new(&checker(MIB), 8 * MIB, Some(&Used::default()));
+        space.claim(ByteRange { offset: 4 * MIB, len: MIB });
+        assert_eq!(space.take_block().offset, 5 * MIB);
+    }
+}
