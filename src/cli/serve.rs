@@ -41,7 +41,9 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         Some(Aio::Threads) => EngineKind::Threads,
     };
     reactor::set_default_engine(engine);
-    let mut disks = empty_disks(args, engine);
+    // Before any client can come and use up the file descriptors.
+    let mut daemon = Daemon::new(args.name.clone(), empty_disks(args, engine))?;
+    let disks = daemon.disks_mut();
     let pidfile;
     let is_single = !args.daemon.is_used();
     let mut controls: Vec<ServerSocket> = Vec::new();
@@ -69,13 +71,12 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         }
         disks.export(export_request(args, node, socket))?;
     } else {
-        args.daemon.set_up(&mut disks)?;
+        args.daemon.set_up(disks)?;
         controls.extend(args.control.socket()?);
         controls.extend(args.daemon.monitor_sockets()?);
         pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
-        disks.exports.iter().for_each(|served| say_what_is_exported(&disks, served));
+        disks.exports.iter().for_each(|served| say_what_is_exported(disks, served));
     }
-    let mut daemon = Daemon::new(args.name.clone(), disks)?;
     let ids: Vec<_> = daemon.disks().exports.iter().map(|served| served.id().to_string()).collect();
     ids.iter().for_each(|id| daemon.watch_export(id));
     let control = if controls.is_empty() {

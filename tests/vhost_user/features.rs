@@ -238,7 +238,7 @@ fn a_grown_disk_is_announced_and_can_be_used() {
     let soon = std::time::Instant::now() + std::time::Duration::from_millis(50);
     assert!(channel.recv(soon).is_err());
     // A size that changes while nobody is connected, and one that QEMU does not read again.
-    backend.wait_log("size of the disk has changed");
+    backend.wait_log("the size of disk has changed");
 }
 
 #[test]
