@@ -6,6 +6,7 @@ use std::io::Write;
 
 use super::*;
 use crate::device::rings::Session;
+use crate::io::Rights;
 
 /// Waits until `holds`; panics with `what` if that takes too long.
 fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
@@ -88,30 +89,42 @@ fn a_ring_that_is_stopped_at_once_does_what_is_owed_and_no_more() {
 }
 
 /// Under a guest that reads, one file takes the place of another, mostly with the descriptor of the
-/// one before it. Every read finds the node of its time: content, size, and file.
+/// one before it. Every read finds the node of its time, content and size, and the file before it is
+/// closed: a registration with the engine would keep it open, and locked.
 #[test]
 fn reads_go_to_the_node_that_is_there_now() {
     let _watchdog = Watchdog::new("the replaced node");
     let dir = tempfile::tempdir().unwrap();
-    let node = |i: u8| {
-        let path = dir.path().join(i.to_string());
+    let path = |i: u8| dir.path().join(i.to_string());
+    let driver = |i: u8| {
         // Every other one has one block more.
-        std::fs::write(&path, vec![i; 4096 * (1 + usize::from(i & 1))]).unwrap();
-        let file = Arc::new(HostFile::open(&path, OpenOptions::default()).unwrap());
-        let options = NodeOptions { name: i.to_string(), ..NodeOptions::default() };
-        Node::new(Arc::new(Raw::open(file, true).unwrap()), options)
+        std::fs::write(path(i), vec![i; 4096 * (1 + usize::from(i & 1))]).unwrap();
+        let file = Arc::new(HostFile::open(&path(i), OpenOptions::default()).unwrap());
+        file.lock(Rights::CONSISTENT_READ, Rights::CONSISTENT_READ).unwrap();
+        Arc::new(Raw::open(file, true).unwrap())
+    };
+    let node =
+        |i: u8| Node::new(driver(i), NodeOptions { name: i.to_string(), ..NodeOptions::default() });
+    let is_locked = |i: u8| {
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let file = HostFile::open(&path(i), options).unwrap();
+        file.lock(Rights::WRITE, Rights::ALL).is_err()
     };
     for engine in [EngineKind::Auto, EngineKind::Threads] {
-        let export = export(Slow::new(), engine, 1);
+        let export = export(driver(0), engine, 1);
         let pool = Pool::new(Arc::clone(&export));
         let memory = guest_memory();
         let mut queue = Queue::new(&memory, 0, true);
         pool.start(0, start_of(&queue.ring, 0, true, &memory)).unwrap();
+        assert_eq!(queue.read(0), (0, 0));
         for i in 1..40 {
             let quiesced = export.root.quiesce();
             drop(export.root.replace_node(node(i), &quiesced).unwrap());
             drop(quiesced);
             assert_eq!(queue.read(0), (0, i));
+            // A child that another test starts has all our files, and their locks, for a moment.
+            wait_until("the old file to be closed", || !is_locked(i - 1));
+            assert!(is_locked(i));
             let (status, byte) = queue.read(4096);
             if i & 1 == 0 {
                 assert_eq!(status, 1, "node {i} ends before that");
