@@ -90,6 +90,7 @@ qapi! {
 qapi! {
     /// The options of each driver.
     pub union BlockdevDriverOptions by "driver" {
+        AddCow(BlockdevOptionsGenericCOWFormat) = "add-cow",
         File(BlockdevOptionsFile) = "file",
         HostDevice(BlockdevOptionsFile) = "host_device",
         Qcow2(BlockdevOptionsGenericCOWFormat) = "qcow2",
@@ -137,7 +138,9 @@ impl BlockdevOptions {
     fn file(&self) -> Option<&BlockdevRef> {
         match &self.driver.0 {
             BlockdevDriverOptions::File(_) | BlockdevDriverOptions::HostDevice(_) => None,
-            BlockdevDriverOptions::Qcow2(format) => Some(&format.file),
+            BlockdevDriverOptions::Qcow2(format) | BlockdevDriverOptions::AddCow(format) => {
+                Some(&format.file)
+            }
             BlockdevDriverOptions::Raw(format) | BlockdevDriverOptions::Vhdx(format) => {
                 Some(&format.file)
             }
@@ -147,7 +150,9 @@ impl BlockdevOptions {
     /// What the operator says of the backing.
     pub fn backing(&self) -> Option<&BlockdevRefOrNull> {
         match &self.driver.0 {
-            BlockdevDriverOptions::Qcow2(format) => format.backing.as_ref(),
+            BlockdevDriverOptions::Qcow2(format) | BlockdevDriverOptions::AddCow(format) => {
+                format.backing.as_ref()
+            }
             _ => None,
         }
     }
@@ -196,6 +201,9 @@ fn open(
         }
         BlockdevDriverOptions::HostDevice(file) => {
             open_protocol(disks, options, file, "host_device", name, inherited, explicit)
+        }
+        BlockdevDriverOptions::AddCow(_) => {
+            open_format(disks, options, ImageFormat::AddCow, name, inherited, explicit)
         }
         BlockdevDriverOptions::Qcow2(_) => {
             open_format(disks, options, ImageFormat::Qcow2, name, inherited, explicit)

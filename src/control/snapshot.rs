@@ -444,8 +444,19 @@ fn create_file(
         // It is open, and locked by ourselves.
         backing_unchecked: true,
     })?;
+    if request.format == ImageFormat::AddCow {
+        // `create` refuses one that is there already.
+        created.paths.push(data_file(path));
+    }
     sync_with_directory(path)?;
     Ok(())
+}
+
+/// The file that holds the data of a new add-cow image.
+fn data_file(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".raw");
+    name.into()
 }
 
 fn is_used_by(path: &Path, image: &Image) -> Result<bool> {

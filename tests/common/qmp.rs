@@ -41,10 +41,15 @@ impl Qmp {
         serde_json::from_str(&line).expect("JSON")
     }
 
-    /// Runs a command: what it returns, or the sentence of its error.
-    pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+    /// Sends a command and waits for nothing.
+    pub fn send(&mut self, command: &str, arguments: &Value) {
         let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
         self.reader.get_mut().write_all(line.as_bytes()).expect("somebody listens");
+    }
+
+    /// Runs a command: what it returns, or the sentence of its error.
+    pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        self.send(command, &arguments);
         loop {
             let mut answer = self.read();
             if answer.get("event").is_some() {
