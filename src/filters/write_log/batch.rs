@@ -1,15 +1,19 @@
 //! Entries that are written together.
 //!
 //! ```text
-//! task 1  write to the disk ─► join ─► yield ─► close the batch: reserve, write ─► all complete
-//! task 2  write to the disk ─► join ─► yield ─────────────────────────────────────┘
+//! task 1  write to the disk ─► join ─► yield ─► lead: reserve, write ─► all of the batch complete
+//! task 2  write to the disk ─► join ─► yield ─► wait ─────────────────┘
+//! task 3       write to the disk ─► join the next one, which is led when this one is written
 //! ```
 //!
-//! A worker's requests complete in bunches. Each, when its data is on the disk, joins the batch of
-//! its thread and lets the others run once. The first to come back closes the batch, reserves one
-//! run for all of it, and writes it with as few calls as it takes: one for the log and one for the
-//! sidecar. The place in the log is taken as late as that, and this is right: none of the requests
-//! is complete yet, so a FLUSH that was submitted meanwhile does not promise them.
+//! A worker's requests complete in bunches. Each, when its data is on the disk, joins the open batch
+//! of its thread and lets the others run once. The first to come back leads: it closes the batch,
+//! reserves one run for all of it, and writes it with as few calls as it takes, one for the log and
+//! one for the sidecar. While a thread's batch is being written, entries gather in the next: a disk
+//! does few long writes far better than many short ones.
+//!
+//! The place in the log is taken as late as that, and this is right: none of the requests is
+//! complete yet, so a FLUSH that was submitted meanwhile does not promise them.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -40,74 +44,113 @@ pub struct Pending {
     pub queue: Option<u16>,
 }
 
+/// A thread's way to a log: at most one batch is being written, at most one is open.
+#[derive(Default)]
+struct Lane {
+    is_writing: Cell<bool>,
+    open: RefCell<Option<Rc<Batch>>>,
+}
+
 /// A batch of this thread.
+#[derive(Default)]
 struct Batch {
     entries: RefCell<Vec<Pending>>,
     /// Set when it is over.
     outcome: RefCell<Option<Result<Place, (ErrorKind, String)>>>,
-    is_open: Cell<bool>,
     waiters: RefCell<Vec<Waker>>,
 }
 
 thread_local! {
-    /// The open batch of each log that this thread writes to. Few, nearly always one.
-    static OPEN: RefCell<Vec<(u64, Rc<Batch>)>> = const { RefCell::new(Vec::new()) };
+    /// The lanes in use, by log. Few, nearly always one.
+    static LANES: RefCell<Vec<(u64, Rc<Lane>)>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Batch {
-    /// The open batch of this thread for a log.
-    fn of(log: u64) -> Rc<Batch> {
-        OPEN.with_borrow_mut(|open| {
-            if let Some((_, batch)) = open.iter().find(|(id, _)| *id == log) {
-                return Rc::clone(batch);
+impl Lane {
+    /// This thread's lane to a log.
+    fn of(log: u64) -> Rc<Lane> {
+        LANES.with_borrow_mut(|lanes| {
+            if let Some((_, lane)) = lanes.iter().find(|(id, _)| *id == log) {
+                return Rc::clone(lane);
             }
-            let batch = Rc::new(Batch {
-                entries: RefCell::default(),
-                outcome: RefCell::default(),
-                is_open: Cell::new(true),
-                waiters: RefCell::default(),
-            });
-            open.push((log, Rc::clone(&batch)));
-            batch
+            let lane = Rc::new(Lane::default());
+            lanes.push((log, Rc::clone(&lane)));
+            lane
         })
     }
 
-    /// From now on entries join another one.
-    fn close(&self, log: u64) -> Vec<Pending> {
-        self.is_open.set(false);
-        OPEN.with_borrow_mut(|open| open.retain(|(id, _)| *id != log));
-        self.entries.take()
+    /// Adds an entry to the open batch.
+    fn join(&self, pending: Pending) -> Rc<Batch> {
+        let mut open = self.open.borrow_mut();
+        let batch = open.get_or_insert_default();
+        batch.entries.borrow_mut().push(pending);
+        Rc::clone(batch)
     }
 
-    fn finish(&self, outcome: Result<Place, (ErrorKind, String)>) {
-        *self.outcome.borrow_mut() = Some(outcome);
-        for waiter in self.waiters.borrow_mut().drain(..) {
-            waiter.wake();
-        }
-    }
-
-    /// Waits until somebody has written it.
-    async fn wait(&self) -> Result<Place> {
-        poll_fn(|cx| match &*self.outcome.borrow() {
-            Some(Ok(end)) => Poll::Ready(Ok(*end)),
-            Some(Err((kind, message))) => Poll::Ready(Err(Error::new(*kind, message.clone()))),
-            None => {
-                self.waiters.borrow_mut().push(cx.waker().clone());
-                Poll::Pending
+    /// Waits until the batch is over, or is to be led by the caller.
+    async fn wait_or_lead(&self, batch: &Rc<Batch>) -> Role {
+        poll_fn(|cx| {
+            if let Some(outcome) = &*batch.outcome.borrow() {
+                let outcome = outcome.clone();
+                return Poll::Ready(Role::Follow(
+                    outcome.map_err(|(kind, message)| Error::new(kind, message)),
+                ));
             }
+            let is_open = self.open.borrow().as_ref().is_some_and(|open| Rc::ptr_eq(open, batch));
+            if is_open && !self.is_writing.get() {
+                self.is_writing.set(true);
+                *self.open.borrow_mut() = None;
+                return Poll::Ready(Role::Lead(batch.entries.take()));
+            }
+            batch.waiters.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
         })
         .await
     }
 }
 
-/// Finishes a batch even if whoever writes it goes away.
-struct Finish(Rc<Batch>);
+/// What falls to an entry's request.
+enum Role {
+    /// To write these.
+    Lead(Vec<Pending>),
+    /// Nothing: somebody else did.
+    Follow(Result<Place>),
+}
 
-impl Drop for Finish {
+impl Batch {
+    fn wake(&self) {
+        for waiter in self.waiters.borrow_mut().drain(..) {
+            waiter.wake();
+        }
+    }
+}
+
+/// The right to write, given back even if the request goes away in the middle of it.
+struct Leading {
+    log: u64,
+    lane: Rc<Lane>,
+    batch: Rc<Batch>,
+}
+
+impl Leading {
+    fn finish(self, result: &Result<Place>) {
+        let outcome = result.as_ref().map(|end| *end);
+        let outcome = outcome.map_err(|err| (err.kind(), err.to_string()));
+        *self.batch.outcome.borrow_mut() = Some(outcome);
+    }
+}
+
+impl Drop for Leading {
     fn drop(&mut self) {
-        if self.0.outcome.borrow().is_none() {
-            let message = "the request that wrote the log for this one was dropped".to_string();
-            self.0.finish(Err((ErrorKind::Cancelled, message)));
+        let message = || "the request that wrote the log for this one was dropped".to_string();
+        let mut outcome = self.batch.outcome.borrow_mut();
+        outcome.get_or_insert_with(|| Err((ErrorKind::Cancelled, message())));
+        drop(outcome);
+        self.batch.wake();
+        self.lane.is_writing.set(false);
+        match &*self.lane.open.borrow() {
+            // One of them leads now.
+            Some(next) => next.wake(),
+            None => LANES.with_borrow_mut(|lanes| lanes.retain(|(id, _)| *id != self.log)),
         }
     }
 }
@@ -116,19 +159,16 @@ impl Recorder {
     /// Adds an entry to the log. When this returns the entry is whole, and all before it; returns
     /// where the log goes on behind it (or behind others that were written with it).
     pub async fn append(&self, pending: Pending) -> Result<Place> {
-        let batch = Batch::of(self.id());
-        batch.entries.borrow_mut().push(pending);
+        let lane = Lane::of(self.id());
+        let batch = lane.join(pending);
         yield_now().await;
-        if !batch.is_open.get() {
-            return batch.wait().await;
-        }
-        let entries = batch.close(self.id());
-        let finish = Finish(batch);
+        let entries = match lane.wait_or_lead(&batch).await {
+            Role::Follow(result) => return result,
+            Role::Lead(entries) => entries,
+        };
+        let leading = Leading { log: self.id(), lane, batch };
         let result = self.write_entries(entries).await;
-        finish.0.finish(match &result {
-            Ok(end) => Ok(*end),
-            Err(err) => Err((err.kind(), err.to_string())),
-        });
+        leading.finish(&result);
         result
     }
 
