@@ -424,6 +424,14 @@ fn create_file(
     let path = &request.file;
     if std::fs::symlink_metadata(path).is_err() {
         created.paths.push(path.clone());
+        if request.format == ImageFormat::AddCow {
+            // Made with it, and only if it is not there yet.
+            let mut image_file = path.clone().into_os_string();
+            image_file.push(".raw");
+            if std::fs::symlink_metadata(&image_file).is_err() {
+                created.paths.push(image_file.into());
+            }
+        }
     } else if is_used_by(path, below)? {
         return Err(QmpError::generic(format!(
             "{}: an image cannot be its own backing file",

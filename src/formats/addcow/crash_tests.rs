@@ -270,3 +270,41 @@ fn power_cuts_while_the_size_changes() {
     }
     assert!(cuts > 500, "too few cuts to mean anything: {cuts}");
 }
+
+#[test]
+fn power_cuts_while_it_is_emptied() {
+    let mut cuts = 0;
+    for seed in 0..100 {
+        let mut rng = Rng::new(seed);
+        let base: Vec<u8> = (0..60u64).flat_map(|sector| sector_content(sector, 1)).collect();
+        let file = SimFile::from_bytes("x.add-cow", new_file(60 * 512, true));
+        let image = SimFile::from_bytes("disk.raw", vec![RUBBISH; 60 * 512]);
+        let disk = open_disk(&file, &image, backing_of(Some(&base)), None);
+        for _ in 0..10 {
+            let own = rng.below(60);
+            block_on(write(&disk, own * 512, &sector_content(own, 7))).unwrap();
+        }
+        if rng.one_in(2) {
+            block_on(disk.flush()).unwrap();
+        }
+        let sim = Sim::new(seed);
+        sim.attach(&file);
+        sim.attach(&image);
+        let empty: SimTask<'_> = Box::pin(async { disk.make_empty().await.unwrap() });
+        sim.run_until(vec![empty], |_| {
+            cuts += 1;
+            let file = SimFile::from_bytes("cut.add-cow", file.power_cut(rng.word()));
+            let image = SimFile::from_bytes("cut.raw", image.power_cut(rng.word()));
+            let disk = open_disk(&file, &image, backing_of(Some(&base)), None);
+            for sector in 0..60 {
+                let content = block_on(read(&disk, sector * 512, 512));
+                let is = |value| content == sector_content(sector, value);
+                assert!(is(1) || is(7), "seed {seed}, sector {sector}");
+            }
+            false
+        });
+        assert!(sim.block_on(read(&disk, 0, 60 * 512)) == base);
+        assert_eq!(file.durable()[2560..], [0; 8]);
+    }
+    assert!(cuts > 300, "too few cuts to mean anything: {cuts}");
+}
