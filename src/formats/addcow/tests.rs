@@ -190,7 +190,7 @@ fn bits_beyond_the_disk_are_ignored_and_left_out() {
 
 #[test]
 fn many_pages_stay_in_bounded_memory() {
-    // 2048 pages of 16 MiB each: twice what fits. Sparse, as the image is not really there.
+    // 2048 pages of 16 MiB each: more than twice what fits. Sparse, as the image is not really there.
     let size = 2048u64 * PAGE_SECTORS * 512;
     let file = SimFile::from_bytes("x.add-cow", new_file(size, false));
     let dir = tempfile::tempdir().unwrap();
