@@ -24,6 +24,7 @@
 //!                    completions man
 //!
 //! write_log          the dm-log-writes format (reading, sidecar); sees io only
+//! crash              the disks that a power cut could have left; sees block, io and write_log
 //!
 //! device             sees block and io only: messages, rings, requests, workers
 //! frontend           the other end of the wire, for `vublk bench` and for tests; knows nothing
@@ -59,6 +60,7 @@
 pub mod block;
 pub mod cli;
 pub mod control;
+pub mod crash;
 pub mod device;
 pub mod error;
 pub mod filters;

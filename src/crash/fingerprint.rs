@@ -1,0 +1,350 @@
+//! Tells which states are the same disk, without reading them.
+//!
+//! The fingerprint of a disk is a sum over its 512-byte sectors: each adds a hash of its place and
+//! content, less that of what the base has there. So it is kept up to date by what changes, in any
+//! order, and an untouched disk has 0.
+//!
+//! ```text
+//! sectors that some entry writes    hashed as they are written; the base's read once, when first needed
+//! all other sectors                 change only by discards, from the base's content to zeros
+//! ```
+//!
+//! The second kind may be a whole disk (`fstrim`), so it must not cost anything for each sector.
+//! Zeros in sector n hash to Z(n+1) − Z(n), so that a run of them needs two hashes; the unread
+//! content of the base does likewise with another function. Runs where the base is known to be
+//! zeros already add nothing.
+//!
+//! For each epoch the differences are worked out once for each write ([`Prints`]). Sectors that only
+//! one of the epoch's writes touches are one sum for that write, so a state costs an addition for
+//! each of its writes, and a little more where writes overlap.
+
+use std::collections::{BTreeSet, HashMap};
+
+use twox_hash::xxhash3_128::Hasher;
+
+use crate::block::Node;
+use crate::block::driver::StatusKind;
+use crate::crash::history::{Epoch, History};
+use crate::crash::name::StateName;
+use crate::crash::overlay::{Overlay, Source};
+use crate::error::Result;
+use crate::io::{AlignedBuf, block_on};
+use crate::units::{ByteRange, MIB, SECTOR_SIZE, align_down, align_up};
+use crate::write_log::{Entry, Kind};
+
+/// How much is read and hashed at a time.
+const PIECE: u64 = MIB;
+/// Seeds that keep the three kinds of hashes apart from each other.
+const ZERO_SEED: u64 = 0x7a65_726f;
+const UNREAD_SEED: u64 = 0x756e_7265_6164;
+
+/// The hash of zeros in `range`.
+fn zeros(range: ByteRange) -> u128 {
+    boundary(ZERO_SEED, range.end()).wrapping_sub(boundary(ZERO_SEED, range.offset))
+}
+
+/// The hash of whatever the base has in `range`, unread.
+fn unread(range: ByteRange) -> u128 {
+    boundary(UNREAD_SEED, range.end()).wrapping_sub(boundary(UNREAD_SEED, range.offset))
+}
+
+fn boundary(seed: u64, offset: u64) -> u128 {
+    Hasher::oneshot_with_seed(seed, &offset.to_le_bytes())
+}
+
+/// The hash of a sector's content.
+fn content(offset: u64, bytes: &[u8]) -> u128 {
+    if bytes.iter().all(|byte| *byte == 0) {
+        return zeros(ByteRange { offset, len: SECTOR_SIZE });
+    }
+    // Odd numbers, to be no seed of the other kinds.
+    Hasher::oneshot_with_seed((offset / SECTOR_SIZE) << 1 | 1, bytes)
+}
+
+/// Fingerprints of the states of one log, epoch after epoch.
+#[derive(Debug)]
+pub struct Fingerprints<'a> {
+    history: &'a History,
+    base: &'a Node,
+    /// Which ranges some entry of the log writes.
+    written: Overlay,
+    /// How many entries are in the sum.
+    entries: u64,
+    /// That of the disk after so many entries.
+    sum: u128,
+    /// Hashes of the sectors that were looked at, as of now; by offset.
+    sectors: HashMap<u64, u128>,
+    /// What was discarded outside of what is ever written.
+    discarded: Overlay,
+}
+
+/// What the writes of one epoch do to the fingerprint.
+#[derive(Debug)]
+pub struct Prints {
+    /// That of the disk without any of them.
+    sum: u128,
+    /// What each write adds by the runs that no other touches.
+    alone: Vec<u128>,
+    /// The same, run by run, for writes that are torn.
+    runs: Vec<Vec<(u64, u128)>>,
+    /// Runs that several writes touch.
+    shared: Vec<Shared>,
+    /// The ranges of the writes.
+    targets: Vec<ByteRange>,
+}
+
+/// A run that several writes touch.
+#[derive(Debug)]
+struct Shared {
+    offset: u64,
+    /// What is there without any of them.
+    before: u128,
+    /// The writes and what each leaves there, in order.
+    after: Vec<(usize, u128)>,
+}
+
+/// What one entry leaves in one run.
+struct Touch {
+    run: ByteRange,
+    write: usize,
+    after: u128,
+}
+
+impl<'a> Fingerprints<'a> {
+    /// Those of the states of `history` over `base`.
+    pub fn new(history: &'a History, base: &'a Node) -> Fingerprints<'a> {
+        let mut written = Overlay::default();
+        for entry in history.index().entries().iter().filter(|entry| entry.kind() == Kind::Write) {
+            written.put(entry.target, Source::Zero);
+        }
+        Fingerprints {
+            history,
+            base,
+            written,
+            entries: 0,
+            sum: 0,
+            sectors: HashMap::new(),
+            discarded: Overlay::default(),
+        }
+    }
+
+    /// Works out what the writes of an epoch do. Epochs are asked for in the order of the log.
+    ///
+    /// # Errors
+    /// If base or log cannot be read.
+    pub fn epoch(&mut self, epoch: &Epoch) -> Result<Prints> {
+        assert!(epoch.start >= self.entries, "epochs are asked for in their order");
+        while self.entries < epoch.start {
+            let before =
+                Epoch { start: self.entries, end: epoch.start, writes: vec![self.entries] };
+            let entry = self.history.entry(self.entries);
+            if matches!(entry.kind(), Kind::Write | Kind::Discard) {
+                self.apply(&before)?;
+            }
+            self.entries += 1;
+        }
+        let touches = self.touches(epoch)?;
+        self.prints(epoch, touches)
+    }
+
+    /// Makes the only write of `epoch` part of the sum.
+    fn apply(&mut self, epoch: &Epoch) -> Result<()> {
+        for touch in self.touches(epoch)? {
+            let before = self.hash_of(touch.run)?;
+            self.sum = self.sum.wrapping_add(touch.after).wrapping_sub(before);
+            if self.is_written(touch.run.offset) {
+                self.sectors.insert(touch.run.offset, touch.after);
+            } else {
+                self.discarded.put(touch.run, Source::Zero);
+            }
+        }
+        Ok(())
+    }
+
+    fn prints(&mut self, epoch: &Epoch, touches: Vec<Touch>) -> Result<Prints> {
+        let count = epoch.writes.len();
+        let mut by_run: HashMap<u64, Shared> = HashMap::new();
+        for touch in touches {
+            let offset = touch.run.offset;
+            let shared = match by_run.entry(offset) {
+                std::collections::hash_map::Entry::Occupied(shared) => shared.into_mut(),
+                std::collections::hash_map::Entry::Vacant(place) => {
+                    let before = self.hash_of(touch.run)?;
+                    place.insert(Shared { offset, before, after: Vec::new() })
+                }
+            };
+            shared.after.push((touch.write, touch.after));
+        }
+        let mut prints = Prints {
+            sum: self.sum,
+            alone: vec![0; count],
+            runs: vec![Vec::new(); count],
+            shared: Vec::new(),
+            targets: epoch.writes.iter().map(|n| self.history.entry(*n).target).collect(),
+        };
+        for shared in by_run.into_values() {
+            match shared.after[..] {
+                [(write, after)] => {
+                    let difference = after.wrapping_sub(shared.before);
+                    prints.alone[write] = prints.alone[write].wrapping_add(difference);
+                    prints.runs[write].push((shared.offset, difference));
+                }
+                _ => prints.shared.push(shared),
+            }
+        }
+        Ok(prints)
+    }
+
+    fn is_written(&self, offset: u64) -> bool {
+        self.written.find(ByteRange { offset, len: 1 }).1.is_some()
+    }
+
+    /// What each write of an epoch leaves where. Runs that are not the same do not overlap.
+    fn touches(&mut self, epoch: &Epoch) -> Result<Vec<Touch>> {
+        let mut touches = Vec::new();
+        let discards = epoch.writes.iter().map(|number| self.history.entry(*number));
+        let discards = discards.filter(|entry| entry.kind() == Kind::Discard);
+        let cuts: BTreeSet<u64> =
+            discards.flat_map(|entry| [entry.target.offset, entry.target.end()]).collect();
+        for (write, number) in epoch.writes.iter().enumerate() {
+            let entry = *self.history.entry(*number);
+            match entry.kind() {
+                Kind::Write => self.touches_of_write(write, &entry, &mut touches)?,
+                _ => self.touches_of_discard(write, &entry, &cuts, &mut touches)?,
+            }
+        }
+        Ok(touches)
+    }
+
+    fn touches_of_write(
+        &mut self,
+        write: usize,
+        entry: &Entry,
+        touches: &mut Vec<Touch>,
+    ) -> Result<()> {
+        self.look_at_base(entry.target)?;
+        let Some(data) = entry.data() else { return Ok(()) };
+        let mut done = 0;
+        while done < data.len {
+            let len = PIECE.min(data.len - done);
+            let mut buf = AlignedBuf::zeroed(len as usize, 4096);
+            block_on(self.history.log().file().read(data.offset + done, buf.buffers()))?;
+            let offset = entry.target.offset + done;
+            for (i, bytes) in buf.as_slice().chunks(SECTOR_SIZE as usize).enumerate() {
+                let run = ByteRange { offset: offset + i as u64 * SECTOR_SIZE, len: SECTOR_SIZE };
+                touches.push(Touch { run, write, after: content(run.offset, bytes) });
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    fn touches_of_discard(
+        &mut self,
+        write: usize,
+        entry: &Entry,
+        cuts: &BTreeSet<u64>,
+        touches: &mut Vec<Touch>,
+    ) -> Result<()> {
+        let mut at = entry.target.offset;
+        while at < entry.target.end() {
+            let rest = ByteRange::between(at, entry.target.end());
+            let (part, source) = self.written.find(rest);
+            if source.is_some() {
+                self.look_at_base(part)?;
+                for offset in (part.offset..part.end()).step_by(SECTOR_SIZE as usize) {
+                    let run = ByteRange { offset, len: SECTOR_SIZE };
+                    touches.push(Touch { run, write, after: zeros(run) });
+                }
+                at = part.end();
+            } else {
+                let cut = cuts.range(at + 1..part.end()).next().copied().unwrap_or(part.end());
+                let run = ByteRange::between(at, cut);
+                touches.push(Touch { run, write, after: zeros(run) });
+                at = cut;
+            }
+        }
+        Ok(())
+    }
+
+    /// The hash of a run as it is after the entries in the sum.
+    fn hash_of(&mut self, run: ByteRange) -> Result<u128> {
+        if let Some(hash) = self.sectors.get(&run.offset) {
+            return Ok(*hash);
+        }
+        let (mut hash, mut at) = (0u128, run.offset);
+        while at < run.end() {
+            let (part, source) = self.discarded.find(ByteRange::between(at, run.end()));
+            let (part, is_zero) = match source {
+                Some(_) => (part, true),
+                None => {
+                    let status = block_on(self.base.block_status_deep(part))?;
+                    (status.range.intersect(&part), status.kind != StatusKind::Data)
+                }
+            };
+            hash = hash.wrapping_add(if is_zero { zeros(part) } else { unread(part) });
+            at = part.end();
+        }
+        Ok(hash)
+    }
+
+    /// Hashes what the base has in sectors that were not looked at yet.
+    fn look_at_base(&mut self, range: ByteRange) -> Result<()> {
+        let unit = self.base.limits().request_alignment.max(1);
+        let mut at = range.offset;
+        while at < range.end() {
+            let piece = ByteRange::between(at, range.end().min(at + PIECE));
+            at = piece.end();
+            let mut offsets = (piece.offset..piece.end()).step_by(SECTOR_SIZE as usize);
+            if offsets.all(|offset| self.sectors.contains_key(&offset)) {
+                continue;
+            }
+            let end = align_up(piece.end(), unit).unwrap_or(piece.end()).min(self.base.size());
+            let around = ByteRange::between(align_down(piece.offset, unit), end);
+            let mut buf = AlignedBuf::zeroed(around.len as usize, 4096);
+            block_on(self.base.read(around.offset, buf.buffers()))?;
+            let skipped = (piece.offset - around.offset) as usize;
+            let sectors = buf.as_slice()[skipped..skipped + piece.len as usize].chunks(512);
+            for (i, bytes) in sectors.enumerate() {
+                let offset = piece.offset + i as u64 * SECTOR_SIZE;
+                self.sectors.entry(offset).or_insert_with(|| content(offset, bytes));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Prints {
+    /// The fingerprint of a state of the epoch, with a bit for each of its writes.
+    pub fn of(&self, name: &StateName) -> u128 {
+        let mut sum = self.sum;
+        for write in (0..self.alone.len()).filter(|write| name.applied[*write]) {
+            match name.tear(write) {
+                None => sum = sum.wrapping_add(self.alone[write]),
+                Some(_) => {
+                    let runs = self.runs[write].iter();
+                    for (_, add) in runs.filter(|(offset, _)| self.reaches(name, write, *offset)) {
+                        sum = sum.wrapping_add(*add);
+                    }
+                }
+            }
+        }
+        for shared in &self.shared {
+            let mut last_first = shared.after.iter().rev();
+            let last = last_first.find(|(write, _)| self.reaches(name, *write, shared.offset));
+            if let Some((_, after)) = last {
+                sum = sum.wrapping_add(*after).wrapping_sub(shared.before);
+            }
+        }
+        sum
+    }
+
+    /// Whether what a write left at `offset` is part of the state.
+    fn reaches(&self, name: &StateName, write: usize, offset: u64) -> bool {
+        name.applied[write]
+            && name.tear(write).is_none_or(|kept| {
+                let kept = kept.of(self.targets[write]);
+                kept.offset <= offset && offset < kept.end()
+            })
+    }
+}

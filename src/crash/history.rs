@@ -1,0 +1,218 @@
+//! A log taken apart: epochs, and what the name of a state means.
+//!
+//! An *epoch* is what a power cut may keep in any combination: the writes and discards after one
+//! flush and before the next. A flush that carries data makes durable what precedes it; its own
+//! data is the first write of the epoch that it begins.
+//!
+//! A write with FUA was durable when it completed, and the log has it where it completed. So it may
+//! be missing only where everything after it in the epoch is missing, too.
+
+use crate::crash::name::{StateName, Tear};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::block_on;
+use crate::units::ByteRange;
+use crate::write_log::{Entry, Flags, Index, Kind, Log};
+
+/// The writes between two flushes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    /// How many entries of the log lie before it: its states are named `E<start>:s=…`.
+    pub start: u64,
+    /// The entry after its last: the next flush, or the end of the log.
+    pub end: u64,
+    /// The numbers of its writes and discards.
+    pub writes: Vec<u64>,
+}
+
+/// A log with all its headers in memory.
+#[derive(Clone, Debug)]
+pub struct History {
+    log: Log,
+    index: Index,
+}
+
+impl History {
+    /// Reads the headers of a log that belongs to a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// Names the entry that breaks the format, or that does not fit the disk.
+    pub fn read(log: Log, size: u64) -> Result<History> {
+        let index = block_on(Index::read(&log))?;
+        let outside = index.entries().iter().find(|entry| {
+            matches!(entry.kind(), Kind::Write | Kind::Discard) && entry.target.end() > size
+        });
+        if let Some(entry) = outside {
+            return Err(Error::new(
+                ErrorKind::OutOfRange,
+                format!(
+                    "{}: entry {} writes past the end of the disk: up to byte {}, and the base has \
+                     {size}; the base must be the disk as it was when logging began",
+                    log.name(),
+                    entry.number,
+                    entry.target.end()
+                ),
+            ));
+        }
+        Ok(History { log, index })
+    }
+
+    /// The log.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Its entries and marks.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// An entry that exists.
+    pub fn entry(&self, number: u64) -> &Entry {
+        &self.index.entries()[number as usize]
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> u64 {
+        self.index.entries().len() as u64
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All epochs that have writes, in the order of the log.
+    pub fn epochs(&self) -> impl Iterator<Item = Epoch> + '_ {
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            while start < self.len() {
+                let epoch = self.window(start);
+                // A flush without data begins nothing by itself.
+                start = match self.index.entries().get(epoch.end as usize) {
+                    Some(entry) if entry.target.is_empty() => epoch.end + 1,
+                    _ => epoch.end,
+                };
+                if !epoch.writes.is_empty() {
+                    return Some(epoch);
+                }
+            }
+            None
+        })
+    }
+
+    /// The epoch that entry `number` belongs to, or that a state after so many entries is in.
+    pub fn epoch_of(&self, number: u64) -> Epoch {
+        let before = &self.index.entries()[..number.min(self.len()) as usize];
+        let start = match self.index.entries().get(number as usize) {
+            Some(entry) if entry.is_flush() && !entry.target.is_empty() => number,
+            _ => before.iter().rev().find(|entry| entry.is_flush()).map_or(0, |flush| {
+                if flush.target.is_empty() { flush.number + 1 } else { flush.number }
+            }),
+        };
+        self.window(start)
+    }
+
+    /// The writes that the bits of `E<start>:s=…` stand for.
+    pub fn window(&self, start: u64) -> Epoch {
+        let mut epoch = Epoch { start, end: self.len(), writes: Vec::new() };
+        for entry in self.index.entries().get(start as usize..).unwrap_or_default() {
+            if entry.is_flush() && (entry.number != start || entry.target.is_empty()) {
+                epoch.end = entry.number;
+                break;
+            }
+            if matches!(entry.kind(), Kind::Write | Kind::Discard) {
+                epoch.writes.push(entry.number);
+            }
+        }
+        epoch
+    }
+
+    /// Checks that there is such a state.
+    ///
+    /// # Errors
+    /// Says what the log does not have.
+    pub fn check(&self, name: &StateName) -> Result<()> {
+        let refuse =
+            |what: String| Err(Error::invalid(format!("{}: {name}: {what}", self.log.name())));
+        if name.prefix > self.len() {
+            return refuse(format!("the log has {} entries only", self.len()));
+        }
+        let epoch = self.window(name.prefix);
+        if name.applied.len() > epoch.writes.len() {
+            return refuse(format!(
+                "{} bits, but only {} writes follow entry {} before the next flush",
+                name.applied.len(),
+                epoch.writes.len(),
+                name.prefix
+            ));
+        }
+        for tear in &name.torn {
+            let entry = self.entry(epoch.writes[tear.write]);
+            if entry.kind() != Kind::Write {
+                return refuse(format!("write {} is a discard, which has no data", tear.write + 1));
+            }
+            if tear.kept.len() >= entry.target.len {
+                return refuse(format!(
+                    "write {} has {} bytes, so {} of them are no tear",
+                    tear.write + 1,
+                    entry.target.len,
+                    tear.kept.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a power cut could leave it: a FUA write is whole unless all after it is missing.
+    pub fn is_possible(&self, epoch: &Epoch, name: &StateName) -> bool {
+        let last = name.applied.iter().rposition(|applied| *applied);
+        epoch.writes.iter().enumerate().all(|(i, number)| {
+            let whole = name.applied.get(i) == Some(&true) && name.tear(i).is_none();
+            whole || !self.entry(*number).flags.has(Flags::FUA) || last.is_none_or(|last| last <= i)
+        })
+    }
+
+    /// The same state with a bit for each write of its epoch: `E<start of the epoch>:s=…`.
+    ///
+    /// # Errors
+    /// As [`History::check`].
+    pub fn expanded(&self, name: &StateName) -> Result<(Epoch, StateName)> {
+        self.check(name)?;
+        let epoch = self.epoch_of(name.prefix);
+        // After a flush with data that is the last thing applied, the next writes follow it.
+        let skipped = epoch.writes.partition_point(|number| *number < name.prefix);
+        let mut applied = vec![true; skipped];
+        applied.extend_from_slice(&name.applied);
+        applied.resize(epoch.writes.len(), false);
+        let moved = |tear: &Tear| Tear { write: tear.write + skipped, ..*tear };
+        let torn = name.torn.iter().map(moved).collect();
+        let expanded = StateName { prefix: epoch.start, applied, torn };
+        Ok((epoch, expanded))
+    }
+
+    /// The shortest name of an expanded state. Of equally short ones, that with the fewest entries.
+    pub fn shortest(&self, epoch: &Epoch, name: &StateName) -> StateName {
+        let whole = |i: &usize| name.applied[*i] && name.tear(*i).is_none();
+        let leading = (0..name.applied.len()).take_while(whole).count();
+        let candidate = |skipped: usize| {
+            let prefix = match skipped {
+                0 => epoch.start,
+                n => epoch.writes[n - 1] + 1,
+            };
+            let applied = name.applied[skipped..].to_vec();
+            let moved = |tear: &Tear| Tear { write: tear.write - skipped, ..*tear };
+            let torn = name.torn.iter().map(moved).collect();
+            StateName { prefix, applied, torn }.trimmed()
+        };
+        // Entries that are marks may make a number longer than the bits it stands for.
+        let names = (0..=leading).map(candidate);
+        names.min_by_key(|name| name.to_string().len()).unwrap_or_default()
+    }
+
+    /// The part of a write or discard of a state that reached the disk.
+    pub fn reached(&self, epoch: &Epoch, name: &StateName, write: usize) -> Option<ByteRange> {
+        let target = self.entry(epoch.writes[write]).target;
+        (name.applied.get(write) == Some(&true))
+            .then(|| name.tear(write).map_or(target, |kept| kept.of(target)))
+    }
+}

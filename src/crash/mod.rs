@@ -1,0 +1,36 @@
+//! Crash states: the disks that a power cut could have left.
+//!
+//! A write log plus the disk as it was when logging began (the *base*) defines them all: everything
+//! before some flush, plus any of the writes logged between it and the next, each whole, torn or
+//! missing.
+//!
+//! ```text
+//! name         E412:s=01101 — which state, in one word
+//! history      a log taken apart into epochs; what a name means in it
+//! overlay      where each byte of a state lies: in the log, nowhere (zeros), or in the base
+//! view         one state at a time; going on to the next costs what differs
+//! fingerprint  tells which states are the same disk, without reading them
+//! ```
+//!
+//! Nothing is copied: a state is an index of ranges over base and log, and as long as the log's
+//! entries of the epoch, whatever the size of the disk.
+//!
+//! Invariants:
+//! * A state depends on base, log and name alone.
+//! * Two states with the same fingerprint have the same content (as far as 128 bits can tell). The
+//!   reverse may fail where the base was not worth reading; then a state is checked twice.
+
+pub mod fingerprint;
+pub mod history;
+pub mod name;
+pub mod overlay;
+pub mod view;
+
+pub use fingerprint::{Fingerprints, Prints};
+pub use history::{Epoch, History};
+pub use name::{Kept, StateName, Tear};
+pub use overlay::{Overlay, Source};
+pub use view::View;
+
+#[cfg(test)]
+mod tests;
