@@ -109,11 +109,7 @@ impl Framer {
             State::Number if is_number(byte) => (true, self.keep(byte)),
             State::Number => self.end_number(Some(byte)),
             State::Recovery => match byte {
-                0..=0x1f | 0xfe | 0xff => {
-                    self.state = State::Between;
-                    (true, None)
-                }
-                b'{' | b'}' | b'[' | b']' | b':' | b',' => {
+                0..=0x1f | 0xfe | 0xff | b'{' | b'}' | b'[' | b']' | b':' | b',' => {
                     self.state = State::Between;
                     (false, None)
                 }

@@ -124,6 +124,8 @@ impl State {
             let now = Instant::now();
             let next = self.shared.events().release(now);
             let next = next.into_iter().chain(self.accept_again).min();
+            // Where there is something to do already, only a look.
+            let next = if self.touched.is_empty() { next } else { Some(now) };
             self.wait(&mut ready, next.map(|at| at.saturating_duration_since(now)));
             if self.accept_again.is_some_and(|at| at <= Instant::now()) {
                 self.accept_again = None;
@@ -137,8 +139,8 @@ impl State {
                 }
             }
             // One after the other, never one inside of another: what is done for one may touch
-            // others, or itself again.
-            while let Some(id) = self.touched.pop_first() {
+            // others, or itself again. Each has one turn, then others are looked at.
+            for id in std::mem::take(&mut self.touched) {
                 self.settle(id);
             }
         }
@@ -260,15 +262,16 @@ impl State {
         self.touched.insert(id);
     }
 
-    /// Runs what a client waits for, sends what it is owed, and decides what to watch for.
+    /// Runs a request that a client waits for, sends what it is owed, and decides what to watch
+    /// for.
     fn settle(&mut self, id: u64) {
-        loop {
-            let Some(entry) = self.clients.get_mut(&id) else { return };
-            if entry.hung_up {
-                entry.client.receive_rest();
-            }
-            let Some(request) = entry.client.next_request() else { break };
+        let Some(entry) = self.clients.get_mut(&id) else { return };
+        if entry.hung_up {
+            entry.client.receive_rest();
+        }
+        if let Some(request) = entry.client.next_request() {
             self.run_request(id, request);
+            self.touched.insert(id);
         }
         let Some(entry) = self.clients.get_mut(&id) else { return };
         if entry.hung_up {
