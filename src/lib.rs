@@ -20,7 +20,7 @@
 //!    ▲
 //! control            QMP: the wire, the commands, the events
 //!    ▲
-//! cli                serve create info check map measure convert compare resize log bench
+//! cli                serve create info check map measure convert compare resize log qmp top bench
 //!                    completions man
 //!
 //! write_log          the dm-log-writes format (reading, sidecar); sees io only

@@ -29,6 +29,7 @@ mod measure;
 pub mod options;
 pub mod output;
 pub mod progress;
+pub mod qmp;
 mod rebase;
 pub mod recording_args;
 mod reset;
@@ -37,6 +38,7 @@ pub mod serve;
 pub mod serve_args;
 mod shell;
 pub mod size;
+mod top;
 
 use std::process::ExitCode;
 
@@ -75,6 +77,8 @@ enum Command {
     Reset(reset::ResetArgs),
     Resize(resize::ResizeArgs),
     Log(log::LogArgs),
+    Qmp(qmp::QmpArgs),
+    Top(top::TopArgs),
     Bench(Box<bench::BenchArgs>),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
@@ -111,6 +115,8 @@ impl Command {
             Command::Reset(args) => reset::run(args),
             Command::Resize(args) => resize::run(args),
             Command::Log(args) => log::run(args),
+            Command::Qmp(args) => qmp::run(args),
+            Command::Top(args) => top::run(args),
             Command::Bench(args) => bench::run(args).map(|()| DONE),
             Command::Completions(args) => shell::completions(args),
             Command::Man(args) => shell::man(args),

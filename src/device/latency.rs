@@ -70,6 +70,12 @@ impl Default for Times {
 }
 
 impl Times {
+    /// The buckets that are not empty: where each ends, and how many requests are in it.
+    pub fn buckets(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
+        let buckets = self.buckets.iter().enumerate().filter(|(_, count)| **count > 0);
+        buckets.map(|(index, count)| (Duration::from_nanos(end_of(index)), *count))
+    }
+
     /// How many requests were timed.
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()

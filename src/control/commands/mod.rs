@@ -26,6 +26,7 @@ mod query_version;
 mod quit;
 mod transaction;
 mod x_vublk_log;
+mod x_vublk_metrics;
 mod x_vublk_query_pauses;
 
 pub use block_export_add::{BlockExportOptions, add as add_export};
@@ -75,6 +76,7 @@ pub const COMMANDS: &[Command] = &[
     Command::main::<x_vublk_log::XVublkLogMark>(),
     Command::main::<x_vublk_log::XVublkLogStart>(),
     Command::main::<x_vublk_log::XVublkLogStop>(),
+    Command::main::<x_vublk_metrics::QueryMetrics>(),
     Command::main::<x_vublk_query_pauses::QueryPauses>(),
 ];
 
