@@ -53,6 +53,8 @@ pub struct Command {
     pub features: &'static [&'static str],
     /// How to run it.
     pub run: Run,
+    /// Reads arguments and writes them again.
+    reread: fn(Map<String, Value>) -> QmpResult<Value>,
     arguments: fn(&mut Schema) -> String,
     returns: fn(&mut Schema) -> String,
 }
@@ -77,6 +79,7 @@ impl Command {
                 let arguments = object_from_value(Value::Object(arguments), &At::ROOT)?;
                 C::run(daemon, arguments).map(|returned| returned.to_value())
             }),
+            reread: reread::<C::Arguments>,
             arguments: C::Arguments::describe,
             returns: C::Returns::describe,
         }
@@ -92,8 +95,17 @@ impl Command {
                 let arguments = object_from_value(Value::Object(arguments), &At::ROOT)?;
                 C::run(shared, arguments).map(|returned| returned.to_value())
             }),
+            reread: reread::<C::Arguments>,
             arguments: C::Arguments::describe,
             returns: C::Returns::describe,
+        }
+    }
+
+    /// Reads arguments without running anything, and writes what was read.
+    pub fn reread(&self, arguments: Map<String, Value>) -> QmpResult<Map<String, Value>> {
+        match (self.reread)(arguments)? {
+            Value::Object(arguments) => Ok(arguments),
+            _ => Ok(Map::new()),
         }
     }
 
@@ -117,6 +129,11 @@ impl Command {
         }
         entry
     }
+}
+
+fn reread<A: Object>(arguments: Map<String, Value>) -> QmpResult<Value> {
+    let read: A = object_from_value(Value::Object(arguments), &At::ROOT)?;
+    Ok(read.to_value())
 }
 
 /// What `query-qmp-schema` answers for a table of commands.
