@@ -1,4 +1,4 @@
-//! `vublk serve` of a qcow2 or add-cow image is killed again and again while a guest writes.
+//! `vublk serve` of a qcow2, add-cow or VHDX image is killed again and again while a guest writes.
 //!
 //! The guest is our own front-end, which keeps its in-flight area and reconnects as QEMU does. It
 //! must find every write that it saw completed, flushed or not. If it does not come back, a new one
@@ -30,6 +30,10 @@ enum Image {
     /// With clusters of this size.
     Qcow2(&'static str),
     AddCow,
+    /// Differencing, over a dynamic parent that holds the backing file's content; or over nothing.
+    Vhdx {
+        has_parent: bool,
+    },
 }
 
 impl Image {
@@ -37,12 +41,17 @@ impl Image {
         match self {
             Image::Qcow2(_) => "qcow2",
             Image::AddCow => "add-cow",
+            Image::Vhdx { .. } => "vhdx",
         }
+    }
+
+    fn has_backing(self) -> bool {
+        !matches!(self, Image::Vhdx { has_parent: false })
     }
 
     /// Whether this machine has what the test needs; says so if not.
     fn can_be_checked(self) -> bool {
-        matches!(self, Image::AddCow) || have("qemu-img")
+        !matches!(self, Image::Qcow2(_)) || have("qemu-img")
     }
 }
 
@@ -66,9 +75,21 @@ impl Server {
         if let Image::Qcow2(cluster_size) = image {
             options += &format!(",cluster_size={cluster_size}");
         }
+        if matches!(image, Image::Vhdx { .. }) {
+            options += ",block_size=1M";
+        }
         let format = image.format();
-        let create = ["create", "-q", "-f", format, "-o", &options, "-b", "base.raw", "-F", "raw"];
-        ok(dir.path(), &[&create[..], &["disk"]].concat());
+        let mut create = vec!["create", "-q", "-f", format, "-o", &options];
+        match image {
+            Image::Vhdx { has_parent: false } => {}
+            Image::Vhdx { has_parent: true } => {
+                ok(dir.path(), &["convert", "-q", "-f", "raw", "-O", "vhdx", "base.raw", "base"]);
+                create.extend(["-b", "base", "-F", "vhdx"]);
+            }
+            Image::Qcow2(_) | Image::AddCow => create.extend(["-b", "base.raw", "-F", "raw"]),
+        }
+        create.push("disk");
+        ok(dir.path(), &create);
         let setup = match is_named {
             true => Setup::new(&["--state-dir", state.path().to_str().unwrap()]),
             false => Setup::new(&[]).env("RUNTIME_DIRECTORY", state.path()),
@@ -95,6 +116,9 @@ impl Server {
     /// Asks both checkers, where there are two. Leaks are what kills leave in qcow2; anything else
     /// is an error.
     fn check(&self) {
+        if matches!(self.image, Image::Vhdx { .. }) {
+            return;
+        }
         let args = ["check", "-U", "-f", self.image.format(), "--output=json", "disk"];
         let ours = vublk(self.dir.path(), &args);
         if matches!(self.image, Image::AddCow) {
@@ -113,7 +137,7 @@ impl Server {
         let convert = ["convert", "-f", self.image.format(), "-O", "raw", "disk", "out.raw"];
         match self.image {
             Image::Qcow2(_) => tool_ok(self.dir.path(), "qemu-img", &convert),
-            Image::AddCow => ok(self.dir.path(), &convert),
+            Image::AddCow | Image::Vhdx { .. } => ok(self.dir.path(), &convert),
         };
         std::fs::read(self.dir.path().join("out.raw")).unwrap()
     }
@@ -130,7 +154,8 @@ fn base_word(at: u64) -> u64 {
 
 /// A guest on a fresh disk.
 fn guest(server: &Server, name: &str) -> Guest {
-    let word = |at: u64| if at < BASE / SECTOR { base_word(at) } else { 0 };
+    let below = if server.image.has_backing() { BASE / SECTOR } else { 0 };
+    let word = |at: u64| if at < below { base_word(at) } else { 0 };
     Guest::new(connect(server), Random::new(name), (0..DISK / SECTOR).map(word))
 }
 
@@ -207,6 +232,21 @@ fn completed_writes_to_add_cow_survive_kills() {
 #[test]
 fn completed_writes_to_add_cow_survive_kills_without_a_state_directory() {
     comes_back(Image::AddCow, tempfile::tempdir().unwrap(), false, 6);
+}
+
+#[test]
+fn completed_writes_to_vhdx_survive_kills() {
+    comes_back(Image::Vhdx { has_parent: false }, on_tmpfs(), true, KILLS);
+}
+
+#[test]
+fn completed_writes_to_differencing_vhdx_survive_kills() {
+    comes_back(Image::Vhdx { has_parent: true }, on_tmpfs(), true, KILLS);
+}
+
+#[test]
+fn completed_writes_to_vhdx_survive_kills_without_a_state_directory() {
+    comes_back(Image::Vhdx { has_parent: true }, tempfile::tempdir().unwrap(), false, 6);
 }
 
 /// What is kept for the guest is gone after a kill. It must not go on as if nothing had happened.
@@ -303,6 +343,12 @@ fn flushed_writes_survive_the_guest() {
 #[test]
 fn flushed_writes_to_add_cow_survive_the_guest() {
     dies(Image::AddCow);
+}
+
+#[test]
+fn flushed_writes_to_vhdx_survive_the_guest() {
+    dies(Image::Vhdx { has_parent: false });
+    dies(Image::Vhdx { has_parent: true });
 }
 
 /// Closes the connection: one front-end is served at a time.
