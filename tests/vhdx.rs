@@ -11,7 +11,7 @@ use serde_json::Value;
 
 mod common;
 
-use common::{Random, fails, have, ok, tool_ok};
+use common::{Random, fails, have, ok, ok_or, tool_ok};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
@@ -195,5 +195,93 @@ fn creation_refuses_what_makes_no_sense() {
     let own = ["create", "-f", "vhdx", "-b", "base.vhdx", "-F", "vhdx", "base.vhdx"];
     let line = fails(d, &own, 1);
     assert!(line.contains("its own backing file"), "{line}");
-    assert_eq!(std::fs::read(d.join("base.vhdx")).unwrap(), before);
+    assert!(std::fs::read(d.join("base.vhdx")).unwrap() == before);
+}
+
+/// Changes bytes of a file.
+fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+}
+
+#[test]
+fn check_explains_and_repairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-f", "vhdx", "-o", "block_size=1M", "a.vhdx", "3M"]);
+    let clean = ok(d, &["check", "a.vhdx"]);
+    assert!(clean.starts_with("No errors were found"), "{clean}");
+    // A damaged copy: found, explained, and repaired if that is asked for.
+    patch(&d.join("a.vhdx"), 256 << 10, b"gone");
+    let before = std::fs::read(d.join("a.vhdx")).unwrap();
+    let text = ok_or(d, &["check", "--explain", "a.vhdx"], 2);
+    for line in [
+        "region table 2 of 2 is damaged (signature or checksum)",
+        "    where:  65536 bytes at 262144 of the file",
+        "    means:  the image works with the other copy, but has no spare one",
+        "    repair: replaces it by the good copy at 196608",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+    assert!(std::fs::read(d.join("a.vhdx")).unwrap() == before);
+    let report = json(&ok_or(d, &["check", "--explain", "--output=json", "a.vhdx"], 2));
+    assert_eq!(report["corruptions"], 1);
+    assert_eq!(report["findings"][0]["repaired"], false);
+    assert_eq!(report["findings"][0]["where"], "65536 bytes at 262144 of the file");
+    let text = ok(d, &["check", "-r", "all", "a.vhdx"]);
+    assert!(text.contains("Repaired: region table 2") && text.contains("1 corruptions"), "{text}");
+    ok(d, &["check", "a.vhdx"]);
+    // Two blocks in one place: nothing is guessed.
+    let twice = [(4u64 << 20 | 6).to_le_bytes(), (4u64 << 20 | 6).to_le_bytes()].concat();
+    patch(&d.join("a.vhdx"), 3 << 20, &twice);
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(d.join("a.vhdx"))
+        .unwrap()
+        .set_len(6 << 20)
+        .unwrap();
+    let before = std::fs::read(d.join("a.vhdx")).unwrap();
+    let text = ok_or(d, &["check", "-r", "all", "--explain", "a.vhdx"], 2);
+    assert!(text.contains("BAT entries 0 and 1 give the same part of the file"), "{text}");
+    assert!(text.contains("    repair: nothing: whose data it is cannot be known"), "{text}");
+    assert!(std::fs::read(d.join("a.vhdx")).unwrap() == before);
+    let line = fails(d, &["map", "a.vhdx"], 1);
+    assert!(line.contains("foreign data"), "{line}");
+    // Truncated.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(d.join("a.vhdx"))
+        .unwrap()
+        .set_len(2 << 20)
+        .unwrap();
+    let text = ok_or(d, &["check", "--explain", "a.vhdx"], 2);
+    assert!(text.contains("truncated") && text.contains("vublk convert --salvage"), "{text}");
+}
+
+/// What a kilobyte claims is not believed: 64 TiB of disk, and nothing of it there.
+#[test]
+fn small_files_with_large_claims_cost_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-f", "vhdx", "-o", "block_size=1M", "big.vhdx", "64T"]);
+    let big = d.join("big.vhdx");
+    // The file takes some KiB, and says that it is large.
+    use std::os::unix::fs::MetadataExt;
+    assert!(std::fs::metadata(&big).unwrap().blocks() * 512 <= 1 << 20);
+    for command in [&["info"][..], &["check"], &["map", "-l", "1T"]] {
+        let args = [command, &["big.vhdx"]].concat();
+        let output = Command::new("sh")
+            .current_dir(d)
+            .args(["-c", "ulimit -v 1000000; exec timeout -s KILL 20 \"$@\"", "sh"])
+            .arg(env!("CARGO_BIN_EXE_vublk"))
+            .args(&args)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+    }
+    std::fs::OpenOptions::new().write(true).open(&big).unwrap().set_len(1024).unwrap();
+    let line = fails(d, &["info", "-f", "vhdx", "big.vhdx"], 1);
+    assert!(line.contains("truncated"), "{line}");
+    ok_or(d, &["check", "-f", "vhdx", "big.vhdx"], 2);
 }

@@ -8,7 +8,8 @@ use serde::Serialize;
 use crate::cli::options::{Output, SharingArgs};
 use crate::cli::{DONE, output, report};
 use crate::error::Result;
-use crate::images::{self, Access, CheckReport, ImageFormat, Repair};
+use crate::images::check::Finding;
+use crate::images::{self, CheckReport, ImageFormat, Repair};
 
 /// The check could not be completed.
 const INCOMPLETE: u8 = 1;
@@ -39,6 +40,9 @@ pub struct CheckArgs {
     /// Repair what is found
     #[arg(short, long, value_enum, value_name = "WHAT", conflicts_with = "force_share")]
     repair: Option<RepairArg>,
+    /// Say of each finding where it is, what it means and what a repair does (vhdx)
+    #[arg(long, conflicts_with = "quiet")]
+    explain: bool,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -57,35 +61,34 @@ struct ImageCheck<'a> {
     report: &'a CheckReport,
     filename: &'a str,
     format: &'static str,
+    /// Not part of QEMU's output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    findings: Option<&'a Vec<Finding>>,
 }
 
 pub fn run(args: &CheckArgs) -> Result<u8> {
-    let mut request = args.sharing.request(&args.file, args.format);
-    request.backing = false;
+    let request = args.sharing.request(&args.file, args.format);
     let repair = args.repair.map(|what| match what {
         RepairArg::Leaks => Repair::Leaks,
         RepairArg::All => Repair::All,
     });
-    if repair.is_some() {
-        request.access = Access::Write;
-    }
-    let image = images::open(&request)?;
-    let Some(result) = images::check(&image, repair)? else {
+    let checked = images::check_path(&request, repair)?;
+    let Some(result) = checked.report else {
         report(&crate::Error::unsupported(format!(
             "{}: {} images have nothing that could be checked",
-            image.name(),
-            image.format
+            checked.name, checked.format
         )));
         return Ok(NO_CHECK);
     };
     match args.output {
         Output::Json => output::print_json(&ImageCheck {
             report: &result,
-            filename: image.name(),
-            format: image.format.name(),
+            filename: &checked.name,
+            format: checked.format.name(),
+            findings: args.explain.then_some(&result.findings),
         })?,
         Output::Human if args.quiet => {}
-        Output::Human => output::print(&human(&result))?,
+        Output::Human => output::print(&human(&result, args.explain))?,
     }
     Ok(exit_code(&result))
 }
@@ -100,10 +103,16 @@ fn exit_code(report: &CheckReport) -> u8 {
 }
 
 /// The report in qemu-img's words.
-fn human(report: &CheckReport) -> String {
+fn human(report: &CheckReport, explain: bool) -> String {
     let mut text = String::new();
     for finding in &report.findings {
-        text += &format!("{finding}\n");
+        let mark = if finding.repaired { "Repaired: " } else { "" };
+        text += &format!("{mark}{}\n", finding.what);
+        if let Some(more) = finding.explanation.as_ref().filter(|_| explain) {
+            text += &format!("    where:  {}\n", more.place);
+            text += &format!("    means:  {}\n", more.meaning);
+            text += &format!("    repair: {}\n", more.repair);
+        }
     }
     if report.corruptions_fixed + report.leaks_fixed > 0 {
         text += &format!(
@@ -178,7 +187,8 @@ mod tests {
             leaks: 2,
             ..Default::default()
         };
-        let check = ImageCheck { report: &report, filename: "b.qcow2", format: "qcow2" };
+        let check =
+            ImageCheck { report: &report, filename: "b.qcow2", format: "qcow2", findings: None };
         let json = serde_json::to_value(&check).unwrap();
         let expected = serde_json::json!({
             "image-end-offset": 262_144, "total-clusters": 160, "check-errors": 0, "leaks": 2,

@@ -342,6 +342,6 @@ pub(super) fn check(image: &Image, fix_leaks: bool, fix_all: bool) -> Result<Che
         leaks: found.leaks,
         corruptions_fixed: found.corruptions_fixed,
         leaks_fixed: found.leaks_fixed,
-        findings: found.findings,
+        findings: found.findings.into_iter().map(Into::into).collect(),
     })
 }

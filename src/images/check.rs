@@ -5,9 +5,10 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::formats::qcow2;
-use crate::images::{Image, ImageFormat, add_cow};
-use crate::io::{File, block_on};
+use crate::formats::{qcow2, vhdx};
+use crate::images::open::open_file;
+use crate::images::{Access, Image, ImageFormat, OpenRequest, add_cow, open};
+use crate::io::{File, HostFile, block_on};
 
 /// What a check may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,99 @@ pub struct CheckReport {
     pub leaks_fixed: u64,
     /// One sentence for each finding, in the order found. Not part of QEMU's output.
     #[serde(skip)]
-    pub findings: Vec<String>,
+    pub findings: Vec<Finding>,
+}
+
+/// Something that a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What is wrong, in a sentence.
+    pub what: String,
+    /// Whether it has been repaired.
+    pub repaired: bool,
+    /// More about it, where a format's check can say more.
+    #[serde(flatten)]
+    pub explanation: Option<Explanation>,
+}
+
+impl From<String> for Finding {
+    fn from(what: String) -> Finding {
+        Finding { what, ..Finding::default() }
+    }
+}
+
+/// A finding in plain words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    /// Where it is, in the file and on the disk.
+    #[serde(rename = "where")]
+    pub place: String,
+    /// What it means for the data.
+    pub meaning: String,
+    /// What a repair does about it, or why nothing.
+    pub repair: String,
+}
+
+/// The check of an image by its path.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// The file's name.
+    pub name: String,
+    /// Its format.
+    pub format: ImageFormat,
+    /// The outcome; `None` if there is nothing to check in this format.
+    pub report: Option<CheckReport>,
+}
+
+/// Checks the image that `request` names, which may be too damaged to be opened; with `repair`
+/// repairs it.
+///
+/// # Errors
+/// If the file cannot be read, or the format's check cannot repair.
+pub fn check_path(request: &OpenRequest, repair: Option<Repair>) -> Result<Checked> {
+    let mut request = OpenRequest { backing: false, ..request.clone() };
+    if repair.is_some() {
+        request.access = Access::Write;
+    }
+    let (file, format) = open_file(&request)?;
+    if format == ImageFormat::Vhdx {
+        let report = Some(check_vhdx(&file, repair)?);
+        return Ok(Checked { name: file.name().to_string(), format, report });
+    }
+    // The locks are taken again.
+    drop(file);
+    let image = open(&request)?;
+    let report = check(&image, repair)?;
+    Ok(Checked { name: image.name().to_string(), format: image.format, report })
+}
+
+fn check_vhdx(file: &Arc<HostFile>, repair: Option<Repair>) -> Result<CheckReport> {
+    let repair = repair.map(|what| match what {
+        Repair::Leaks => vhdx::check::Repair::ReplayOnly,
+        Repair::All => vhdx::check::Repair::All,
+    });
+    let file = Arc::clone(file) as Arc<dyn File>;
+    let found = block_on(vhdx::check::check(&file, repair))?;
+    let unless_zero = |value: u64| Some(value).filter(|value| *value > 0);
+    let finding = |finding: vhdx::explain::Finding| Finding {
+        what: finding.what,
+        repaired: finding.is_fixed,
+        explanation: Some(Explanation {
+            place: finding.place,
+            meaning: finding.meaning,
+            repair: finding.repair,
+        }),
+    };
+    Ok(CheckReport {
+        image_end_offset: unless_zero(found.image_end),
+        total_clusters: unless_zero(found.blocks),
+        allocated_clusters: unless_zero(found.allocated),
+        fragmented_clusters: unless_zero(found.fragmented),
+        corruptions: found.corruptions,
+        corruptions_fixed: found.fixed,
+        findings: found.findings.into_iter().map(finding).collect(),
+        ..CheckReport::default()
+    })
 }
 
 fn is_zero(value: &u64) -> bool {
@@ -75,6 +168,7 @@ pub fn check(image: &Image, repair: Option<Repair>) -> Result<Option<CheckReport
                 image.name()
             )))
         }
+        (ImageFormat::Vhdx, _) => check_vhdx(&image.file, repair).map(Some),
         (ImageFormat::Qcow2, None) => {
             let file = Arc::clone(&image.file) as Arc<dyn File>;
             block_on(qcow2::check::check(&file)).map(|found| Some(report_of(found)))
@@ -100,6 +194,6 @@ fn report_of(found: qcow2::check::Found) -> CheckReport {
         leaks: found.leaks,
         corruptions_fixed: 0,
         leaks_fixed: 0,
-        findings: found.findings,
+        findings: found.findings.into_iter().map(Finding::from).collect(),
     }
 }

@@ -30,7 +30,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use add_cow::{check_new_backing, set_backing};
-pub use check::{CheckReport, Repair, check};
+pub use check::{CheckReport, Checked, Repair, check, check_path};
 pub use create::{CreateRequest, Created, create};
 pub use layers::{Layer, Layers};
 pub use open::{

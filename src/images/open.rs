@@ -421,6 +421,22 @@ fn open_link(
     chain: &mut Chain,
     confirm: Option<&OpenGate>,
 ) -> Result<Image> {
+    let (file, format, guessed) = open_locked(request, chain, confirm)?;
+    build(Opening::new(request, file, gate, chain), format, guessed)
+}
+
+/// Opens and locks the file of an image, and says its format. Nothing of its content has been
+/// believed yet.
+pub(super) fn open_file(request: &OpenRequest) -> Result<(Arc<HostFile>, ImageFormat)> {
+    let (file, format, _) = open_locked(request, &mut Chain::default(), None)?;
+    Ok((file, format))
+}
+
+fn open_locked(
+    request: &OpenRequest,
+    chain: &mut Chain,
+    confirm: Option<&OpenGate>,
+) -> Result<(Arc<HostFile>, ImageFormat, bool)> {
     let options = OpenOptions {
         write: request.access == Access::Write,
         direct: request.cache.is_direct(),
@@ -447,7 +463,7 @@ fn open_link(
     if request.locking == Locking::Inspect {
         lock(&file, request, format)?;
     }
-    build(Opening::new(request, file, gate, chain), format, guessed)
+    Ok((file, format, guessed))
 }
 
 /// Opens the image in a file that is open and locked.

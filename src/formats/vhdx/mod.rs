@@ -23,7 +23,7 @@
 //! FLUSH ─► commit: changed pages → one entry of the log → flush; their place later
 //! ```
 //!
-//! * [`create`]: new images.
+//! * [`create`]: new images. [`check`], [`explain`]: damaged ones.
 //! * [`layout`]: the structures on disk. `header`, `region`, `metadata`, `locator`: read and checked.
 //! * [`structure`]: all of that, before anything is changed.
 //! * [`log`], [`replay`]: entries of the log; replay in memory (readers) or on disk (writers).
@@ -53,10 +53,14 @@
 
 pub mod bat;
 mod cache;
+pub mod check;
+#[cfg(test)]
+mod check_tests;
 #[cfg(test)]
 mod crash_tests;
 pub mod create;
 mod disk;
+pub mod explain;
 pub mod geometry;
 pub mod header;
 mod journal;

@@ -57,9 +57,29 @@ pub async fn scan(
     limit: u64,
 ) -> Result<Option<Used>> {
     let file_len = file.len()?;
-    let entries = checker.geometry.bat_entries();
-    let end = align_up(bat.offset + entries * 8, PAGE).unwrap_or(bat.end()).min(bat.end());
     let mut used = Used::default();
+    let mut visit = |index, entry| used.add(checker, index, entry, file_len);
+    if !walk(file, bat, checker.geometry.bat_entries(), limit, &mut visit).await? {
+        return Ok(None);
+    }
+    used.blocks.sort_unstable();
+    check_overlaps(checker, &used.blocks)?;
+    Ok(Some(used))
+}
+
+/// Shows `visit` each of the first `entries` entries that is not zero, with its index. False if
+/// more than `limit` bytes of the BAT are stored.
+///
+/// # Errors
+/// The first of `visit`'s, or that of a read.
+pub(super) async fn walk(
+    file: &Arc<dyn File>,
+    bat: ByteRange,
+    entries: u64,
+    limit: u64,
+    visit: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<bool> {
+    let end = align_up(bat.offset + entries * 8, PAGE).unwrap_or(bat.end()).min(bat.end());
     let mut at = bat.offset;
     let mut seen = 0;
     while at < end {
@@ -76,20 +96,18 @@ pub async fn scan(
         let len = (to.max(at + PAGE) - at).min(CHUNK).min(end - at);
         seen += len;
         if seen > limit {
-            return Ok(None);
+            return Ok(false);
         }
         let bytes = disk::read(file, at, len).await?;
         for (index, bytes) in ((at - bat.offset) / 8..entries).zip(bytes.chunks_exact(8)) {
             let entry = u64::from_le_bytes(bytes.try_into().expect("8 bytes"));
             if entry != 0 {
-                used.add(checker, index, entry, file_len)?;
+                visit(index, entry)?;
             }
         }
         at += len;
     }
-    used.blocks.sort_unstable();
-    check_overlaps(checker, &used.blocks)?;
-    Ok(Some(used))
+    Ok(true)
 }
 
 impl Used {

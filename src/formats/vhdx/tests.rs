@@ -144,7 +144,7 @@ const SAMPLES: &[(&str, Option<&str>, u64, &str)] = &[
 ];
 
 /// A directory with a sample and what it needs.
-fn unpacked(name: &str) -> Option<(tempfile::TempDir, PathBuf)> {
+pub(super) fn unpacked(name: &str) -> Option<(tempfile::TempDir, PathBuf)> {
     let samples = samples()?;
     let dir = tempfile::tempdir().unwrap();
     let path = unpack(&samples, name, dir.path())?;

@@ -1,0 +1,285 @@
+//! Looks for what is wrong with an image, says it in plain words, and repairs what can be repaired
+//! without guessing.
+//!
+//! ```text
+//! identifier ─► headers ─► log ─► region tables ─► metadata ─► BAT ─► overlaps, sector bitmaps
+//! ```
+//!
+//! A log that was not replayed is no error: the check looks at the image as it is after a replay.
+//!
+//! # What is repaired
+//!
+//! Only what can be known for sure, in an order in which each step may be the last before a power
+//! cut:
+//!
+//! 1. a new FileWriteGuid, in both headers, which also replaces a damaged header;
+//! 2. the log is replayed, and declared empty when that is durable;
+//! 3. the damaged one of the two region tables is replaced by the other;
+//! 4. entries of the BAT that mean nothing (a sector bitmap in an image without a parent, a place
+//!    given for a block that has none) are cleared, each a store within one sector.
+//!
+//! An image whose structures cannot be believed is not touched at all.
+//!
+//! # Limits
+//!
+//! Memory grows with the number of blocks in the file, 8 bytes for each.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::bat::{self, Checker};
+use super::create::identifier;
+use super::explain::{Finding, Remedy};
+use super::geometry::Slot;
+use super::header::HeaderSlots;
+use super::layout::{
+    BAT_STATE, BITMAP_PRESENT, ENTRIES_PER_PAGE, FILE_SIGNATURE, Guid, PAGE, REGION_TABLE_OFFSETS,
+    payload,
+};
+use super::region;
+use super::scan::{self, Used, UsedBlock};
+use super::{Structure, disk};
+use crate::error::{ErrorKind, Result, ResultExt};
+use crate::io::File;
+use crate::units::align_down;
+
+/// Most findings that are put into words.
+const MAX_FINDINGS: usize = 1000;
+
+/// What was found.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// End of the last part of the file that is used, in bytes.
+    pub image_end: u64,
+    /// Payload blocks of the disk.
+    pub blocks: u64,
+    /// How many of them are in the file.
+    pub allocated: u64,
+    /// How many of those do not follow the one before.
+    pub fragmented: u64,
+    /// What can lose data, or was lost.
+    pub corruptions: u64,
+    /// What was repaired.
+    pub fixed: u64,
+    /// In words, up to a limit.
+    pub findings: Vec<Finding>,
+}
+
+/// How much a repair may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Replay the log, as every opening for writing does.
+    ReplayOnly,
+    /// Everything that can be repaired.
+    All,
+}
+
+/// Checks an image; with `repair` it is repaired and then checked again.
+///
+/// # Errors
+/// If the file cannot be read, or uses what is not known here.
+pub async fn check(file: &Arc<dyn File>, repair: Option<Repair>) -> Result<Found> {
+    let name = || file.name().to_string();
+    let (mut first, structure) = look(file).await.context(name)?;
+    let Some(repair) = repair else { return Ok(first) };
+    first.findings.retain(|finding| finding.remedy.is_for(repair));
+    if first.findings.is_empty() {
+        return Ok(look(file).await.context(name)?.0);
+    }
+    mend(file, structure, &first.findings).await.context(|| "repairing").context(name)?;
+    let (mut second, _) = look(file).await.context(name)?;
+    for mut finding in first.findings {
+        finding.is_fixed = true;
+        second.fixed += 1;
+        second.findings.insert(0, finding);
+    }
+    Ok(second)
+}
+
+/// Looks at everything, and returns what could be read of the structures.
+async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
+    let mut found = Found::default();
+    let is_whole = file.len()? >= PAGE;
+    if is_whole && !disk::read(file, 0, PAGE).await?.starts_with(FILE_SIGNATURE) {
+        match HeaderSlots::read(file).await {
+            Ok(_) => found.say(Finding::no_identifier()),
+            Err(err) => found.say(Finding::unreadable(&err)),
+        }
+        return Ok((found, None));
+    }
+    let structure = match Structure::read(file).await {
+        Ok(structure) => structure,
+        Err(err) if err.kind() == ErrorKind::Corrupt => {
+            found.say(Finding::unreadable(&err));
+            return Ok((found, None));
+        }
+        Err(err) => return Err(err),
+    };
+    for slot in (0..2).filter(|slot| !structure.headers.valid[*slot]) {
+        found.say(Finding::damaged_header(slot));
+    }
+    if let Some(replay) = &structure.replay {
+        found.say(Finding::dirty_log(replay.entries().len()));
+    }
+    for copy in (0..2).filter(|copy| !structure.regions.valid[*copy]) {
+        found.say(Finding::damaged_region_table(copy));
+    }
+    let mut walk = Walk::new(&structure);
+    walk.run(&mut found).await?;
+    walk.finish(&mut found)?;
+    Ok((found, Some(structure)))
+}
+
+impl Found {
+    fn say(&mut self, finding: Finding) {
+        if finding.is_corruption {
+            self.corruptions += 1;
+        }
+        // What can be repaired must be in the list to be repaired; a second run finds the rest.
+        if self.findings.len() < MAX_FINDINGS {
+            self.findings.push(finding);
+        } else if self.findings.len() == MAX_FINDINGS {
+            self.findings.push(Finding::more());
+        }
+    }
+}
+
+/// A walk through the BAT.
+struct Walk<'a> {
+    structure: &'a Structure,
+    checker: Checker,
+    file_len: u64,
+    used: Vec<UsedBlock>,
+    /// Chunks with partially present blocks, with one of them; and chunks that have a bitmap.
+    partial: BTreeSet<u64>,
+    bitmaps: BTreeSet<u64>,
+    /// Where the last payload block ended.
+    last_end: u64,
+}
+
+impl Walk<'_> {
+    fn new(structure: &Structure) -> Walk<'_> {
+        let checker = Checker { geometry: structure.geometry, reserved: structure.reserved() };
+        Walk {
+            structure,
+            checker,
+            file_len: 0,
+            used: Vec::new(),
+            partial: BTreeSet::new(),
+            bitmaps: BTreeSet::new(),
+            last_end: 0,
+        }
+    }
+
+    async fn run(&mut self, found: &mut Found) -> Result<()> {
+        let structure = self.structure;
+        self.file_len = structure.file.len()?;
+        found.blocks = structure.geometry.payload_blocks();
+        let (file, bat) = (&structure.file, structure.regions.bat);
+        let entries = structure.geometry.bat_entries();
+        let mut visit = |index, entry| {
+            self.entry(found, index, entry);
+            Ok(())
+        };
+        scan::walk(file, bat, entries, u64::MAX, &mut visit).await?;
+        Ok(())
+    }
+
+    fn entry(&mut self, found: &mut Found, index: u64, entry: u64) {
+        let geometry = self.checker.geometry;
+        let at = self.structure.regions.bat.offset + index * 8;
+        if let Err(err) = self.checker.explain(index, entry, self.file_len) {
+            let finding = Finding::bad_entry(&err, &geometry, index, at, entry);
+            return found.say(finding);
+        }
+        let state = bat::state(entry);
+        match geometry.slot(index) {
+            Slot::Payload(block) if block >= geometry.payload_blocks() => return,
+            Slot::Bitmap(chunk) if state == BITMAP_PRESENT => _ = self.bitmaps.insert(chunk),
+            Slot::Payload(block) if state == payload::PARTIALLY_PRESENT => {
+                self.partial.insert(geometry.chunk_of(block));
+            }
+            Slot::Payload(_) if state == payload::FULLY_PRESENT => {}
+            _ => {
+                let keeps_place = [payload::NOT_PRESENT, payload::ZERO].contains(&state);
+                if keeps_place && entry & !BAT_STATE != 0 {
+                    found.say(Finding::stale_place(&geometry, index, at, entry));
+                }
+                return;
+            }
+        }
+        let (mib, index) = (u32::try_from(bat::offset(entry) >> 20), u32::try_from(index));
+        // Beyond 4 PiB of a sparse file; no two of them are compared.
+        let (Ok(mib), Ok(index)) = (mib, index) else { return };
+        let block = UsedBlock { mib, index };
+        self.used.push(block);
+        if matches!(geometry.slot(index.into()), Slot::Payload(_)) {
+            let range = Used::range(&self.checker, &block);
+            found.allocated += 1;
+            if self.last_end != 0 && range.offset != self.last_end {
+                found.fragmented += 1;
+            }
+            self.last_end = range.end();
+        }
+    }
+
+    /// What can be said when all entries were seen.
+    fn finish(mut self, found: &mut Found) -> Result<()> {
+        self.used.sort_unstable();
+        let mut before: Option<UsedBlock> = None;
+        for block in &self.used {
+            let range = Used::range(&self.checker, block);
+            let end = before.map_or(0, |before| Used::range(&self.checker, &before).end());
+            if let Some(before) = before.filter(|_| range.offset < end) {
+                found.say(Finding::overlap(&self.checker, &before, block));
+            }
+            if range.end() > end {
+                before = Some(*block);
+            }
+        }
+        for chunk in self.partial.difference(&self.bitmaps) {
+            found.say(Finding::missing_bitmap(&self.checker.geometry, *chunk));
+        }
+        let last = before.map_or(0, |block| Used::range(&self.checker, &block).end());
+        let reserved = self.checker.reserved.iter().map(|range| range.end()).max().unwrap_or(0);
+        found.image_end = last.max(reserved).min(self.file_len);
+        Ok(())
+    }
+}
+
+/// Repairs what was found.
+async fn mend(
+    file: &Arc<dyn File>,
+    structure: Option<Structure>,
+    findings: &[Finding],
+) -> Result<()> {
+    let Some(structure) = structure else {
+        // Nothing but the identifier is wrong: the headers are good.
+        disk::write(file, 0, &identifier()).await?;
+        return file.flush().await;
+    };
+    let mut headers = structure.headers;
+    let begun = super::header::Header { file_write_guid: Guid::random(), ..headers.current };
+    headers.update(file, begun).await?;
+    if let Some(replay) = &structure.replay {
+        replay.apply(file).await.context(|| "replaying the log")?;
+        file.flush().await?;
+        let emptied = super::header::Header { log_guid: Guid::ZERO, ..headers.current };
+        headers.update(file, emptied).await?;
+    }
+    for (copy, offset) in REGION_TABLE_OFFSETS.into_iter().enumerate() {
+        if findings.iter().any(|finding| finding.remedy == Remedy::CopyRegionTable(copy)) {
+            disk::write(file, offset, &region::encode(&structure.regions.all)).await?;
+            file.flush().await?;
+        }
+    }
+    for finding in findings {
+        let Remedy::SetEntry { index, value } = finding.remedy else { continue };
+        let page = structure.regions.bat.offset + align_down(index * 8, PAGE);
+        let at = (index % ENTRIES_PER_PAGE * 8) as usize;
+        let mut bytes = disk::read(file, page, PAGE).await?;
+        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        disk::write(file, page, &bytes).await?;
+    }
+    file.flush().await
+}

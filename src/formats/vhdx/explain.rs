@@ -1,0 +1,253 @@
+//! Findings of a check, in words for people who never read the specification: what is wrong, where,
+//! what it means for the data, and what a repair does about it.
+
+use super::bat::{self, Checker};
+use super::check::Repair;
+use super::geometry::{Geometry, Slot};
+use super::layout::{
+    BAT_RESERVED, BAT_STATE, BITMAP_PRESENT, HEADER_OFFSETS, REGION_TABLE_OFFSETS,
+};
+use super::scan::{Used, UsedBlock};
+use crate::error::Error;
+
+/// What a repair does about a finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Nothing: what would be right cannot be known.
+    None,
+    /// Writes the identifier at the start of the file.
+    WriteIdentifier,
+    /// Writes both headers anew.
+    RewriteHeaders,
+    /// Replays the log.
+    Replay,
+    /// Replaces this copy of the region table by the other one.
+    CopyRegionTable(usize),
+    /// Gives an entry of the BAT this value.
+    SetEntry {
+        /// Which entry.
+        index: u64,
+        /// Its new value.
+        value: u64,
+    },
+}
+
+impl Remedy {
+    /// Whether a repair of this kind does it.
+    pub fn is_for(&self, repair: Repair) -> bool {
+        match self {
+            Remedy::None => false,
+            Remedy::Replay => true,
+            _ => repair == Repair::All,
+        }
+    }
+}
+
+/// Something that a check found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What is wrong, in a line.
+    pub what: String,
+    /// Where it is, in the file and on the disk.
+    pub place: String,
+    /// What it means for whoever uses the disk.
+    pub meaning: String,
+    /// What a repair does about it, or why nothing.
+    pub repair: String,
+    /// The same, for the repair.
+    pub remedy: Remedy,
+    /// Whether data is in danger, or lost.
+    pub is_corruption: bool,
+    /// Whether it has been repaired.
+    pub is_fixed: bool,
+}
+
+impl Finding {
+    fn new(remedy: Remedy, what: String, place: String, meaning: &str, repair: &str) -> Finding {
+        let (meaning, repair) = (meaning.to_string(), repair.to_string());
+        Finding { what, place, meaning, repair, remedy, is_corruption: true, is_fixed: false }
+    }
+
+    /// That there are more than can be listed.
+    pub(super) fn more() -> Finding {
+        let what = "there is more, which is not listed".to_string();
+        let (place, meaning, repair) = (String::new(), "", "check again after a repair");
+        let more = Finding::new(Remedy::None, what, place, meaning, repair);
+        Finding { is_corruption: false, ..more }
+    }
+
+    /// The identifier is gone, but not the headers.
+    pub(super) fn no_identifier() -> Finding {
+        Finding::new(
+            Remedy::WriteIdentifier,
+            "the identifier \"vhdxfile\" is missing, although there are VHDX headers".into(),
+            "the first 4096 bytes of the file".into(),
+            "no program takes the file for a VHDX image. Its creation may have been cut short, or \
+             the start of the file was overwritten",
+            "writes the identifier; then check again, because nothing else was looked at yet",
+        )
+    }
+
+    /// The fixed structures make no sense.
+    pub(super) fn unreadable(err: &Error) -> Finding {
+        let what = err.to_string();
+        let truncated = what.contains("truncated");
+        let (meaning, repair) = match truncated {
+            true => (
+                "the end of the file is missing, as after a copy that was cut short. The image is \
+                 not opened, so that nobody takes what is left for the whole",
+                "nothing: get the whole file again. What is left can be copied with `vublk convert \
+                 --salvage`",
+            ),
+            false => (
+                "the image cannot be opened: what describes the disk is damaged, and there is no \
+                 good second copy of it",
+                "nothing: what belongs there cannot be known. Take a backup",
+            ),
+        };
+        Finding::new(Remedy::None, what, "see above".into(), meaning, repair)
+    }
+
+    /// One of the headers has no right checksum.
+    pub(super) fn damaged_header(slot: usize) -> Finding {
+        let other = HEADER_OFFSETS[1 - slot];
+        Finding::new(
+            Remedy::RewriteHeaders,
+            format!("header {} of 2 is damaged (signature or checksum)", slot + 1),
+            format!("4096 bytes at {} of the file", HEADER_OFFSETS[slot]),
+            "the image works with the other header, but has no spare one. A power cut while headers \
+             are written leaves this behind, and so does a bad disk",
+            &format!("writes both headers anew from the good one at {other}"),
+        )
+    }
+
+    /// There are log entries to be replayed.
+    pub(super) fn dirty_log(entries: usize) -> Finding {
+        let finding = Finding::new(
+            Remedy::Replay,
+            format!("the log holds {entries} entries that were not applied yet"),
+            "the log".into(),
+            "whoever wrote the image last was cut off (a crash, a kill, a power cut). Nothing is \
+             lost: the log says how to go on. Programs that ignore it read wrong data",
+            "replays the log, as every opening for writing does",
+        );
+        Finding { is_corruption: false, ..finding }
+    }
+
+    /// One of the region tables has no right checksum.
+    pub(super) fn damaged_region_table(copy: usize) -> Finding {
+        let other = REGION_TABLE_OFFSETS[1 - copy];
+        let hint = if copy == 0 { ". QEMU reads only the first and refuses the image" } else { "" };
+        Finding::new(
+            Remedy::CopyRegionTable(copy),
+            format!("region table {} of 2 is damaged (signature or checksum)", copy + 1),
+            format!("65536 bytes at {} of the file", REGION_TABLE_OFFSETS[copy]),
+            &format!("the image works with the other copy, but has no spare one{hint}"),
+            &format!("replaces it by the good copy at {other}"),
+        )
+    }
+
+    /// An entry of the BAT that is not allowed.
+    pub(super) fn bad_entry(
+        err: &Error,
+        geometry: &Geometry,
+        index: u64,
+        at: u64,
+        entry: u64,
+    ) -> Finding {
+        let is_bitmap = matches!(geometry.slot(index), Slot::Bitmap(_));
+        let is_idle_bitmap = is_bitmap && !geometry.has_parent && entry & BAT_RESERVED == 0;
+        if is_idle_bitmap && entry & BAT_STATE == BITMAP_PRESENT {
+            return Finding::new(
+                Remedy::SetEntry { index, value: 0 },
+                err.to_string(),
+                place_of(geometry, index, at),
+                "sector bitmaps are for images with a parent; here, nothing reads it",
+                "clears the entry",
+            );
+        }
+        let (meaning, repair) = match err.to_string().contains("truncated") {
+            true => (
+                "this part of the disk is not in the file any more, because the end of the file is \
+                 missing",
+                "nothing: get the whole file again. What is left can be copied with `vublk convert \
+                 --salvage`",
+            ),
+            false => (
+                "where this part of the disk lies cannot be told. It can be neither read nor \
+                 written; the rest of the disk is not affected",
+                "nothing: any value that could be put there would be a guess. The rest can be \
+                 copied with `vublk convert --salvage`",
+            ),
+        };
+        Finding::new(Remedy::None, err.to_string(), place_of(geometry, index, at), meaning, repair)
+    }
+
+    /// An absent block that has a place all the same.
+    pub(super) fn stale_place(geometry: &Geometry, index: u64, at: u64, entry: u64) -> Finding {
+        let finding = Finding::new(
+            Remedy::SetEntry { index, value: bat::state(entry) },
+            format!("BAT entry {index} is {entry:#x}: names a place for a block that is not there"),
+            place_of(geometry, index, at),
+            "no data is affected, but Hyper-V refuses such images",
+            "clears the place",
+        );
+        Finding { is_corruption: false, ..finding }
+    }
+
+    /// Two blocks in one place.
+    pub(super) fn overlap(checker: &Checker, first: &UsedBlock, second: &UsedBlock) -> Finding {
+        let name = |block: &UsedBlock| match checker.geometry.slot(block.index.into()) {
+            Slot::Payload(number) => {
+                format!("block {number} (disk bytes {})", checker.geometry.block_range(number))
+            }
+            Slot::Bitmap(chunk) => format!("the sector bitmap of chunk {chunk}"),
+        };
+        let (a, b) = (Used::range(checker, first), Used::range(checker, second));
+        Finding::new(
+            Remedy::None,
+            format!(
+                "BAT entries {} and {} give the same part of the file to two blocks ({a}, {b})",
+                first.index, second.index
+            ),
+            format!("{} and {}", name(first), name(second)),
+            "at least one of the two shows the other's data, and a write to one changes both. \
+             Versions of QEMU before 8.1 made such images",
+            "nothing: whose data it is cannot be known. Compare both places with a backup; copies \
+             of the other parts are good",
+        )
+    }
+
+    /// Partially present blocks whose bitmap is not there.
+    pub(super) fn missing_bitmap(geometry: &Geometry, chunk: u64) -> Finding {
+        let index = geometry.bitmap_index(chunk);
+        Finding::new(
+            Remedy::None,
+            format!(
+                "blocks of chunk {chunk} are partially present, but their sector bitmap (BAT entry \
+                 {index}) is not there"
+            ),
+            format!(
+                "blocks {} to {}",
+                chunk * geometry.chunk_ratio(),
+                ((chunk + 1) * geometry.chunk_ratio()).min(geometry.payload_blocks()) - 1
+            ),
+            "which sectors of these blocks are in this file and which in its parent cannot be told",
+            "nothing: any bitmap would be a guess",
+        )
+    }
+}
+
+/// Where an entry is, and what part of the disk it is for.
+fn place_of(geometry: &Geometry, index: u64, at: u64) -> String {
+    let what = match geometry.slot(index) {
+        Slot::Payload(block) if block >= geometry.payload_blocks() => {
+            format!("block {block}, behind the end of the disk")
+        }
+        Slot::Payload(block) => {
+            format!("block {block}, disk bytes {}", geometry.block_range(block))
+        }
+        Slot::Bitmap(chunk) => format!("the sector bitmap of chunk {chunk}"),
+    };
+    format!("{what}; the entry is at {at} of the file")
+}
