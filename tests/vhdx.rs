@@ -11,7 +11,7 @@ use serde_json::Value;
 
 mod common;
 
-use common::{Random, fails, have, ok, ok_or, tool_ok};
+use common::{Random, fails, have, ok, ok_or, tool_ok, vublk};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
@@ -284,4 +284,93 @@ fn small_files_with_large_claims_cost_nothing() {
     let line = fails(d, &["info", "-f", "vhdx", "big.vhdx"], 1);
     assert!(line.contains("truncated"), "{line}");
     ok_or(d, &["check", "-f", "vhdx", "big.vhdx"], 2);
+}
+
+#[test]
+fn what_is_left_of_a_truncated_image_is_salvaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let options = "subformat=fixed,block_size=1M";
+    ok(d, &["create", "-f", "vhdx", "-o", options, "a.vhdx", "8M"]);
+    let mut random = Random::new("salvage");
+    let content: Vec<u8> = (0..8 << 20).map(|_| random.below(256) as u8).collect();
+    patch(&d.join("a.vhdx"), 4 << 20, &content);
+    // Whole images are not in need of it.
+    assert!(!ok(d, &["info", "a.vhdx"]).contains("salvage"));
+    let len = 9 << 20 | 512;
+    std::fs::OpenOptions::new().write(true).open(d.join("a.vhdx")).unwrap().set_len(len).unwrap();
+    let before = std::fs::read(d.join("a.vhdx")).unwrap();
+    let line = fails(d, &["convert", "-O", "raw", "a.vhdx", "b.raw"], 1);
+    assert!(line.contains("truncated"), "{line}");
+    let info = json(&ok(d, &["info", "--salvage", "--output=json", "a.vhdx"]));
+    let salvage = &info["format-specific"]["data"]["salvage"];
+    let there = len - (4 << 20);
+    let missing = (8 << 20) - there;
+    assert_eq!(salvage["missing-bytes"], missing);
+    assert_eq!(salvage["missing"][0]["start"], there);
+    assert_eq!(salvage["missing"][0]["length"], missing);
+    ok(d, &["convert", "--salvage", "-O", "raw", "a.vhdx", "b.raw"]);
+    let (head, tail) = content.split_at(there as usize);
+    let found = std::fs::read(d.join("b.raw")).unwrap();
+    assert!(found.len() == content.len() && found.starts_with(head));
+    assert!(found[there as usize..].iter().all(|byte| *byte == 0) && tail.len() as u64 == missing);
+    // What is missing is told.
+    let output = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .current_dir(d)
+        .env_remove("VUBLK_LOG")
+        .args(["map", "--salvage", "a.vhdx"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains(&format!("{missing} bytes of the disk are missing")), "{told}");
+    assert!(std::fs::read(d.join("a.vhdx")).unwrap() == before);
+    ok(d, &["create", "c.raw", "1M"]);
+    let line = fails(d, &["info", "--salvage", "c.raw"], 1);
+    assert!(line.contains("only vhdx images can be salvaged"), "{line}");
+    let line = vublk(d, &["serve", "--salvage", "--socket-path", "s", "a.vhdx"]);
+    assert_eq!(line.status.code(), Some(2), "{line:?}");
+}
+
+#[test]
+fn disks_are_resized() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let with_qemu = have("qemu-img");
+    let mut random = Random::new("resize");
+    for options in ["subformat=fixed,block_size=1M", "subformat=dynamic"] {
+        ok(d, &["create", "-f", "vhdx", "-o", options, "a.vhdx", "3M"]);
+        let mut content = vec![0; 3 << 20];
+        if options.contains("fixed") {
+            content.fill_with(|| random.below(256) as u8);
+            patch(&d.join("a.vhdx"), 4 << 20, &content);
+        }
+        for size in [5 << 20, 200 << 20, (2 << 20) + 512, 6 << 20] {
+            let size_text = u64::to_string(&size);
+            if size < content.len() as u64 {
+                let line = fails(d, &["resize", "a.vhdx", &size_text], 1);
+                assert!(line.contains("use --shrink"), "{line}");
+            }
+            ok(d, &["resize", "--shrink", "a.vhdx", &size_text]);
+            content.resize(size as usize, 0);
+            std::fs::write(d.join("raw"), &content).unwrap();
+            ok(d, &["compare", "-F", "raw", "a.vhdx", "raw"]);
+            ok(d, &["check", "a.vhdx"]);
+            if with_qemu {
+                tool_ok(d, "qemu-img", &["check", "a.vhdx"]);
+                tool_ok(d, "qemu-img", &["compare", "-F", "raw", "a.vhdx", "raw"]);
+            }
+            if let Some(read) = libvhdi_reads(d, &["a.vhdx"]) {
+                assert_eq!(read, we_read(d, "a.vhdx"));
+            }
+        }
+        let line = fails(d, &["resize", "a.vhdx", "6291457"], 1);
+        assert!(line.contains("not a multiple of the 512 bytes"), "{line}");
+    }
+    // A child knows its parent by what a resize changes.
+    ok(d, &["create", "-f", "vhdx", "-b", "a.vhdx", "-F", "vhdx", "child.vhdx"]);
+    ok(d, &["resize", "child.vhdx", "+1M"]);
+    ok(d, &["map", "child.vhdx"]);
+    ok(d, &["resize", "a.vhdx", "+1M"]);
+    let line = fails(d, &["map", "child.vhdx"], 1);
+    assert!(line.contains("was modified since this child was created"), "{line}");
 }

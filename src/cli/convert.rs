@@ -67,6 +67,9 @@ pub struct ConvertArgs {
     #[arg(short = 'm', long, value_name = "N", default_value_t = 8,
           value_parser = clap::value_parser!(u8).range(1..=16))]
     parallel: u8,
+    /// Copy what is left of a damaged image (vhdx); what is missing is told and reads as zeros
+    #[arg(long)]
+    salvage: bool,
     /// Write out of order (always done)
     #[arg(short = 'W', long)]
     oob_writes: bool,
@@ -98,7 +101,7 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
         None => SPARSE_SIZE,
     };
     let request = args.sharing.request(source_path, args.format).cache(args.source_cache);
-    let source = images::open(&request)?;
+    let source = images::open(&OpenRequest { salvage: args.salvage, ..request })?;
     refuse_same_file(&source, target_path)?;
     let target = open_target(args, &source, target_path)?;
     let copy = Copy::new(args, &source, &target, sparse_size)?;

@@ -23,6 +23,9 @@ pub struct ReadArgs {
     /// Format of the image; guessed from its first bytes if not given
     #[arg(short = 'f', long = "format", value_name = "FORMAT")]
     pub format: Option<ImageFormat>,
+    /// Look at what is left of a damaged image (vhdx); what is missing is told and reads as zeros
+    #[arg(long)]
+    salvage: bool,
     #[command(flatten)]
     sharing: SharingArgs,
 }
@@ -51,7 +54,7 @@ impl SharingArgs {
 impl ReadArgs {
     /// A request to read `path`.
     pub fn request(&self, path: &std::path::Path) -> OpenRequest {
-        self.sharing.request(path, self.format)
+        OpenRequest { salvage: self.salvage, ..self.sharing.request(path, self.format) }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::block::Gate;
 use crate::cli::size::SizeChange;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
+use crate::images::resize::Offline;
 use crate::images::{self, ImageFormat, OpenRequest};
 use crate::io::block_on;
 
@@ -37,9 +38,32 @@ pub struct ResizeArgs {
 
 pub fn run(args: &ResizeArgs) -> Result<u8> {
     let request = OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
-    let image = images::open(&request)?;
-    let name = image.name();
-    let old = image.node.size();
+    let new = match Offline::open(&request)? {
+        Some(image) => {
+            let new = wanted(args, image.name(), image.size)?;
+            image.resize(new)?;
+            tracing::warn!(
+                "{}: images that stand on it, if there are any, refuse it from now on",
+                image.name()
+            );
+            new
+        }
+        None => resize_node(args, &request)?,
+    };
+    if new % 512 != 0 {
+        tracing::warn!(
+            "{}: {new} bytes are not a multiple of 512; a guest cannot use it so",
+            args.file.display()
+        );
+    }
+    if !args.quiet {
+        output::print("Image resized.\n")?;
+    }
+    Ok(DONE)
+}
+
+/// The size that is asked for.
+fn wanted(args: &ResizeArgs, name: &str, old: u64) -> Result<u64> {
     let new = args.size.apply(old).context(|| name.to_string())?;
     images::create::check_size(new).context(|| name.to_string())?;
     if new < old && !args.shrink {
@@ -51,6 +75,14 @@ pub fn run(args: &ResizeArgs) -> Result<u8> {
     if new == 0 {
         return Err(Error::invalid(format!("{name}: a disk needs at least one block")));
     }
+    Ok(new)
+}
+
+/// Resizes an image through its node, and returns the new size.
+fn resize_node(args: &ResizeArgs, request: &OpenRequest) -> Result<u64> {
+    let image = images::open(request)?;
+    let name = image.name();
+    let new = wanted(args, name, image.node.size())?;
     block_on(async {
         // Nobody else uses this node.
         let quiesced = Gate::new().quiesce();
@@ -59,11 +91,5 @@ pub fn run(args: &ResizeArgs) -> Result<u8> {
         image.node.close().await
     })
     .context(|| format!("{name}: resizing it to {new} bytes"))?;
-    if new % 512 != 0 {
-        tracing::warn!("{name}: {new} bytes are not a multiple of 512; a guest cannot use it so");
-    }
-    if !args.quiet {
-        output::print("Image resized.\n")?;
-    }
-    Ok(DONE)
+    Ok(new)
 }

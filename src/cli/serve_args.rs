@@ -79,6 +79,10 @@ pub struct ServeArgs {
     #[arg(short = 'r', long)]
     #[arg(conflicts_with_all = MANY)]
     pub read_only: bool,
+    /// Serve what is left of a damaged image (vhdx); what is missing is told and reads as zeros
+    #[arg(long, requires = "read_only")]
+    #[arg(conflicts_with_all = MANY)]
+    pub salvage: bool,
     /// How the host caches: writeback (the page cache), none (O_DIRECT), writethrough and directsync
     /// (the same, every write durable before it completes), unsafe (flushes are ignored)
     #[arg(long, value_name = "MODE", default_value_t)]
@@ -209,6 +213,7 @@ impl ServeArgs {
             lock_wait: LOCK_WAIT,
             state_dir: self.state_dir(),
             node_name: NODE.into(),
+            salvage: self.salvage,
             ..request
         })
     }

@@ -24,6 +24,7 @@ pub mod layers;
 pub mod open;
 pub mod probe;
 pub mod recording;
+pub mod resize;
 mod users;
 
 use std::fmt;

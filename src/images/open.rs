@@ -151,6 +151,8 @@ pub struct OpenRequest {
     /// Whether to open backing files. Without them, only metadata may be looked at: an image that
     /// has a format cannot be read then.
     pub backing: bool,
+    /// Whether what is left of a damaged image is to be read (vhdx only, and only for reading).
+    pub salvage: bool,
     /// Where metadata is kept that must outlive this process, for disks that are served.
     pub state_dir: StateDir,
     /// Where that may be found for an image below one that is served; see [`settle`].
@@ -171,6 +173,7 @@ impl OpenRequest {
             lock_wait: Duration::ZERO,
             allow_dirs: Vec::new(),
             backing: true,
+            salvage: false,
             state_dir: StateDir::None,
             settle_in: StateDir::None,
             node_name: "disk".into(),
@@ -494,6 +497,12 @@ pub(super) fn open_driver(
     format: ImageFormat,
     guessed: bool,
 ) -> Result<Arc<dyn Driver>> {
+    if opening.request.salvage && format != ImageFormat::Vhdx {
+        return Err(Error::unsupported(format!(
+            "{}: only vhdx images can be salvaged, not {format}",
+            opening.file.name()
+        )));
+    }
     match format {
         ImageFormat::Raw => open_raw(opening, guessed),
         ImageFormat::Qcow2 => open_qcow2(opening),
@@ -566,7 +575,10 @@ fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
 fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
     let request = opening.request;
     let file = Arc::clone(&opening.file) as Arc<dyn File>;
-    let structure = block_on(vhdx::Structure::read(&file))?;
+    let structure = match request.salvage {
+        true => salvage_vhdx(request, &file)?,
+        false => block_on(vhdx::Structure::read(&file))?,
+    };
     let mut backing = None;
     if request.backing {
         let paths = structure.metadata.parent.as_ref().map(vhdx::locator::Locator::paths);
@@ -578,10 +590,41 @@ fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         read_only,
         backing,
         keep: if read_only { None } else { open_keep(request, &opening.file, "vhdx")? },
-        lenient: !request.backing,
+        lenient: !request.backing || request.salvage,
         ..vhdx::OpenOptions::default()
     };
     Ok(Arc::new(FormatDriver::new(block_on(vhdx::Vhdx::open(structure, options))?)))
+}
+
+/// Reads the structures of a damaged image, and says what is missing.
+fn salvage_vhdx(request: &OpenRequest, file: &Arc<dyn File>) -> Result<vhdx::Structure> {
+    if request.access == Access::Write {
+        return Err(Error::invalid(format!(
+            "{}: a damaged image can be salvaged by reading it only",
+            file.name()
+        )));
+    }
+    let structure = block_on(vhdx::salvage::read(file))?;
+    let Some(report) = structure.salvaged.as_ref().filter(|report| !report.is_empty()) else {
+        tracing::warn!("{}: is not damaged; there is nothing to salvage", file.name());
+        return Ok(structure);
+    };
+    for note in &report.notes {
+        tracing::warn!("{}: {note}", file.name());
+    }
+    const SHOWN: usize = 8;
+    let mut parts: Vec<_> =
+        report.missing.iter().take(SHOWN).map(|range| range.to_string()).collect();
+    if report.missing.len() > SHOWN {
+        parts.push("… (vublk info --salvage lists more)".into());
+    }
+    tracing::warn!(
+        "{}: {} bytes of the disk are missing and read as zeros: {}",
+        file.name(),
+        report.missing_bytes,
+        parts.join(", ")
+    );
+    Ok(structure)
 }
 
 /// Opens the parent that the operator says, or else the first that is there of those that the image

@@ -33,10 +33,11 @@ use super::explain::{Finding, Remedy};
 use super::geometry::Slot;
 use super::header::HeaderSlots;
 use super::layout::{
-    BAT_STATE, BITMAP_PRESENT, ENTRIES_PER_PAGE, FILE_SIGNATURE, Guid, PAGE, REGION_TABLE_OFFSETS,
+    BAT_STATE, BITMAP_PRESENT, ENTRIES_PER_PAGE, FILE_SIGNATURE, PAGE, REGION_TABLE_OFFSETS,
     payload,
 };
 use super::region;
+use super::resize::begin_change;
 use super::scan::{self, Used, UsedBlock};
 use super::{Structure, disk};
 use crate::error::{ErrorKind, Result, ResultExt};
@@ -258,15 +259,7 @@ async fn mend(
         disk::write(file, 0, &identifier()).await?;
         return file.flush().await;
     };
-    let mut headers = structure.headers;
-    let begun = super::header::Header { file_write_guid: Guid::random(), ..headers.current };
-    headers.update(file, begun).await?;
-    if let Some(replay) = &structure.replay {
-        replay.apply(file).await.context(|| "replaying the log")?;
-        file.flush().await?;
-        let emptied = super::header::Header { log_guid: Guid::ZERO, ..headers.current };
-        headers.update(file, emptied).await?;
-    }
+    begin_change(file, &structure).await?;
     for (copy, offset) in REGION_TABLE_OFFSETS.into_iter().enumerate() {
         if findings.iter().any(|finding| finding.remedy == Remedy::CopyRegionTable(copy)) {
             disk::write(file, offset, &region::encode(&structure.regions.all)).await?;

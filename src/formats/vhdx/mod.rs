@@ -23,7 +23,8 @@
 //! FLUSH ─► commit: changed pages → one entry of the log → flush; their place later
 //! ```
 //!
-//! * [`create`]: new images. [`check`], [`explain`]: damaged ones.
+//! * [`create`]: new images. [`check`], [`explain`], [`salvage`]: damaged ones.
+//! * [`resize`]: another size, while nobody uses the disk.
 //! * [`layout`]: the structures on disk. `header`, `region`, `metadata`, `locator`: read and checked.
 //! * [`structure`]: all of that, before anything is changed.
 //! * [`log`], [`replay`]: entries of the log; replay in memory (readers) or on disk (writers).
@@ -46,7 +47,7 @@
 //!
 //! # Limits
 //!
-//! * An image without a log is only read. Resizing and changing the parent: refused.
+//! * An image without a log is only read. Resizing while it is open and changing the parent: refused.
 //! * A block is freed as a whole. Discards of less give the host's space back, not the block's.
 //! * The BAT of an image with more than 2 million blocks stored is not searched for free places
 //!   inside the file; it then grows at its end only.
@@ -61,6 +62,7 @@ mod crash_tests;
 pub mod create;
 mod disk;
 pub mod explain;
+pub mod fuzzing;
 pub mod geometry;
 pub mod header;
 mod journal;
@@ -74,6 +76,10 @@ mod pins;
 mod read;
 pub mod region;
 pub mod replay;
+pub mod resize;
+#[cfg(test)]
+mod resize_tests;
+pub mod salvage;
 pub mod scan;
 mod session;
 mod space;
@@ -481,6 +487,18 @@ impl Structure {
             "file-write-guid": header.file_write_guid.to_string(),
             "data-write-guid": header.data_write_guid.to_string(),
         });
+        if let Some(report) = &self.salvaged {
+            let missing: Vec<_> = report
+                .missing
+                .iter()
+                .map(|range| serde_json::json!({ "start": range.offset, "length": range.len }))
+                .collect();
+            details["salvage"] = serde_json::json!({
+                "missing-bytes": report.missing_bytes,
+                "missing": missing,
+                "notes": report.notes,
+            });
+        }
         if let Some(guid) = metadata.page_83 {
             details["page-83-guid"] = guid.to_string().into();
         }

@@ -14,6 +14,7 @@ use super::log::LogReader;
 use super::metadata::Metadata;
 use super::region::Regions;
 use super::replay::{Replay, Replayed};
+use super::salvage::Report;
 use crate::error::{Error, Result, ResultExt};
 use crate::io::File;
 use crate::units::ByteRange;
@@ -35,6 +36,8 @@ pub struct Structure {
     pub metadata: Metadata,
     /// The sizes that follow from it.
     pub geometry: Geometry,
+    /// What is missing, if the image is being salvaged.
+    pub salvaged: Option<Arc<Report>>,
 }
 
 impl Structure {
@@ -81,7 +84,8 @@ impl Structure {
             )));
         }
         let raw_file = Arc::clone(raw_file);
-        Ok(Structure { raw_file, file, headers, replay, regions, metadata, geometry })
+        let salvaged = None;
+        Ok(Structure { raw_file, file, headers, replay, regions, metadata, geometry, salvaged })
     }
 
     /// The ranges of the file that no block may lie in.

@@ -1,0 +1,473 @@
+//! Reading what is left of a damaged image: a file whose end is missing, a log that cannot be
+//! replayed, entries of the BAT that make no sense.
+//!
+//! ```text
+//! Structure ─► Sanitised ─► (Replayed) ─► Padded ─► the file
+//!              bad entries                 zeros behind the end,
+//!              say "zeros"                 a log to be ignored is empty
+//! ```
+//!
+//! What is missing reads as zeros, and [`Report`] says which parts of the disk that is. Nothing is
+//! ever written: the layers refuse it.
+//!
+//! The headers, a region table and the metadata must be there: without them nobody knows what the
+//! blocks are.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::bat::{self, Checker};
+use super::disk;
+use super::geometry::{Geometry, Slot};
+use super::header::HeaderSlots;
+use super::layout::{
+    FILE_SIGNATURE, Guid, HEADER_LEN, HEADER_OFFSETS, MAX_DISK_SIZE, PAGE, payload,
+};
+use super::{Structure, scan};
+use crate::error::{Error, Result, ResultExt};
+use crate::io::{Alignment, Buffers, File, Fut, Hole};
+use crate::units::{ByteRange, align_down};
+
+/// How long a file is taken to be: no image needs more.
+const PADDED_LEN: u64 = MAX_DISK_SIZE + (MAX_DISK_SIZE >> 8);
+/// The most missing parts that are listed one by one.
+const MAX_LISTED: usize = 1000;
+
+/// What is missing from an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What is wrong with the file as a whole, in sentences.
+    pub notes: Vec<String>,
+    /// Parts of the disk that read as zeros because their content is not there, in order; no more
+    /// than can be listed.
+    pub missing: Vec<ByteRange>,
+    /// How many bytes of the disk that are.
+    pub missing_bytes: u64,
+}
+
+impl Report {
+    /// Whether all of the image is there.
+    pub fn is_empty(&self) -> bool {
+        self.notes.is_empty() && self.missing_bytes == 0
+    }
+
+    fn add(&mut self, range: ByteRange) {
+        self.missing_bytes += range.len;
+        let is_full = self.missing.len() >= MAX_LISTED;
+        match self.missing.last_mut() {
+            Some(last) if last.end() == range.offset => last.len += range.len,
+            _ if is_full => {}
+            _ => self.missing.push(range),
+        }
+    }
+}
+
+/// Reads the structures of a damaged image.
+///
+/// # Errors
+/// If not even those are there.
+pub async fn read(file: &Arc<dyn File>) -> Result<Structure> {
+    read_unnamed(file).await.context(|| format!("{}: nothing can be salvaged", file.name()))
+}
+
+async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
+    let mut report = Report::default();
+    let mut file_len = file.len()?;
+    let padded = Padded::new(Arc::clone(file))?;
+    let mut shown: Arc<dyn File> = Arc::new(padded.clone());
+    if !disk::read(&shown, 0, PAGE).await?.starts_with(FILE_SIGNATURE) {
+        return Err(Error::corrupt("is not a VHDX image (\"vhdxfile\" is missing)"));
+    }
+    let headers = HeaderSlots::read(&shown).await?;
+    let log = headers.current.log;
+    let mut structure = match Structure::read(&shown).await {
+        Ok(structure) => structure,
+        Err(err) if headers.current.log_guid.is_zero() => return Err(err),
+        Err(err) => {
+            shown = Arc::new(padded.without_log(&headers));
+            let structure = Structure::read(&shown).await?;
+            report.notes.push(format!(
+                "the log was ignored, so that the last changes before the crash may be missing, or \
+                 there in part ({err})"
+            ));
+            structure
+        }
+    };
+    if let Some(last) = structure.replay.as_ref().and_then(|replay| replay.entries().last())
+        && last.flushed_file_offset <= file_len
+    {
+        // A replay on disk would make the file longer, with zeros.
+        file_len = file_len.max(last.last_file_offset);
+    }
+    if log.end() > file_len {
+        report.notes.push(format!("the file ends within its log of {log}"));
+    }
+    let (bat, geometry) = (structure.regions.bat, structure.geometry);
+    let bat_end = bat.offset + geometry.bat_entries() * 8;
+    let first_unknown = file_len.saturating_sub(bat.offset) / 8;
+    let sanitised = Sanitised {
+        file: Arc::clone(&structure.file),
+        bat: ByteRange::between(bat.offset, bat_end),
+        checker: Checker { geometry, reserved: structure.reserved() },
+    };
+    look_for_missing(&sanitised, &geometry, first_unknown, file_len, &mut report).await?;
+    if bat_end > file_len {
+        report.notes.push(format!(
+            "the file ends within its BAT of {bat}, so that it is not known what was stored of a \
+             part of the disk"
+        ));
+    }
+    structure.file = Arc::new(sanitised);
+    structure.salvaged = Some(Arc::new(report));
+    Ok(structure)
+}
+
+/// Finds the parts of the disk whose blocks are not in the file. Entries from `first_unknown` on
+/// are not in the file themselves.
+async fn look_for_missing(
+    file: &Sanitised,
+    geometry: &Geometry,
+    first_unknown: u64,
+    file_len: u64,
+    report: &mut Report,
+) -> Result<()> {
+    let mut bad = 0u64;
+    let mut visit = |index, entry| {
+        let Slot::Payload(block) = geometry.slot(index) else { return Ok(()) };
+        if block >= geometry.payload_blocks() || index >= first_unknown {
+            return Ok(());
+        }
+        let disk = geometry.block_range(block);
+        if file.checker.explain(index, entry, PADDED_LEN).is_err() {
+            bad += 1;
+            report.add(disk);
+        } else if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
+            let there = file_len.saturating_sub(bat::offset(entry)).min(disk.len);
+            if there < disk.len {
+                report.add(ByteRange::between(disk.offset + there, disk.end()));
+            }
+        }
+        Ok(())
+    };
+    let entries = geometry.bat_entries();
+    scan::walk(&file.file, file.bat, entries, u64::MAX, &mut visit).await?;
+    if bad > 0 {
+        report
+            .notes
+            .push(format!("{bad} entries of the BAT make no sense; their blocks are missing"));
+    }
+    let unknown = (first_unknown..entries).find_map(|index| match geometry.slot(index) {
+        Slot::Payload(block) if block < geometry.payload_blocks() => Some(block),
+        _ => None,
+    });
+    if let Some(block) = unknown {
+        let start = geometry.block_range(block).offset;
+        report.add(ByteRange::between(start, geometry.disk_size));
+    }
+    Ok(())
+}
+
+fn refuse<'a>(file: &dyn File) -> Fut<'a, ()> {
+    let name = file.name().to_string();
+    Box::pin(async move {
+        Err(Error::invalid(format!("{name}: is being salvaged, so nothing can be written")))
+    })
+}
+
+/// A file with zeros behind its end, and, if need be, without a log.
+#[derive(Clone)]
+struct Padded {
+    file: Arc<dyn File>,
+    /// Length of the file as it is.
+    file_len: u64,
+    /// What is shown in the place of both headers.
+    header: Option<Arc<Vec<u8>>>,
+}
+
+impl Padded {
+    fn new(file: Arc<dyn File>) -> Result<Padded> {
+        let file_len = file.len()?;
+        Ok(Padded { file, file_len, header: None })
+    }
+
+    /// The same with an empty log.
+    fn without_log(&self, headers: &HeaderSlots) -> Padded {
+        let header = super::header::Header { log_guid: Guid::ZERO, ..headers.current };
+        Padded { header: Some(Arc::new(header.encode())), ..self.clone() }
+    }
+
+    async fn read_all(&self, offset: u64, buf: Buffers) -> Result<()> {
+        let inside = self.file_len.saturating_sub(offset).min(buf.len());
+        // Direct I/O takes whole sectors only, and a truncated file may end anywhere.
+        let whole = align_down(inside, self.file.alignment().request.max(1));
+        if whole > 0 {
+            self.file.read(offset, buf.slice(0, whole)).await?;
+        }
+        if whole < buf.len() {
+            buf.slice(whole, buf.len() - whole).fill_zero();
+        }
+        let Some(header) = &self.header else { return Ok(()) };
+        for at in HEADER_OFFSETS {
+            let shown = ByteRange { offset: at, len: HEADER_LEN as u64 };
+            let part = shown.intersect(&ByteRange { offset, len: buf.len() });
+            if !part.is_empty() {
+                let from = (part.offset - at) as usize;
+                buf.slice(part.offset - offset, part.len)
+                    .copy_from_slice(&header[from..from + part.len as usize]);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Padded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Padded({})", self.file.name())
+    }
+}
+
+impl File for Padded {
+    fn name(&self) -> &str {
+        self.file.name()
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(PADDED_LEN.max(self.file_len))
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.file.alignment()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        Box::pin(self.read_all(offset, buf))
+    }
+
+    fn write<'a>(&'a self, _offset: u64, _buf: Buffers, _fua: bool) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn write_zeroes<'a>(&'a self, _range: ByteRange, _may_unmap: bool) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn discard<'a>(&'a self, _range: ByteRange) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn set_len<'a>(&'a self, _len: u64) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn hole_at(&self, offset: u64) -> Result<Hole> {
+        if offset < self.file_len {
+            return self.file.hole_at(offset);
+        }
+        Ok(Hole { range: ByteRange::between(offset, self.len()?.max(offset)), is_hole: true })
+    }
+}
+
+/// A file in which the BAT has no bad entries: they say "zeros".
+struct Sanitised {
+    file: Arc<dyn File>,
+    bat: ByteRange,
+    checker: Checker,
+}
+
+impl Sanitised {
+    async fn read_all(&self, offset: u64, buf: Buffers) -> Result<()> {
+        let part = ByteRange { offset, len: buf.len() }.intersect(&self.bat);
+        if part.is_empty() {
+            return self.file.read(offset, buf).await;
+        }
+        // Metadata comes in pages; nothing else is in the BAT.
+        let mut bytes = disk::read(&self.file, offset, buf.len()).await?;
+        for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
+            let at = offset + i as u64 * 8;
+            if at < part.offset || at >= part.end() {
+                continue;
+            }
+            let index = (at - self.bat.offset) / 8;
+            let entry = u64::from_le_bytes((&*word).try_into().expect("8 bytes"));
+            if !self.checker.is_good(index, entry, PADDED_LEN) {
+                let zeros = match self.checker.geometry.slot(index) {
+                    Slot::Payload(_) => payload::ZERO,
+                    Slot::Bitmap(_) => 0,
+                };
+                word.copy_from_slice(&zeros.to_le_bytes());
+            }
+        }
+        buf.copy_from_slice(&bytes);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Sanitised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Sanitised({})", self.file.name())
+    }
+}
+
+impl File for Sanitised {
+    fn name(&self) -> &str {
+        self.file.name()
+    }
+
+    fn len(&self) -> Result<u64> {
+        self.file.len()
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.file.alignment()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        Box::pin(self.read_all(offset, buf))
+    }
+
+    fn write<'a>(&'a self, _offset: u64, _buf: Buffers, _fua: bool) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn write_zeroes<'a>(&'a self, _range: ByteRange, _may_unmap: bool) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn discard<'a>(&'a self, _range: ByteRange) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn set_len<'a>(&'a self, _len: u64) -> Fut<'a, ()> {
+        refuse(self)
+    }
+
+    fn hole_at(&self, offset: u64) -> Result<Hole> {
+        self.file.hole_at(offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::create::{CreateOptions, create};
+    use super::super::header::Header;
+    use super::super::{OpenOptions, Vhdx};
+    use super::*;
+    use crate::block::{Driver, FormatDriver};
+    use crate::io::sim::SimFile;
+    use crate::io::{AlignedBuf, block_on};
+    use crate::units::MIB;
+
+    /// A fixed image of 8 MiB in blocks of 1 MiB, full of 0x55.
+    fn image() -> Vec<u8> {
+        let sim = SimFile::from_bytes("new.vhdx", Vec::new());
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let options =
+            CreateOptions { is_fixed: true, block_size: MIB, ..CreateOptions::new(8 * MIB) };
+        block_on(create(&file, &options)).unwrap();
+        let mut content = sim.volatile();
+        content[4 << 20..].fill(0x55);
+        content
+    }
+
+    /// What is missing, and the disk's content.
+    fn salvaged(content: Vec<u8>) -> (Arc<Report>, Vec<u8>) {
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+        let structure = block_on(read(&file)).unwrap();
+        let report = structure.salvaged.clone().unwrap();
+        let options = OpenOptions { read_only: true, lenient: true, ..Default::default() };
+        let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap());
+        let mut buf = AlignedBuf::zeroed(8 << 20, 4096);
+        block_on(disk.read(0, buf.buffers())).unwrap();
+        let bytes = buf.as_slice().to_vec();
+        (report, bytes)
+    }
+
+    /// Whether exactly these parts are zeros and all others 0x55.
+    fn has_only(disk: &[u8], missing: &[ByteRange]) -> bool {
+        let is_missing = |at: u64| missing.iter().any(|part| part.offset <= at && at < part.end());
+        disk.chunks(512).zip((0..).step_by(512)).all(|(sector, at)| {
+            let wanted = if is_missing(at) { 0 } else { 0x55 };
+            sector.iter().all(|byte| *byte == wanted)
+        })
+    }
+
+    #[test]
+    fn what_lies_behind_the_end_of_the_file_is_missing() {
+        let (report, disk) = salvaged(image());
+        assert!(report.is_empty() && has_only(&disk, &[]));
+        for len in [9 * MIB + 512, 4 * MIB + 512, 4 * MIB] {
+            let mut content = image();
+            content.truncate(len as usize);
+            let (report, disk) = salvaged(content);
+            let missing = ByteRange::between(len - 4 * MIB, 8 * MIB);
+            assert_eq!(report.missing, [missing]);
+            assert_eq!(report.missing_bytes, missing.len);
+            assert!(has_only(&disk, &[missing]), "{len}");
+        }
+    }
+
+    #[test]
+    fn blocks_behind_the_end_of_the_bat_are_missing() {
+        let mut content = image();
+        // Three entries are left, but not what they stand for.
+        content.truncate((3 << 20) + 24);
+        let (report, disk) = salvaged(content);
+        assert_eq!(report.missing, [ByteRange { offset: 0, len: 8 * MIB }]);
+        assert!(report.notes.iter().any(|note| note.contains("within its BAT")), "{report:?}");
+        assert!(disk.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn blocks_of_bad_entries_are_missing() {
+        let mut content = image();
+        content[(3 << 20) + 8] = 4;
+        content[(3 << 20) + 3 * 8] |= 0x10;
+        content[(3 << 20) + 5 * 8..][..8].copy_from_slice(&(3u64 << 20 | 6).to_le_bytes());
+        let (report, disk) = salvaged(content);
+        let missing = [1, 3, 5].map(|block| ByteRange { offset: block * MIB, len: MIB });
+        assert_eq!(report.missing, missing);
+        assert!(report.notes[0].starts_with("3 entries of the BAT make no sense"));
+        assert!(has_only(&disk, &missing));
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_replayed_is_ignored() {
+        let sim = SimFile::from_bytes("test.vhdx", image());
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let mut headers = block_on(HeaderSlots::read(&file)).unwrap();
+        let dirty = Header { log_guid: Guid::random(), ..headers.current };
+        block_on(headers.update(&file, dirty)).unwrap();
+        block_on(Structure::read(&file)).unwrap_err();
+        let (report, disk) = salvaged(sim.volatile());
+        assert!(report.notes[0].starts_with("the log was ignored"), "{report:?}");
+        assert!(report.missing.is_empty() && has_only(&disk, &[]));
+    }
+
+    #[test]
+    fn without_metadata_nothing_can_be_salvaged() {
+        for len in [2 << 20, 200 << 10, 70 << 10, 100] {
+            let mut content = image();
+            content.truncate(len);
+            let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+            let err = block_on(read(&file)).unwrap_err().to_string();
+            assert!(err.starts_with("test.vhdx: nothing can be salvaged: "), "{err}");
+        }
+    }
+
+    #[test]
+    fn nothing_can_be_written() {
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", image()));
+        let structure = block_on(read(&file)).unwrap();
+        let err = block_on(disk::write(&structure.file, 0, &[0; 4096])).unwrap_err().to_string();
+        assert!(err.contains("is being salvaged"), "{err}");
+        block_on(structure.file.set_len(0)).unwrap_err();
+    }
+}
