@@ -258,14 +258,14 @@ fn ignore_file_size_signal() {
 }
 
 /// SIGTERM, SIGINT and SIGHUP, as a file descriptor.
-struct Signals {
+pub(super) struct Signals {
     fd: OwnedFd,
 }
 
 #[allow(unsafe_code)]
 impl Signals {
     /// Blocks the signals for this thread and those it starts.
-    fn block() -> Result<Signals> {
+    pub(super) fn block() -> Result<Signals> {
         use std::os::fd::FromRawFd;
         let set = signal_set();
         // SAFETY: `set` is a valid set, the old one is not asked for.
@@ -282,7 +282,7 @@ impl Signals {
     }
 
     /// The next signal that has arrived.
-    fn next(&self) -> Option<i32> {
+    pub(super) fn next(&self) -> Option<i32> {
         let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();
         let size = size_of::<libc::signalfd_siginfo>();
         // SAFETY: `info` has room for the one structure asked for.
@@ -292,7 +292,7 @@ impl Signals {
     }
 
     /// From now on a signal has its usual effect: whoever sends a second one means it.
-    fn let_the_next_one_kill(&self) {
+    pub(super) fn let_the_next_one_kill(&self) {
         let set = signal_set();
         // SAFETY: `set` is a valid set, the old one is not asked for.
         unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut()) };

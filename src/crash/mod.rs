@@ -10,6 +10,13 @@
 //! overlay      where each byte of a state lies: in the log, nowhere (zeros), or in the base
 //! view         one state at a time; going on to the next costs what differs
 //! fingerprint  tells which states are the same disk, without reading them
+//! enumerate    which states of an epoch are worth a look
+//! disk         one state at a time, as a disk that can be written to
+//! fuse copy    the same as a plain file
+//! check        programs that say whether a disk is good
+//! explore      all states, each different disk checked once
+//! shrink       the fewest dropped writes that still fail
+//! report       what was found, kept in a file
 //! ```
 //!
 //! Nothing is copied: a state is an index of ranges over base and log, and as long as the log's
@@ -20,10 +27,18 @@
 //! * Two states with the same fingerprint have the same content (as far as 128 bits can tell). The
 //!   reverse may fail where the base was not worth reading; then a state is checked twice.
 
+pub mod check;
+pub mod copy;
+pub mod disk;
+pub mod enumerate;
+pub mod explore;
 pub mod fingerprint;
+pub mod fuse;
 pub mod history;
 pub mod name;
 pub mod overlay;
+pub mod report;
+pub mod shrink;
 pub mod view;
 
 pub use fingerprint::{Fingerprints, Prints};

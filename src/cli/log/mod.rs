@@ -4,11 +4,13 @@
 //! they mean there; `docs/write-log.md` says where it is otherwise, and why.
 
 mod apply;
+mod explore;
 mod find;
 mod info;
 mod list;
 mod mark;
 mod replay;
+mod report;
 mod source;
 mod verify;
 
@@ -29,6 +31,8 @@ enum LogCommand {
     List(list::ListArgs),
     Find(find::FindArgs),
     Replay(Box<replay::ReplayArgs>),
+    Explore(Box<explore::ExploreArgs>),
+    Report(report::ReportArgs),
     Verify(verify::VerifyArgs),
     Mark(mark::MarkArgs),
 }
@@ -39,6 +43,8 @@ pub fn run(args: &LogArgs) -> Result<u8> {
         LogCommand::List(args) => list::run(args),
         LogCommand::Find(args) => find::run(args),
         LogCommand::Replay(args) => replay::run(args),
+        LogCommand::Explore(args) => explore::run(args),
+        LogCommand::Report(args) => report::run(args),
         LogCommand::Verify(args) => verify::run(args),
         LogCommand::Mark(args) => mark::run(args),
     }

@@ -1,0 +1,307 @@
+//! `vublk log explore`: checks every disk that a power cut could have left.
+
+use std::collections::BTreeSet;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::block::Node;
+use crate::cli::log::report::{ReportOutput, print_report};
+use crate::cli::log::source::{LogFileArgs, PartArgs};
+use crate::cli::progress::{ProgressArgs, When};
+use crate::cli::serve::Signals;
+use crate::cli::{DONE, output};
+use crate::crash::check::{Checker, Verdict};
+use crate::crash::enumerate::Reach;
+use crate::crash::explore::{self, Plan, Stage, Watch};
+use crate::crash::report::{Report, Subject};
+use crate::crash::{History, StateName};
+use crate::error::{Error, Result};
+use crate::images::{self, ImageFormat, OpenRequest};
+use crate::write_log::Start;
+
+/// Exit code if a state is not good.
+const FAILED: u8 = 1;
+
+/// Which states are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum States {
+    /// Nothing that was written after a flush is there
+    Flush,
+    /// Any of the writes between two flushes are there
+    Reorder,
+    /// And one of them in part: 512 or 4096 bytes of it, or all but that
+    Torn,
+}
+
+/// Check every disk that a power cut could have left (exit code 1 if one is not good)
+#[derive(Debug, Args)]
+pub struct ExploreArgs {
+    /// The disk as it was when logging began
+    #[arg(long, value_name = "IMAGE")]
+    base: PathBuf,
+    /// Its format; guessed if not given
+    #[arg(short = 'f', long, value_name = "FORMAT")]
+    format: Option<ImageFormat>,
+    /// ext4, or a command with {} for the path of the disk, which it may write to; exit code 0 is
+    /// good. If not given, states are only counted
+    #[arg(long, value_name = "ext4|CMD")]
+    check: Option<Checker>,
+    /// Check this state and no other
+    #[arg(long, value_name = "NAME", requires = "check")]
+    state: Option<StateName>,
+    /// Which states
+    #[arg(long, value_enum, value_name = "KIND", value_delimiter = ',',
+          default_values_t = [States::Flush, States::Reorder])]
+    states: Vec<States>,
+    /// All subsets of up to N writes between two flushes; of more, chosen ones only
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u32).range(0..=30))]
+    all_subsets: u32,
+    /// Random subsets of more writes than that
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    samples: u64,
+    /// What the random subsets depend on
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// How many checkers run at a time; one for each CPU if not given
+    #[arg(short = 'j', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: Option<u16>,
+    /// A checker that takes longer is killed, and the state is not good
+    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+          value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
+    /// End after N states that are not good
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    stop_after: Option<u64>,
+    /// Keep the results in this file, and continue from it if it is there
+    #[arg(long, value_name = "FILE")]
+    results: Option<PathBuf>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    output: ReportOutput,
+    #[command(flatten)]
+    part: PartArgs,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    log: LogFileArgs,
+}
+
+pub fn run(args: &ExploreArgs) -> Result<u8> {
+    // Before any thread exists: signals are for this one.
+    let signals = Signals::block()?;
+    let log = args.log.open()?;
+    let request = OpenRequest::read(&args.base).format(args.format);
+    let base = images::open(&request)?;
+    let history = Arc::new(History::read(log, base.node.size())?);
+    if let (Some(name), Some(checker)) = (&args.state, &args.check) {
+        return check_one(args, &history, &base.node, name, checker);
+    }
+    let plan = plan(args, &history)?;
+    let subject = subject(args, &history, base.node.size());
+    let mut report = match &plan.results {
+        Some(path) if path.exists() => resume(path, &subject)?,
+        _ => Report::new(subject),
+    };
+    if report.finished {
+        print_report(&report, args.output)?;
+        return Ok(exit_code(&report));
+    }
+    let mut stage =
+        Stage::new(&history, &base.node, if args.check.is_some() { plan.workers } else { 0 });
+    let mut teller = Teller { signals, progress: args.progress.progress };
+    if args.check.is_some() {
+        teller.say(&stage.how);
+    }
+    let result =
+        explore::explore(&history, &base.node, &plan, &mut report, &mut stage, &mut teller);
+    teller.end();
+    drop(stage);
+    result?;
+    print_report(&report, args.output)?;
+    Ok(exit_code(&report))
+}
+
+fn exit_code(report: &Report) -> u8 {
+    if report.failed > 0 || !report.finished { FAILED } else { DONE }
+}
+
+fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let states: BTreeSet<_> = args.states.iter().copied().collect();
+    Ok(Plan {
+        reach: Reach {
+            reorder: states.contains(&States::Reorder),
+            torn: states.contains(&States::Torn),
+            all_subsets: args.all_subsets,
+            samples: args.samples,
+            seed: args.seed,
+        },
+        entries: part(args, history)?,
+        checker: args.check.clone(),
+        workers: args.jobs.map_or(cpus, usize::from),
+        limit: Duration::from_secs(args.timeout),
+        stop_after: args.stop_after,
+        results: args.results.clone(),
+        again: again(args, history),
+    })
+}
+
+/// The entries that the options choose. Epochs are taken that begin among them.
+fn part(args: &ExploreArgs, history: &History) -> Result<std::ops::Range<u64>> {
+    let index = history.index();
+    let start = match args.part.start() {
+        Start::Entry(number) => number,
+        Start::AfterMark(text) => {
+            let mark = index.marks().iter().find(|(_, mark)| mark.0 == text.as_bytes());
+            mark.map(|(number, _)| number + 1).ok_or_else(|| {
+                Error::invalid(format!("{}: there is no mark '{text}'", history.log().name()))
+            })?
+        }
+    };
+    let stop = args.part.stop();
+    let no_mark = crate::write_log::Mark(Vec::new());
+    for (count, number) in (start..history.len()).enumerate() {
+        let at = index.marks().binary_search_by_key(&number, |(number, _)| *number);
+        let mark = at.map_or(&no_mark, |i| &index.marks()[i].1);
+        if stop.at(history.entry(number), mark, count as u64 + 1).is_some() {
+            return Ok(start..number + 1);
+        }
+    }
+    match &stop.end_mark {
+        Some(text) => {
+            Err(Error::invalid(format!("{}: there is no mark '{text}'", history.log().name())))
+        }
+        None => Ok(start..history.len()),
+    }
+}
+
+fn subject(args: &ExploreArgs, history: &History, size: u64) -> Subject {
+    let states: BTreeSet<_> = args.states.iter().map(|states| format!("{states:?}")).collect();
+    Subject {
+        log: history.log().name().into(),
+        entries: history.len(),
+        base: args.base.display().to_string(),
+        size,
+        check: args.check.as_ref().map(ToString::to_string).unwrap_or_default(),
+        options: format!(
+            "{states:?} all-subsets={} samples={} seed={} part={:?}",
+            args.all_subsets, args.samples, args.seed, args.part
+        ),
+    }
+}
+
+fn resume(path: &Path, subject: &Subject) -> Result<Report> {
+    let report = Report::load(path)?;
+    if report.subject != *subject {
+        return Err(Error::invalid(format!(
+            "{}: holds the results of another exploration (log {}, {} entries, base {}, check '{}', \
+             {}); give another file, or remove it",
+            path.display(),
+            report.subject.log,
+            report.subject.entries,
+            report.subject.base,
+            report.subject.check,
+            report.subject.options
+        )));
+    }
+    Ok(report)
+}
+
+/// The command line that checks one state; its name is put at the end.
+fn again(args: &ExploreArgs, history: &History) -> String {
+    let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
+    let format = args.format.map(|format| format!(" -f {format}")).unwrap_or_default();
+    format!(
+        "vublk log explore --log {} --base {}{format} --check {} --state ",
+        quoted(history.log().name()),
+        quoted(&args.base.display().to_string()),
+        quoted(&args.check.as_ref().map(ToString::to_string).unwrap_or_default()),
+    )
+}
+
+fn check_one(
+    args: &ExploreArgs,
+    history: &Arc<History>,
+    base: &Node,
+    name: &StateName,
+    checker: &Checker,
+) -> Result<u8> {
+    let (_, full) = history.expanded(name)?;
+    let mut stage = Stage::new(history, base, 1);
+    let limit = Duration::from_secs(args.timeout);
+    let (verdict, printed) = stage.check(&full, checker, limit)?;
+    let how = match &verdict {
+        Verdict::Good => "good".to_string(),
+        Verdict::Bad(how) => how.clone(),
+    };
+    let good = verdict == Verdict::Good;
+    match args.output {
+        ReportOutput::Human => output::print(&format!("{printed}{name}: {how}\n"))?,
+        _ => output::print_json(&json!({
+            "state": name.to_string(), "good": good, "verdict": how, "output": printed,
+        }))?,
+    }
+    Ok(if good { DONE } else { FAILED })
+}
+
+/// Tells the operator how it goes, and hears when to stop.
+struct Teller {
+    signals: Signals,
+    progress: When,
+}
+
+impl Teller {
+    fn shows(&self) -> bool {
+        match self.progress {
+            When::Never => false,
+            When::Auto => std::io::stderr().is_terminal(),
+            When::Always => true,
+        }
+    }
+
+    fn say(&self, text: &str) {
+        if self.shows() {
+            let _ = writeln!(std::io::stderr(), "{text}");
+        }
+    }
+
+    fn end(&self) {
+        self.say("");
+    }
+}
+
+impl Watch for Teller {
+    fn wants_to_stop(&mut self) -> bool {
+        let stop = matches!(self.signals.next(), Some(libc::SIGINT | libc::SIGTERM));
+        if stop {
+            self.signals.let_the_next_one_kill();
+        }
+        stop
+    }
+
+    fn progress(&mut self, report: &Report) {
+        if !self.shows() {
+            return;
+        }
+        let left = report.states.saturating_sub(report.done) as f64;
+        let rate = report.covered_per_second().max(0.001);
+        let mut stderr = std::io::stderr().lock();
+        let _ = write!(
+            stderr,
+            "    {}/{} states, {:.0}/s, {} duplicates, {} failed, {:.0} s left    \r",
+            report.done,
+            report.states,
+            rate,
+            report.duplicates,
+            report.failed,
+            left / rate
+        );
+        let _ = stderr.flush();
+    }
+}

@@ -1,0 +1,185 @@
+//! Checkers: programs that say whether a state is good.
+
+use std::fs::File;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::str::FromStr;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+
+/// What a shell exits with where it cannot run a command.
+const NOT_EXECUTABLE: [i32; 2] = [126, 127];
+/// How much of what a checker prints is kept: the end of it.
+const OUTPUT_KEPT: u64 = 4096;
+
+/// See the [module](self).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Checker {
+    /// Recovers the journal as a mount would, then `e2fsck -fn` must find nothing.
+    Ext4,
+    /// A shell's command line in which `{}` stands for the path of the disk. Exit code 0 is good.
+    Command(String),
+}
+
+/// What a checker found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The state is good.
+    Good,
+    /// It is not; says how the checker ended.
+    Bad(String),
+}
+
+impl FromStr for Checker {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Checker> {
+        match text {
+            "ext4" => Ok(Checker::Ext4),
+            command if command.contains("{}") => Ok(Checker::Command(command.into())),
+            _ => Err(Error::invalid(format!(
+                "'{text}' is neither ext4 nor a command with {{}} in the place of the disk's path"
+            ))),
+        }
+    }
+}
+
+impl std::fmt::Display for Checker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Checker::Ext4 => f.write_str("ext4"),
+            Checker::Command(command) => f.write_str(command),
+        }
+    }
+}
+
+impl Checker {
+    /// Checks the disk at `path`; what is printed goes nowhere, or to `output`.
+    ///
+    /// # Errors
+    /// If the checker cannot be run at all, which says nothing about the disk.
+    pub fn run(&self, path: &Path, limit: Duration, output: Option<&File>) -> Result<Verdict> {
+        match self {
+            Checker::Command(line) => {
+                let line = line.replace("{}", &path.display().to_string());
+                let mut command = Command::new("sh");
+                command.arg("-c").arg(&line);
+                let status = run(&mut command, limit, output)?;
+                if status
+                    .and_then(|status| status.code())
+                    .is_some_and(|c| NOT_EXECUTABLE.contains(&c))
+                {
+                    let message = format!("the checker cannot be run: {line}");
+                    return Err(Error::new(ErrorKind::NotFound, message));
+                }
+                Ok(verdict("the checker", status, &[0], limit))
+            }
+            Checker::Ext4 => {
+                let mut recover = Command::new("e2fsck");
+                recover.args(["-fy", "-E", "journal_only"]).arg(path);
+                let status = run(&mut recover, limit, output)?;
+                let recovered = verdict("the journal's recovery", status, &[0, 1], limit);
+                if recovered != Verdict::Good {
+                    return Ok(recovered);
+                }
+                let mut check = Command::new("e2fsck");
+                check.arg("-fn").arg(path);
+                Ok(verdict("e2fsck", run(&mut check, limit, output)?, &[0], limit))
+            }
+        }
+    }
+
+    /// Like [`Checker::run`], with the end of what the checker printed.
+    pub fn run_and_listen(&self, path: &Path, limit: Duration) -> Result<(Verdict, String)> {
+        use std::os::unix::fs::FileExt;
+        let memory = rustix::fs::memfd_create("checker", rustix::fs::MemfdFlags::CLOEXEC)
+            .context(|| "memory for what the checker prints")?;
+        let file = File::from(memory);
+        let verdict = self.run(path, limit, Some(&file))?;
+        let len = file.metadata()?.len();
+        let mut bytes = vec![0; len.min(OUTPUT_KEPT) as usize];
+        let start = len - bytes.len() as u64;
+        file.read_exact_at(&mut bytes, start)?;
+        Ok((verdict, String::from_utf8_lossy(&bytes).into_owned()))
+    }
+}
+
+fn verdict(who: &str, status: Option<ExitStatus>, good: &[i32], limit: Duration) -> Verdict {
+    match status {
+        None => Verdict::Bad(format!("{who} was killed after {} seconds", limit.as_secs())),
+        Some(status) => match (status.code(), status.signal()) {
+            (Some(code), _) if good.contains(&code) => Verdict::Good,
+            (Some(code), _) => Verdict::Bad(format!("{who} exited with {code}")),
+            (None, signal) => Verdict::Bad(format!("{who} was killed by signal {signal:?}")),
+        },
+    }
+}
+
+/// Runs a command to its end; `None` if it had to be killed because it took too long.
+fn run(
+    command: &mut Command,
+    limit: Duration,
+    output: Option<&File>,
+) -> Result<Option<ExitStatus>> {
+    let stdio = || -> Result<Stdio> {
+        Ok(output.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))
+    };
+    command.stdin(Stdio::null()).stdout(stdio()?).stderr(stdio()?);
+    // A group of its own: Ctrl-C at the terminal is for us, and must not look like a bad disk.
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command.process_group(0).spawn().context(|| name)?;
+    let pid = Pid::from_child(&child);
+    let ended = pidfd_open(pid, PidfdFlags::empty()).context(|| "pidfd_open")?;
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: 0 };
+    loop {
+        match poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) => {
+                end(&mut child, pid)?;
+                return Ok(None);
+            }
+            _ => return Ok(Some(child.wait()?)),
+        }
+    }
+}
+
+/// Kills a checker with all that it has started.
+fn end(child: &mut Child, pid: Pid) -> Result<()> {
+    let _ = kill_process_group(pid, Signal::KILL);
+    child.wait()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(line: &str) -> Result<Verdict> {
+        let checker: Checker = line.parse()?;
+        checker.run(Path::new("/dev/null"), Duration::from_secs(1), None)
+    }
+
+    #[test]
+    fn the_exit_code_decides() {
+        assert_eq!(check("test -e {}").unwrap(), Verdict::Good);
+        assert_eq!(check("exit 3 # {}").unwrap(), Verdict::Bad("the checker exited with 3".into()));
+        let slow = Verdict::Bad("the checker was killed after 1 seconds".into());
+        assert_eq!(check("sleep 100 < {}").unwrap(), slow);
+        assert!(check("/no/such/program {}").is_err());
+        assert!(check("true").is_err(), "a checker that does not look at the disk");
+    }
+
+    #[test]
+    fn the_end_of_what_is_printed_is_kept() {
+        let checker = Checker::Command("echo first; seq 2000; echo {} >&2; exit 1".into());
+        let limit = Duration::from_secs(60);
+        let (verdict, output) = checker.run_and_listen(Path::new("/a/disk"), limit).unwrap();
+        assert_eq!(verdict, Verdict::Bad("the checker exited with 1".into()));
+        assert!(output.ends_with("2000\n/a/disk\n") && !output.contains("first"), "{output}");
+    }
+}

@@ -1,0 +1,169 @@
+//! A state as a disk that a checker may write to.
+//!
+//! What is written goes to memory and is forgotten with the next state. Base and log are never
+//! touched.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::block::Node;
+use crate::crash::history::History;
+use crate::crash::name::StateName;
+use crate::crash::overlay::Source;
+use crate::crash::view::View;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{AlignedBuf, Buffers, block_on};
+use crate::units::{ByteRange, SECTOR_SIZE, align_down, align_up};
+
+/// Unit in which written sectors are kept.
+const PAGE: u64 = 4096;
+/// The most that may be written to one state, in pages: 1 GiB.
+const MAX_PAGES: usize = 1 << 18;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct StateDisk {
+    history: Arc<History>,
+    base: Node,
+    view: View,
+    written: HashMap<u64, Page>,
+}
+
+/// Sectors that were written.
+#[derive(Debug)]
+struct Page {
+    /// One bit for each sector that is valid.
+    valid: u8,
+    bytes: Box<[u8; PAGE as usize]>,
+}
+
+impl StateDisk {
+    /// The base, until a state is shown.
+    pub fn new(history: Arc<History>, base: Node) -> StateDisk {
+        StateDisk { history, base, view: View::default(), written: HashMap::new() }
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.base.size()
+    }
+
+    /// The log it is made of.
+    pub fn history(&self) -> &Arc<History> {
+        &self.history
+    }
+
+    /// Is the state `name` from now on, fresh. Returns what may read differently now, as ranges of
+    /// whole pages in the order of the disk.
+    ///
+    /// # Errors
+    /// If the log has no such state.
+    pub fn show(&mut self, name: &StateName) -> Result<Vec<ByteRange>> {
+        let mut changed = self.view.show(&self.history, name)?;
+        changed
+            .extend(self.written.keys().map(|page| ByteRange { offset: page * PAGE, len: PAGE }));
+        self.written.clear();
+        changed.sort_by_key(|range| range.offset);
+        let mut pages: Vec<ByteRange> = Vec::new();
+        for range in changed {
+            let end = align_up(range.end(), PAGE).unwrap_or(range.end());
+            let range = ByteRange::between(align_down(range.offset, PAGE), end);
+            match pages.last_mut() {
+                Some(last) if range.offset <= last.end() => {
+                    *last = ByteRange::between(last.offset, last.end().max(range.end()));
+                }
+                _ => pages.push(range),
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Reads a range; less at the end of the disk.
+    pub fn read(&self, range: ByteRange) -> Result<Vec<u8>> {
+        let range = range.intersect(&ByteRange { offset: 0, len: self.size() });
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let unit = self.base.limits().request_alignment.max(SECTOR_SIZE);
+        let end = align_up(range.end(), unit).unwrap_or(range.end()).min(self.size());
+        let around = ByteRange::between(align_down(range.offset, unit), end);
+        let mut buf = AlignedBuf::zeroed(around.len as usize, PAGE as usize);
+        block_on(self.read_below(around, &buf.buffers()))?;
+        let bytes = buf.as_slice();
+        self.lay_written_over(around, bytes);
+        let skipped = (range.offset - around.offset) as usize;
+        Ok(bytes[skipped..skipped + range.len as usize].to_vec())
+    }
+
+    /// Keeps what is written until the next state.
+    ///
+    /// # Errors
+    /// If it lies outside of the disk, or too much was written.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        let range = ByteRange::new(offset, data.len() as u64)
+            .filter(|range| range.end() <= self.size())
+            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "beyond the end of the disk"))?;
+        let end = align_up(range.end(), SECTOR_SIZE).unwrap_or(range.end());
+        let whole = ByteRange::between(align_down(range.offset, SECTOR_SIZE), end);
+        let mut bytes;
+        let data = if whole == range {
+            data
+        } else {
+            bytes = self.read(whole)?;
+            bytes.resize(whole.len as usize, 0);
+            let skipped = (range.offset - whole.offset) as usize;
+            bytes[skipped..skipped + data.len()].copy_from_slice(data);
+            &bytes
+        };
+        for (i, sector) in data.chunks(SECTOR_SIZE as usize).enumerate() {
+            self.keep(whole.offset + i as u64 * SECTOR_SIZE, sector)?;
+        }
+        Ok(())
+    }
+
+    async fn read_below(&self, range: ByteRange, buf: &Buffers) -> Result<()> {
+        let mut at = range.offset;
+        while at < range.end() {
+            let (run, source) = self.view.find(ByteRange::between(at, range.end()));
+            let part = buf.slice(run.offset - range.offset, run.len);
+            match source {
+                None => self.base.read(run.offset, part).await?,
+                Some(Source::Zero) => part.fill_zero(),
+                Some(Source::Log(position)) => {
+                    self.history.log().file().read(position, part).await?;
+                }
+            }
+            at = run.end();
+        }
+        Ok(())
+    }
+
+    fn lay_written_over(&self, range: ByteRange, bytes: &mut [u8]) {
+        if self.written.is_empty() {
+            return;
+        }
+        for offset in (range.offset..range.end()).step_by(SECTOR_SIZE as usize) {
+            let Some(page) = self.written.get(&(offset / PAGE)) else { continue };
+            let inside = (offset % PAGE) as usize;
+            if page.valid & 1 << (inside / SECTOR_SIZE as usize) != 0 {
+                let place = (offset - range.offset) as usize;
+                let len = (bytes.len() - place).min(SECTOR_SIZE as usize);
+                bytes[place..place + len].copy_from_slice(&page.bytes[inside..inside + len]);
+            }
+        }
+    }
+
+    fn keep(&mut self, offset: u64, sector: &[u8]) -> Result<()> {
+        let number = offset / PAGE;
+        if self.written.len() >= MAX_PAGES && !self.written.contains_key(&number) {
+            let message = "more than 1 GiB was written to a crash state";
+            return Err(Error::new(ErrorKind::NoSpace, message));
+        }
+        let fresh = || Page { valid: 0, bytes: Box::new([0; PAGE as usize]) };
+        let page = self.written.entry(number).or_insert_with(fresh);
+        let inside = (offset % PAGE) as usize;
+        page.valid |= 1 << (inside / SECTOR_SIZE as usize);
+        page.bytes[inside..inside + sector.len()].copy_from_slice(sector);
+        Ok(())
+    }
+}

@@ -1,0 +1,470 @@
+//! Exploring: every state of a log, each different disk checked once.
+//!
+//! ```text
+//! this thread    epochs ─► states ─► fingerprint ─► seen before? ─► queue ─► results ─► report
+//! workers        show the state in a file of their own ─► checker ─► verdict
+//! ```
+//!
+//! States come in an order that depends on the log and the options alone, so "all before the n-th
+//! are done" is all that must be kept to go on later. Those that were done then are passed through
+//! without being checked, only to know them again.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::block::Node;
+use crate::crash::check::{Checker, Verdict};
+use crate::crash::copy::CopiedFile;
+use crate::crash::disk::StateDisk;
+use crate::crash::enumerate::{self, Reach};
+use crate::crash::fingerprint::{Fingerprints, Prints};
+use crate::crash::fuse::{Mount, StateFile};
+use crate::crash::history::{Epoch, History};
+use crate::crash::name::StateName;
+use crate::crash::report::{Failure, Report};
+use crate::crash::shrink;
+use crate::error::{Error, Result};
+
+/// How often the report is saved and the operator is told.
+const PACE: Duration = Duration::from_millis(500);
+/// How many failures are described; of each epoch one.
+const DESCRIBED: usize = 8;
+
+/// How to explore.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Which states.
+    pub reach: Reach,
+    /// Only epochs that begin in this range of entries.
+    pub entries: std::ops::Range<u64>,
+    /// The checker, if states are to be checked and not only counted.
+    pub checker: Option<Checker>,
+    /// How many checkers at a time.
+    pub workers: usize,
+    /// How long a checker may take.
+    pub limit: Duration,
+    /// End after so many failures.
+    pub stop_after: Option<u64>,
+    /// Where the report is kept.
+    pub results: Option<PathBuf>,
+    /// The command that checks the state whose name is put behind it.
+    pub again: String,
+}
+
+/// What the caller is asked and told meanwhile.
+pub trait Watch {
+    /// Whether to end now.
+    fn wants_to_stop(&mut self) -> bool;
+    /// What has been done so far.
+    fn progress(&mut self, report: &Report);
+}
+
+/// The file in which a worker shows its states.
+#[derive(Debug)]
+pub enum Shown {
+    /// By FUSE.
+    Fuse(StateFile),
+    /// A copy.
+    Copy(CopiedFile),
+}
+
+/// A state that waits for a worker.
+struct Task {
+    ordinal: u64,
+    name: StateName,
+}
+
+/// A state that is not counted yet, because one before it is not done.
+enum Pending {
+    /// A worker has it or will have it.
+    Waiting(StateName),
+    /// The same disk as another one.
+    Duplicate,
+    /// Not to be checked.
+    Counted,
+    /// Checked.
+    Good,
+    /// Checked, and not good.
+    Bad(Box<Failure>),
+}
+
+/// Files for the workers, and what keeps them mounted.
+#[derive(Debug)]
+pub struct Stage {
+    files: Vec<Shown>,
+    _mount: Option<Mount>,
+    /// How states are shown, for the operator.
+    pub how: String,
+}
+
+impl Stage {
+    /// Looks for the best way to show states that the host has.
+    pub fn new(history: &Arc<History>, base: &Node, workers: usize) -> Stage {
+        let disk = |_| StateDisk::new(Arc::clone(history), base.clone());
+        match Mount::new((0..workers).map(disk).collect()) {
+            Ok((mount, files)) => Stage {
+                files: files.into_iter().map(Shown::Fuse).collect(),
+                _mount: Some(mount),
+                how: "states are shown through FUSE".into(),
+            },
+            Err(err) => Stage {
+                files: (0..workers).map(|i| Shown::Copy(CopiedFile::new(i, disk(i)))).collect(),
+                _mount: None,
+                how: format!(
+                    "no FUSE ({err}): each state is copied to a sparse file, which is slow"
+                ),
+            },
+        }
+    }
+}
+
+impl Stage {
+    /// Checks one state; with the end of what the checker printed.
+    ///
+    /// # Errors
+    /// If the state cannot be shown, or the checker not be run.
+    pub fn check(
+        &mut self,
+        name: &StateName,
+        checker: &Checker,
+        limit: Duration,
+    ) -> Result<(Verdict, String)> {
+        match self.files.first_mut() {
+            Some(file) => file.check_and_listen(name, checker, limit),
+            None => Err(Error::invalid("no file to show a state in")),
+        }
+    }
+}
+
+impl Shown {
+    /// Shows a state and checks it.
+    pub fn check(
+        &mut self,
+        name: &StateName,
+        checker: &Checker,
+        limit: Duration,
+    ) -> Result<Verdict> {
+        self.show(name)?;
+        checker.run(self.path(), limit, None)
+    }
+
+    fn check_and_listen(
+        &mut self,
+        name: &StateName,
+        checker: &Checker,
+        limit: Duration,
+    ) -> Result<(Verdict, String)> {
+        self.show(name)?;
+        checker.run_and_listen(self.path(), limit)
+    }
+
+    fn show(&mut self, name: &StateName) -> Result<()> {
+        match self {
+            Shown::Fuse(file) => file.show(name),
+            Shown::Copy(file) => file.show(name),
+        }
+    }
+
+    fn path(&self) -> &std::path::Path {
+        match self {
+            Shown::Fuse(file) => file.path(),
+            Shown::Copy(file) => file.path(),
+        }
+    }
+}
+
+/// How many states there are, duplicates included.
+pub fn count(history: &History, plan: &Plan) -> u64 {
+    let mut count = 0;
+    for epoch in epochs(history, plan) {
+        let _ = enumerate::visit::<()>(history, &epoch, &plan.reach, &mut |_| {
+            count += 1;
+            ControlFlow::Continue(())
+        });
+    }
+    count
+}
+
+/// Explores, from where `report` stands. A report that is not finished afterwards was stopped.
+///
+/// # Errors
+/// If base or log cannot be read, or the checker cannot be run. What was found until then is in the
+/// report.
+pub fn explore(
+    history: &Arc<History>,
+    base: &Node,
+    plan: &Plan,
+    report: &mut Report,
+    stage: &mut Stage,
+    watch: &mut dyn Watch,
+) -> Result<()> {
+    report.states = count(history, plan);
+    let started = Instant::now();
+    let before = report.seconds;
+    let workers = if plan.checker.is_some() { stage.files.len() } else { 0 };
+    let (tasks, queue) = sync_channel(workers * 4 + 1);
+    let (verdicts, results) = channel();
+    let (queue, ending) = (Mutex::new(queue), AtomicBool::new(false));
+    let mut run = Run {
+        history,
+        plan,
+        report,
+        watch,
+        tasks: Some(tasks),
+        results,
+        started,
+        before,
+        said: Instant::now(),
+        pending: BTreeMap::new(),
+        given: 0,
+        interrupted: false,
+        error: None,
+    };
+    std::thread::scope(|scope| -> Result<()> {
+        for file in stage.files.iter_mut().take(workers) {
+            let (queue, ending, verdicts) = (&queue, &ending, verdicts.clone());
+            scope.spawn(move || work(file, plan, queue, ending, &verdicts));
+        }
+        drop(verdicts);
+        let generated = run.generate(base);
+        ending.store(run.given < run.report.states, Ordering::Relaxed);
+        run.tasks = None;
+        // The workers end what they have in hand.
+        while let Ok((ordinal, verdict)) = run.results.recv() {
+            run.take(ordinal, verdict);
+            run.say_now_and_then()?;
+            if run.is_interrupted() || run.is_stopped() {
+                ending.store(true, Ordering::Relaxed);
+            }
+        }
+        generated
+    })?;
+    let stopped = run.is_stopped() || run.report.done < run.report.states;
+    run.report.seconds = before + started.elapsed().as_secs_f64();
+    if let Some(err) = run.error {
+        return Err(err);
+    }
+    let interrupted = run.interrupted;
+    report.finished = !stopped;
+    if !interrupted {
+        describe_failures(history, plan, report, stage)?;
+    }
+    if let Some(path) = &plan.results {
+        report.save(path)?;
+    }
+    Ok(())
+}
+
+fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoch> + 'a {
+    history.epochs().filter(|epoch| plan.entries.contains(&epoch.start))
+}
+
+/// A worker: checks states until there are no more, or no more are wanted.
+fn work(
+    file: &mut Shown,
+    plan: &Plan,
+    queue: &Mutex<Receiver<Task>>,
+    ending: &AtomicBool,
+    verdicts: &Sender<(u64, Result<Verdict>)>,
+) {
+    let Some(checker) = &plan.checker else { return };
+    loop {
+        let task = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(task) = task else { return };
+        if ending.load(Ordering::Relaxed) {
+            continue;
+        }
+        let verdict = file.check(&task.name, checker, plan.limit);
+        if verdicts.send((task.ordinal, verdict)).is_err() {
+            return;
+        }
+    }
+}
+
+/// An exploration that is under way.
+struct Run<'a> {
+    history: &'a Arc<History>,
+    plan: &'a Plan,
+    report: &'a mut Report,
+    watch: &'a mut dyn Watch,
+    /// `None` when all is given out.
+    tasks: Option<SyncSender<Task>>,
+    results: Receiver<(u64, Result<Verdict>)>,
+    started: Instant,
+    /// Seconds spent by earlier runs.
+    before: f64,
+    said: Instant,
+    /// States that are not counted yet, by their place in the order.
+    pending: BTreeMap<u64, Pending>,
+    /// How many states were looked at, done or given to a worker.
+    given: u64,
+    /// Whether the operator wants it to end.
+    interrupted: bool,
+    /// What ends it.
+    error: Option<Error>,
+}
+
+impl Run<'_> {
+    fn generate(&mut self, base: &Node) -> Result<()> {
+        let history = Arc::clone(self.history);
+        let mut prints = Fingerprints::new(&history, base);
+        let mut seen = HashSet::new();
+        let resumed = self.report.done;
+        for epoch in epochs(&history, self.plan) {
+            let print = prints.epoch(&epoch)?;
+            let flow = enumerate::visit(&history, &epoch, &self.plan.reach, &mut |name| {
+                self.meet(name, &print, &mut seen, resumed)
+            });
+            match flow {
+                ControlFlow::Continue(()) => {}
+                ControlFlow::Break(result) => return result,
+            }
+        }
+        Ok(())
+    }
+
+    /// The next state: known, done earlier, or to be checked.
+    fn meet(
+        &mut self,
+        name: StateName,
+        print: &Prints,
+        seen: &mut HashSet<u128>,
+        resumed: u64,
+    ) -> ControlFlow<Result<()>> {
+        let ordinal = self.given;
+        let is_new = seen.insert(print.of(&name));
+        self.given += 1;
+        if ordinal < resumed {
+            return ControlFlow::Continue(());
+        }
+        let pending = match (&self.tasks, &self.plan.checker) {
+            _ if !is_new => Pending::Duplicate,
+            (Some(tasks), Some(_)) => {
+                // Fails only if all workers have ended, which they do not before us.
+                let _ = tasks.send(Task { ordinal, name: name.clone() });
+                Pending::Waiting(name)
+            }
+            _ => Pending::Counted,
+        };
+        self.pending.insert(ordinal, pending);
+        while let Ok((ordinal, verdict)) = self.results.try_recv() {
+            self.take(ordinal, verdict);
+        }
+        self.count_done();
+        // Asking costs a system call, and a state may cost less.
+        let is_due = self.given.is_multiple_of(256) || self.plan.checker.is_some();
+        if is_due && let Err(err) = self.say_now_and_then() {
+            return ControlFlow::Break(Err(err));
+        }
+        if self.is_stopped() || (is_due && self.is_interrupted()) {
+            return ControlFlow::Break(Ok(()));
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn take(&mut self, ordinal: u64, verdict: Result<Verdict>) {
+        let Some(pending) = self.pending.get_mut(&ordinal) else { return };
+        match (verdict, &*pending) {
+            (Ok(Verdict::Bad(how)), Pending::Waiting(name)) => {
+                *pending = Pending::Bad(Box::new(Failure::new(self.history, name, &how)));
+            }
+            (Ok(_), _) => *pending = Pending::Good,
+            // This one is not done: it waits for another run.
+            (Err(err), _) => drop(self.error.get_or_insert(err)),
+        }
+        self.count_done();
+    }
+
+    /// Counts what has nothing undone before it, so that what is kept is right whenever this process
+    /// is killed.
+    fn count_done(&mut self) {
+        while let Some(first) = self.pending.first_entry() {
+            if matches!(first.get(), Pending::Waiting(_)) {
+                return;
+            }
+            let ordinal = *first.key();
+            match first.remove() {
+                Pending::Duplicate => self.report.duplicates += 1,
+                Pending::Good => self.report.checked += 1,
+                Pending::Bad(failure) => {
+                    self.report.checked += 1;
+                    self.report.failed += 1;
+                    self.keep(*failure);
+                }
+                Pending::Counted | Pending::Waiting(_) => {}
+            }
+            self.report.done = ordinal + 1;
+        }
+    }
+
+    /// Keeps the first failure of an epoch.
+    fn keep(&mut self, failure: Failure) {
+        let epoch = |failure: &Failure| failure.writes.first().map(|row| row.entry);
+        let kept = &mut self.report.failures;
+        if kept.len() < DESCRIBED && kept.iter().all(|other| epoch(other) != epoch(&failure)) {
+            kept.push(failure);
+        }
+    }
+
+    fn is_interrupted(&mut self) -> bool {
+        self.interrupted |= self.watch.wants_to_stop();
+        self.interrupted
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.error.is_some() || self.plan.stop_after.is_some_and(|most| self.report.failed >= most)
+    }
+
+    fn say_now_and_then(&mut self) -> Result<()> {
+        if self.said.elapsed() < PACE {
+            return Ok(());
+        }
+        self.said = Instant::now();
+        self.report.seconds = self.before + self.started.elapsed().as_secs_f64();
+        self.watch.progress(self.report);
+        match &self.plan.results {
+            Some(path) => self.report.save(path),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Shrinks what was found and has the checker say what is wrong.
+fn describe_failures(
+    history: &History,
+    plan: &Plan,
+    report: &mut Report,
+    stage: &mut Stage,
+) -> Result<()> {
+    let (Some(checker), Some(file)) = (&plan.checker, stage.files.first_mut()) else {
+        return Ok(());
+    };
+    for failure in report.failures.iter_mut().filter(|failure| !failure.shrunk) {
+        let found_as = failure.found_as.clone();
+        let (epoch, found) = history.expanded(&found_as.parse()?)?;
+        let (verdict, _) = file.check_and_listen(&found, checker, plan.limit)?;
+        if verdict == Verdict::Good {
+            failure.flaky = true;
+            failure.reproduce = format!("{}{found_as}", plan.again);
+            continue;
+        }
+        let mut fails = |name: &StateName| -> Result<bool> {
+            Ok(file.check(name, checker, plan.limit)? != Verdict::Good)
+        };
+        let least = shrink::shrink(history, &epoch, found, &mut fails)?;
+        let (verdict, output) = file.check_and_listen(&least, checker, plan.limit)?;
+        let how = match verdict {
+            Verdict::Bad(how) => how,
+            Verdict::Good => failure.verdict.clone(),
+        };
+        *failure =
+            Failure { found_as, shrunk: true, output, ..Failure::new(history, &least, &how) };
+        failure.reproduce = format!("{}{}", plan.again, failure.state);
+    }
+    Ok(())
+}

@@ -1,0 +1,288 @@
+//! What an exploration has found so far: kept in a file, so that it can be continued and shown.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use quick_junit::{NonSuccessKind, Property, TestCase, TestCaseStatus, TestSuite};
+use serde::{Deserialize, Serialize};
+
+use crate::crash::history::History;
+use crate::crash::name::{Kept, StateName};
+use crate::error::{Error, Result, ResultExt};
+use crate::write_log::Kind;
+
+/// Version of the file.
+const VERSION: u32 = 1;
+
+/// What is explored. Only an exploration of the same can be continued.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Subject {
+    /// The log's file.
+    pub log: String,
+    /// How many entries it had.
+    pub entries: u64,
+    /// The image as it was when logging began.
+    pub base: String,
+    /// The size of that disk in bytes.
+    pub size: u64,
+    /// The checker; empty if states are only counted.
+    pub check: String,
+    /// Which states, and the options they depend on.
+    pub options: String,
+}
+
+/// See the [module](self).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    version: u32,
+    /// What is explored.
+    #[serde(flatten)]
+    pub subject: Subject,
+    /// How many states there are, duplicates included.
+    pub states: u64,
+    /// All states before this one, in their order, are done.
+    pub done: u64,
+    /// How many were checked.
+    pub checked: u64,
+    /// How many were the same disk as another one.
+    pub duplicates: u64,
+    /// How many were not good.
+    pub failed: u64,
+    /// Time spent, in seconds.
+    pub seconds: f64,
+    /// Whether all states are done.
+    pub finished: bool,
+    /// The first failure of each of the first few epochs that have any.
+    pub failures: Vec<Failure>,
+}
+
+/// A state that is not good.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Failure {
+    /// Its name, after shrinking if that is done.
+    pub state: String,
+    /// The name of the state that was found first.
+    pub found_as: String,
+    /// Whether it was shrunk.
+    pub shrunk: bool,
+    /// Writes that are missing although a later one is there.
+    pub dropped: u64,
+    /// Writes that are there in part.
+    pub torn: u64,
+    /// How the checker ended.
+    pub verdict: String,
+    /// The end of what it printed.
+    pub output: String,
+    /// Whether it failed only once out of twice.
+    pub flaky: bool,
+    /// The writes of the epoch.
+    pub writes: Vec<Row>,
+    /// The last mark before the epoch.
+    pub mark_before: Option<String>,
+    /// The first mark after it.
+    pub mark_after: Option<String>,
+    /// The command that does it again.
+    pub reproduce: String,
+}
+
+/// A write of the guilty epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Row {
+    /// The number of its entry.
+    pub entry: u64,
+    /// Where on the disk, in sectors of 512 bytes.
+    pub sector: u64,
+    /// How long, in bytes.
+    pub bytes: u64,
+    /// `write`, `discard`, and what else the log says of it.
+    pub kind: String,
+    /// What became of it: `present`, `dropped` (missing, and a later one is there), `torn (first
+    /// 512)`, or `after the cut`.
+    pub fate: String,
+}
+
+impl Failure {
+    /// Describes a state that has a bit for each write of its epoch.
+    pub fn new(history: &History, name: &StateName, verdict: &str) -> Failure {
+        let epoch = history.window(name.prefix);
+        let shortest = history.shortest(&epoch, name).to_string();
+        let last = name.applied.iter().rposition(|applied| *applied);
+        let mut writes = Vec::new();
+        for (i, number) in epoch.writes.iter().enumerate() {
+            let entry = history.entry(*number);
+            let fate = match (name.applied[i], name.tear(i)) {
+                (true, None) => "present".into(),
+                (true, Some(Kept::First(len))) => format!("torn (first {len})"),
+                (true, Some(Kept::Last(len))) => format!("torn (last {len})"),
+                (false, _) if last.is_some_and(|last| i < last) => "dropped".into(),
+                (false, _) => "after the cut".into(),
+            };
+            let kind = match entry.kind() {
+                Kind::Discard => "discard".to_string(),
+                _ if entry.flags.0 == 0 => "write".to_string(),
+                _ => format!("write {}", entry.flags),
+            };
+            let (sector, bytes) = (entry.target.offset / 512, entry.target.len);
+            writes.push(Row { entry: *number, sector, bytes, kind, fate });
+        }
+        let mark = |mark: Option<&(u64, crate::write_log::Mark)>| {
+            mark.map(|(number, mark)| format!("{mark} (entry {number})"))
+        };
+        Failure {
+            state: shortest.clone(),
+            found_as: shortest,
+            shrunk: false,
+            dropped: writes.iter().filter(|row| row.fate == "dropped").count() as u64,
+            torn: name.torn.len() as u64,
+            verdict: verdict.into(),
+            output: String::new(),
+            flaky: false,
+            writes,
+            mark_before: mark(history.index().mark_before(epoch.start)),
+            mark_after: mark(history.index().mark_after(epoch.end)),
+            reproduce: String::new(),
+        }
+    }
+
+    fn write_text(&self, text: &mut String) -> std::fmt::Result {
+        writeln!(text, "{}: {}", self.state, self.verdict)?;
+        if self.found_as != self.state {
+            writeln!(text, "  found as {}", self.found_as)?;
+        }
+        let shrunk = if self.shrunk { "" } else { " (not shrunk)" };
+        writeln!(text, "  {} dropped, {} torn{shrunk}", self.dropped, self.torn)?;
+        if self.flaky {
+            writeln!(text, "  FLAKY: the same state passed when it was checked again")?;
+        }
+        for (which, mark) in [("before", &self.mark_before), ("after", &self.mark_after)] {
+            if let Some(mark) = mark {
+                writeln!(text, "  mark {which}: {mark}")?;
+            }
+        }
+        writeln!(text, "  {:>10} {:>14} {:>10}  {:<14} fate", "entry", "sector", "bytes", "kind")?;
+        for row in &self.writes {
+            let Row { entry, sector, bytes, kind, fate } = row;
+            writeln!(text, "  {entry:>10} {sector:>14} {bytes:>10}  {kind:<14} {fate}")?;
+        }
+        for line in self.output.lines() {
+            writeln!(text, "  | {line}")?;
+        }
+        writeln!(text, "  again: {}", self.reproduce)
+    }
+}
+
+impl Report {
+    /// Nothing found yet.
+    pub fn new(subject: Subject) -> Report {
+        Report {
+            version: VERSION,
+            subject,
+            states: 0,
+            done: 0,
+            checked: 0,
+            duplicates: 0,
+            failed: 0,
+            seconds: 0.0,
+            finished: false,
+            failures: Vec::new(),
+        }
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// Names the file and what is wrong with it.
+    pub fn load(path: &Path) -> Result<Report> {
+        let name = || path.display().to_string();
+        let bytes = std::fs::read(path).context(name)?;
+        let report: Report = serde_json::from_slice(&bytes).map_err(|err| {
+            Error::corrupt(format!("{}: not the results of an exploration: {err}", name()))
+        })?;
+        if report.version != VERSION {
+            let version = report.version;
+            return Err(Error::unsupported(format!("{}: version {version}", name())));
+        }
+        Ok(report)
+    }
+
+    /// Writes it; a reader finds the old one or the new one, whatever happens meanwhile.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let name = || path.display().to_string();
+        let mut bytes = serde_json::to_vec_pretty(self).map_err(std::io::Error::from)?;
+        bytes.push(b'\n');
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
+        std::fs::write(&new, &bytes).context(name)?;
+        std::fs::rename(&new, path).context(name)
+    }
+
+    /// States per second, duplicates included.
+    pub fn covered_per_second(&self) -> f64 {
+        self.done as f64 / self.seconds.max(0.001)
+    }
+
+    /// For people.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        let end = if self.finished { "" } else { " (not finished)" };
+        let checked = self.checked as f64 / self.seconds.max(0.001);
+        let _ = writeln!(
+            text,
+            "{} of {} states{end}: {} checked, {} duplicates, {} failed; {:.1} s, {:.0} states/s, \
+             {checked:.0} checked/s",
+            self.done,
+            self.states,
+            self.checked,
+            self.duplicates,
+            self.failed,
+            self.seconds,
+            self.covered_per_second(),
+        );
+        for failure in &self.failures {
+            text.push('\n');
+            let _ = failure.write_text(&mut text);
+        }
+        text
+    }
+
+    /// For continuous integration.
+    ///
+    /// # Errors
+    /// None that can be helped.
+    pub fn to_junit(&self) -> Result<String> {
+        let mut suite = TestSuite::new(self.subject.log.clone());
+        for (name, number) in [
+            ("states", self.states),
+            ("done", self.done),
+            ("checked", self.checked),
+            ("duplicates", self.duplicates),
+            ("failed", self.failed),
+        ] {
+            suite.add_property(Property::new(name, number.to_string()));
+        }
+        for failure in &self.failures {
+            let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
+            let mut text = String::new();
+            let _ = failure.write_text(&mut text);
+            status.set_message(failure.verdict.clone()).set_description(text);
+            let mut case = TestCase::new(failure.state.clone(), status);
+            case.set_classname(self.subject.check.clone());
+            suite.add_test_case(case);
+        }
+        if self.failures.is_empty() {
+            let mut case = TestCase::new("all states", TestCaseStatus::success());
+            case.set_classname(self.subject.check.clone());
+            suite.add_test_case(case);
+        }
+        let mut report = quick_junit::Report::new("vublk log explore");
+        report.add_test_suite(suite);
+        report.to_string().map_err(|err| Error::invalid(format!("JUnit: {err}")))
+    }
+}

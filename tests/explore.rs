@@ -1,0 +1,193 @@
+//! `vublk log explore` as a black box: planted bugs, a file system made by mke2fs, kill and resume.
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{fails, ok, tool_ok, vublk};
+use serde_json::Value;
+use vublk::write_log::LogBuilder;
+
+const SIZE: usize = 1 << 20;
+
+/// A base of zeros and a log; epoch after epoch, 6 writes of 4 KiB, each in a place of its own.
+fn small_disk(dir: &Path, epochs: u8) {
+    std::fs::write(dir.join("base.img"), vec![0; SIZE]).unwrap();
+    let mut log = LogBuilder::new(512).mark("start");
+    for epoch in 0..epochs {
+        for write in 0..6 {
+            log = log.write(write * 4096, &[epoch * 10 + write as u8 + 1; 4096]);
+        }
+        log = log.flush();
+    }
+    std::fs::write(dir.join("w.log"), log.mark("end").finish()).unwrap();
+}
+
+/// A checker in shell: the bug is that write 5 of epoch 1 is there and write 2
+/// of epoch 0 is still there.
+const PLANTED: &str = "test \"$(head -c 16385 {} | tail -c 1 | od -An -tu1)\" != '  15' || \
+                       test \"$(head -c 4097 {} | tail -c 1 | od -An -tu1)\" != '   2'";
+
+fn explore(dir: &Path, check: &str, more: &[&str]) -> (Option<i32>, Value) {
+    let args = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--output", "json"];
+    let args = [&args[..], &["--check", check], more].concat();
+    let output = vublk(dir, &args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let json =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|err| panic!("{err}: {stderr}"));
+    (output.status.code(), json)
+}
+
+#[test]
+fn a_planted_bug_is_found_shrunk_and_reproduced() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 3);
+    let (code, report) = explore(dir.path(), PLANTED, &["--results", "r.json"]);
+    assert_eq!(code, Some(1));
+    assert_eq!(report["finished"], true);
+    assert_eq!(report["states"], 3 * 64);
+    // Nothing of an epoch is all of the one before, after the first.
+    assert_eq!(report["duplicates"], 2);
+    assert_eq!(report["checked"], 3 * 64 - 2);
+    assert_eq!(report["failed"], 16, "of 64 subsets, those with the one and without the other");
+    let failure = &report["failures"][0];
+    // Entry 0 is a mark, 7 a flush; 8 to 13 are the writes of epoch 1.
+    assert_eq!(failure["state"], "E9:s=0111");
+    assert_eq!((&failure["dropped"], &failure["torn"]), (&1.into(), &0.into()));
+    assert_eq!(failure["writes"][1]["fate"], "dropped");
+    assert_eq!(failure["writes"][5]["fate"], "after the cut");
+    assert_eq!(failure["mark-before"], "start (entry 0)");
+
+    let again = failure["reproduce"].as_str().unwrap().strip_prefix("vublk ").unwrap();
+    let shell = |line: &str| {
+        let line = format!("{} {line}", env!("CARGO_BIN_EXE_vublk"));
+        Command::new("sh").args(["-c", &line]).current_dir(dir.path()).output().unwrap()
+    };
+    let output = shell(again);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text, "E9:s=0111: the checker exited with 1\n");
+    let good = shell(&again.replace("E9:s=0111", "E9:s=1111"));
+    assert_eq!(good.status.code(), Some(0), "{}", String::from_utf8_lossy(&good.stderr));
+
+    let junit = ok(dir.path(), &["log", "report", "r.json", "--output", "junit"]);
+    assert!(junit.contains("failures=\"1\"") && junit.contains("E9:s=0111"), "{junit}");
+    let text = ok(dir.path(), &["log", "report", "r.json"]);
+    assert!(text.contains("192 of 192 states") && text.contains("1 dropped, 0 torn"), "{text}");
+    let base = std::fs::read(dir.path().join("base.img")).unwrap();
+    assert!(base.iter().all(|byte| *byte == 0), "the base is never written to");
+}
+
+#[test]
+fn a_checker_may_write_and_the_next_state_is_fresh() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 2);
+    // Fails where it finds what an earlier one has left.
+    let check = "test \"$(tail -c 512 {} | head -c 4)\" != left && \
+                 printf left | dd of={} bs=1 seek=1048064 conv=notrunc 2>/dev/null && \
+                 test \"$(tail -c 512 {} | head -c 4)\" = left && test $(stat -c %s {}) = 1048576";
+    let (code, report) = explore(dir.path(), check, &[]);
+    assert_eq!((code, &report["failed"]), (Some(0), &0.into()), "{report}");
+    assert_eq!(report["checked"], 127);
+}
+
+#[test]
+fn an_exploration_goes_on_after_a_kill_and_after_ctrl_c() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 4);
+    let check = format!("sleep 0.02; {PLANTED}");
+    let args =
+        ["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--results", "r.json"];
+    for signal in [Signal::KILL, Signal::INT] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vublk"))
+            .args(args)
+            .args(["--check", &check])
+            .current_dir(dir.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let done = || -> u64 {
+            let bytes = std::fs::read(dir.path().join("r.json")).unwrap_or_default();
+            serde_json::from_slice(&bytes).map_or(0, |r: Value| r["done"].as_u64().unwrap())
+        };
+        let (before, deadline) = (done(), Instant::now() + Duration::from_secs(120));
+        while done() <= before {
+            assert!(Instant::now() < deadline, "no progress");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let status = child.wait().unwrap();
+        if signal == Signal::INT {
+            assert_eq!(status.code(), Some(1), "not finished");
+        }
+    }
+    let before = ok(dir.path(), &["log", "report", "r.json", "--output", "json"]);
+    let before: Value = serde_json::from_str(&before).unwrap();
+    assert!(before["finished"] == false && before["done"].as_u64().unwrap() > 0, "{before}");
+    let (code, report) = explore(dir.path(), &check, &["--results", "r.json"]);
+    assert_eq!((code, &report["finished"]), (Some(1), &true.into()));
+    assert_eq!((&report["done"], &report["states"]), (&256.into(), &256.into()));
+    assert_eq!(report["failures"][0]["state"], "E9:s=0111");
+    // Those in hand when the first was killed are checked twice, and none is left out.
+    assert_eq!((&report["checked"], &report["duplicates"]), (&253.into(), &3.into()), "{report}");
+
+    let error = fails(dir.path(), &[&args[..], &["--check", "true {}"]].concat(), 1);
+    assert!(error.contains("r.json: holds the results of another exploration"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_explored_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 1);
+    let explore = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw"];
+    let with = |more: &[&str]| fails(dir.path(), &[&explore[..], more].concat(), 1);
+    let error = with(&["--check", "/no/such/checker {}"]);
+    assert!(error.contains("the checker cannot be run: /no/such/checker /"), "{error}");
+    let error = with(&["--check", "true {}", "--state", "E99"]);
+    assert!(error.contains("E99: the log has 9 entries only"), "{error}");
+    let error = with(&["--start-mark", "nowhere"]);
+    assert!(error.contains("there is no mark 'nowhere'"), "{error}");
+    std::fs::write(dir.path().join("base.img"), vec![0; 8192]).unwrap();
+    let error = with(&[]);
+    assert!(error.contains("entry 3 writes past the end of the disk"), "{error}");
+}
+
+/// The blocks that writing a file changes, as one epoch: an ext4 that does without a journal's
+/// order. The checker sees that, and the state with all of them is clean.
+#[test]
+fn a_file_system_without_order_is_caught_by_the_ext4_checker() {
+    for tool in ["mke2fs", "debugfs", "e2fsck"] {
+        if Command::new(tool).arg("-V").output().is_err() {
+            common::skip(&format!("{tool} is not installed"));
+            return;
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("base.img"), vec![0; 8 << 20]).unwrap();
+    std::fs::write(dir.join("file"), "content").unwrap();
+    tool_ok(dir, "mke2fs", &["-q", "-t", "ext4", "-b", "4096", "base.img"]);
+    std::fs::copy(dir.join("base.img"), dir.join("after.img")).unwrap();
+    tool_ok(dir, "debugfs", &["-w", "-R", "write file file", "after.img"]);
+    let before = std::fs::read(dir.join("base.img")).unwrap();
+    let after = std::fs::read(dir.join("after.img")).unwrap();
+    let mut log = LogBuilder::new(512);
+    for (i, (old, new)) in before.chunks(4096).zip(after.chunks(4096)).enumerate() {
+        if old != new {
+            log = log.write(i as u64 * 4096, new);
+        }
+    }
+    let writes = log.entries();
+    std::fs::write(dir.join("w.log"), log.flush().write(0, &after[..4096]).finish()).unwrap();
+    let (code, report) = explore(dir, "ext4", &["--states", "flush"]);
+    assert_eq!((code, &report["failed"]), (Some(0), &0.into()), "{report}");
+    let (code, report) = explore(dir, "ext4", &[]);
+    assert_eq!(code, Some(1), "{writes} writes: {report}");
+    let failure = &report["failures"][0];
+    assert!(failure["dropped"].as_u64().unwrap() <= 1, "{failure}");
+    let printed = failure["output"].as_str().unwrap();
+    assert!(printed.contains("base.img") || printed.contains(".img"), "{printed}");
+}
