@@ -80,8 +80,9 @@ impl Checker {
                 Ok(verdict("the checker", status, &[0], limit))
             }
             Checker::Ext4 => {
+                // Without -f: that would check and repair everything after the recovery.
                 let mut recover = Command::new("e2fsck");
-                recover.args(["-fy", "-E", "journal_only"]).arg(path);
+                recover.args(["-y", "-E", "journal_only"]).arg(path);
                 let status = run(&mut recover, limit, output)?;
                 let recovered = verdict("the journal's recovery", status, &[0, 1], limit);
                 if recovered != Verdict::Good {
