@@ -657,6 +657,43 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_recovered_batch_is_not_cleared_once_more() {
+        let (_file, region) = region(1, 8);
+        let mut queue = region.queue(0).unwrap();
+        queue.start(100, 100, 8).unwrap();
+        queue.take(3);
+        queue.take(1);
+        // Published, and dead before the flag is cleared.
+        queue.link(3);
+        let mut queue = region.queue(0).unwrap();
+        assert_eq!(queue.start(101, 0, 8).unwrap().heads, [1]);
+        // The guest uses the same head again, and we die again before anything is published.
+        queue.take(3);
+        assert_eq!(region.queue(0).unwrap().start(101, 0, 8).unwrap().heads, [1, 3]);
+    }
+
+    #[test]
+    fn batches_that_lead_outside_of_the_ring_are_refused() {
+        let (file, region) = region(1, 8);
+        let mut queue = region.queue(0).unwrap();
+        queue.start(0, 0, 4).unwrap();
+        queue.take(2);
+        queue.link(2);
+        let refused = |used| {
+            let err = region.queue(0).unwrap().start(used, 0, 4).unwrap_err();
+            assert!(matches!(err, InflightError::Batch { .. }), "{err}");
+        };
+        // Longer than the ring; and a head, then a link, that is in the region but not in the ring.
+        refused(5);
+        let put = |at: usize| file.write_all_at(&6u16.to_le_bytes(), at as u64).unwrap();
+        put(HEADER + 2 * ENTRY + AT_NEXT);
+        refused(2);
+        queue.take(2);
+        put(AT_LAST_BATCH_HEAD);
+        refused(1);
+    }
+
+    #[test]
     fn a_fresh_region_on_a_used_ring_clears_nothing() {
         // spdk#3766: used_idx left at 0 makes the next recovery clear entry 0's flag.
         let (_file, region) = region(1, 8);
