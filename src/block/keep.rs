@@ -36,7 +36,7 @@
 //! ```
 //!
 //! An append copies the record into the mapped file and then stores, as one aligned word, the
-//! committed length: no system call (but one in [`RESERVE`] bytes, to make sure of the memory).
+//! committed length: no system call (but one in `RESERVE` bytes, to make sure of the memory).
 //! Killed anywhere in between, the record does not exist, and neither did the completion it was to
 //! precede. `release` sets the committed length of the older half to 0, again one word.
 //! The CRC covers generation and position, so nothing stale passes for a record.

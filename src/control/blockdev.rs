@@ -1,8 +1,8 @@
 //! `BlockdevOptions`: nodes as clients and command lines describe them.
 //!
 //! What is declared here is what the parser takes, the schema says, and [`add`] honours; an option
-//! of QEMU's that is not here is refused by name. To add a driver: a variant of [`DriverOptions`]
-//! with its options, and an arm in [`open`].
+//! of QEMU's that is not here is refused by name. To add a driver: a variant of `BlockdevDriverOptions`
+//! with its options, and an arm in `open`.
 //!
 //! A child is named, or described in place; then it goes with its parent.
 

@@ -5,9 +5,9 @@
 //! socket ◄─ output ◄────────── replies, events
 //! ```
 //!
-//! Bounds: at most [`MAX_REQUESTS`] requests wait, and while so many do, or while more than
-//! [`MAX_UNREAD_REPLIES`] bytes have not been fetched, nothing is read or run for this client.
-//! Events do not wait for anybody: beyond [`MAX_UNREAD_EVENTS`] bytes they are dropped, counted, and
+//! Bounds: at most `MAX_REQUESTS` requests wait, and while so many do, or while more than
+//! `MAX_UNREAD_REPLIES` bytes have not been fetched, nothing is read or run for this client.
+//! Events do not wait for anybody: beyond `MAX_UNREAD_EVENTS` bytes they are dropped, counted, and
 //! once the client reads again, an event says so.
 
 use std::collections::VecDeque;

@@ -27,7 +27,7 @@
 //! the next process ask for the overlay, which shows the same content. Killed after it, completed
 //! writes are in the overlay; those that were completed before and not flushed are in the page cache,
 //! or in the keep of the image that is frozen: who opens it below its overlay redoes them
-//! ([`crate::images::open`]).
+//! (`crate::images::open`).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

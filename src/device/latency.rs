@@ -1,7 +1,7 @@
 //! How long requests take, from the ring to their completion.
 //!
 //! A look at the clock costs more than a planned request may, so a worker times one request in
-//! [`EVERY`], and one at a time. What it finds goes into a histogram that anybody may read.
+//! `EVERY`, and one at a time. What it finds goes into a histogram that anybody may read.
 
 use std::time::{Duration, Instant};
 

@@ -155,7 +155,7 @@ pub struct OpenRequest {
     pub salvage: bool,
     /// Where metadata is kept that must outlive this process, for disks that are served.
     pub state_dir: StateDir,
-    /// Where that may be found for an image below one that is served; see [`settle`].
+    /// Where that may be found for an image below one that is served; see `settle`.
     pub settle_in: StateDir,
     /// The node's name. Nodes below it get names of their own.
     pub node_name: String,

@@ -25,9 +25,9 @@
 //! * If a request was completed before another was submitted, its entry comes first. Requests that
 //!   overlap take their places in the order in which they reach the disk, so the last in the log
 //!   is what the disk holds.
-//! * A request completes only when its entry is whole, and all before it ([`tail`]).
+//! * A request completes only when its entry is whole, and all before it (`tail`).
 //! * The superblock covers what is durable, and after a flush all that the flush promised.
-//! * What was completed is found again after `kill -9`, by the CRCs in the sidecar ([`open`]).
+//! * What was completed is found again after `kill -9`, by the CRCs in the sidecar (`open`).
 
 mod batch;
 mod copies;

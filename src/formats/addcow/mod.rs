@@ -20,9 +20,9 @@
 //!                            sync the bitmap
 //! ```
 //!
-//! * [`pages`]: the bitmap's pages in memory, bounded, without locks.
-//! * [`flush`]: what becomes durable when; what survives a kill.
-//! * [`create`], [`check`], [`resize`]: the life of the file.
+//! * `pages`: the bitmap's pages in memory, bounded, without locks.
+//! * `flush`: what becomes durable when; what survives a kill.
+//! * [`create`], [`check`], `resize`: the life of the file.
 //!
 //! A bit covers the smallest block a guest may have, so nothing is ever copied up for a write. Space
 //! is never given back to the backing: discards punch holes into the image file where bits are
