@@ -6,6 +6,7 @@ mod common;
 mod against_qsd;
 mod client;
 mod commands;
+mod create;
 mod malice;
 mod python;
 mod wire;

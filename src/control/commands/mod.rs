@@ -5,6 +5,7 @@ mod block_export_del;
 mod block_job_verbs;
 mod block_resize;
 mod blockdev_add;
+mod blockdev_create;
 mod blockdev_del;
 mod blockdev_reopen;
 mod blockdev_snapshot;
@@ -48,6 +49,7 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<block_job_verbs::BlockJobSetSpeed>(),
     Command::main::<block_resize::BlockResize>(),
     Command::main::<blockdev_add::BlockdevAdd>(),
+    Command::main::<blockdev_create::BlockdevCreate>(),
     Command::main::<blockdev_del::BlockdevDel>(),
     Command::main::<blockdev_reopen::BlockdevReopen>(),
     Command::main::<blockdev_snapshot::BlockdevSnapshotCommand>(),
