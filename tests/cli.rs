@@ -145,6 +145,14 @@ fn bad_images_are_refused_with_a_clear_line() {
         (&long, "File name too long"),
     ] {
         for verb in ["info", "map", "check"] {
+            if (verb, name) == ("check", "disk.vhdx") {
+                // What is damaged is looked at, and not refused.
+                let output = vublk(d, &[verb, name]);
+                assert_eq!(output.status.code(), Some(2));
+                let text = String::from_utf8(output.stdout).unwrap();
+                assert!(text.contains(message), "{verb} {name}: {text}");
+                continue;
+            }
             let line = fails(d, &[verb, name], 1);
             assert!(line.contains(message), "{verb} {name}: {line}");
         }
