@@ -40,6 +40,7 @@ pub mod memory;
 pub mod message_fuzzing;
 #[cfg(test)]
 mod message_tests;
+mod pace;
 mod patience;
 pub mod pool;
 #[cfg(test)]

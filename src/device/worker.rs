@@ -11,10 +11,7 @@
 //!   nothing came: ask for a kick, look once more, sleep in the reactor
 //! ```
 //!
-//! Batches are small ([`BATCH`]), so that the guest digests one while the worker does the next.
-//! Taking the whole ring would put both in lock-step, each asleep while the other works. Where both
-//! share a processor small batches cost nothing, because the guest, interrupted once, does not run
-//! before the worker sleeps.
+//! How large a batch is depends on where the guest runs: see [`super::pace`].
 //!
 //! Invariants:
 //! * Each popped chain is completed exactly once: its slot is freed only by [`Worker::finish`].
@@ -41,6 +38,7 @@ use crate::device::export::{CachePolicy, Counters, Export, FailureOf};
 use crate::device::features;
 use crate::device::latency::{Stopwatch, Timed};
 use crate::device::memory::GuestMemory;
+use crate::device::pace::Pace;
 use crate::device::patience::Patience;
 use crate::device::pool::{Command, Mailbox, Stopped};
 use crate::device::request::{self, Kind, Limits, Parsed, Request, Segment, Status};
@@ -52,11 +50,6 @@ use crate::io::engine::{Event, MAX_IOVECS, Op, OpCode, WATCH, nowait_read};
 use crate::io::{HostFile, Reactor};
 use crate::units::ByteRange;
 
-/// Most requests taken from a ring at a time. Found by measurement: 4 cost more interrupts than
-/// they hide, 16 lose some of the overlap.
-const BATCH: usize = 8;
-/// Requests done in place that are shown to the guest together.
-const SHOW: usize = 4;
 /// A ring without a kick descriptor has to be looked at now and then.
 const KICKLESS_PAUSE: Duration = Duration::from_micros(50);
 
@@ -111,6 +104,7 @@ struct Worker {
     serial: [u8; request::ID_LEN],
     counts: Arc<Counters>,
     stopwatch: Stopwatch,
+    pace: Pace,
     patience: Patience,
     failures: FailureLog,
     quit: bool,
@@ -337,6 +331,7 @@ impl Worker {
             next_watch: 0,
             counts,
             stopwatch: Stopwatch::new(),
+            pace: Pace::new(),
             patience,
             failures: FailureLog::default(),
             quit: false,
@@ -498,7 +493,8 @@ impl Worker {
             return false;
         }
         let mut taken = 0;
-        while taken < BATCH {
+        let batch = self.pace.batch(self.in_flight);
+        while taken < batch {
             let served = &mut self.rings[at];
             let head = match served.resubmit.pop_front() {
                 Some(head) => head,
@@ -519,7 +515,7 @@ impl Worker {
             };
             taken += 1;
             self.take(at, head);
-            if self.rings[at].unpublished >= SHOW {
+            if self.rings[at].unpublished >= self.pace.show() {
                 self.publish(at);
             }
         }
@@ -809,6 +805,7 @@ impl Worker {
         if served.ring.publish() {
             self.counts.interrupts.add(1);
             served.interrupt();
+            self.pace.interrupted();
         }
     }
 
