@@ -1,0 +1,202 @@
+//! create, resize, info, map, compare, check, and what all commands share.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::{Command, Stdio};
+
+use crate::common::{Random, fails, have, ok, tool, vublk};
+use crate::{json, random_file};
+
+#[test]
+fn create_makes_sparse_files_of_the_right_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    assert_eq!(ok(d, &["create", "a", "1.5M"]), "Formatting 'a', fmt=raw size=1572864\n");
+    let meta = std::fs::metadata(d.join("a")).unwrap();
+    assert_eq!((meta.len(), meta.blocks()), (1_572_864, 0));
+    assert_eq!(ok(d, &["create", "-q", "-f", "raw", "-o", "size=64K", "b"]), "");
+    assert_eq!(std::fs::metadata(d.join("b")).unwrap().len(), 65536);
+    // A size that is no multiple of a sector is rounded up, as qemu-img does.
+    ok(d, &["create", "c", "1000001"]);
+    assert_eq!(std::fs::metadata(d.join("c")).unwrap().len(), 1_000_448);
+    for how in ["falloc", "full"] {
+        ok(d, &["create", "-o", &format!("preallocation={how}"), how, "1M"]);
+        let meta = std::fs::metadata(d.join(how)).unwrap();
+        assert!(meta.blocks() * 512 >= 1 << 20, "{how}: {} blocks", meta.blocks());
+        assert_eq!(meta.len(), 1 << 20);
+    }
+    // Overwriting leaves nothing of what was there.
+    std::fs::write(d.join("b"), [7; 4096]).unwrap();
+    ok(d, &["create", "b", "8K"]);
+    assert_eq!(std::fs::read(d.join("b")).unwrap(), [0; 8192]);
+    assert!(ok(d, &["create", "-o", "help"]).contains("preallocation"));
+}
+
+#[test]
+fn resize_goes_both_ways_if_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let len = || std::fs::metadata(d.join("disk")).unwrap().len();
+    ok(d, &["create", "disk", "1M"]);
+    assert_eq!(ok(d, &["resize", "-f", "raw", "disk", "+1M"]), "Image resized.\n");
+    assert_eq!(len(), 2 << 20);
+    assert_eq!(ok(d, &["resize", "-q", "disk", "3M"]), "");
+    assert_eq!(len(), 3 << 20);
+    let line = fails(d, &["resize", "disk", "-1M"], 1);
+    assert!(line.ends_with("use --shrink if that is meant"), "{line}");
+    assert_eq!(len(), 3 << 20);
+    ok(d, &["resize", "--shrink", "disk", "-1M"]);
+    assert_eq!(len(), 2 << 20);
+    let line = fails(d, &["resize", "--shrink", "disk", "-3M"], 1);
+    assert!(line.contains("cannot take 3145728 bytes from a disk that has 2097152"), "{line}");
+    let line = fails(d, &["resize", "--shrink", "disk", "0"], 1);
+    assert!(line.contains("at least one block"), "{line}");
+    let line = fails(d, &["resize", "disk", "+16383P"], 1);
+    assert!(line.contains("is more than the"), "{line}");
+    assert_eq!(len(), 2 << 20);
+}
+
+#[test]
+fn info_and_map_say_what_qemu_img_says() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("info_and_map_say_what_qemu_img_says");
+    for round in 0..10 {
+        let len = 512 * (1 + random.below(10_000));
+        random_file(&d.join("disk"), len, &mut random);
+        let theirs = tool(d, "qemu-img", &["info", "--output=json", "-f", "raw", "disk"]);
+        let theirs = json(std::str::from_utf8(&theirs.stdout).unwrap());
+        assert_eq!(json(&ok(d, &["info", "--output=json", "disk"])), theirs, "round {round}");
+        let chain = json(&ok(d, &["info", "--backing-chain", "--output=json", "disk"]));
+        assert_eq!(chain, serde_json::json!([theirs]));
+
+        let theirs = tool(d, "qemu-img", &["map", "--output=json", "-f", "raw", "disk"]);
+        let theirs = json(std::str::from_utf8(&theirs.stdout).unwrap());
+        let mut ours = json(&ok(d, &["map", "--output=json", "-f", "raw", "disk"]));
+        for entry in ours.as_array_mut().unwrap() {
+            let filename = entry.as_object_mut().unwrap().remove("filename");
+            assert_eq!(filename.unwrap(), "disk");
+        }
+        assert_eq!(ours, theirs, "round {round}");
+        let theirs = tool(d, "qemu-img", &["map", "-f", "raw", "disk"]);
+        assert_eq!(ok(d, &["map", "disk"]), String::from_utf8(theirs.stdout).unwrap());
+    }
+    let human = ok(d, &["info", "disk"]);
+    let theirs = tool(d, "qemu-img", &["info", "-f", "raw", "disk"]);
+    assert_eq!(human, String::from_utf8(theirs.stdout).unwrap());
+    let measured = tool(d, "qemu-img", &["measure", "--output=json", "-f", "raw", "disk"]);
+    assert_eq!(
+        json(&ok(d, &["measure", "--output=json", "disk"])),
+        json(std::str::from_utf8(&measured.stdout).unwrap())
+    );
+}
+
+#[test]
+fn a_map_can_be_cut_and_piped() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "disk", "1M"]);
+    let cut = ok(d, &["map", "--output=json", "-s", "64K", "-l", "4K", "disk"]);
+    let entry = &json(&cut)[0];
+    assert_eq!((entry["start"].as_u64(), entry["length"].as_u64()), (Some(65536), Some(4096)));
+    let line = fails(d, &["map", "-s", "2M", "disk"], 1);
+    assert!(line.contains("--start-offset 2097152 lies beyond"), "{line}");
+
+    // A reader that leaves early is no error.
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["map", "disk"])
+        .current_dir(d)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn compare_has_qemu_imgs_exit_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "a", "4M"]);
+    ok(d, &["create", "b", "4M"]);
+    let run = |args: &[&str]| {
+        let ours = vublk(d, &[&["compare"], args].concat());
+        let said = String::from_utf8(ours.stdout).unwrap();
+        if have("qemu-img") && !args.iter().any(|a| a.starts_with("--output")) {
+            let args = [&["compare", "-f", "raw", "-F", "raw"], args].concat();
+            let theirs = tool(d, "qemu-img", &args);
+            assert_eq!(ours.status.code(), theirs.status.code(), "{args:?}");
+            // Their offset of a mismatch is that of its sector, ours that of the byte.
+            let words = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
+            assert_eq!(words(&said), words(&String::from_utf8_lossy(&theirs.stdout)), "{args:?}");
+        }
+        (ours.status.code().unwrap(), said)
+    };
+    assert_eq!(run(&["a", "b"]), (0, "Images are identical.\n".into()));
+    assert_eq!(run(&["-s", "a", "b"]), (0, "Images are identical.\n".into()));
+    let b = File::options().write(true).open(d.join("b")).unwrap();
+    b.write_all_at(b"x", 3_333_333).unwrap();
+    assert_eq!(run(&["a", "b"]).0, 1);
+    assert_eq!(json(&run(&["--output=json", "a", "b"]).1)["offset"], 3_333_333);
+    b.write_all_at(&[0; 512], 3_333_300).unwrap();
+    assert_eq!(run(&["a", "b"]).0, 0);
+    // The same content, but stored.
+    let (code, said) = run(&["-s", "a", "b"]);
+    assert!(code == 1 && said.contains("block status mismatch"), "{said}");
+    ok(d, &["create", "b", "8M"]);
+    assert_eq!(run(&["a", "b"]).0, 0);
+    assert_eq!(run(&["-s", "a", "b"]), (1, "Strict mode: Image size mismatch!\n".into()));
+    b.write_all_at(b"x", 7 << 20).unwrap();
+    assert_eq!(run(&["a", "b"]).0, 1);
+    assert_eq!(json(&run(&["--output=json", "a", "b"]).1)["offset"], 7 << 20);
+    assert_eq!(run(&["-q", "a", "b"]), (1, String::new()));
+    assert_eq!(run(&["a", "missing"]).0, 2);
+    fails(d, &["compare", "missing", "a"], 2);
+}
+
+#[test]
+fn there_is_nothing_to_check_in_raw() {
+    let dir = tempfile::tempdir().unwrap();
+    ok(dir.path(), &["create", "a", "1M"]);
+    let line = fails(dir.path(), &["check", "a"], 63);
+    assert_eq!(line, "a: raw images have nothing that could be checked");
+}
+
+#[test]
+fn log_lines_come_as_text_or_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "a", "1M"]);
+    let run = |args: &[&str], env: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        command.args(args).current_dir(d).env("VUBLK_LOG", env);
+        String::from_utf8(command.output().unwrap().stderr).unwrap()
+    };
+    // A guessed format of something that is written to is worth a warning.
+    let text = run(&["resize", "-q", "a", "1M"], "");
+    assert!(text.contains(" WARN vublk::images::open: a: no format was given"), "{text}");
+    assert!(!text.contains('\x1b'), "colours in a file: {text:?}");
+    let line = json(&run(&["--log-format=json", "resize", "-q", "a", "1M"], ""));
+    assert_eq!(line["level"], "WARN");
+    assert_eq!(run(&["resize", "-q", "a", "1M"], "error"), "");
+    assert_eq!(run(&["--log-level=off", "resize", "-q", "a", "1M"], "debug"), "");
+    assert_eq!(run(&["resize", "-q", "a", "1M"], "off,vublk::images=error"), "");
+    assert!(run(&["info", "a"], "loud").starts_with("vublk: VUBLK_LOG: 'loud' is not a log level"));
+}
+
+#[test]
+fn completions_and_manual_pages_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(ok(d, &["completions", shell]).contains("convert"), "{shell}");
+    }
+    ok(d, &["man", "pages"]);
+    for page in ["vublk.1", "vublk-serve.1", "vublk-convert.1"] {
+        assert!(d.join("pages").join(page).exists(), "{page}");
+    }
+}

@@ -1,0 +1,187 @@
+//! convert, to files and block devices.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::{Random, fails, have, ok, tool, vublk};
+use crate::{json, random_file, stored_blocks};
+
+#[test]
+fn convert_keeps_content_and_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("convert_keeps_content_and_holes");
+    let block = std::fs::metadata(d).unwrap().blksize();
+    for round in 0..30 {
+        // Sizes that are no multiple of anything are part of it.
+        let len = 1 + random.below(6 << 20);
+        let content = random_file(&d.join("from"), len, &mut random);
+        let lanes = (1 + random.below(16)).to_string();
+        ok(d, &["convert", "-f", "raw", "-O", "raw", "-m", &lanes, "from", "to"]);
+        // The target is a whole number of sectors, as with qemu-img.
+        let to = std::fs::read(d.join("to")).unwrap();
+        assert_eq!(to.len() as u64, len.next_multiple_of(512), "round {round}");
+        assert!(to[..content.len()] == content[..], "round {round}");
+        assert!(to[content.len()..].iter().all(|b| *b == 0), "round {round}");
+        if block == 4096 {
+            let expected: Vec<_> =
+                content.chunks(4096).map(|b| b.iter().any(|b| *b != 0)).collect();
+            // Only the last block, if it is a short one, may be stored without need.
+            let whole = len as usize / 4096;
+            let stored = stored_blocks(&d.join("to"));
+            assert!(stored[..whole] == expected[..whole], "round {round}");
+        }
+        let output = vublk(d, &["compare", "-f", "raw", "-F", "raw", "from", "to"]);
+        assert_eq!(output.status.code(), Some(0), "round {round}: {output:?}");
+
+        // Onto something that is there already, larger than needed.
+        let extra = random.below(1 << 20);
+        std::fs::write(d.join("old"), vec![0xee; (len + extra) as usize]).unwrap();
+        ok(d, &["convert", "-n", "from", "old"]);
+        let old = std::fs::read(d.join("old")).unwrap();
+        assert!(old[..len as usize] == content, "round {round}");
+        assert!(old[len as usize..].iter().all(|b| *b == 0xee), "round {round}");
+    }
+}
+
+#[test]
+fn convert_has_qemu_imgs_options() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "from", "1M"]);
+    File::options().write(true).open(d.join("from")).unwrap().write_all_at(b"x", 70_000).unwrap();
+    ok(d, &["convert", "-S", "0", "from", "full"]);
+    assert!(std::fs::metadata(d.join("full")).unwrap().blocks() * 512 >= 1 << 20);
+    ok(d, &["convert", "-S", "64K", "full", "sparse"]);
+    assert_eq!(stored_blocks(&d.join("sparse")).iter().filter(|b| **b).count(), 1);
+    // The zeros around the data are shorter than this, so all of the chunk is stored.
+    ok(d, &["convert", "-S", "1M", "full", "dense"]);
+    assert_eq!(stored_blocks(&d.join("dense")).iter().filter(|b| **b).count(), 256);
+    ok(d, &["convert", "-W", "-m", "16", "-t", "unsafe", "-T", "writeback", "from", "to"]);
+    ok(d, &["convert", "-o", "preallocation=falloc", "from", "to"]);
+    assert!(std::fs::metadata(d.join("to")).unwrap().blocks() * 512 >= 1 << 20);
+
+    std::fs::write(d.join("small"), [0; 512]).unwrap();
+    let line = fails(d, &["convert", "-n", "from", "small"], 1);
+    assert!(line.contains("small: has 512 bytes, and the source 1048576"), "{line}");
+    let line = fails(d, &["convert", "from", "from"], 1);
+    assert!(line.contains("same file"), "{line}");
+    std::fs::hard_link(d.join("from"), d.join("twin")).unwrap();
+    let line = fails(d, &["convert", "from", "twin"], 1);
+    assert!(line.contains("same file"), "{line}");
+    let line = fails(d, &["convert", "-B", "x", "from", "new"], 1);
+    assert!(line.contains("raw images cannot have a backing file"), "{line}");
+    assert_eq!(std::fs::metadata(d.join("from")).unwrap().len(), 1 << 20);
+    let line = fails(d, &["convert", "missing", "new"], 1);
+    assert_eq!(line, "missing: No such file or directory");
+    assert!(!d.join("new").exists());
+
+    // Progress: silent unless on a terminal or forced.
+    let quiet = vublk(d, &["convert", "-p", "from", "to"]);
+    assert_eq!(quiet.stderr, b"");
+    let shown = vublk(d, &["convert", "--progress=always", "from", "to"]);
+    let text = String::from_utf8(shown.stderr).unwrap();
+    assert!(text.ends_with("(100.00/100%)\r\n"), "{text:?}");
+}
+
+#[test]
+fn convert_with_direct_io() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("convert_with_direct_io");
+    let content = random_file(&d.join("from"), 4096 * 777, &mut random);
+    let output = vublk(d, &["convert", "-T", "none", "-t", "none", "from", "to"]);
+    if !output.status.success() {
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert!(line.contains("does not support O_DIRECT"), "{line}");
+        eprintln!("SKIPPED: {line}");
+        return;
+    }
+    assert!(std::fs::read(d.join("to")).unwrap() == content);
+    std::fs::write(d.join("odd"), vec![1; 5000]).unwrap();
+    let line = fails(d, &["convert", "-T", "none", "odd", "to"], 1);
+    assert!(
+        line.contains("5000 bytes is not a multiple") && line.contains("-T writeback"),
+        "{line}"
+    );
+    // The target has whole sectors, so it depends on the host's unit whether there is room.
+    let output = vublk(d, &["convert", "-t", "none", "odd", "to"]);
+    if output.status.success() {
+        let to = std::fs::read(d.join("to")).unwrap();
+        assert!(to[..5000] == [1; 5000] && to[5000..] == [0; 120]);
+    }
+}
+
+#[test]
+fn convert_agrees_with_qemu_img() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("convert_agrees_with_qemu_img");
+    for _ in 0..5 {
+        let len = 4096 * (1 + random.below(2000));
+        random_file(&d.join("from"), len, &mut random);
+        // qemu-img always stores the first block of what it creates.
+        File::options().write(true).open(d.join("from")).unwrap().write_all_at(b"x", 0).unwrap();
+        ok(d, &["convert", "from", "ours"]);
+        assert!(
+            tool(d, "qemu-img", &["convert", "-f", "raw", "-O", "raw", "from", "theirs"])
+                .status
+                .success()
+        );
+        let strict = ["compare", "-s", "-f", "raw", "-F", "raw", "ours", "theirs"];
+        let theirs = tool(d, "qemu-img", &strict);
+        assert_eq!(theirs.status.code(), Some(0), "{theirs:?}");
+        let ours = vublk(d, &strict);
+        assert_eq!(ours.status.code(), Some(0), "{ours:?}");
+    }
+}
+
+/// A loop device; detached when dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(backing: &Path) -> Option<LoopDevice> {
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(backing).output().ok()?;
+        let device = String::from_utf8(output.stdout).ok()?.trim().to_string();
+        if !output.status.success() {
+            eprintln!("SKIPPED: no loop device: {}", String::from_utf8_lossy(&output.stderr));
+            return None;
+        }
+        Some(LoopDevice(device))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn block_devices_can_be_targets() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("block_devices_can_be_targets");
+    let content = random_file(&d.join("from"), 2 << 20, &mut random);
+    std::fs::write(d.join("backing"), vec![0xcc; 4 << 20]).unwrap();
+    let Some(device) = LoopDevice::new(&d.join("backing")) else { return };
+    for cache in ["writeback", "none"] {
+        ok(d, &["convert", "-t", cache, "-O", "raw", "from", &device.0]);
+        let mut bytes = vec![0; 2 << 20];
+        File::open(&device.0).unwrap().read_exact(&mut bytes).unwrap();
+        assert!(bytes == content, "{cache}");
+    }
+    let info = json(&ok(d, &["info", "--output=json", "-f", "raw", &device.0]));
+    assert_eq!(info["virtual-size"], 4 << 20);
+    assert_eq!(info["children"][0]["info"]["format"], "host_device");
+    let line = fails(d, &["create", &device.0, "8M"], 1);
+    assert!(line.contains("the device has only 4194304 bytes"), "{line}");
+    let line = fails(d, &["resize", "-f", "raw", &device.0, "8M"], 1);
+    assert!(line.contains("block device cannot be changed"), "{line}");
+}
