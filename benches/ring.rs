@@ -1,7 +1,7 @@
 //! How long a request takes in the ring alone: pop, walk, parse, finish, complete and a share of
 //! publish, for 4 KiB reads of three descriptors in batches of eight.
 //!
-//! `cargo run --release --example ring_bench`
+//! `cargo bench --bench ring`
 
 #![allow(unsafe_code)]
 
