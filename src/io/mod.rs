@@ -16,6 +16,7 @@
 //! * The engine is the only place where a thread of ours waits.
 
 pub mod buf;
+pub mod clock;
 pub mod engine;
 pub mod exec;
 pub mod file;
