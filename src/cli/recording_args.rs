@@ -1,10 +1,15 @@
-//! The options of `serve` that record the guest's writes, named as those of QEMU's `blklogwrites`.
+//! The options of `serve` that record the guest's writes, named as those of QEMU's `blklogwrites`,
+//! and that make the disk misbehave.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+use crate::control::faults::FaultOptions;
+use crate::control::keyval;
+use crate::error::{Error, Result};
+use crate::filters::fault;
 use crate::filters::write_log::open::DEFAULT_INTERVAL;
 use crate::filters::write_log::{Existing, Order, Settings};
 use crate::images::recording::RecordRequest;
@@ -22,7 +27,7 @@ pub enum LogOrder {
 
 /// Recording.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Recording of writes")]
+#[command(next_help_heading = "Recording of writes, and faults")]
 pub struct RecordingArgs {
     /// Record every write, discard and flush in this file or block device (dm-log-writes format;
     /// see `vublk log`). A log of this image is continued, any other is refused
@@ -50,9 +55,25 @@ pub struct RecordingArgs {
     /// LOG.sidecar if not given
     #[arg(long, value_name = "FILE", requires = "log_writes")]
     log_sidecar: Option<PathBuf>,
+    /// Make the disk misbehave, as the driver `fault` of --blockdev does: inject-error.0.iotype=…,
+    /// inject-delay.0.delay-us=…, flush-lies-one-in=N, volatile-cache.tear-one-in=N, seed=N. The
+    /// log, if there is one, does not hear of flushes that lie
+    #[arg(long, value_name = "OPTIONS", conflicts_with_all = ["blockdevs", "exports"])]
+    fault: Option<String>,
 }
 
 impl RecordingArgs {
+    /// How the disk misbehaves, if it does.
+    ///
+    /// # Errors
+    /// Names the option.
+    pub fn fault(&self) -> Result<Option<fault::Settings>> {
+        let Some(text) = &self.fault else { return Ok(None) };
+        let settings = keyval::parse::<FaultOptions>(text, None).and_then(|faults| faults.read());
+        let named = |err| Error::from(err).context(format!("--fault {text}"));
+        settings.map(Some).map_err(named)
+    }
+
     /// What is asked for, if anything is.
     pub fn request(
         &self,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
-use crate::block::{Graph, Node};
+use crate::block::{Graph, Node, graph};
 use crate::cli::serve_args::{Aio, EXPORT};
 use crate::cli::{DONE, ServeArgs};
 use crate::control::disks::{ExportRequest, WorkerOptions};
@@ -48,6 +48,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let is_single = !args.daemon.is_used();
     let mut controls: Vec<ServerSocket> = Vec::new();
     if is_single {
+        let faults = args.recording.fault()?;
         let request = args.open_request()?;
         let mut image = images::open(&request)?;
         if !args.read_only {
@@ -68,6 +69,13 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         let node = disks.layers.add_format(image, None, true)?;
         if let Some(recording) = recording {
             disks.recordings.adopt(&node, &recording)?;
+        }
+        let mut node = node;
+        if let Some(faults) = faults {
+            let name = graph::auto_name();
+            node = disks.faults.make(Some(&name), &node, faults);
+            disks.layers.add_filter(node.clone(), false)?;
+            tracing::warn!("this disk misbehaves, as --fault says");
         }
         disks.export(export_request(args, node, socket))?;
     } else {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::block::{Graph, Node, graph};
 use crate::control::QmpError;
 use crate::control::disks::Disks;
+use crate::control::faults::{self, FaultOptions};
 use crate::control::qapi::{Flat, QmpResult};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{Access, CacheMode, ImageFormat, Locking};
@@ -68,6 +69,15 @@ qapi! {
     }
 }
 qapi! {
+    /// A disk that misbehaves.
+    pub struct BlockdevOptionsFault {
+        /// The node below.
+        pub file: BlockdevRef,
+        /// Its faults.
+        pub faults: Flat<FaultOptions>,
+    }
+}
+qapi! {
     /// A node by name, or a new one.
     pub alternate BlockdevRef {
         /// A new one.
@@ -91,6 +101,7 @@ qapi! {
     /// The options of each driver.
     pub union BlockdevDriverOptions by "driver" {
         AddCow(BlockdevOptionsGenericCOWFormat) = "add-cow",
+        Fault(BlockdevOptionsFault) = "fault",
         File(BlockdevOptionsFile) = "file",
         HostDevice(BlockdevOptionsFile) = "host_device",
         Qcow2(BlockdevOptionsGenericCOWFormat) = "qcow2",
@@ -138,6 +149,7 @@ impl BlockdevOptions {
     fn file(&self) -> Option<&BlockdevRef> {
         match &self.driver.0 {
             BlockdevDriverOptions::File(_) | BlockdevDriverOptions::HostDevice(_) => None,
+            BlockdevDriverOptions::Fault(filter) => Some(&filter.file),
             BlockdevDriverOptions::Qcow2(format) | BlockdevDriverOptions::AddCow(format) => {
                 Some(&format.file)
             }
@@ -177,7 +189,7 @@ pub fn add(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Node> {
     let result = open(disks, options, None, true);
     if result.is_err() {
         // What was opened for it and is used by nobody.
-        disks.layers.collect();
+        disks.collect();
     }
     result.inspect(|node| debug_assert_eq!(node.name(), name))
 }
@@ -196,6 +208,9 @@ fn open(
         None => graph::auto_name(),
     };
     match &options.driver.0 {
+        BlockdevDriverOptions::Fault(filter) => {
+            open_fault(disks, options, filter, &name, inherited, explicit)
+        }
         BlockdevDriverOptions::File(file) => {
             open_protocol(disks, options, file, "file", name, inherited, explicit)
         }
@@ -316,6 +331,50 @@ fn open_format(
     Ok(disks.layers.add_format(image, Some(below), explicit)?)
 }
 
+fn open_fault(
+    disks: &mut Disks,
+    options: &BlockdevOptions,
+    filter: &BlockdevOptionsFault,
+    name: &str,
+    inherited: Option<Inherited>,
+    explicit: bool,
+) -> QmpResult<Node> {
+    refuse_for_filters(options)?;
+    let settings = filter.faults.read()?;
+    let below = child(disks, &filter.file, Some(filtered(options, inherited)))?;
+    disks.graph().check_unused(&below)?;
+    let node = disks.faults.make(Some(name), &below, settings);
+    disks.layers.add_filter(node.clone(), explicit)?;
+    Ok(node)
+}
+
+/// What the node below a filter inherits.
+fn filtered(options: &BlockdevOptions, inherited: Option<Inherited>) -> Inherited {
+    Inherited {
+        read_only: options.read_only.or(inherited.and_then(|i| i.read_only)),
+        auto_read_only: options.auto_read_only.or(inherited.and_then(|i| i.auto_read_only)),
+        cache: options.cache().or(inherited.map(|i| i.cache)).unwrap_or_default(),
+        keeps_space: match options.discard {
+            Some(discard) => discard == BlockdevDiscardOptions::Ignore,
+            None => inherited.is_none_or(|i| i.keeps_space),
+        },
+    }
+}
+
+/// What belongs to the image below a filter is said there.
+fn refuse_for_filters(options: &BlockdevOptions) -> QmpResult<()> {
+    let refused = [
+        ("force-share", options.force_share == Some(true)),
+        ("read-only", options.read_only == Some(true)),
+    ];
+    match refused.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((option, _)) => Err(QmpError::generic(format!(
+            "'{option}' belongs to the node below: give it there (file.{option}=on)"
+        ))),
+    }
+}
+
 fn child(
     disks: &mut Disks,
     reference: &BlockdevRef,
@@ -346,6 +405,18 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
         .graph()
         .find(name)
         .ok_or_else(|| QmpError::generic(format!("Failed to find node with node-name='{name}'")))?;
+    if let Some(faulty) = disks.faults.of(&node) {
+        let BlockdevDriverOptions::Fault(filter) = &options.driver.0 else {
+            return Err(QmpError::generic("Cannot change the option 'driver'"));
+        };
+        match &filter.file {
+            BlockdevRef::Reference(file) if file == faulty.filter.below().name() => {}
+            _ => return Err(QmpError::generic("Cannot change the option 'file'")),
+        }
+        refuse_for_filters(options)?;
+        let settings = filter.faults.read()?;
+        return faults::change(disks.graph(), &faulty, settings);
+    }
     let Some(layer) = disks.layers.of(&node).cloned() else {
         return Err(QmpError::generic(format!("node '{name}' cannot be reopened")));
     };

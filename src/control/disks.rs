@@ -8,6 +8,7 @@ use crate::block::node::Hold;
 use crate::block::{Graph, Node, Rights, Root};
 use crate::control::QmpError;
 use crate::control::error::Class;
+use crate::control::faults::Faults;
 use crate::control::qapi::QmpResult;
 use crate::control::recordings::Recordings;
 use crate::device::export::{CachePolicy, Export, ExportOptions};
@@ -25,6 +26,8 @@ pub struct Disks {
     pub exports: Exports,
     /// What is recorded.
     pub recordings: Recordings,
+    /// What misbehaves.
+    pub faults: Faults,
     /// How exports do their I/O.
     pub workers: WorkerOptions,
 }
@@ -66,7 +69,13 @@ pub struct ExportRequest {
 impl Disks {
     /// No disks yet.
     pub fn new(layers: Layers, workers: WorkerOptions) -> Disks {
-        Disks { layers, exports: Exports::default(), recordings: Recordings::default(), workers }
+        Disks {
+            layers,
+            exports: Exports::default(),
+            recordings: Recordings::default(),
+            faults: Faults::default(),
+            workers,
+        }
     }
 
     /// The graph.
@@ -100,7 +109,25 @@ impl Disks {
     /// The image behind a node.
     pub fn image_of(&self, node: &Node) -> QmpResult<Image> {
         let layer = self.layers.of(node).map(|layer| layer.image.clone());
-        layer.ok_or_else(|| QmpError::generic(format!("node '{}' is not an image", node.name())))
+        layer.ok_or_else(|| {
+            let name = node.name();
+            QmpError::generic(match self.layers.below_filters(node) {
+                Some(layer) => format!(
+                    "node '{name}' is not an image, but a filter ({}) before node '{}'",
+                    node.driver().name(),
+                    layer.image.node.name()
+                ),
+                None => format!("node '{name}' is not an image"),
+            })
+        })
+    }
+
+    /// The image that a node is, or that it filters.
+    pub fn image_below(&self, node: &Node) -> QmpResult<Image> {
+        match self.layers.below_filters(node) {
+            Some(layer) => Ok(layer.image.clone()),
+            None => self.image_of(node),
+        }
     }
 
     /// Keeps jobs away from a node while the graph around it is changed; refused if one is there.
@@ -136,7 +163,7 @@ impl Disks {
         if request.writable && node.limits().read_only {
             return Err(QmpError::generic(format!("Block node is read-only: '{}'", node.name())));
         }
-        let image = self.image_of(node)?;
+        let image = self.image_below(node)?;
         image.check_for_guest(request.block_size)?;
         if request.writable {
             frozen::check(&image.file)?;
@@ -185,11 +212,17 @@ impl Disks {
         Ok(self.end(served))
     }
 
+    /// Removes nodes that nobody uses and nobody has named.
+    pub fn collect(&mut self) {
+        self.layers.collect();
+        self.faults.forget_removed(self.layers.graph());
+    }
+
     /// Ends an export that was taken out.
     pub fn end(&mut self, served: Served) -> Arc<Export> {
         let export = served.stop();
         self.graph().remove_root(&export.root);
-        self.layers.collect();
+        self.collect();
         export
     }
 

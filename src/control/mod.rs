@@ -44,6 +44,7 @@ pub mod daemon;
 pub mod disks;
 pub mod error;
 pub mod events;
+pub mod faults;
 pub mod fuzzing;
 mod inbox;
 mod job_events;

@@ -36,6 +36,8 @@ pub struct Layer {
 pub struct Layers {
     graph: Arc<Graph>,
     layers: Vec<Layer>,
+    /// Nodes that filter others.
+    filters: Vec<Node>,
     /// Directories that images may pull files from, for all images.
     allow_dirs: Vec<PathBuf>,
     /// Where is kept what must outlive the process.
@@ -45,7 +47,7 @@ pub struct Layers {
 impl Layers {
     /// No layers yet, of the nodes in `graph`.
     pub fn new(graph: Arc<Graph>, allow_dirs: Vec<PathBuf>, state_dir: StateDir) -> Layers {
-        Layers { graph, layers: Vec::new(), allow_dirs, state_dir }
+        Layers { graph, layers: Vec::new(), filters: Vec::new(), allow_dirs, state_dir }
     }
 
     /// The graph.
@@ -68,9 +70,22 @@ impl Layers {
         self.layers.iter().find(|layer| layer.image.node.is_same(node))
     }
 
+    /// The layer of a node, or of what it filters.
+    pub fn below_filters(&self, node: &Node) -> Option<&Layer> {
+        let mut node = node.clone();
+        loop {
+            if let Some(layer) = self.of(&node) {
+                return Some(layer);
+            }
+            // Only a filter stands in no list, and its file is the node it filters.
+            let children = node.driver().children();
+            node = children.into_iter().find(|(role, _)| *role == "file")?.1;
+        }
+    }
+
     /// The file of a node: its own, or that of what it filters.
     pub fn file_of(&self, node: &Node) -> Option<&Arc<HostFile>> {
-        self.of(node).map(|layer| &layer.image.file)
+        self.below_filters(node).map(|layer| &layer.image.file)
     }
 
     /// Adds a protocol node.
@@ -110,9 +125,12 @@ impl Layers {
         Ok(node)
     }
 
-    /// Adds a node that is no image of its own, a filter.
+    /// Adds a node that is no image of its own, a filter. Its driver's child with the role `file`
+    /// is what it filters.
     pub fn add_filter(&mut self, node: Node, explicit: bool) -> Result<()> {
-        self.graph.add(node, None, explicit)
+        self.graph.add(node.clone(), None, explicit)?;
+        self.filters.push(node);
+        Ok(())
     }
 
     /// Removes a node of the operator's and what goes with it, and closes their images.
@@ -133,7 +151,9 @@ impl Layers {
 
     fn close(&mut self, gone: Vec<Node>) {
         for node in gone {
-            let is_protocol = self.of(&node).is_none_or(|layer| layer.is_protocol);
+            let is_filter = self.filters.iter().any(|filter| filter.is_same(&node));
+            let is_protocol = !is_filter && self.of(&node).is_none_or(|layer| layer.is_protocol);
+            self.filters.retain(|filter| !filter.is_same(&node));
             self.layers.retain(|layer| !layer.image.node.is_same(&node));
             if !is_protocol && let Err(err) = block_on(node.close()) {
                 tracing::error!("cannot close node '{}': {err}", node.name());
@@ -145,6 +165,16 @@ impl Layers {
     /// closed. Returns the first failure.
     pub fn close_all(&mut self) -> Result<()> {
         let mut result = Ok(());
+        for filter in std::mem::take(&mut self.filters).iter().rev() {
+            let closed = block_on(filter.close());
+            let named =
+                closed.map_err(|e| e.context(format!("cannot close node '{}'", filter.name())));
+            if result.is_ok() {
+                result = named;
+            } else if let Err(err) = named {
+                tracing::error!("{err}");
+            }
+        }
         for layer in std::mem::take(&mut self.layers).iter().rev().filter(|l| !l.is_protocol) {
             let closed = block_on(layer.image.node.close());
             let named =

@@ -32,6 +32,8 @@ pub struct Setup {
     binds: bool,
     /// The image, if it is not the file that is made for it.
     image: Option<PathBuf>,
+    /// Whether the options say what is served, and where (`--blockdev`, `--export`).
+    is_many: bool,
 }
 
 impl Setup {
@@ -46,6 +48,7 @@ impl Setup {
             env: Vec::new(),
             binds: true,
             image: None,
+            is_many: false,
         }
     }
 
@@ -82,6 +85,12 @@ impl Setup {
     /// With this image; none is made.
     pub fn image(mut self, path: &Path) -> Setup {
         self.image = Some(path.into());
+        self
+    }
+
+    /// With disks that the options describe; none is made, and no socket.
+    pub fn many(mut self) -> Setup {
+        self.is_many = true;
         self
     }
 
@@ -162,12 +171,16 @@ impl Backend {
             let script = format!("{}\nexec \"$0\" \"$@\"", self.setup.prelude);
             words.extend(["sh".into(), "-ec".into(), script]);
         }
-        words.extend([program, "serve", "-f", self.setup.format].map(String::from));
+        words.extend([program, "serve"].map(String::from));
         words.extend(self.setup.args.iter().cloned());
-        if self.setup.binds {
+        let is_single = !self.setup.is_many;
+        if is_single && self.setup.binds {
             words.extend(["--socket-path".into(), self.socket.to_str().expect("UTF-8").into()]);
         }
-        words.push(self.image.to_str().expect("UTF-8").into());
+        if is_single {
+            words.extend(["-f".into(), self.setup.format.into()]);
+            words.push(self.image.to_str().expect("UTF-8").into());
+        }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).env("DIR", self.dir.path());
         command.env_remove("VUBLK_LOG").env_remove("LISTEN_FDS").env_remove("NOTIFY_SOCKET");

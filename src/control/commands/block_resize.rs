@@ -80,10 +80,13 @@ fn refresh_file(
     quiesced: &crate::block::Quiesced,
 ) {
     for (role, child) in graph.children(node) {
-        if role == "file"
-            && let Err(err) = child.refresh(quiesced)
-        {
+        if role != "file" {
+            continue;
+        }
+        if let Err(err) = child.refresh(quiesced) {
             tracing::warn!("the size of node '{}' is not known any more: {err}", child.name());
         }
+        // Below a filter is an image, which has a file itself.
+        refresh_file(graph, &child, quiesced);
     }
 }

@@ -19,7 +19,9 @@ impl MainCommand for BlockdevDel {
     type Returns = Nothing;
 
     fn run(daemon: &mut Daemon, arguments: BlockdevDelArguments) -> QmpResult<Nothing> {
-        daemon.disks_mut().layers.remove(&arguments.node_name)?;
+        let disks = daemon.disks_mut();
+        disks.layers.remove(&arguments.node_name)?;
+        disks.collect();
         Ok(Nothing {})
     }
 }

@@ -26,6 +26,7 @@ mod query_tpm;
 mod query_version;
 mod quit;
 mod transaction;
+mod x_vublk_fault;
 mod x_vublk_log;
 mod x_vublk_metrics;
 mod x_vublk_query_pauses;
@@ -75,10 +76,13 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<query_version::QueryVersion>(),
     Command::main::<quit::Quit>(),
     Command::main::<transaction::Transaction>(),
+    Command::main::<x_vublk_fault::XVublkFaultClear>(),
+    Command::main::<x_vublk_fault::XVublkFaultSet>(),
     Command::main::<x_vublk_log::XVublkLogMark>(),
     Command::main::<x_vublk_log::XVublkLogStart>(),
     Command::main::<x_vublk_log::XVublkLogStop>(),
     Command::main::<x_vublk_metrics::QueryMetrics>(),
+    Command::main::<x_vublk_fault::QueryFaults>(),
     Command::main::<x_vublk_query_pauses::QueryPauses>(),
 ];
 

@@ -89,9 +89,13 @@ qapi! {
 pub fn info(disks: &Disks, node: &Node, flat: bool) -> QmpResult<BlockDeviceInfo> {
     let driver = node.driver();
     let layer = disks.layers.of(node);
+    let file = disks.layers.below_filters(node);
+    let file = file.map_or_else(String::new, |layer| layer.image.name().to_string());
     let image = match layer {
         Some(_) => image_info(disks, node, flat)?,
-        None => json!({"filename": "", "format": driver.name(), "virtual-size": node.size()}),
+        None => json!({
+            "filename": file, "format": driver.name(), "virtual-size": node.size(),
+        }),
     };
     let children = disks.graph().children(node).into_iter();
     let cache = layer.map(|layer| layer.image.cache).unwrap_or_default();
@@ -106,7 +110,7 @@ pub fn info(disks: &Disks, node: &Node, flat: bool) -> QmpResult<BlockDeviceInfo
         below = node.backing();
     }
     Ok(BlockDeviceInfo {
-        file: layer.map_or_else(String::new, |layer| layer.image.name().to_string()),
+        file: file.clone(),
         node_name: node.name().to_string(),
         ro: node.limits().read_only,
         drv: driver.name().to_string(),

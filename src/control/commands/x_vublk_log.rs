@@ -52,8 +52,11 @@ impl MainCommand for XVublkLogStart {
     fn run(daemon: &mut Daemon, arguments: LogStart) -> QmpResult<Nothing> {
         let disks = daemon.disks_mut();
         let node = disks.find_any(&arguments.device)?;
-        let image = disks.image_of(&node)?;
-        let on_it = disks.exports.iter().filter(|served| served.root().node().is_same(&node));
+        // Below filters: a flush that lies is not to be in the log.
+        let image = disks.image_below(&node)?;
+        let graph = std::sync::Arc::clone(disks.graph());
+        let on_it =
+            disks.exports.iter().filter(|served| graph.reaches(&served.root().node(), &image.node));
         // The smallest blocks that any guest of it may write.
         let blocks = on_it.map(|served| u64::from(served.export().options.block_size)).min();
         let request = RecordRequest {
@@ -72,7 +75,6 @@ impl MainCommand for XVublkLogStart {
                 ..Settings::default()
             },
         };
-        let graph = std::sync::Arc::clone(disks.graph());
         disks.recordings.start(&graph, &image, &request)?;
         Ok(Nothing {})
     }
@@ -98,6 +100,7 @@ impl MainCommand for XVublkLogStop {
     fn run(daemon: &mut Daemon, arguments: LogStop) -> QmpResult<Nothing> {
         let disks = daemon.disks_mut();
         let node = disks.find_any(&arguments.device)?;
+        let node = disks.image_below(&node)?.node;
         let graph = std::sync::Arc::clone(disks.graph());
         disks.recordings.stop(&graph, &node)?;
         Ok(Nothing {})
@@ -115,6 +118,7 @@ impl MainCommand for XVublkLogMark {
     fn run(daemon: &mut Daemon, arguments: LogMark) -> QmpResult<Nothing> {
         let disks = daemon.disks();
         let node = disks.find_any(&arguments.device)?;
+        let node = disks.image_below(&node)?.node;
         disks.recordings.mark(&node, &arguments.mark)?;
         Ok(Nothing {})
     }
