@@ -59,6 +59,7 @@ fn a_planted_bug_is_found_shrunk_and_reproduced() {
     assert_eq!(failure["writes"][1]["fate"], "dropped");
     assert_eq!(failure["writes"][5]["fate"], "after the cut");
     assert_eq!(failure["mark-before"], "start (entry 0)");
+    assert_eq!(failure["mark-after"], "end (entry 22)");
 
     let again = failure["reproduce"].as_str().unwrap().strip_prefix("vublk ").unwrap();
     let shell = |line: &str| {
@@ -136,6 +137,36 @@ fn an_exploration_goes_on_after_a_kill_and_after_ctrl_c() {
 
     let error = fails(dir.path(), &[&args[..], &["--check", "true {}"]].concat(), 1);
     assert!(error.contains("r.json: holds the results of another exploration"), "{error}");
+}
+
+/// A mark promises what a flush has made durable. The disk may be the same before and after it, and
+/// yet right before and wrong after.
+#[test]
+fn a_checker_is_told_the_last_mark() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base.img"), vec![0; SIZE]).unwrap();
+    let log = LogBuilder::new(512).mark("made").write(0, &[b'1'; 512]).flush().mark("it's 1");
+    let log = log.write(0, &[b'2'; 512]).write(512, &[b'9'; 512]).flush().mark("it's 2");
+    let log = log.write(4096, &[b'x'; 512]).mark("dm-log-writes-end");
+    std::fs::write(dir.path().join("w.log"), log.finish()).unwrap();
+
+    let (code, report) = explore(dir.path(), "echo {mark} >>told; test -e {}", &[]);
+    assert_eq!((code, &report["states"]), (Some(0), &8.into()));
+    // Two disks are there twice, but not with the same mark.
+    assert_eq!(report["duplicates"], 0);
+    let told = std::fs::read_to_string(dir.path().join("told")).unwrap();
+    let count = |mark: &str| told.lines().filter(|line| *line == mark).count();
+    assert_eq!((count("made"), count("it's 1"), count("it's 2")), (2, 4, 2), "{told}");
+
+    // The flush before "it's 1" lies, as if it had been logged too early.
+    let oracle = "m={mark}; test made = \"$m\" || test 9 = $(head -c 513 {} | tail -c 1) || \
+                  test \"it's $(head -c 1 {})\" = \"$m\"";
+    let (code, report) = explore(dir.path(), oracle, &["--start-mark", "it's 1"]);
+    assert_eq!((code, &report["states"], &report["failed"]), (Some(1), &6.into(), &1.into()));
+    let failure = &report["failures"][0];
+    assert_eq!(failure["state"], "E5", "the epoch just after the mark is part of it");
+    assert_eq!(failure["mark-before"], "it's 1 (entry 3)");
+    assert_eq!(failure["mark-after"], "it's 2 (entry 7)");
 }
 
 #[test]

@@ -22,8 +22,17 @@ const OUTPUT_KEPT: u64 = 4096;
 pub enum Checker {
     /// Recovers the journal as a mount would, then `e2fsck -fn` must find nothing.
     Ext4,
-    /// A shell's command line in which `{}` stands for the path of the disk. Exit code 0 is good.
+    /// A shell's command line in which `{}` stands for the path of the disk, and `{mark}` for the last
+    /// mark before the power cut. Exit code 0 is good.
     Command(String),
+}
+
+/// What stands for the last mark in a command, which gets it as one word.
+const MARK: &str = "{mark}";
+
+/// A text as one word for the shell.
+pub fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// What a checker found.
@@ -59,14 +68,28 @@ impl std::fmt::Display for Checker {
 }
 
 impl Checker {
-    /// Checks the disk at `path`; what is printed goes nowhere, or to `output`.
+    /// Whether the verdict may depend on the last mark, and not on the disk alone.
+    pub fn wants_mark(&self) -> bool {
+        matches!(self, Checker::Command(line) if line.contains(MARK))
+    }
+
+    /// Checks the disk at `path`, left by a power cut after `mark`; what is printed goes nowhere, or
+    /// to `output`.
     ///
     /// # Errors
     /// If the checker cannot be run at all, which says nothing about the disk.
-    pub fn run(&self, path: &Path, limit: Duration, output: Option<&File>) -> Result<Verdict> {
+    pub fn run(
+        &self,
+        path: &Path,
+        mark: &str,
+        limit: Duration,
+        output: Option<&File>,
+    ) -> Result<Verdict> {
         match self {
             Checker::Command(line) => {
+                // The mark comes last: it may hold anything, and is not looked at again.
                 let line = line.replace("{}", &path.display().to_string());
+                let line = line.replace(MARK, &quoted(mark));
                 let mut command = Command::new("sh");
                 command.arg("-c").arg(&line);
                 let status = run(&mut command, limit, output)?;
@@ -96,12 +119,17 @@ impl Checker {
     }
 
     /// Like [`Checker::run`], with the end of what the checker printed.
-    pub fn run_and_listen(&self, path: &Path, limit: Duration) -> Result<(Verdict, String)> {
+    pub fn run_and_listen(
+        &self,
+        path: &Path,
+        mark: &str,
+        limit: Duration,
+    ) -> Result<(Verdict, String)> {
         use std::os::unix::fs::FileExt;
         let memory = rustix::fs::memfd_create("checker", rustix::fs::MemfdFlags::CLOEXEC)
             .context(|| "memory for what the checker prints")?;
         let file = File::from(memory);
-        let verdict = self.run(path, limit, Some(&file))?;
+        let verdict = self.run(path, mark, limit, Some(&file))?;
         let len = file.metadata()?.len();
         let mut bytes = vec![0; len.min(OUTPUT_KEPT) as usize];
         let start = len - bytes.len() as u64;
@@ -162,7 +190,7 @@ mod tests {
 
     fn check(line: &str) -> Result<Verdict> {
         let checker: Checker = line.parse()?;
-        checker.run(Path::new("/dev/null"), Duration::from_secs(1), None)
+        checker.run(Path::new("/dev/null"), "a mark's {} text", Duration::from_secs(1), None)
     }
 
     #[test]
@@ -173,13 +201,15 @@ mod tests {
         assert_eq!(check("sleep 100 < {}").unwrap(), slow);
         assert!(check("/no/such/program {}").is_err());
         assert!(check("true").is_err(), "a checker that does not look at the disk");
+        let mark = check("test -e {} && test $(printf %s {mark} | wc -c) = 16");
+        assert_eq!(mark.unwrap(), Verdict::Good, "a mark is one word, and not looked into");
     }
 
     #[test]
     fn the_end_of_what_is_printed_is_kept() {
         let checker = Checker::Command("echo first; seq 2000; echo {} >&2; exit 1".into());
         let limit = Duration::from_secs(60);
-        let (verdict, output) = checker.run_and_listen(Path::new("/a/disk"), limit).unwrap();
+        let (verdict, output) = checker.run_and_listen(Path::new("/a/disk"), "", limit).unwrap();
         assert_eq!(verdict, Verdict::Bad("the checker exited with 1".into()));
         assert!(output.ends_with("2000\n/a/disk\n") && !output.contains("first"), "{output}");
     }

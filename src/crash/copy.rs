@@ -6,8 +6,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::crash::disk::StateDisk;
+use crate::crash::history::History;
 use crate::crash::name::StateName;
 use crate::error::{Result, ResultExt};
 use crate::units::{ByteRange, MIB};
@@ -29,6 +31,11 @@ impl CopiedFile {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The log that its states are of.
+    pub fn history(&self) -> Arc<History> {
+        Arc::clone(self.disk.history())
     }
 
     /// Makes it the state `name`, fresh.

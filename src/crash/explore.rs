@@ -22,7 +22,7 @@ use crate::crash::check::{Checker, Verdict};
 use crate::crash::copy::CopiedFile;
 use crate::crash::disk::StateDisk;
 use crate::crash::enumerate::{self, Reach};
-use crate::crash::fingerprint::{Fingerprints, Prints};
+use crate::crash::fingerprint::Fingerprints;
 use crate::crash::fuse::{Mount, StateFile};
 use crate::crash::history::{Epoch, History};
 use crate::crash::name::StateName;
@@ -40,7 +40,7 @@ const DESCRIBED: usize = 8;
 pub struct Plan {
     /// Which states.
     pub reach: Reach,
-    /// Only epochs that begin in this range of entries.
+    /// Only epochs whose first write is in this range of entries.
     pub entries: std::ops::Range<u64>,
     /// The checker, if states are to be checked and not only counted.
     pub checker: Option<Checker>,
@@ -150,7 +150,8 @@ impl Shown {
         limit: Duration,
     ) -> Result<Verdict> {
         self.show(name)?;
-        checker.run(self.path(), limit, None)
+        let mark = self.mark(name, checker)?;
+        checker.run(self.path(), &mark, limit, None)
     }
 
     fn check_and_listen(
@@ -160,7 +161,19 @@ impl Shown {
         limit: Duration,
     ) -> Result<(Verdict, String)> {
         self.show(name)?;
-        checker.run_and_listen(self.path(), limit)
+        let mark = self.mark(name, checker)?;
+        checker.run_and_listen(self.path(), &mark, limit)
+    }
+
+    /// The last mark before a state's power cut, if the checker wants to know; empty if there is none.
+    fn mark(&self, name: &StateName, checker: &Checker) -> Result<String> {
+        if !checker.wants_mark() {
+            return Ok(String::new());
+        }
+        let history = self.history();
+        let (epoch, full) = history.expanded(name)?;
+        let mark = history.last_mark(&epoch, &full);
+        Ok(mark.map(|(_, text)| text.to_string()).unwrap_or_default())
     }
 
     fn show(&mut self, name: &StateName) -> Result<()> {
@@ -174,6 +187,13 @@ impl Shown {
         match self {
             Shown::Fuse(file) => file.path(),
             Shown::Copy(file) => file.path(),
+        }
+    }
+
+    fn history(&self) -> Arc<History> {
+        match self {
+            Shown::Fuse(file) => file.history(),
+            Shown::Copy(file) => file.history(),
         }
     }
 }
@@ -261,7 +281,8 @@ pub fn explore(
 }
 
 fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoch> + 'a {
-    history.epochs().filter(|epoch| plan.entries.contains(&epoch.start))
+    // By the first write: a mark just after a flush is part of the epoch, and yet before all of it.
+    history.epochs().filter(|epoch| plan.entries.contains(&epoch.writes[0]))
 }
 
 /// A worker: checks states until there are no more, or no more are wanted.
@@ -318,7 +339,8 @@ impl Run<'_> {
         for epoch in epochs(&history, self.plan) {
             let print = prints.epoch(&epoch)?;
             let flow = enumerate::visit(&history, &epoch, &self.plan.reach, &mut |name| {
-                self.meet(name, &print, &mut seen, resumed)
+                let content = (print.of(&name), self.promised(&epoch, &name));
+                self.meet(name, seen.insert(content), resumed)
             });
             match flow {
                 ControlFlow::Continue(()) => {}
@@ -328,16 +350,20 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// What the checker is told besides the disk: the number of the last mark, which may promise more
+    /// of the same disk. 0 if it does not want to know.
+    fn promised(&self, epoch: &Epoch, name: &StateName) -> u64 {
+        match &self.plan.checker {
+            Some(checker) if checker.wants_mark() => {
+                self.history.last_mark(epoch, name).map_or(0, |(number, _)| number + 1)
+            }
+            _ => 0,
+        }
+    }
+
     /// The next state: known, done earlier, or to be checked.
-    fn meet(
-        &mut self,
-        name: StateName,
-        print: &Prints,
-        seen: &mut HashSet<u128>,
-        resumed: u64,
-    ) -> ControlFlow<Result<()>> {
+    fn meet(&mut self, name: StateName, is_new: bool, resumed: u64) -> ControlFlow<Result<()>> {
         let ordinal = self.given;
-        let is_new = seen.insert(print.of(&name));
         self.given += 1;
         if ordinal < resumed {
             return ControlFlow::Continue(());

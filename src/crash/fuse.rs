@@ -21,6 +21,7 @@ use fuser::{
 use rustix::process::Pid;
 
 use crate::crash::disk::StateDisk;
+use crate::crash::history::History;
 use crate::crash::name::StateName;
 use crate::error::{Error, Result, ResultExt};
 use crate::units::ByteRange;
@@ -118,6 +119,11 @@ impl StateFile {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The log that its states are of.
+    pub fn history(&self) -> Arc<History> {
+        Arc::clone(lock(&self.disk).history())
     }
 
     /// Makes it the state `name`, fresh.

@@ -11,7 +11,8 @@ use crate::crash::name::{StateName, Tear};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::block_on;
 use crate::units::ByteRange;
-use crate::write_log::{Entry, Flags, Index, Kind, Log};
+use crate::write_log::layout::END_MARK;
+use crate::write_log::{Entry, Flags, Index, Kind, Log, Mark};
 
 /// The writes between two flushes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -207,6 +208,27 @@ impl History {
         // Entries that are marks may make a number longer than the bits it stands for.
         let names = (0..=leading).map(candidate);
         names.min_by_key(|name| name.to_string().len()).unwrap_or_default()
+    }
+
+    /// The last mark that may have been made before the power failed: every state of an epoch could
+    /// have been left just before the next flush, after all the epoch's marks. Only a FUA write that
+    /// is missing tells that it was earlier. `name` has a bit for each write of the epoch. The mark
+    /// that ends a log says nothing of what is on the disk, and does not count.
+    pub fn last_mark(&self, epoch: &Epoch, name: &StateName) -> Option<&(u64, Mark)> {
+        let is_whole = |i: usize| name.applied.get(i) == Some(&true) && name.tear(i).is_none();
+        let lost = epoch
+            .writes
+            .iter()
+            .enumerate()
+            .find(|(i, number)| self.entry(**number).flags.has(Flags::FUA) && !is_whole(*i));
+        let end = lost.map_or(epoch.end, |(_, number)| *number);
+        let mut mark = self.index.mark_before(end);
+        while let Some((number, text)) = mark
+            && text.0 == END_MARK
+        {
+            mark = self.index.mark_before(*number);
+        }
+        mark
     }
 
     /// The part of a write or discard of a state that reached the disk.

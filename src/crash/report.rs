@@ -80,9 +80,9 @@ pub struct Failure {
     pub flaky: bool,
     /// The writes of the epoch.
     pub writes: Vec<Row>,
-    /// The last mark before the epoch.
+    /// The last mark before the writes of the epoch.
     pub mark_before: Option<String>,
-    /// The first mark after it.
+    /// The first mark after the last write that is there.
     pub mark_after: Option<String>,
     /// The command that does it again.
     pub reproduce: String,
@@ -132,6 +132,9 @@ impl Failure {
         let mark = |mark: Option<&(u64, crate::write_log::Mark)>| {
             mark.map(|(number, mark)| format!("{mark} (entry {number})"))
         };
+        // A mark just after a flush is before the writes of the epoch, and what the flush made true.
+        let first = epoch.writes.first().map_or(epoch.start, |number| *number);
+        let cut = last.map_or(first, |last| epoch.writes[last]);
         Failure {
             state: shortest.clone(),
             found_as: shortest,
@@ -142,8 +145,8 @@ impl Failure {
             output: String::new(),
             flaky: false,
             writes,
-            mark_before: mark(history.index().mark_before(epoch.start)),
-            mark_after: mark(history.index().mark_after(epoch.end)),
+            mark_before: mark(history.index().mark_before(first)),
+            mark_after: mark(history.index().mark_after(cut)),
             reproduce: String::new(),
         }
     }

@@ -325,3 +325,21 @@ fn view_error(history: &History, text: &str) -> String {
     let mut view = View::default();
     view.show(history, &text.parse().unwrap()).unwrap_err().to_string()
 }
+
+#[test]
+fn a_missing_fua_write_tells_that_the_power_failed_before_later_marks() {
+    let log = LogBuilder::new(512).mark("old").write(0, &[1; 512]).flush().mark("flushed");
+    let log = log.write(512, &[1; 512]).mark("written").entry(Flags::FUA, 1024, &[1; 512]);
+    let history = history(&log.mark("forced").write(0, &[2; 512]).mark("dm-log-writes-end"));
+    let last = |name: &str| {
+        let (epoch, full) = history.expanded(&name.parse().unwrap()).unwrap();
+        let mark = history.last_mark(&epoch, &full).map(|(_, text)| text.to_string());
+        mark.unwrap_or_default()
+    };
+    assert_eq!(last("E0"), "old");
+    assert_eq!(last("E3"), "written", "the writes may be missing although the mark was made");
+    assert_eq!(last("E3:s=1"), "written");
+    assert_eq!(last("E3:s=11"), "forced");
+    assert_eq!(last("E3:s=111"), "forced", "the mark at the end of a log promises nothing");
+    assert_eq!(last("E3:s=011"), "forced");
+}

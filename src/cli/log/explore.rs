@@ -15,7 +15,7 @@ use crate::cli::log::source::{LogFileArgs, PartArgs};
 use crate::cli::progress::{ProgressArgs, When};
 use crate::cli::serve::Signals;
 use crate::cli::{DONE, output};
-use crate::crash::check::{Checker, Verdict};
+use crate::crash::check::{Checker, Verdict, quoted};
 use crate::crash::enumerate::Reach;
 use crate::crash::explore::{self, Plan, Stage, Watch};
 use crate::crash::report::{Report, Subject};
@@ -47,8 +47,8 @@ pub struct ExploreArgs {
     /// Its format; guessed if not given
     #[arg(short = 'f', long, value_name = "FORMAT")]
     format: Option<ImageFormat>,
-    /// ext4, or a command with {} for the path of the disk, which it may write to; exit code 0 is
-    /// good. If not given, states are only counted
+    /// ext4, or a command with {} for the path of the disk, which it may write to, and {mark} for the
+    /// last mark before; exit code 0 is good. If not given, states are only counted
     #[arg(long, value_name = "ext4|CMD")]
     check: Option<Checker>,
     /// Check this state and no other
@@ -215,7 +215,6 @@ fn resume(path: &Path, subject: &Subject) -> Result<Report> {
 
 /// The command line that checks one state; its name is put at the end.
 fn again(args: &ExploreArgs, history: &History) -> String {
-    let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
     let format = args.format.map(|format| format!(" -f {format}")).unwrap_or_default();
     format!(
         "vublk log explore --log {} --base {}{format} --check {} --state ",
