@@ -88,6 +88,11 @@ pub struct BenchArgs {
     #[arg(long, default_value = "4k", value_name = "SIZE", value_parser = parse_size_u32)]
     pub block_size: u32,
 
+    /// Distance of the blocks of that size that are touched, from start to start (default: they
+    /// lie side by side)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub stride: Option<u64>,
+
     /// Requests in flight on each queue
     #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub iodepth: u16,
@@ -115,6 +120,11 @@ pub struct BenchArgs {
     /// Measure this many requests in all, instead of a duration
     #[arg(long, value_name = "N")]
     pub requests: Option<u64>,
+
+    /// With sequential requests: touch each block of the range once and measure that, from the first
+    /// request on (no ramp, whatever the duration)
+    #[arg(long, conflicts_with = "requests")]
+    pub once: bool,
 
     /// Seconds of load before measuring
     #[arg(long, default_value = "1", value_name = "SECONDS", value_parser = parse_seconds)]
@@ -198,6 +208,16 @@ impl BenchArgs {
         }
     }
 
+    /// Whether blocks are touched in order.
+    pub fn is_sequential(&self) -> bool {
+        matches!(self.rw, Mix::Read | Mix::Write)
+    }
+
+    /// Distance of blocks.
+    pub fn stride(&self) -> u64 {
+        self.stride.unwrap_or(u64::from(self.block_size))
+    }
+
     /// Pages of guest memory.
     pub fn pages(&self) -> Pages {
         if self.huge_pages { Pages::Huge } else { Pages::Small }
@@ -217,6 +237,15 @@ impl BenchArgs {
                 "--queue-size {} is not a power of two",
                 self.queue_size
             )));
+        }
+        let stride = self.stride();
+        if stride < block || !stride.is_multiple_of(SECTOR_SIZE) {
+            return Err(Error::invalid(format!(
+                "--stride {stride} is less than a block or no multiple of 512"
+            )));
+        }
+        if self.once && !self.is_sequential() {
+            return Err(Error::invalid("--once needs a sequential mix, read or write"));
         }
         if self.verify && !self.writes() {
             return Err(Error::invalid("--verify checks what it wrote: it needs a writing mix"));
@@ -257,6 +286,24 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_makes_no_sense_together_is_refused() {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            args: BenchArgs,
+        }
+        let check = |line: &str| {
+            let words = ["bench", "--socket-path", "none"].into_iter().chain(line.split(' '));
+            <Command as clap::Parser>::parse_from(words).args.check().map_err(|err| err.to_string())
+        };
+        assert_eq!(check("--rw write --stride 32m --once"), Ok(()));
+        assert!(check("--rw randwrite --once").unwrap_err().contains("--once needs"));
+        assert!(check("--stride 2k").unwrap_err().contains("less than a block"));
+        assert!(check("--stride 4100").unwrap_err().contains("multiple of 512"));
+        assert!(check("--rw randread --verify").unwrap_err().contains("--verify"));
+    }
 
     #[test]
     fn sizes_have_suffixes() {

@@ -159,13 +159,19 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         outages: Vec::new(),
         failure: None,
     };
-    watch.sleep(args.ramp);
+    // A single pass is measured from its first request on: the threads must find the phase.
+    if args.once {
+        advance(&phase, MEASURE);
+    } else {
+        watch.sleep(args.ramp);
+    }
     let own_before = process::usage(std::process::id())?.cpu;
     let usage_before = pid.map(process::usage).transpose()?;
     let before = Counts::sample(&shared);
     advance(&phase, MEASURE);
     let begin = Instant::now();
-    watch.sleep(if args.requests.is_some() { Duration::MAX } else { args.duration });
+    let unlimited = args.requests.is_some() || args.once;
+    watch.sleep(if unlimited { Duration::MAX } else { args.duration });
     let elapsed = begin.elapsed();
     let after = Counts::sample(&shared);
     let usage_after = pid.map(process::usage).transpose();
@@ -331,7 +337,8 @@ impl Plan {
             )));
         }
         let queues = u64::from(args.queues);
-        let blocks = range / u64::from(args.block_size);
+        let past_first = range.checked_sub(u64::from(args.block_size));
+        let blocks = past_first.map_or(0, |bytes| bytes / args.stride() + 1);
         if blocks < queues && args.rw != Mix::GetId {
             return Err(Error::invalid(format!("a range of {range} bytes has too few blocks")));
         }
@@ -388,12 +395,18 @@ struct Worker {
     batch: u16,
     /// CPU to run on.
     cpu: Option<usize>,
-    /// First sector of the queue's stripe.
-    first_sector: u64,
+    /// First byte of the queue's stripe.
+    first: u64,
+    /// From the start of a block to that of the next.
+    stride: u64,
     /// Blocks of the stripe.
     blocks: u64,
     /// Next block, for sequential mixes.
     next_block: u64,
+    /// Whether to end with the last block.
+    once: bool,
+    /// Whether it has been sent.
+    exhausted: bool,
     /// Writes since the last flush.
     unflushed: u32,
     /// State of the random sequence.
@@ -432,14 +445,13 @@ struct Worker {
 impl Worker {
     fn new(args: &BenchArgs, plan: Plan, queue: u64, ring: Ring, slots: Slots) -> Result<Self> {
         // Sequential and verified load gives each queue its own stripe; random load needs none.
-        let own = args.verify || matches!(args.rw, Mix::Read | Mix::Write);
+        let own = args.verify || args.is_sequential();
         let (first, blocks) = if own {
             let each = plan.blocks / plan.queues;
             (queue * each, each)
         } else {
             (0, plan.blocks)
         };
-        let sectors_of_block = u64::from(args.block_size) / SECTOR_SIZE;
         let idle =
             InFlight { kind: SlotKind::Flush, block: 0, generation: 0, submitted: Instant::now() };
         let share = |n: u64| n / plan.queues + u64::from(queue < n % plan.queues);
@@ -454,9 +466,12 @@ impl Worker {
             flush_every: args.flush_every,
             batch: args.batch,
             cpu: args.cpu.get(queue as usize % args.cpu.len().max(1)).copied(),
-            first_sector: plan.offset / SECTOR_SIZE + first * sectors_of_block,
+            first: plan.offset + first * args.stride(),
+            stride: args.stride(),
             blocks,
             next_block: 0,
+            once: args.once,
+            exhausted: false,
             unflushed: 0,
             random: args.seed.wrapping_add(queue).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             seed: args.seed,
@@ -528,6 +543,7 @@ impl Worker {
                 Mix::Read | Mix::Write => {
                     let block = self.next_block;
                     self.next_block = if block + 1 == self.blocks { 0 } else { block + 1 };
+                    self.exhausted = self.once && self.next_block == 0;
                     block
                 }
                 _ => self.random_below(self.blocks),
@@ -556,16 +572,14 @@ impl Worker {
 
     /// Where a block lies on the disk.
     fn offset_of(&self, block: u64) -> u64 {
-        self.first_sector * SECTOR_SIZE + block * u64::from(self.block_size)
+        self.first + block * self.stride
     }
 
     /// Pushes a slot with a request that was chosen.
     #[inline]
     fn push(&mut self, slot: usize, request: InFlight) {
         let sector = match request.kind {
-            SlotKind::Read | SlotKind::Write => {
-                self.first_sector + request.block * (u64::from(self.block_size) / SECTOR_SIZE)
-            }
+            SlotKind::Read | SlotKind::Write => self.offset_of(request.block) / SECTOR_SIZE,
             SlotKind::Flush | SlotKind::GetId => 0,
         };
         self.in_flight[slot] = request;
@@ -640,6 +654,9 @@ impl Worker {
         self.pin()?;
         let mut progress = Instant::now();
         for slot in 0..self.slots.len() {
+            if self.exhausted {
+                break;
+            }
             self.submit(slot, progress);
         }
         self.ring.publish();
@@ -689,7 +706,7 @@ impl Worker {
                     measured += 1;
                     stop = measured >= quota;
                 }
-                if !stop {
+                if !stop && !self.exhausted {
                     self.submit(slot, now);
                 }
             }
@@ -766,80 +783,4 @@ impl Worker {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::frontend::{Memory, Pages, RingLayout, SlotShape};
-    use clap::Parser;
-
-    /// The options as a command of their own.
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        args: BenchArgs,
-    }
-
-    /// A device that completes every request at once, in batches of what it finds, and looks for
-    /// more without sleeping. Ends after `count` requests.
-    fn device(memory: Memory, layout: RingLayout, call: Waker, count: u64) {
-        let word = |at: u64| {
-            let mut bytes = [0; 2];
-            memory.read(at, &mut bytes).unwrap();
-            u16::from_le_bytes(bytes)
-        };
-        let (mut taken, mut done) = (0u16, 0);
-        while done < count {
-            let available = word(layout.available + 2);
-            if available == taken {
-                // The driver may sleep; the test's waker makes it look.
-                call.wake().unwrap();
-                std::hint::spin_loop();
-                continue;
-            }
-            std::sync::atomic::fence(Ordering::SeqCst);
-            while taken != available {
-                let slot = u64::from(taken % layout.size);
-                let head = word(layout.available + 4 + 2 * slot);
-                // Indirect: the status is the last of three descriptors.
-                let at = layout.descriptors + 16 * u64::from(head);
-                let table = u64::from_le_bytes(memory.read_vec(at, 8).unwrap().try_into().unwrap());
-                let status = memory.read_vec(table + 32, 8).unwrap().try_into().unwrap();
-                memory.write(u64::from_le_bytes(status), &[STATUS_OK]).unwrap();
-                let mut element = [0; 8];
-                element[0..2].copy_from_slice(&head.to_le_bytes());
-                memory.write(layout.used + 4 + 8 * slot, &element).unwrap();
-                taken = taken.wrapping_add(1);
-                done += 1;
-            }
-            std::sync::atomic::fence(Ordering::SeqCst);
-            memory.write(layout.used + 2, &taken.to_le_bytes()).unwrap();
-        }
-        call.wake().unwrap();
-    }
-
-    #[test]
-    fn a_worker_sends_its_quota_and_ends() {
-        let args = ["bench", "--socket-path", "none", "--rw", "get-id", "--requests", "50000"];
-        let args = Command::parse_from(args).args;
-        let memory = Memory::with_region(0, 4 << 20, Pages::Small).unwrap();
-        let ring = Ring::new(&memory, 0, RingLayout::contiguous(0, 256)).unwrap();
-        let shape = SlotShape { count: 32, data: 4096, segment: u32::MAX, indirect: true };
-        let slots = Slots::new(&memory, ring.layout().end(), &ring, shape).unwrap();
-        let plan =
-            Plan { offset: 0, blocks: 1, queues: 1, requests: Some(50_000), can_flush: true };
-        let (layout, waker) = (ring.layout(), ring.waker());
-        let mut worker = Worker::new(&args, plan, 0, ring, slots).unwrap();
-        let (phase, shared) = (AtomicU8::new(MEASURE), Shared::default());
-        // With 32 slots in flight when the quota is reached, 31 more come back.
-        let count = 50_000 + 31;
-        thread::scope(|scope| {
-            scope.spawn(|| device(memory.clone(), layout, waker, count));
-            if let Err(err) = worker.run(&phase, &shared) {
-                // The device would wait for ever.
-                eprintln!("{err}");
-                std::process::abort();
-            }
-        });
-        assert_eq!(shared.done.load(Ordering::Relaxed), count);
-        assert_eq!((worker.errors, worker.latency.len()), (0, 50_000));
-    }
-}
+mod tests;
