@@ -5,37 +5,17 @@
 //! `VUBLK_TEST_BACKEND=qsd` serves the disks by qemu-storage-daemon instead, to tell a fault of
 //! these tests from one of vublk, and `VUBLK_TEST_SEED` repeats a load's random choices.
 
+#[macro_use]
 mod common;
 
-use std::fs::File;
-use std::io::Read as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::scratch::{allocated, text};
-use common::{Backend, Boot, Disk, Guest, Program, Scratch, can_boot, load, run, skip};
+use common::scratch::{allocated, fill_with_noise, text};
+use common::{Backend, Boot, Disk, Guest, Program, Scratch, load, run, vublk};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
-
-/// Returns from the test when guests cannot be booted here.
-macro_rules! need_guests {
-    ($test:literal) => {
-        if !can_boot($test) {
-            return;
-        }
-    };
-}
-
-/// Returns from the test when the stand-in cannot do what the test is about.
-macro_rules! need_vublk {
-    ($test:literal, $why:literal) => {
-        if Program::chosen() != Program::Vublk {
-            skip($test, concat!("the stand-in ", $why));
-            return;
-        }
-    };
-}
 
 // ---- file systems ---------------------------------------------------------------------------
 
@@ -125,19 +105,13 @@ fn file_system(kind: &str, queues: u32) {
     assert_eq!(second.said("digest"), first.said("digest"));
 
     backend.assert_alive();
-    assert_stops(&mut backend);
+    backend.assert_stops();
     check_on_host(kind, &image);
 }
 
 /// The first word of a text: the digest in what `sha256sum` prints.
 fn word(text: &str) -> &str {
     text.split_whitespace().next().unwrap_or_default()
-}
-
-/// SIGTERM ends the back-end in order.
-fn assert_stops(backend: &mut Backend) {
-    let status = backend.terminate();
-    assert!(status.success(), "on SIGTERM the back-end ended with {status}:\n{}", backend.log());
 }
 
 #[test]
@@ -180,12 +154,36 @@ fn ext4_on_qcow2() {
     let first = Boot::new(&scratch, "first", fill_job("ext4")).run(&backend);
     let second = Boot::new(&scratch, "second", read_back_job("ext4")).run(&backend);
     assert_eq!(second.said("digest"), first.said("digest"));
-    assert_stops(&mut backend);
+    backend.assert_stops();
 
     run("qemu-img", &["check", "-q", text(&image)]);
     let raw = scratch.file("disk.raw");
     run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&image), text(&raw)]);
     check_on_host("ext4", &raw);
+}
+
+/// The same through add-cow, over a base that is full of something else and does not change.
+#[test]
+fn ext4_on_add_cow() {
+    need_guests!("ext4_on_add_cow");
+    need_vublk!("ext4_on_add_cow", "does not know the format");
+    let scratch = Scratch::new();
+    let base = scratch.raw("base.raw", 512 * MIB);
+    fill_with_noise(&base, 0, 96 * MIB);
+    let before = run("sha256sum", &[text(&base)]);
+    let image = scratch.add_cow("disk.add-cow", &base);
+    let mut backend = Backend::start(&scratch, &Disk::add_cow(&image));
+    let first = Boot::new(&scratch, "first", fill_job("ext4")).run(&backend);
+    let second = Boot::new(&scratch, "second", read_back_job("ext4")).run(&backend);
+    assert_eq!(second.said("files"), "61");
+    assert_eq!(second.said("digest"), first.said("digest"));
+    backend.assert_stops();
+
+    vublk(&["check", "-q", text(&image)]);
+    let raw = scratch.file("disk.raw");
+    vublk(&["convert", "-q", "-f", "add-cow", "-O", "raw", text(&image), text(&raw)]);
+    check_on_host("ext4", &raw);
+    assert_eq!(run("sha256sum", &[text(&base)]), before, "the base was modified");
 }
 
 // ---- coming and going -----------------------------------------------------------------------
@@ -281,11 +279,11 @@ say digest $(sha256sum </tmp/data)
 "#;
     let mut guest = Boot::new(&scratch, "idle", job).cpus(2).start(&backend);
     guest.expect("idle");
-    assert_stops(&mut backend);
+    backend.assert_stops();
     backend.restart();
     guest.tell("go on");
     guest.finish();
-    assert_stops(&mut backend);
+    backend.assert_stops();
     for first in [0, 8] {
         let job = format!("dd if={} bs=1M skip={first} count=8 2>/dev/null", text(&image));
         let digest = run("sh", &["-c", &format!("{job} | sha256sum")]);
@@ -322,7 +320,7 @@ fn killed_under_load(disk: &Disk, scratch: &Scratch, cpus: u32) -> String {
     guest.tell("stop");
     let done = guest.expect("load-done");
     guest.finish();
-    assert_stops(&mut backend);
+    backend.assert_stops();
     let (sum, rest) = done.split_once(' ').expect("a checksum and more");
     common::announce(&format!(
         "{KILLS} kills of {} queues: operations and longest pause in ms: {rest}",
@@ -388,6 +386,23 @@ fn qcow2_backend_is_killed_under_load() {
     assert_eq!(region_checksum(&raw), sum, "the image holds what the guest read last");
 }
 
+/// add-cow keeps its bits in memory until a flush. Half of what is read comes from the base.
+#[test]
+fn add_cow_backend_is_killed_under_load() {
+    need_guests!("add_cow_backend_is_killed_under_load");
+    need_vublk!("add_cow_backend_is_killed_under_load", "does not know the format");
+    let scratch = Scratch::new();
+    let base = scratch.raw("base.raw", 64 * MIB);
+    fill_with_noise(&base, 0, 64 * MIB);
+    let image = scratch.add_cow("disk.add-cow", &base);
+    let sum = killed_under_load(&Disk::add_cow(&image).queues(2), &scratch, 2);
+
+    vublk(&["check", "-q", text(&image)]);
+    let raw = scratch.file("disk.raw");
+    vublk(&["convert", "-q", "-f", "add-cow", "-O", "raw", text(&image), text(&raw)]);
+    assert_eq!(region_checksum(&raw), sum, "the image holds what the guest read last");
+}
+
 /// A file system on the disk while the back-end is killed: journal, flushes and page cache.
 #[test]
 fn backend_is_killed_under_a_file_system() {
@@ -431,7 +446,7 @@ e2fsck -fn /dev/vda >/tmp/check 2>&1 || { cat /tmp/check; exit 1; }
     }
     guest.finish();
     assert_eq!(guest.said("files"), "96");
-    assert_stops(&mut backend);
+    backend.assert_stops();
     check_on_host("ext4", &image);
 }
 
@@ -503,17 +518,8 @@ fn guest_migrates_through_a_file_under_load() {
     target.tell("stop");
     let done = target.expect("load-done");
     target.finish();
-    assert_stops(&mut backend);
+    backend.assert_stops();
     assert_eq!(word(&done), region_checksum(&image));
-}
-
-/// Overwrites a range of a file with bytes that do not compress and do not repeat.
-fn fill_with_noise(path: &Path, offset: u64, length: u64) {
-    use std::os::unix::fs::FileExt as _;
-    let mut noise = vec![0; length as usize];
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut noise)).expect("noise");
-    let file = File::options().write(true).open(path).expect("the image");
-    file.write_all_at(&noise, offset).expect("the image can be written");
 }
 
 // ---- what the guest is told -----------------------------------------------------------------
@@ -588,7 +594,7 @@ umount /mnt
         Program::StorageDaemon => "vhost_user_blk",
     };
     assert_eq!(guest.said("serial"), serial);
-    assert_stops(&mut backend);
+    backend.assert_stops();
     check_on_host("ext4", &image);
 }
 
@@ -627,7 +633,7 @@ fi 2>/dev/null
     assert_eq!(word(&guest.expect("digest")), word(&digest));
     assert_eq!(guest.expect("rc"), "0");
     guest.await_exit();
-    assert_stops(&mut backend);
+    backend.assert_stops();
     assert_eq!(run("sha256sum", &[text(&image)]), digest);
     let after = std::fs::metadata(&image).and_then(|data| data.modified()).expect("a time");
     assert_eq!(after, modified, "the image was modified");

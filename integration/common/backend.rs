@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Scratch;
+use super::qmp::Qmp;
 use super::scratch::text;
 
 /// Which program serves the disk.
@@ -41,6 +42,7 @@ pub struct Disk {
     block_size: u32,
     read_only: bool,
     serial: Option<String>,
+    control: bool,
 }
 
 impl Disk {
@@ -53,12 +55,24 @@ impl Disk {
             block_size: 512,
             read_only: false,
             serial: None,
+            control: false,
         }
     }
 
     /// A qcow2 image, otherwise the same.
     pub fn qcow2(image: &Path) -> Disk {
         Disk { format: "qcow2", ..Disk::raw(image) }
+    }
+
+    /// An add-cow image, otherwise the same.
+    pub fn add_cow(image: &Path) -> Disk {
+        Disk { format: "add-cow", ..Disk::raw(image) }
+    }
+
+    /// Has the back-end listen on a control socket, too: see [`Backend::qmp`].
+    pub fn controlled(mut self) -> Disk {
+        self.control = true;
+        self
     }
 
     /// Serves up to this many queues.
@@ -113,6 +127,12 @@ impl Backend {
         &self.socket
     }
 
+    /// Opens its control socket.
+    pub fn qmp(&self, end: Instant) -> Qmp {
+        assert!(self.disk.control, "a disk that is controlled");
+        Qmp::connect(&control(&self.socket), end)
+    }
+
     /// The number of queues it serves.
     pub fn queues(&self) -> u32 {
         self.disk.queues
@@ -145,6 +165,13 @@ impl Backend {
             assert!(Instant::now() < end, "the back-end did not stop on SIGTERM within 10 s");
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Asks it to stop, and asserts that it ends in order.
+    #[track_caller]
+    pub fn assert_stops(&mut self) {
+        let status = self.terminate();
+        assert!(status.success(), "on SIGTERM the back-end ended with {status}:\n{}", self.log());
     }
 
     /// Starts it again after it ended, with the same command. Does not wait: whoever connects
@@ -219,8 +246,16 @@ fn vublk(disk: &Disk, socket: &Path) -> Command {
     if disk.read_only {
         command.arg("--read-only");
     }
+    if disk.control {
+        command.arg("--control").arg(control(socket));
+    }
     command.arg(&disk.image);
     command
+}
+
+/// The control socket beside a disk's socket.
+fn control(socket: &Path) -> PathBuf {
+    socket.with_extension("qmp")
 }
 
 fn storage_daemon(disk: &Disk, socket: &Path) -> Command {

@@ -229,15 +229,24 @@ impl Guest {
         }
     }
 
-    /// Drops what the guest has said up to now, but for complaints of its kernel.
-    pub fn forget(&mut self) {
+    /// All that the guest has said under a name up to now and was not waited for. Drops what it said
+    /// under other names, but for complaints of its kernel.
+    pub fn drain(&mut self, name: &str) -> Vec<String> {
+        let mut found = Vec::new();
         while let Ok(line) = self.lines.try_recv() {
             match line.split_once(' ') {
                 Some(("kernel", rest)) => self.kernel.push(rest.to_owned()),
                 Some(("rc", status)) => panic!("the job ended with {status} too early"),
+                Some((word, rest)) if word == name => found.push(rest.to_owned()),
                 _ => {}
             }
         }
+        found
+    }
+
+    /// Drops what the guest has said up to now, but for complaints of its kernel.
+    pub fn forget(&mut self) {
+        self.drain("");
     }
 
     /// Sends the guest a line. If QEMU is gone, the next [`Guest::expect`] tells.

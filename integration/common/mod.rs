@@ -13,6 +13,9 @@
 //! a test that fails leaves nothing behind. A test that panics prints the ends of the back-end's
 //! log and of the guest's serial port.
 
+// Each test program is built with all of this and uses a part.
+#![allow(dead_code)]
+
 pub mod backend;
 pub mod cpio;
 pub mod guest;
@@ -28,6 +31,25 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Condvar, Mutex};
+
+/// Returns from the test when guests cannot be booted here.
+macro_rules! need_guests {
+    ($test:literal) => {
+        if !$crate::common::can_boot($test) {
+            return;
+        }
+    };
+}
+
+/// Returns from the test when the stand-in cannot do what the test is about.
+macro_rules! need_vublk {
+    ($test:literal, $why:literal) => {
+        if $crate::common::Program::chosen() != $crate::common::Program::Vublk {
+            $crate::common::skip($test, concat!("the stand-in ", $why));
+            return;
+        }
+    };
+}
 
 /// How long one boot may take from QEMU's start to its end.
 pub const BOOT_DEADLINE_S: u64 = 60;
@@ -126,6 +148,12 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     );
     assert!(output.status.success(), "{program} {arguments:?}: {}\n{text}", output.status);
     text
+}
+
+/// Runs a command of vublk's to its end and returns what it printed; panics with that if it fails.
+#[track_caller]
+pub fn vublk(arguments: &[&str]) -> String {
+    run(env!("CARGO_BIN_EXE_vublk"), arguments)
 }
 
 /// The last `count` lines of a file, for a failing test's report.

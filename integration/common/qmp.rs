@@ -1,4 +1,4 @@
-//! A small client of QEMU's control socket: one command at a time, events kept aside.
+//! A small client of a control socket, QEMU's or vublk's: one command at a time, events kept aside.
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
@@ -36,18 +36,29 @@ impl Qmp {
     /// Runs a command and returns its result; panics on an error.
     #[track_caller]
     pub fn run(&mut self, command: &str, arguments: Value, end: Instant) -> Value {
+        let mut answer = self.ask(command, arguments, end);
+        assert!(answer.get("error").is_none(), "{command}: {}", answer["error"]);
+        answer["return"].take()
+    }
+
+    /// Runs a command that must fail, and returns why it did.
+    #[track_caller]
+    pub fn fails(&mut self, command: &str, arguments: Value, end: Instant) -> String {
+        let answer = self.ask(command, arguments, end);
+        let why = answer["error"]["desc"].as_str();
+        why.unwrap_or_else(|| panic!("{command} went well: {answer}")).to_owned()
+    }
+
+    fn ask(&mut self, command: &str, arguments: Value, end: Instant) -> Value {
         let mut line = json!({"execute": command, "arguments": arguments}).to_string();
         line.push('\n');
-        self.reader.get_mut().write_all(line.as_bytes()).expect("QEMU listens");
+        self.reader.get_mut().write_all(line.as_bytes()).expect("somebody listens");
         loop {
-            let mut answer = self.read(end);
-            if answer.get("event").is_some() {
-                self.events.push_back(answer);
-            } else if let Some(error) = answer.get("error") {
-                panic!("{line}{error}");
-            } else {
-                return answer["return"].take();
+            let answer = self.read(end);
+            if answer.get("event").is_none() {
+                return answer;
             }
+            self.events.push_back(answer);
         }
     }
 
@@ -74,18 +85,18 @@ impl Qmp {
         let mut line = Vec::new();
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "QEMU's control socket was silent until the deadline");
+            assert!(!left.is_zero(), "the control socket was silent until the deadline");
             self.reader.get_ref().set_read_timeout(Some(left)).expect("a timeout can be set");
             match self.reader.read_until(b'\n', &mut line) {
-                Ok(0) => panic!("QEMU closed its control socket"),
+                Ok(0) => panic!("the control socket was closed"),
                 Ok(_) if line.ends_with(b"\n") => break,
                 Ok(_) => {}
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => {}
-                    _ => panic!("QEMU's control socket: {error}"),
+                    _ => panic!("control socket: {error}"),
                 },
             }
         }
-        serde_json::from_slice(&line).expect("QEMU speaks JSON")
+        serde_json::from_slice(&line).expect("JSON")
     }
 }

@@ -1,6 +1,7 @@
 //! Directories that live as long as a test.
 
 use std::fs::File;
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -49,6 +50,14 @@ impl Scratch {
         super::run("qemu-img", &["create", "-q", "-f", "qcow2", text(&path), &size.to_string()]);
         path
     }
+
+    /// Makes an add-cow image (and its image file beside it) over a raw one.
+    pub fn add_cow(&self, name: &str, backing: &Path) -> PathBuf {
+        let path = self.file(name);
+        let options = ["-q", "-f", "add-cow", "-b", text(backing), "-F", "raw"];
+        super::vublk(&[&["create"], &options[..], &[text(&path)]].concat());
+        path
+    }
 }
 
 /// A path as text. All paths here are made by us.
@@ -59,4 +68,13 @@ pub fn text(path: &Path) -> &str {
 /// The space a file takes on the host, in bytes.
 pub fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).expect("an image").blocks() * 512
+}
+
+/// Overwrites a range of a file with bytes that do not compress and do not repeat.
+pub fn fill_with_noise(path: &Path, offset: u64, length: u64) {
+    use std::os::unix::fs::FileExt as _;
+    let mut noise = vec![0; length as usize];
+    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut noise)).expect("noise");
+    let file = File::options().write(true).open(path).expect("the image");
+    file.write_all_at(&noise, offset).expect("the image can be written");
 }
