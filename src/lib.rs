@@ -57,6 +57,7 @@
 //! answers "not now", the same request becomes an ordinary asynchronous task on the worker's own
 //! executor.
 
+pub mod bitmap;
 pub mod block;
 pub mod cli;
 pub mod control;

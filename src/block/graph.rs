@@ -526,7 +526,7 @@ mod tests {
         assert_eq!(message(graph.remove("top")), "Node top is in use: job 'j0'");
         // Whoever holds a node keeps the graph around it as it is, unless it says otherwise.
         let err = message(top.hold("blockdev-snapshot", Rights::GRAPH, Rights::ALL));
-        assert_eq!(err, "Node top is in use by job 'j0' (right 'graph change')");
+        assert_eq!(err, "Node 'top' is busy: block device is in use by job 'j0'");
         drop(hold);
         let names = |nodes: Vec<Node>| -> Vec<_> {
             nodes.iter().map(|node| node.name().to_string()).collect()

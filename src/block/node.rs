@@ -195,20 +195,20 @@ impl Node {
     /// Takes rights for `holder`, who lets others hold `shared` meanwhile.
     ///
     /// # Errors
-    /// Kind [`Busy`](ErrorKind::Busy), naming who is in the way and with which right.
+    /// Kind [`Busy`](ErrorKind::Busy), naming who is in the way.
     pub fn hold(&self, holder: impl Into<String>, held: Rights, shared: Rights) -> Result<Hold> {
         let holder = holder.into();
         let mut holds = self.inner.holds.lock().unwrap();
         for other in holds.iter() {
             let conflict = held.without(other.shared).and(other.held.without(shared));
             if !conflict.is_empty() {
+                // In QEMU's words.
                 return Err(Error::new(
                     ErrorKind::Busy,
                     format!(
-                        "Node {} is in use by {} (right '{}')",
+                        "Node '{}' is busy: block device is in use by {}",
                         self.name(),
-                        other.holder,
-                        conflict.names().join("', '")
+                        other.holder
                     ),
                 ));
             }

@@ -107,6 +107,17 @@ impl Root {
         Ok(std::mem::replace(&mut *self.inner.node.write().unwrap(), node))
     }
 
+    /// The node has another driver now, and the guest's session, if one runs, goes on there.
+    ///
+    /// # Errors
+    /// If the new driver cannot keep a session.
+    pub fn renew_session(&self, _quiesced: &Quiesced) -> Result<()> {
+        match &*self.inner.session.lock().unwrap() {
+            Some(session) => session.begin(&*self.node().driver()),
+            None => Ok(()),
+        }
+    }
+
     /// Settles what becomes of what an earlier process kept (see [`Driver::resume`]), and ends the
     /// session that ran here. No request may be in flight.
     ///

@@ -10,7 +10,7 @@ use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, Access, CacheMode, ImageFormat, Layers, OpenRequest, StateDir};
 use crate::io::block_on;
-use crate::jobs::layer_copy::CopyDown;
+use crate::jobs::layer_copy::{Copier, CopyDown};
 use crate::units::ByteRange;
 
 /// Write what an overlay holds to the image below it
@@ -86,9 +86,9 @@ async fn copy(args: &CommitArgs, top: &Node, base: &Node) -> Result<()> {
     let copy = CopyDown::new(top, base);
     let mut offset = 0;
     while offset < top.size() {
-        let (done, _) = copy.step(ByteRange::between(offset, top.size())).await?;
-        offset += done;
-        progress.advance(done);
+        let step = copy.step(ByteRange::between(offset, top.size())).await?;
+        offset += step.done;
+        progress.advance(step.done);
     }
     progress.finish();
     Ok(())
@@ -108,12 +108,8 @@ fn find_base(
             .cloned()
             .ok_or_else(|| Error::invalid(format!("{name}: Image does not have a backing file")));
     };
-    let path_of = |node: &&Node| layers.file_of(node).map(|file| file.path().to_path_buf());
-    let same = |path: PathBuf| {
-        path == named
-            || path.canonicalize().ok().is_some_and(|p| named.canonicalize().ok() == Some(p))
-    };
-    chain.iter().find(|node| path_of(node).is_some_and(same)).cloned().ok_or_else(|| {
+    let found = top.backing().and_then(|below| layers.find_in_chain(&below, named));
+    found.ok_or_else(|| {
         Error::invalid(format!(
             "{name}: Did not find '{}' in the backing chain of '{name}'",
             named.display()

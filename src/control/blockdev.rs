@@ -9,7 +9,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::block::{Graph, Node, graph};
+use crate::block::{Graph, Node, Rights, graph};
 use crate::control::QmpError;
 use crate::control::disks::Disks;
 use crate::control::faults::{self, FaultOptions};
@@ -305,6 +305,8 @@ fn open_format(
         Some(BlockdevRefOrNull::Null(())) => BackingChoice::Nothing,
         Some(BlockdevRefOrNull::Reference(name)) => {
             let node = by_name(disks.graph(), name)?;
+            // Not where a job changes what is shown.
+            drop(node.hold("a node", Rights::CONSISTENT_READ, Rights::ALL.and(Rights::GRAPH))?);
             BackingChoice::Image(Box::new(disks.image_of(&node)?))
         }
         Some(BlockdevRefOrNull::Definition(options)) => {

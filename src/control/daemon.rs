@@ -172,7 +172,11 @@ impl jobs::Listener for JobNews {
     }
 
     fn on_main(&self, task: jobs::MainTask) {
-        self.mailbox.leave(Box::new(move |_| task()));
+        self.mailbox.leave(Box::new(move |daemon| {
+            task(&mut daemon.disks.layers);
+            // What a guest stands on now may be larger.
+            daemon.disks.update_capacities();
+        }));
     }
 }
 

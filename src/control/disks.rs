@@ -163,6 +163,10 @@ impl Disks {
         if request.writable && node.limits().read_only {
             return Err(QmpError::generic(format!("Block node is read-only: '{}'", node.name())));
         }
+        // Not where a job changes what is shown.
+        let reads = Rights::CONSISTENT_READ;
+        let rights = if request.writable { reads.and(Rights::WRITE) } else { reads };
+        drop(node.hold("an export", rights, Rights::ALL.and(Rights::GRAPH))?);
         let image = self.image_below(node)?;
         image.check_for_guest(request.block_size)?;
         if request.writable {

@@ -219,6 +219,8 @@ impl Snapshot {
         let all = Rights::ALL.and(Rights::GRAPH);
         let holds =
             vec![node.hold(name, Rights::GRAPH, all)?, overlay.hold(name, Rights::GRAPH, all)?];
+        // It may have been left by another disk earlier.
+        frozen::clear(&overlay_image.file);
         let marked = frozen::overlay_of(&image.file).is_none().then(|| image.clone());
         if marked.is_some() {
             frozen::mark(&image.file, overlay_image.file.path());

@@ -78,6 +78,11 @@ impl Driver for NoFlush {
         self.below.children()
     }
 
+    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
+        let below = self.below.on_backing(backing)?;
+        Ok(below.map(|below| Arc::new(NoFlush { below }) as Arc<dyn Driver>))
+    }
+
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         self.below.set_backing(backing, quiesced)
     }

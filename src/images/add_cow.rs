@@ -56,7 +56,7 @@ pub(super) fn open_driver(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> 
 
 /// The format of the backing file that an add-cow file names.
 fn backing_format(opening: &Opening<'_>, backing: &str) -> Result<String> {
-    if let Some(format) = remembered_format(&opening.file)? {
+    if let Some(format) = remembered_format(&opening.file, backing)? {
         return Ok(format.name().to_string());
     }
     let context = || format!("{}: its backing file", opening.file.name());
@@ -73,16 +73,32 @@ fn backing_format(opening: &Opening<'_>, backing: &str) -> Result<String> {
     }
 }
 
-/// The format that was remembered with [`remember_format`].
-fn remembered_format(file: &HostFile) -> Result<Option<ImageFormat>> {
-    let mut value = [0; 32];
+/// The format that was remembered with [`remember_format`] of the backing file of this name; or, if
+/// somebody died while he changed the name, of the one of the two that the header has now
+/// ([`set_backing`]).
+fn remembered_format(file: &HostFile, backing: &str) -> Result<Option<ImageFormat>> {
+    let mut value = [0; 4096];
     let Ok(len) = rustix::fs::fgetxattr(file, BACKING_FORMAT, &mut value[..]) else {
         // Not there, or nothing like it on this file system.
         return Ok(None);
     };
     let text = String::from_utf8_lossy(&value[..len]);
-    let format = text.parse().context(|| format!("{}: {BACKING_FORMAT}", file.name()))?;
-    Ok(Some(format))
+    let named = text.lines().filter_map(|line| line.split_once(' '));
+    let format = match text.contains(' ') {
+        true => named.into_iter().find(|(_, name)| *name == backing).map(|(format, _)| format),
+        false => Some(&*text),
+    };
+    let context = || format!("{}: {BACKING_FORMAT}", file.name());
+    format.map(|format| format.parse().context(context)).transpose()
+}
+
+/// Remembers what format the backing file has under either of two names.
+fn remember_both(file: &HostFile, formats: [(Option<&str>, Option<ImageFormat>); 2]) -> Result<()> {
+    let line = |(name, format): (Option<&str>, Option<ImageFormat>)| {
+        Some(format!("{} {}\n", format.unwrap_or(ImageFormat::Raw), name?))
+    };
+    let lines: String = formats.into_iter().filter_map(line).collect();
+    remember(file, lines.as_bytes())
 }
 
 /// Remembers the format of the backing file with the add-cow file.
@@ -120,6 +136,13 @@ const SHORT_NAME: usize = 512 - 12 - 1;
 /// Names the image and what is wrong with the name.
 pub fn check_new_backing(image: &Image, backing: Option<&str>) -> Result<()> {
     let name = || image.name().to_string();
+    if image.format != ImageFormat::AddCow {
+        return Err(Error::unsupported(format!(
+            "{}: {} images cannot be made to name another backing file here",
+            image.name(),
+            image.format
+        )));
+    }
     let file = Arc::new(image.file.buffered().context(name)?) as Arc<dyn File>;
     let old = block_on(addcow::read_header(&file))?;
     let is_long = |name: &Option<String>| name.as_ref().is_some_and(|n| n.len() > SHORT_NAME);
@@ -152,18 +175,24 @@ pub fn set_backing(
     let shared = Arc::new(image.file.buffered().context(name)?) as Arc<dyn File>;
     let old = block_on(addcow::read_header(&shared))?;
     let was_long = old.backing.as_ref().is_some_and(|name| name.len() > SHORT_NAME);
+    let old_format = match &old.backing {
+        Some(name) => remembered_format(&image.file, name)?,
+        None => None,
+    };
     let bytes = Header { backing: backing.map(str::to_string), image: old.image }.encode()?;
     // The first sector decides: a name ends in it, or goes on in what is there by then.
     let (first, rest) = (0..512, 512..addcow::layout::HEADER_LEN as usize);
     let order = if was_long { [first, rest] } else { [rest, first] };
-    let changed = remembered_format(&image.file)? != format;
+    let changed = old_format != format;
+    if changed && [old_format, format].iter().any(|f| f.is_some_and(|f| f != ImageFormat::Raw)) {
+        // Whichever name the header has by the time it is read, it is taken for what it is.
+        let old = (old.backing.as_deref(), old_format);
+        remember_both(&image.file, [old, (backing, format)])?;
+        block_on(file.flush()).context(name)?;
+    }
     block_on(async {
         for part in order {
             let buf = AlignedBuf::from_slice(&bytes[part.clone()], 512);
-            if part.start == 0 && changed {
-                // From here to the end the image cannot be opened with the wrong format.
-                remember(&file, b"being changed by vublk rebase")?;
-            }
             file.write(part.start as u64, buf.buffers(), false).await?;
             file.flush().await?;
         }
@@ -171,7 +200,6 @@ pub fn set_backing(
     })
     .context(name)?;
     if changed {
-        forget_format(&file);
         remember_format(&file, format)?;
         block_on(file.flush()).context(name)?;
     }

@@ -126,6 +126,18 @@ pub fn protocol_driver(file: &Arc<HostFile>, read_only: bool) -> Result<Arc<dyn 
     Ok(Arc::new(raw.context(|| file.name().to_string())?))
 }
 
+/// The driver of a raw image in a file that is open for writing, and a protocol node for it.
+pub fn open_raw_on(
+    file: &Arc<HostFile>,
+    cache: CacheMode,
+    keeps_space: bool,
+) -> Result<(Arc<dyn Driver>, Node)> {
+    let below = Arc::clone(file) as Arc<dyn File>;
+    let raw = Raw::open(below, false).context(|| file.name().to_string())?;
+    let protocol = protocol_node(file, &crate::block::graph::auto_name(), false, keeps_space)?;
+    Ok((ignoring_flushes(Arc::new(raw), cache), protocol))
+}
+
 /// What a format node stands on.
 #[derive(Clone, Debug)]
 pub enum BackingChoice {

@@ -7,6 +7,11 @@
 //! the overlay; and an image with a mark is not given to a guest for writing. The mark goes when the
 //! image is on top again (commit), or when its overlay is gone.
 //!
+//! Likewise when a disk *leaves* an image: the overlay that was committed into the image below it, the
+//! add-cow file whose raw image file needs it no more. What is left there is old, or would write
+//! past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
+//! disk goes on, before the guest's first write goes there.
+//!
 //! File systems without extended attributes, and block devices, take no mark. Then a line in the log
 //! says so, once for each snapshot.
 
@@ -19,19 +24,30 @@ use crate::io::{File, HostFile};
 
 /// The attribute's name.
 const ATTRIBUTE: &str = "user.vublk.overlay";
+/// The name of the one that says where the disk has moved to.
+const MOVED: &str = "user.vublk.moved";
 /// The longest path that fits.
 const MAX_PATH: usize = 4096;
 
 /// Marks `file` as frozen below the image at `overlay`; durable on return.
 pub fn mark(file: &HostFile, overlay: &Path) {
-    let absolute = std::path::absolute(overlay).unwrap_or_else(|_| overlay.to_path_buf());
+    put(file, ATTRIBUTE, overlay, "frozen below");
+}
+
+/// Marks `file` as left by its disk, which goes on in the image at `target`; durable on return.
+pub fn mark_moved(file: &HostFile, target: &Path) {
+    put(file, MOVED, target, "left for");
+}
+
+fn put(file: &HostFile, attribute: &str, path: &Path, what: &str) {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let value = absolute.as_os_str().as_bytes();
     let flags = rustix::fs::XattrFlags::empty();
-    let marked = rustix::fs::fsetxattr(file.as_fd(), ATTRIBUTE, value, flags)
+    let marked = rustix::fs::fsetxattr(file.as_fd(), attribute, value, flags)
         .and_then(|()| rustix::fs::fsync(file.as_fd()));
     if let Err(err) = marked {
         tracing::warn!(
-            "{}: cannot be marked as frozen below {} ({}): take care to serve the overlay from now on",
+            "{}: cannot be marked as {what} {} ({}): take care to serve that one from now on",
             file.name(),
             absolute.display(),
             Error::from(err)
@@ -39,11 +55,19 @@ pub fn mark(file: &HostFile, overlay: &Path) {
     }
 }
 
-/// Takes the mark away.
+/// Takes the marks away; durable on return.
 pub fn clear(file: &HostFile) {
-    match rustix::fs::fremovexattr(file.as_fd(), ATTRIBUTE) {
-        Ok(()) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
-        Err(rustix::io::Errno::PERM | rustix::io::Errno::ACCESS | rustix::io::Errno::ROFS) => {}
+    take(file, ATTRIBUTE);
+    take(file, MOVED);
+}
+
+fn take(file: &HostFile, attribute: &str) {
+    use rustix::io::Errno;
+    let removed = rustix::fs::fremovexattr(file.as_fd(), attribute)
+        .and_then(|()| rustix::fs::fsync(file.as_fd()));
+    match removed {
+        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+        Err(Errno::PERM | Errno::ACCESS | Errno::ROFS) => {}
         Err(err) => {
             tracing::warn!("{}: its mark cannot be removed: {}", file.name(), Error::from(err));
         }
@@ -52,40 +76,66 @@ pub fn clear(file: &HostFile) {
 
 /// The overlay that the disk of this image goes on in, if it is marked.
 pub fn overlay_of(file: &HostFile) -> Option<PathBuf> {
+    get(file, ATTRIBUTE)
+}
+
+/// The image that the disk of this one has moved to, if it is marked so.
+pub fn moved_to(file: &HostFile) -> Option<PathBuf> {
+    get(file, MOVED)
+}
+
+fn get(file: &HostFile, attribute: &str) -> Option<PathBuf> {
     let mut value = vec![0; MAX_PATH];
-    let len = rustix::fs::fgetxattr(file.as_fd(), ATTRIBUTE, &mut value[..]).ok()?;
+    let len = rustix::fs::fgetxattr(file.as_fd(), attribute, &mut value[..]).ok()?;
     value.truncate(len);
     Some(PathBuf::from(std::ffi::OsString::from_vec(value)))
 }
 
-/// Refuses to have a guest write to an image that a snapshot has frozen.
+/// Whether the image that a mark names is gone. A missing directory may be one that is not mounted;
+/// the image may well be there.
+fn is_gone(path: &Path) -> bool {
+    path.parent().is_some_and(Path::is_dir) && std::fs::symlink_metadata(path).is_err()
+}
+
+/// Refuses to have a guest write to an image that a snapshot has frozen, or that its disk has left.
 ///
 /// # Errors
-/// Kind [`Busy`](ErrorKind::Busy), with the overlay to serve instead.
+/// Kind [`Busy`](ErrorKind::Busy), with the image to serve instead.
 pub fn check(file: &HostFile) -> Result<()> {
-    let Some(overlay) = overlay_of(file) else { return Ok(()) };
-    // A missing directory may be one that is not mounted; the overlay may well be there.
-    let directory_is_there = overlay.parent().is_some_and(Path::is_dir);
-    if directory_is_there && std::fs::symlink_metadata(&overlay).is_err() {
+    let name = file.name();
+    if let Some(overlay) = overlay_of(file) {
+        let shown = overlay.display();
+        if !is_gone(&overlay) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "{name}: a snapshot was taken of this disk while it was served, and the disk \
+                     goes on in {shown}; serve that one (writing here would destroy it). To go back \
+                     to the snapshot and give up what was written since, remove {shown} first"
+                ),
+            ));
+        }
         tracing::warn!(
-            "{}: the overlay {} that a snapshot had put on it is gone; the disk is as it was at the \
-             snapshot",
-            file.name(),
-            overlay.display()
+            "{name}: the overlay {shown} that a snapshot had put on it is gone; the disk is as it \
+             was at the snapshot"
         );
         clear(file);
-        return Ok(());
     }
-    Err(Error::new(
-        ErrorKind::Busy,
-        format!(
-            "{name}: a snapshot was taken of this disk while it was served, and the disk goes on in \
-             {overlay}; serve that one (writing here would destroy it). To go back to the snapshot \
-             and give up what was written since, remove {overlay} first",
-            name = file.name(),
-            overlay = overlay.display()
-        ),
-    ))
+    if let Some(target) = moved_to(file) {
+        let shown = target.display();
+        if !is_gone(&target) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "{name}: this disk was committed or streamed while it was served, and goes on in \
+                     {shown}; serve that one (what is here is old)"
+                ),
+            ));
+        }
+        tracing::warn!("{name}: the image {shown} that the disk had moved to is gone");
+        clear(file);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@
 //! as it was. The way back (a commit into it) is the same in reverse; where its file was opened for
 //! reading, a new one is opened, and the driver is replaced.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ use crate::block::{Graph, Node, Quiesced, graph};
 use crate::error::{Error, Result};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::open::{lock_rights, protocol_name};
-use crate::images::{Access, Image, StateDir};
-use crate::io::{HostFile, Rights, block_on};
+use crate::images::{Access, Image, ImageFormat, StateDir, frozen};
+use crate::io::{File, HostFile, Rights, block_on};
 
 /// A node and the image behind it.
 #[derive(Clone, Debug)]
@@ -188,6 +188,67 @@ impl Layers {
         result
     }
 
+    /// The layer below a node (or the node itself) whose image is at this path, for whoever names
+    /// layers by their files.
+    pub fn find_in_chain(&self, top: &Node, path: &Path) -> Option<Node> {
+        let canonical = path.canonicalize().ok();
+        std::iter::successors(Some(top.clone()), Node::backing).find(|node| {
+            self.file_of(node).is_some_and(|file| {
+                file.path() == path
+                    || canonical.is_some() && file.path().canonicalize().ok() == canonical
+            })
+        })
+    }
+
+    /// Drops an add-cow layer whose image file has all of the disk: from now on the node is that raw
+    /// file. The guests' sessions go on there; the add-cow file gets a mark that says so. Everything
+    /// is flushed, and the gates of all that reach the node are closed.
+    ///
+    /// # Errors
+    /// If the image file is not just the disk. Then nothing has changed.
+    pub fn stand_alone(&mut self, node: &Node, quiesced: &Quiesced) -> Result<()> {
+        let image = match self.of(node) {
+            Some(layer) if layer.image.format == ImageFormat::AddCow => layer.image.clone(),
+            _ => return Err(Error::unsupported("only add-cow layers can be dropped")),
+        };
+        let Some(data) = &image.image_file else {
+            return Err(Error::unsupported("its image file is not known"));
+        };
+        let (driver, protocol) = blockdev::open_raw_on(data, image.cache, node.keeps_space())?;
+        if driver.limits().size != node.size() {
+            return Err(Error::unsupported(format!(
+                "{}: has {} bytes, and the disk has {}",
+                data.name(),
+                driver.limits().size,
+                node.size()
+            )));
+        }
+        self.graph.add(protocol.clone(), None, false)?;
+        let old = node.replace_driver(driver, quiesced);
+        self.graph.set_file(node, Some(protocol.clone()));
+        let alone = Image {
+            file: Arc::clone(data),
+            format: ImageFormat::Raw,
+            guessed: false,
+            image_file: None,
+            ..image.clone()
+        };
+        for layer in self.layers.iter_mut().filter(|l| l.image.node.is_same(node)) {
+            layer.image = alone.clone();
+        }
+        let image_of_protocol = Image { node: protocol, ..alone };
+        self.layers.push(Layer { image: image_of_protocol, is_protocol: true });
+        for root in self.graph.roots().iter().filter(|root| root.node().is_same(node)) {
+            // A raw file keeps nothing, so this cannot fail; it says that nothing is kept.
+            root.renew_session(quiesced)?;
+        }
+        frozen::mark_moved(&image.file, data.path());
+        if let Err(err) = block_on(old.close()) {
+            tracing::error!("cannot close {}: {err}", image.name());
+        }
+        Ok(())
+    }
+
     /// Makes a node read-only, or writable again. The gates of all that reach it are closed.
     ///
     /// # Errors
@@ -322,7 +383,7 @@ mod tests {
     use super::*;
     use crate::block::Gate;
     use crate::error::ErrorKind;
-    use crate::images::{self, CacheMode, ImageFormat, Locking, OpenRequest};
+    use crate::images::{self, CacheMode, Locking, OpenRequest};
     use crate::io::AlignedBuf;
 
     struct Bench {

@@ -14,13 +14,14 @@ use super::job::{Job, cancelled};
 use super::registry::JobEvent;
 use super::state::Status;
 use crate::error::{Error, ErrorKind, Result};
+use crate::images::Layers;
 
 /// What clients read as the error of a job that was cancelled, in the C library's words.
 const CANCELLED: &str = "Operation canceled";
 
 impl Job {
     /// The body has returned or was dropped.
-    pub(super) fn work_ended(self: Arc<Self>, result: Result<()>) {
+    pub(super) fn work_ended(self: Arc<Self>, result: Result<()>, layers: &mut Layers) {
         let mut state = self.state();
         // Who ends needs no rest.
         state.paused = false;
@@ -28,7 +29,7 @@ impl Job {
         let result = if state.cancelled { Err(cancelled()) } else { result };
         if let Err(err) = result {
             drop(state);
-            return self.fail(&err);
+            return self.fail(&err, layers);
         }
         self.transition(&mut state, Status::Waiting);
         self.transition(&mut state, Status::Pending);
@@ -39,20 +40,20 @@ impl Job {
             return;
         }
         drop(state);
-        self.finalize();
+        self.finalize(layers);
     }
 
     /// Puts what was done in force.
-    pub(super) fn finalize(&self) {
+    pub(super) fn finalize(&self, layers: &mut Layers) {
         let ending = self.state().ending.unwrap_or(Ending::Complete);
-        match self.body.finalize(ending) {
-            Ok(()) => self.conclude(),
-            Err(err) => self.fail(&err),
+        match self.body.finalize(ending, layers) {
+            Ok(()) => self.conclude(layers),
+            Err(err) => self.fail(&err, layers),
         }
     }
 
     /// Undoes what was done.
-    pub(super) fn fail(&self, err: &Error) {
+    pub(super) fn fail(&self, err: &Error, layers: &mut Layers) {
         let mut state = self.state();
         state.error = Some(match err.kind() {
             ErrorKind::Cancelled => CANCELLED.to_string(),
@@ -60,13 +61,14 @@ impl Job {
         });
         self.transition(&mut state, Status::Aborting);
         drop(state);
-        self.body.abort();
-        self.conclude();
+        self.body.abort(layers);
+        self.conclude(layers);
     }
 
-    fn conclude(&self) {
+    fn conclude(&self, layers: &mut Layers) {
         // Before anybody hears that it is over: whoever hears it may want what the job had.
         self.release();
+        self.body.concluded(layers);
         let mut state = self.state();
         match (state.cancelled, state.error.clone()) {
             (true, _) => {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::error_policy::{Action, OnError, Operation};
 use super::job::{Job, cancelled};
@@ -13,6 +13,7 @@ use super::registry::JobEvent;
 use super::state::Status;
 use super::thread;
 use crate::error::{Error, ErrorKind, Result};
+use crate::images::Layers;
 
 /// How a job that was ready ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +106,20 @@ impl Context {
         .await;
     }
 
+    /// Rests for a while, or until the job is told how to end. Without a turn.
+    pub async fn rest(&self, time: Duration) {
+        let until = Instant::now() + time;
+        poll_fn(|cx| {
+            self.job.waiters().add(cx.waker());
+            if self.ending().is_some() || Instant::now() >= until {
+                return Poll::Ready(());
+            }
+            thread::wake_at(until, cx.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// Sets how far the job has to go.
     pub fn set_total(&self, total: u64) {
         self.job.state().total = total;
@@ -183,13 +198,13 @@ impl Context {
     /// same, unless it has not begun.
     pub async fn on_main<T: Send + 'static>(
         &self,
-        task: impl FnOnce() -> Result<T> + Send + 'static,
+        task: impl FnOnce(&mut Layers) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let answer = Answer::new(&self.job);
         let to_main = answer.clone();
-        self.job.jobs.on_main(Box::new(move || {
+        self.job.jobs.on_main(Box::new(move |layers| {
             if to_main.is_wanted() {
-                to_main.give(task());
+                to_main.give(task(layers));
             }
         }));
         answer.wait().await
@@ -281,5 +296,5 @@ pub(super) async fn drive(job: Arc<Job>) {
     let parties = std::mem::take(&mut job.state().parties);
     drop(parties);
     let ended = Arc::clone(&job);
-    job.jobs.on_main(Box::new(move || ended.work_ended(result)));
+    job.jobs.on_main(Box::new(move |layers| ended.work_ended(result, layers)));
 }

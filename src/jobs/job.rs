@@ -16,6 +16,7 @@ use super::state::Status;
 use crate::block::node::Hold;
 use crate::block::{Party, Root};
 use crate::error::{Error, ErrorKind, Result};
+use crate::images::Layers;
 use crate::io::Fut;
 
 /// What jobs do, by the names that clients know.
@@ -63,14 +64,22 @@ pub trait Body: Send + Sync + 'static {
     ///
     /// # Errors
     /// The job fails, and [`Body::abort`] is called.
-    fn finalize(&self, ending: super::Ending) -> Result<()> {
-        let _ = ending;
+    fn finalize(&self, ending: super::Ending, layers: &mut Layers) -> Result<()> {
+        let _ = (ending, layers);
         Ok(())
     }
 
     /// The work has failed, was cancelled, or another job of the group has: undoes what must not
     /// stay.
-    fn abort(&self) {}
+    fn abort(&self, layers: &mut Layers) {
+        let _ = layers;
+    }
+
+    /// The job is over, however it ended, and what it held is free: nodes that nobody uses any more
+    /// may go.
+    fn concluded(&self, layers: &mut Layers) {
+        let _ = layers;
+    }
 
     /// What only this job tells in `query-block-jobs`.
     fn details(&self) -> Details {

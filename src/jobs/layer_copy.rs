@@ -1,20 +1,28 @@
-//! What the layers above a base hold, and copying it down into the base.
+//! What layers of a chain hold, and copying it: down into a base, or up into the top.
 //!
 //! ```text
 //! top ──► mid ──► base ──► …        held above base: what top or mid say of a range
 //!  └───────┴── the first layer that holds it, or says that it is zeros, decides
+//!
+//! CopyDown   what is held above base ──► base       commit
+//! FillUp     what is held between top and base ──► top        stream
 //! ```
 //!
 //! Used by `vublk commit` and by the jobs, which differ in who may write meanwhile and in how fast
-//! they go, and not in what is copied.
+//! they go, and not in what is copied. Either copy leaves what the disk on top reads as at it is, so
+//! it may be stopped, killed and done again at any point.
 
 use crate::block::{Node, StatusKind};
-use crate::error::{Result, ResultExt};
-use crate::io::AlignedBuf;
+use crate::error::{Error, Result, ResultExt};
+use crate::filters::Intercept;
+use crate::io::{AlignedBuf, Fut};
+use crate::jobs::Operation;
 use crate::units::{ByteRange, MIB, align_down, align_up};
 
 /// How much is copied at a time, in bytes.
 pub const CHUNK: u64 = MIB;
+/// How much is zeroed at a time where that keeps a guest's writes waiting, in bytes.
+const ZERO_CHUNK: u64 = 16 * MIB;
 
 /// What layers hold of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +64,48 @@ pub async fn held_above(
     }
 }
 
-/// A copy from the layers above a base down into it. What the disk on top reads as does not change
-/// by it, so it may be stopped, killed and done again at any point.
+/// How far a step has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// How much of the range, from its start on, is done with, in bytes; never 0.
+    pub done: u64,
+    /// How much of the host's time that took, in bytes that were copied.
+    pub copied: u64,
+}
+
+/// A step that failed.
+#[derive(Debug)]
+pub struct Failed {
+    /// What was being done.
+    pub operation: Operation,
+    /// Why it failed.
+    pub error: Error,
+    /// How much of the range, from its start on, has to be left out to go on without it.
+    pub skip: u64,
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Error {
+        failed.error
+    }
+}
+
+impl Failed {
+    fn new(operation: Operation, error: Error, skip: u64) -> Failed {
+        Failed { operation, error, skip }
+    }
+}
+
+/// Copies ranges, step by step.
+pub trait Copier {
+    /// Does what there is to do at the start of `range`, which is not empty.
+    fn step<'a>(&'a self, range: ByteRange) -> Stepping<'a>;
+}
+
+/// A step under way.
+pub type Stepping<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Step, Failed>> + 'a>>;
+
+/// A copy from the layers above a base down into it.
 #[derive(Clone, Debug)]
 pub struct CopyDown {
     top: Node,
@@ -74,10 +122,10 @@ impl CopyDown {
         CopyDown { top: top.clone(), base: base.clone(), align }
     }
 
-    /// Does what there is to do at the start of `range`; returns how much of it is done with, and
-    /// how much of that had to be copied.
-    pub async fn step(&self, range: ByteRange) -> Result<(u64, u64)> {
-        let (run, held) = held_above(&self.top, Some(&self.base), range).await?;
+    async fn do_step(&self, range: ByteRange) -> Result<Step, Failed> {
+        let held = held_above(&self.top, Some(&self.base), range).await;
+        let (run, held) =
+            held.map_err(|err| Failed::new(Operation::Read, err, range.len.min(CHUNK)))?;
         if held == Held::Nothing {
             // What is left of a unit is copied with what follows.
             let end = match run.end() == range.end() {
@@ -85,30 +133,132 @@ impl CopyDown {
                 false => align_down(run.end(), self.align),
             };
             if end > range.offset {
-                return Ok((end - range.offset, 0));
+                return Ok(Step { done: end - range.offset, copied: 0 });
             }
         }
         let end = align_up(run.end(), self.align).unwrap_or(run.end()).min(self.top.size());
         let whole = ByteRange::between(align_down(run.offset, self.align), end);
         if held == Held::Zero && whole == run {
             let zeroed = self.base.write_zeroes(run, true).await;
-            zeroed.context(|| format!("zeroing {run} of {}", self.base.name()))?;
-            return Ok((run.len, run.len));
+            zeroed
+                .context(|| format!("zeroing {run} of {}", self.base.name()))
+                .map_err(|err| Failed::new(Operation::Write, err, run.len))?;
+            return Ok(Step { done: run.len, copied: 0 });
         }
         let part = ByteRange { offset: whole.offset, len: whole.len.min(CHUNK) };
-        self.copy(part).await?;
         let done = part.end().min(range.end()) - range.offset;
-        Ok((done, part.len))
+        copy(&self.top, &self.base, part)
+            .await
+            .map_err(|(operation, err)| Failed::new(operation, err, done))?;
+        Ok(Step { done, copied: part.len })
+    }
+}
+
+impl Copier for CopyDown {
+    fn step<'a>(&'a self, range: ByteRange) -> Stepping<'a> {
+        Box::pin(self.do_step(range))
+    }
+}
+
+/// A copy from the layers between a top and a base up into the top, on which a guest goes on
+/// writing.
+#[derive(Debug)]
+pub struct FillUp<'a> {
+    top: &'a Intercept,
+    base: Option<Node>,
+    align: u64,
+    /// Whether what no layer holds is made zeros in the top, which then needs nothing below it.
+    fills_holes: bool,
+}
+
+impl<'a> FillUp<'a> {
+    /// Into the disk that `top` stands in front of, from what is below it and above `base`.
+    pub fn new(top: &'a Intercept, base: Option<Node>, fills_holes: bool) -> FillUp<'a> {
+        let align = top.inner().limits().request_alignment;
+        FillUp { top, base, align, fills_holes }
     }
 
-    /// Copies a run of the top's content, whoever holds it.
-    async fn copy(&self, range: ByteRange) -> Result<()> {
-        let memory =
-            self.top.limits().memory_alignment.max(self.base.limits().memory_alignment).max(4096);
-        let buf = AlignedBuf::zeroed(range.len as usize, memory);
-        let read = self.top.read(range.offset, buf.buffers()).await;
-        read.context(|| format!("reading {range} of {}", self.top.name()))?;
-        let written = self.base.write(range.offset, buf.buffers(), false).await;
-        written.context(|| format!("writing {range} of {}", self.base.name()))
+    /// What the top lacks at the start of a range.
+    async fn missing(&self, range: ByteRange) -> Result<(ByteRange, Held)> {
+        let node = self.top.inner();
+        let status = node.block_status(range).await?;
+        let run = status.range.intersect(&range);
+        if status.kind != StatusKind::Unallocated {
+            return Ok((run, Held::Nothing));
+        }
+        let (run, held) = match node.backing() {
+            Some(below) => held_above(&below, self.base.as_ref(), run).await?,
+            None => (run, Held::Nothing),
+        };
+        match held {
+            Held::Nothing if self.fills_holes => Ok((run, Held::Zero)),
+            held => Ok((run, held)),
+        }
     }
+
+    async fn do_step(&self, range: ByteRange) -> Result<Step, Failed> {
+        let failed_read = |err| Failed::new(Operation::Read, err, range.len.min(CHUNK));
+        let (run, held) = self.missing(range).await.map_err(failed_read)?;
+        if held == Held::Nothing {
+            return Ok(Step { done: run.len, copied: 0 });
+        }
+        let node = self.top.inner();
+        let start = align_down(run.offset, self.align);
+        let end = align_up(run.end(), self.align).unwrap_or(run.end()).min(node.size());
+        let zeroes = held == Held::Zero && node.backing().is_some();
+        let zeroes = zeroes && ByteRange::between(start, end) == run;
+        let most = if zeroes { ZERO_CHUNK } else { CHUNK };
+        let part = ByteRange { offset: start, len: (end - start).min(most) };
+        let done = part.end().min(range.end()) - range.offset;
+        let failed = |(operation, err)| Failed::new(operation, err, done);
+        let _alone = self.top.alone(part).await;
+        if zeroes {
+            // What the guest has written since is the guest's.
+            let (run, held) = self.missing(part).await.map_err(failed_read)?;
+            if held == Held::Zero && run.is_aligned(self.align) {
+                let zeroed = node.write_zeroes(run, true).await;
+                zeroed
+                    .context(|| format!("zeroing {run} of {}", node.name()))
+                    .map_err(|err| failed((Operation::Write, err)))?;
+                return Ok(Step { done: run.end() - range.offset, copied: 0 });
+            }
+            let part = ByteRange { offset: part.offset, len: part.len.min(CHUNK) };
+            copy(node, node, part).await.map_err(failed)?;
+            return Ok(Step { done: part.end().min(range.end()) - range.offset, copied: part.len });
+        }
+        // What is read is the guest's where the guest has written, and nobody writes meanwhile.
+        copy(node, node, part).await.map_err(failed)?;
+        Ok(Step { done, copied: part.len })
+    }
+}
+
+impl Copier for FillUp<'_> {
+    fn step<'a>(&'a self, range: ByteRange) -> Stepping<'a> {
+        Box::pin(self.do_step(range))
+    }
+}
+
+/// Copies a run of what one node reads as to another, whoever holds it.
+async fn copy(from: &Node, to: &Node, range: ByteRange) -> Result<(), (Operation, Error)> {
+    let memory = from.limits().memory_alignment.max(to.limits().memory_alignment).max(4096);
+    let buf = AlignedBuf::zeroed(range.len as usize, memory);
+    let read = from.read(range.offset, buf.buffers()).await;
+    read.context(|| format!("reading {range} of {}", from.name()))
+        .map_err(|err| (Operation::Read, err))?;
+    let written = to.write(range.offset, buf.buffers(), false).await;
+    written
+        .context(|| format!("writing {range} of {}", to.name()))
+        .map_err(|err| (Operation::Write, err))
+}
+
+/// Copies all of a range at once: for when nobody else is at work.
+pub fn copy_all<'a>(copier: &'a dyn Copier, range: ByteRange) -> Fut<'a, ()> {
+    Box::pin(async move {
+        let mut at = range;
+        while !at.is_empty() {
+            let step = copier.step(at).await?;
+            at = ByteRange::between((at.offset + step.done).min(at.end()), at.end());
+        }
+        Ok(())
+    })
 }

@@ -35,15 +35,19 @@
 //! itself (the reactor owns buffers and files), and [`Body::abort`] undoes on the main thread what
 //! must not stay.
 
+pub mod chain;
+pub mod commit;
 mod completion;
 mod context;
 mod error_policy;
 mod job;
 pub mod layer_copy;
 mod limit;
+mod pace;
 mod query;
 mod registry;
 pub mod state;
+pub mod stream;
 mod thread;
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::query::{IoStatus, JobInfo};
 use super::state::{Status, Verb};
 use super::thread::JobsThread;
 use crate::error::{Error, ErrorKind, Result};
+use crate::images::Layers;
 
 /// What happens to jobs, for whoever tells clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,8 +61,8 @@ pub struct Figures {
     pub speed: u64,
 }
 
-/// Something for the main thread to do.
-pub type MainTask = Box<dyn FnOnce() + Send>;
+/// Something for the main thread to do, which has the images and their graph in its hands.
+pub type MainTask = Box<dyn FnOnce(&mut Layers) + Send>;
 
 /// Who hears of jobs and has the main thread's ear.
 pub trait Listener: Send + Sync {
@@ -140,7 +141,9 @@ impl Jobs {
         self.tell(&JobEvent::Status { id: job.id.clone(), status: Status::Created });
         self.inner.jobs.lock().unwrap().push(Arc::clone(&job));
         if let Err(err) = self.inner.thread.add(Arc::clone(&job)) {
-            job.work_ended(Err(err.context("cannot run a job")));
+            self.on_main(Box::new(move |layers| {
+                job.work_ended(Err(err.context("cannot run a job")), layers);
+            }));
         }
         Ok(())
     }
@@ -192,7 +195,7 @@ impl Jobs {
                 drop(state);
                 // The end of a job is the main thread's. It may have come there by itself.
                 let job = Arc::clone(&job);
-                self.on_main(Box::new(move || {
+                self.on_main(Box::new(move |layers| {
                     let mut state = job.state();
                     if state.status != Status::Pending {
                         return;
@@ -200,8 +203,8 @@ impl Jobs {
                     state.cancelled |= verb == Verb::Cancel;
                     drop(state);
                     match verb {
-                        Verb::Cancel => job.fail(&cancelled()),
-                        _ => job.finalize(),
+                        Verb::Cancel => job.fail(&cancelled(), layers),
+                        _ => job.finalize(layers),
                     }
                 }));
                 return Ok(());

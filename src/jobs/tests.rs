@@ -7,9 +7,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::block::{Node, NodeOptions, Rights, Root};
+use crate::block::{Graph, Node, NodeOptions, Rights, Root};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::raw::Raw;
+use crate::images::{Layers, StateDir};
 use crate::io::{AlignedBuf, Fut, HostFile, OpenOptions};
 
 /// How much is copied at a time.
@@ -66,8 +67,9 @@ impl Desk {
         let mut all = Vec::new();
         while all.last().is_none_or(|said| said != last) {
             assert!(Instant::now() < deadline, "no {last:?} after {all:?}");
+            let mut layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
             for task in self.tasks.try_iter() {
-                task();
+                task(&mut layers);
             }
             all.extend(self.said.recv_timeout(Duration::from_millis(1)));
         }
@@ -138,7 +140,7 @@ impl Body for Copy {
         })
     }
 
-    fn finalize(&self, ending: Ending) -> Result<()> {
+    fn finalize(&self, ending: Ending, _: &mut Layers) -> Result<()> {
         // Nobody else may be in the way: a gate of ours that closes must not wait for us.
         drop(self.from.quiesce());
         self.finalized.lock().unwrap().push(format!("{ending:?}"));
@@ -148,7 +150,7 @@ impl Body for Copy {
         Ok(())
     }
 
-    fn abort(&self) {
+    fn abort(&self, _: &mut Layers) {
         self.finalized.lock().unwrap().push("abort".into());
     }
 }
@@ -220,7 +222,7 @@ fn a_job_that_ends_by_itself() {
     let bench = Bench::new();
     bench.start(bench.spec(), bench.body());
     let busy = bench.to.hold("somebody", Rights::WRITE, Rights::ALL).unwrap_err().to_string();
-    assert!(busy.contains("Node to is in use by job 'j'"), "{busy}");
+    assert_eq!(busy, "Node 'to' is busy: block device is in use by job 'j'");
     let whole = format!("COMPLETED {SIZE}/{SIZE}");
     assert_eq!(
         bench.desk.until("null"),
@@ -435,7 +437,7 @@ impl Body for Elsewhere {
                 Ok(41)
             });
             let made = made.await?;
-            let main = context.on_main(move || {
+            let main = context.on_main(move |_| {
                 count.fetch_add(made + 1, Ordering::SeqCst);
                 Ok(())
             });

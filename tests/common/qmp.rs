@@ -80,6 +80,19 @@ impl Qmp {
         }
     }
 
+    /// The next event.
+    pub fn next_event(&mut self) -> Value {
+        loop {
+            let event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.read(),
+            };
+            if event.get("event").is_some() {
+                return event;
+            }
+        }
+    }
+
     /// The next event of this name; earlier ones are dropped.
     pub fn event(&mut self, name: &str) -> Value {
         loop {

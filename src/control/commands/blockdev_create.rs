@@ -240,7 +240,7 @@ async fn copy(context: &Context, from: &Beside, root: &Root) -> Result<()> {
     let file = HostFile::open(&from.0, OpenOptions::default())?;
     let len = file.len()?;
     let resized = root.clone();
-    let resize = move || {
+    let resize = move |_: &mut images::Layers| {
         let quiesced = resized.quiesce();
         let node = resized.node();
         let align = node.limits().request_alignment.max(512);

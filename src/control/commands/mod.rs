@@ -1,9 +1,11 @@
 //! The commands, each in a file of its own.
 
+mod block_commit;
 mod block_export_add;
 mod block_export_del;
 mod block_job_verbs;
 mod block_resize;
+mod block_stream;
 mod blockdev_add;
 mod blockdev_create;
 mod blockdev_del;
@@ -39,6 +41,7 @@ use super::command::Command;
 
 /// Every command, by name.
 pub const COMMANDS: &[Command] = &[
+    Command::main::<block_commit::BlockCommit>(),
     Command::main::<block_export_add::BlockExportAdd>(),
     Command::main::<block_export_del::BlockExportDel>(),
     Command::quick::<block_job_verbs::BlockJobCancel>(),
@@ -48,6 +51,7 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<block_job_verbs::BlockJobPause>(),
     Command::quick::<block_job_verbs::BlockJobResume>(),
     Command::quick::<block_job_verbs::BlockJobSetSpeed>(),
+    Command::main::<block_stream::BlockStream>(),
     Command::main::<block_resize::BlockResize>(),
     Command::main::<blockdev_add::BlockdevAdd>(),
     Command::main::<blockdev_create::BlockdevCreate>(),

@@ -1,0 +1,122 @@
+//! What jobs on a chain of layers have in common: who may stand where, and what is put in front of a
+//! disk while a job is at work.
+
+use std::sync::Arc;
+
+use super::JobKind;
+use crate::block::graph::Parent;
+use crate::block::node::Hold;
+use crate::block::{Driver, Graph, Node, Quiesced, Rights};
+use crate::error::{Error, ErrorKind, Result};
+use crate::filters::Intercept;
+use crate::images::{self, Access, ImageFormat, Layers};
+
+/// The nodes from `top` down to `base`, both included; to the bottom without a base. `None` if `base`
+/// is not below `top`.
+pub fn between(top: &Node, base: Option<&Node>) -> Option<Vec<Node>> {
+    let mut nodes = Vec::new();
+    for node in std::iter::successors(Some(top.clone()), Node::backing) {
+        let is_base = base.is_some_and(|base| base.is_same(&node));
+        nodes.push(node);
+        if is_base {
+            return Some(nodes);
+        }
+    }
+    base.is_none().then_some(nodes)
+}
+
+/// Keeps everybody else from changing the graph around the nodes. `changing` are those whose
+/// content changes: nobody may begin to read them either.
+pub(super) fn hold(kind: JobKind, steady: &[Node], changing: &[Node]) -> Result<Vec<Hold>> {
+    let holder = format!("block job: {}", kind.name());
+    let unread = Rights::ALL.without(Rights::CONSISTENT_READ.and(Rights::WRITE));
+    let steady = steady.iter().map(|node| (node, Rights::ALL));
+    let changing = changing.iter().map(|node| (node, unread));
+    let hold = |(node, shared): (&Node, Rights)| node.hold(&holder, Rights::GRAPH, shared);
+    steady.chain(changing).map(hold).collect()
+}
+
+/// Checks that each node below the first is read by the one above it and by nobody else: a commit
+/// changes what these nodes show.
+pub(super) fn check_alone(graph: &Graph, nodes: &[Node]) -> Result<()> {
+    for pair in nodes.windows(2) {
+        let others = graph.parents(&pair[1]).into_iter();
+        let is_chain = |parent: &Parent| matches!(parent, Parent::Node(node, "backing") if node.is_same(&pair[0]));
+        if let Some(other) = others.into_iter().find(|parent| !is_chain(parent)) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "Node '{}' is busy: {other} uses it as well, and its content would change",
+                    pair[1].name()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Has each layer above the last look at the driver below it anew, which may have been replaced:
+/// else those whose plans lead through their backing would plan nothing any more.
+pub(super) fn relink(nodes: &[Node], quiesced: &Quiesced) -> Result<()> {
+    for pair in nodes.windows(2).rev() {
+        pair[0].set_backing(Some(pair[1].clone()), quiesced)?;
+    }
+    Ok(())
+}
+
+/// Puts a filter in front of a node's driver.
+pub(super) fn intercept(node: &Node, quiesced: &Quiesced) -> Arc<Intercept> {
+    let intercept = Arc::new(Intercept::new(node.driver(), node.name()));
+    node.replace_driver(Arc::clone(&intercept) as Arc<dyn Driver>, quiesced);
+    intercept
+}
+
+/// Takes the filter away.
+pub(super) fn release(node: &Node, intercept: &Intercept, quiesced: &Quiesced) {
+    node.replace_driver(Arc::clone(intercept.below()), quiesced);
+}
+
+/// Checks that the image of a node can be made to name another backing file.
+pub(super) fn check_renaming(layers: &Layers, node: &Node, name: Option<&str>) -> Result<()> {
+    let image = image_of(layers, node)?;
+    images::check_new_backing(&image, name)
+}
+
+/// Has the image of a node name another backing file (or none); durable on return. What it names
+/// must be durable before.
+pub(super) fn rename_backing(
+    layers: &mut Layers,
+    node: &Node,
+    name: Option<&str>,
+    format: Option<ImageFormat>,
+) -> Result<()> {
+    let image = image_of(layers, node)?;
+    if image.access == Access::Write {
+        return images::set_backing(&image, name, format);
+    }
+    let graph = Arc::clone(layers.graph());
+    let quiesced = graph.quiesce(std::slice::from_ref(node));
+    let renamed = layers.set_access(node, Access::Write, &quiesced).and_then(|()| {
+        let renamed = images::set_backing(&image_of(layers, node)?, name, format);
+        layers.set_access(node, Access::Read, &quiesced)?;
+        renamed
+    });
+    graph.resume(quiesced);
+    renamed
+}
+
+/// The image of a node.
+pub(super) fn image_of(layers: &Layers, node: &Node) -> Result<images::Image> {
+    let layer = layers.of(node).map(|layer| layer.image.clone());
+    layer.ok_or_else(|| Error::unsupported(format!("node '{}' is not an image", node.name())))
+}
+
+/// How an overlay is to name an image that it comes to stand on.
+pub(super) fn name_of(layers: &Layers, node: &Node) -> Result<String> {
+    let image = image_of(layers, node)?;
+    let path = std::path::absolute(image.file.path()).map_err(Error::from)?;
+    match path.to_str() {
+        Some(name) => Ok(name.to_string()),
+        None => Err(Error::invalid(format!("{}: its path is not text", image.name()))),
+    }
+}
