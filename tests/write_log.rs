@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use vublk::frontend::{Personality, Request, SessionOptions};
+use vublk::frontend::{Layout, Personality, Request, SessionOptions};
 use vublk::units::ByteRange;
 use vublk::write_log::{Flags, LogBuilder};
 
@@ -452,6 +452,37 @@ fn a_recorded_log_is_sound_and_replays_to_the_image() {
         let text = ok_or(d, &["log", "verify", "w.log"], 2);
         assert!(text.starts_with("entry 0: header or data are not what its record says"), "{text}");
     }
+}
+
+/// A guest that does not wait for its writes: the flush promises none of those in the ring with it.
+#[test]
+fn a_flush_comes_before_what_was_in_flight_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, image) = (dir.path().join("w.log"), dir.path().join("disk.raw"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let mut backend = Setup::new(&["--log-writes", log.to_str().unwrap()]).image(&image).start();
+    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+    let write = |sector: u64, byte| Request::write(sector * 512, vec![byte; 4096]);
+    let mut at_once = |requests: &[Request]| {
+        let prepare = |request| disk.prepare(0, request, &Layout::default()).unwrap();
+        let heads: Vec<_> = requests.iter().map(prepare).collect();
+        disk.publish(0).unwrap();
+        for head in heads {
+            let deadline = disk.deadline();
+            disk.wait_head(0, head, deadline).unwrap().ok().unwrap();
+        }
+    };
+    at_once(&[write(8, 1), write(16, 1), write(12, 2), Request::flush(), write(16, 3)]);
+    at_once(&[write(64, 4), Request::discard(&[(32768, 4096)]), write(64, 5)]);
+    disk.stop().unwrap();
+    assert!(backend.terminate().success());
+    let list = json_of(&ok(dir.path(), &["log", "list", "--output", "json", "w.log"]));
+    let sectors: Vec<_> = list.as_array().unwrap().iter().map(|e| e["sector"].clone()).collect();
+    assert_eq!(kinds(dir.path(), "w.log")[0], "FLUSH");
+    assert_eq!(sectors[1..4], [json!(8), json!(16), json!(12)]);
+    ok(dir.path(), &["create", "-q", "-f", "raw", "new.raw", "1M"]);
+    ok(dir.path(), &["log", "replay", "w.log", "--replay", "new.raw"]);
+    assert!(std::fs::read(dir.path().join("new.raw")).unwrap() == std::fs::read(image).unwrap());
 }
 
 /// What xfstests' replay-log refuses, besides what our reader does: see `docs/write-log.md`.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::block::{Keep, Node, Quiesced};
+use crate::block::{InPlace, Keep, Node, Quiesced};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, HostFile};
 use crate::units::ByteRange;
@@ -201,6 +201,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         let _ = (op, range, plan);
         Planned::NotNow
+    }
+
+    /// A way to perform writes of this thread in place, for a driver that has no plan for them and
+    /// still need not wait. Asked once for each thread; it must not outlive the driver's use.
+    fn in_place(self: Arc<Self>) -> Option<Box<dyn InPlace>> {
+        None
     }
 
     /// Reads `buf.len()` bytes at `offset`.

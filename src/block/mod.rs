@@ -10,6 +10,7 @@
 //! * [`Graph`]: all nodes by name, who stands on whom, and how that changes.
 //! * [`Node`]: the cheap-clone handle all callers hold. Checks range, alignment and rights, counts.
 //! * [`Driver`]: a synchronous `plan` and asynchronous operations.
+//! * [`InPlace`]: writes that a thread performs at once and completes together.
 //! * [`Format`]: metadata only; [`FormatDriver`] turns one into a driver.
 //! * [`Keep`]: what must outlive the process but not the power.
 //! * [`RangeLock`]: the one lock that may be held across an await.
@@ -20,6 +21,7 @@ pub mod driver;
 pub mod format;
 pub mod gate;
 pub mod graph;
+pub mod in_place;
 pub mod keep;
 pub mod node;
 pub mod open_gate;
@@ -34,8 +36,9 @@ pub use driver::{
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
 pub use gate::{Gate, Party, Quiesced};
 pub use graph::Graph;
+pub use in_place::{Attempt, InPlace, Settled};
 pub use keep::Keep;
 pub use node::{Node, NodeOptions, Rights};
 pub use open_gate::OpenGate;
-pub use range_lock::{RangeGuard, RangeLock};
+pub use range_lock::{OwnedRangeGuard, RangeGuard, RangeLock};
 pub use root::Root;

@@ -26,7 +26,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
 use crate::units::ByteRange;
@@ -114,13 +114,24 @@ impl RangeLock {
     }
 
     fn try_lock(&self, range: ByteRange, exclusive: bool) -> Option<RangeGuard<'_>> {
+        Some(RangeGuard { lock: self, id: self.try_enter(range, exclusive)? })
+    }
+
+    /// Appends an entry if it is granted at once; returns its number.
+    fn try_enter(&self, range: ByteRange, exclusive: bool) -> Option<u64> {
         let mut queue = self.queue.lock().unwrap();
         let id = queue.enter(range, exclusive, None);
         if queue.entries.back().is_some_and(|entry| entry.granted) {
-            return Some(RangeGuard { lock: self, id });
+            return Some(id);
         }
         queue.remove(id);
         None
+    }
+
+    /// As [`RangeLock::try_exclusive`], with a guard that keeps the lock itself alive.
+    pub fn try_exclusive_owned(self: &Arc<Self>, range: ByteRange) -> Option<OwnedRangeGuard> {
+        let id = self.try_enter(range, true)?;
+        Some(OwnedRangeGuard { lock: Arc::clone(self), id })
     }
 
     /// How many locks are held or waited for.
@@ -220,6 +231,20 @@ impl Drop for RangeGuard<'_> {
     }
 }
 
+/// As [`RangeGuard`], for holders that do not borrow the lock.
+#[must_use = "dropping the guard releases the range"]
+#[derive(Debug)]
+pub struct OwnedRangeGuard {
+    lock: Arc<RangeLock>,
+    id: u64,
+}
+
+impl Drop for OwnedRangeGuard {
+    fn drop(&mut self) {
+        self.lock.queue.lock().unwrap().remove(self.id);
+    }
+}
+
 impl fmt::Debug for RangeGuard<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "RangeGuard({})", self.id)
@@ -230,7 +255,6 @@ impl fmt::Debug for RangeGuard<'_> {
 mod tests {
     use super::*;
     use std::pin::pin;
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::Wake;
 

@@ -6,14 +6,14 @@
 //!   gate                                closed: pop nothing, report quiet once drained
 //!   for each ring: pop a batch          parse, plan; submit, or start a task
 //!   reactor.turn()                      enter the kernel at most once; reap; run tasks
-//!   completions                         status byte, used element
+//!   completions                         status byte, used element; what was written in place
 //!   for each ring: publish              one index store, at most one interrupt
 //!   nothing came: ask for a kick, look once more, sleep in the reactor
 //! ```
 //!
 //! The loop is here. The way of a request is in `taking` and `completion`, with what it needs
-//! meanwhile in `slot`; a ring and its life are in `served` and `commands`; `failure` has what goes
-//! wrong.
+//! meanwhile in `slot`; `in_place` has writes that the driver performs at once; a ring and its life
+//! are in `served` and `commands`; `failure` has what goes wrong.
 //!
 //! How large a batch is depends on where the guest runs: see [`super::pace`].
 //!
@@ -27,6 +27,7 @@
 mod commands;
 mod completion;
 mod failure;
+mod in_place;
 mod served;
 mod slot;
 mod taking;
@@ -41,7 +42,7 @@ use self::failure::FailureLog;
 use self::served::Served;
 use self::slot::Slot;
 use crate::block::driver::Driver;
-use crate::block::{Node, Party};
+use crate::block::{InPlace, Node, Party};
 use crate::device::chain::Chain;
 use crate::device::export::{Counters, Export};
 use crate::device::latency::Stopwatch;
@@ -98,6 +99,13 @@ struct Worker {
     free_slots: Vec<u32>,
     /// Requests in flight on all rings.
     in_flight: usize,
+    /// The driver's way to write in place, if it has one.
+    in_place: Option<Box<dyn InPlace>>,
+    /// The slots of requests written so that are to be settled.
+    unsettled: Vec<u32>,
+    /// Whether a task was started that has not been polled yet: a flush that has no place yet among
+    /// the writes. What is taken after it must not overtake it.
+    has_unpolled: bool,
     /// Asynchronous requests that have ended.
     ended: Rc<RefCell<Vec<Ended>>>,
     chain: Chain,
@@ -145,6 +153,9 @@ impl Worker {
             slots: Vec::new(),
             free_slots: Vec::new(),
             in_flight: 0,
+            in_place: None,
+            unsettled: Vec::new(),
+            has_unpolled: false,
             ended: Rc::default(),
             chain: Chain::new(),
             events: Vec::with_capacity(64),
@@ -161,6 +172,7 @@ impl Worker {
     }
 
     fn load_limits(&mut self) {
+        self.in_place = Arc::clone(&self.driver).in_place();
         let limits = self.node.limits();
         self.capacity = limits.size;
         self.read_only = limits.read_only || self.export.options.read_only;
@@ -225,6 +237,7 @@ impl Worker {
         let mut events = std::mem::take(&mut self.events);
         self.counts.in_flight.set(self.in_flight as u64);
         self.reactor.turn(wait, &mut events);
+        self.has_unpolled = false;
         let mut busy = !events.is_empty();
         for event in events.drain(..) {
             if event.user & WATCH != 0 {
@@ -249,6 +262,7 @@ impl Worker {
                 *current = ended;
             }
         }
+        self.settle();
         for at in 0..self.rings.len() {
             self.publish(at);
         }

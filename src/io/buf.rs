@@ -101,20 +101,8 @@ impl Buffers {
     /// # Panics
     /// If `out` is longer than the buffers.
     pub fn copy_to_slice(&self, out: &mut [u8]) {
-        assert!(out.len() as u64 <= self.len);
-        let mut done = 0;
-        for iov in &self.iovs {
-            let n = (out.len() - done).min(iov.iov_len);
-            // SAFETY: the owner keeps the range readable, and guest memory never overlaps a slice.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    iov.iov_base.cast::<u8>(),
-                    out[done..].as_mut_ptr(),
-                    n,
-                )
-            };
-            done += n;
-        }
+        // SAFETY: the owner keeps the ranges readable; see `from_raw`.
+        unsafe { Scattered::new(&self.iovs) }.copy_to_slice(out);
     }
 
     /// Whether each range starts at a multiple of `address` and is a multiple of `length` long
@@ -155,6 +143,62 @@ impl Buffers {
 impl fmt::Debug for Buffers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buffers({} bytes in {} parts)", self.len, self.iovs.len())
+    }
+}
+
+/// Scattered memory for as long as a call takes: [`Buffers`] of somebody who keeps it alive himself.
+#[derive(Clone, Copy)]
+pub struct Scattered<'a> {
+    iovs: &'a [libc::iovec],
+}
+
+impl<'a> Scattered<'a> {
+    /// The memory that `iovs` describe.
+    ///
+    /// # Safety
+    /// Each `iovec` must describe memory that is readable for as long as the result is used.
+    #[inline]
+    pub unsafe fn new(iovs: &'a [libc::iovec]) -> Scattered<'a> {
+        Scattered { iovs }
+    }
+
+    /// Total length in bytes.
+    #[inline]
+    pub fn len(&self) -> u64 {
+        self.iovs.iter().map(|iov| iov.iov_len as u64).sum()
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies the first `out.len()` bytes out.
+    ///
+    /// # Panics
+    /// If `out` is longer than the memory.
+    #[inline]
+    pub fn copy_to_slice(&self, out: &mut [u8]) {
+        let mut done = 0;
+        for iov in self.iovs {
+            let n = (out.len() - done).min(iov.iov_len);
+            // SAFETY: readable, as `new` demands, and guest memory never overlaps a slice.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    iov.iov_base.cast::<u8>(),
+                    out[done..].as_mut_ptr(),
+                    n,
+                )
+            };
+            done += n;
+        }
+        assert_eq!(done, out.len(), "more was wanted than there is");
+    }
+}
+
+impl fmt::Debug for Scattered<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Scattered({} bytes in {} parts)", self.len(), self.iovs.len())
     }
 }
 

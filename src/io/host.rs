@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::buf::AlignedBuf;
-use super::engine::{Op, blocking};
+use super::engine::{Op, OpCode, blocking};
 use super::file::{Alignment, File, Fut, Hole};
 use super::lock::{self, Rights};
 use super::{Buffers, reactor};
@@ -263,6 +263,37 @@ impl HostFile {
             self.inline_slow_streak.store(0, Ordering::Relaxed);
         }
         result
+    }
+
+    /// Writes all of `data` in place, in as many plain calls as it takes; for files of which
+    /// [`HostFile::inline`] says so.
+    ///
+    /// # Errors
+    /// As the host's. Part of the data may have been written then.
+    #[inline]
+    pub fn write_in_place(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            let rest = &data[done..];
+            let iov = libc::iovec { iov_base: rest.as_ptr() as *mut _, iov_len: rest.len() };
+            let op = Op {
+                code: OpCode::Write { dsync: false },
+                fd: self.as_raw_fd(),
+                file_id: self.id,
+                offset: offset + done as u64,
+                len: 0,
+                iovs: &iov,
+                n_iovs: 1,
+            };
+            // SAFETY: `rest` lives until the call is over, and a write does not change it.
+            match unsafe { self.inline_call(&op) } {
+                n if n > 0 => done += n as usize,
+                0 => return Err(reactor::short_file(self, offset + done as u64)),
+                e if e == -libc::EAGAIN || e == -libc::EINTR => {}
+                e => return Err(Error::from_errno(-e)),
+            }
+        }
+        Ok(())
     }
 
     #[cold]

@@ -27,7 +27,7 @@ pub mod reactor;
 pub mod shared_memory;
 pub mod sim;
 
-pub use buf::{AlignedBuf, BufferOwner, Buffers};
+pub use buf::{AlignedBuf, BufferOwner, Buffers, Scattered};
 pub use engine::{Engine, EngineKind};
 pub use file::{Alignment, File, Fut, Hole};
 pub use host::{HostFile, HostKind, OpenOptions};

@@ -112,7 +112,7 @@ impl Worker {
             }
             Kind::Discard | Kind::WriteZeroes => return self.spawn(at, index),
         };
-        if !self.submit_planned(index, op, range) {
+        if !self.submit_planned(index, op, range) && !self.write_in_place(at, index, op, range) {
             self.spawn(at, index);
         }
     }
@@ -147,6 +147,7 @@ impl Worker {
 
     /// Starts a request as a task of this thread.
     fn spawn(&mut self, at: usize, index: u32) {
+        self.has_unpolled = true;
         let slot = &mut self.slots[index as usize];
         let memory = self.rings[at].ring.memory();
         // SAFETY: the request was parsed from a chain walked in the ring's present memory.

@@ -8,6 +8,7 @@
 //!
 //! tail       who writes where, and up to where the log is whole
 //! batch      entries of one thread that are written together
+//! in_place   entries of one thread whose writes need not wait
 //! copies     what is written, once for the disk and the log
 //! recorder   the log's files and its superblock
 //! open       starting a log, or going on with one
@@ -31,6 +32,7 @@
 
 mod batch;
 mod copies;
+mod in_place;
 pub mod open;
 mod recorder;
 mod tail;
@@ -39,7 +41,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
-use crate::block::{Keep, Node, Quiesced, RangeGuard, RangeLock, origin};
+use crate::block::{InPlace, Keep, Node, Quiesced, RangeGuard, RangeLock, origin};
 use crate::error::Result;
 use crate::filters::write_log::batch::Pending;
 use crate::filters::write_log::copies::MAX_DATA;
@@ -68,7 +70,7 @@ pub struct WriteLog {
     recorder: Recorder,
     order: Order,
     /// Held by each request until it has its place in the log.
-    in_flight: RangeLock,
+    in_flight: Arc<RangeLock>,
     /// Whether anything but an end mark was added.
     has_grown: AtomicBool,
     closing: Closed,
@@ -234,6 +236,10 @@ impl Driver for WriteLog {
             PlanOp::Read => self.below.plan(op, range, plan),
             PlanOp::Write { .. } | PlanOp::Flush => Planned::NotNow,
         }
+    }
+
+    fn in_place(self: Arc<Self>) -> Option<Box<dyn InPlace>> {
+        in_place::InPlaceWrites::new(self).map(|writes| Box::new(writes) as Box<dyn InPlace>)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {

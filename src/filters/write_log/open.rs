@@ -118,7 +118,7 @@ pub async fn open(
         below: subject.below,
         recorder: Recorder::new(start),
         order: settings.order,
-        in_flight: RangeLock::new(),
+        in_flight: Arc::new(RangeLock::new()),
         has_grown: is_new.into(),
         closing: Closed { header, image: subject.file },
     };

@@ -222,11 +222,13 @@ impl Recorder {
 
     /// Publishes if many entries are complete and not counted, and nobody else is at it.
     pub async fn publish_now_and_then(&self) -> Result<()> {
-        let due = || self.tail.countable().saturating_sub(self.counted()) >= self.interval;
-        if !due() || self.superblock.lock().unwrap().is_busy {
-            return Ok(());
-        }
-        self.publish(self.counted() + self.interval).await
+        if self.is_due() { self.publish(self.counted() + self.interval).await } else { Ok(()) }
+    }
+
+    /// Whether many entries are complete and not counted, and nobody is at it.
+    pub fn is_due(&self) -> bool {
+        self.tail.countable().saturating_sub(self.counted()) >= self.interval
+            && !self.superblock.lock().unwrap().is_busy
     }
 
     async fn write_superblock(&self, count: u64) -> Result<()> {

@@ -281,28 +281,44 @@ impl Reserved<'_> {
     ///
     /// # Errors
     /// If it could not, or one before it could not.
-    pub async fn settle(mut self, result: Result<()>) -> Result<()> {
+    pub async fn settle(self, result: Result<()>) -> Result<()> {
+        self.settle_now(result).wait().await
+    }
+
+    /// As [`Reserved::settle`], without waiting for the runs before it.
+    pub fn settle_now(mut self, result: Result<()>) -> Settling {
         self.settled = true;
         let failure =
             result.err().map(|err| Failure { kind: err.kind(), message: err.to_string() });
         self.tail.settle(&self.run, failure);
-        let run = Arc::clone(&self.run);
+        Settling(Arc::clone(&self.run))
+    }
+}
+
+/// A run that its writer is done with.
+#[must_use = "its requests complete when it is complete"]
+pub struct Settling(Arc<Run>);
+
+impl Settling {
+    /// What became of it, once it is complete, or can never be.
+    pub fn outcome(&self) -> Option<Result<()>> {
+        match self.0.state.load(Ordering::Acquire) {
+            COMPLETE => Some(Ok(())),
+            // Without a failure others are still writing.
+            FAILED => self.0.failure.lock().unwrap().as_ref().map(|failure| Err(failure.error())),
+            _ => None,
+        }
+    }
+
+    /// Waits for that.
+    pub async fn wait(self) -> Result<()> {
         poll_fn(|cx| {
-            let poll = |run: &Run| match run.state.load(Ordering::Acquire) {
-                COMPLETE => Poll::Ready(Ok(())),
-                FAILED => match &*run.failure.lock().unwrap() {
-                    Some(failure) => Poll::Ready(Err(failure.error())),
-                    // Others are still writing.
-                    None => Poll::Pending,
-                },
-                _ => Poll::Pending,
-            };
-            if let Poll::Ready(result) = poll(&run) {
+            if let Some(result) = self.outcome() {
                 return Poll::Ready(result);
             }
-            run.waiters.lock().unwrap().push(cx.waker().clone());
+            self.0.waiters.lock().unwrap().push(cx.waker().clone());
             // It may have been settled between the two.
-            poll(&run)
+            self.outcome().map_or(Poll::Pending, Poll::Ready)
         })
         .await
     }
