@@ -24,6 +24,8 @@
 //! Invariants: a sector (512 bytes) is written whole or not at all; what completed before a flush
 //! was submitted is durable when the flush completes; nothing else need be.
 
+mod content;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
@@ -32,6 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
+use self::content::{Content, PAGE};
 use super::buf::Buffers;
 use super::file::{Alignment, File, Fut, Hole};
 use crate::error::{Error, ErrorKind, Result};
@@ -114,8 +117,8 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
-    volatile: Vec<u8>,
-    durable: Vec<u8>,
+    volatile: Content,
+    durable: Content,
     /// What was done to `volatile` but need not be in `durable`, oldest first.
     unflushed: Vec<Change>,
     /// Number of the next change.
@@ -137,6 +140,7 @@ struct Change {
 #[derive(Clone)]
 enum ChangeKind {
     Data { offset: u64, bytes: Vec<u8> },
+    Zeros(ByteRange),
     Len(u64),
 }
 
@@ -209,7 +213,11 @@ impl State {
             Request::Read { offset, buf } => {
                 let start = (offset as usize).min(self.volatile.len());
                 let end = ((offset + buf.len()) as usize).min(self.volatile.len());
-                buf.copy_from_slice(&self.volatile[start..end]);
+                let mut done = 0;
+                self.volatile.read(start, end, |part| {
+                    buf.slice(done, part.len() as u64).copy_from_slice(part);
+                    done += part.len() as u64;
+                });
                 if ((end - start) as u64) < buf.len() {
                     return Err(Error::new(ErrorKind::OutOfRange, "file is shorter than expected"));
                 }
@@ -237,8 +245,7 @@ impl State {
                 };
                 let range = ByteRange::between(range.offset, end);
                 if !range.is_empty() {
-                    let bytes = vec![0; range.len as usize];
-                    self.change(ChangeKind::Data { offset: range.offset, bytes });
+                    self.change(ChangeKind::Zeros(range));
                 }
             }
             Request::Flush { below } => {
@@ -261,30 +268,40 @@ fn sectors(range: ByteRange) -> impl Iterator<Item = u64> {
     range.offset / SECTOR_SIZE..range.end().div_ceil(SECTOR_SIZE)
 }
 
-fn apply(content: &mut Vec<u8>, kind: &ChangeKind) {
+fn apply(content: &mut Content, kind: &ChangeKind) {
     match kind {
-        ChangeKind::Data { offset, bytes } => {
-            let (start, end) = (*offset as usize, *offset as usize + bytes.len());
-            if content.len() < end {
-                content.resize(end, 0);
-            }
-            content[start..end].copy_from_slice(bytes);
-        }
-        ChangeKind::Len(len) => content.resize(*len as usize, 0),
+        ChangeKind::Data { offset, bytes } => content.write(*offset as usize, bytes),
+        ChangeKind::Zeros(range) => content.zero(range.offset as usize, range.len as usize),
+        ChangeKind::Len(len) => content.resize(*len as usize),
     }
 }
 
 /// Applies a change to durable content, except where something newer is durable already.
-fn apply_above(content: &mut Vec<u8>, change: &Change, floors: &HashMap<u64, u64>) {
-    match &change.kind {
-        ChangeKind::Data { offset, bytes } if !floors.is_empty() => {
-            for_each_sector(*offset, bytes, |offset, bytes| {
-                if floors.get(&(offset / SECTOR_SIZE)).is_none_or(|floor| *floor <= change.number) {
-                    apply(content, &ChangeKind::Data { offset, bytes: bytes.to_vec() });
-                }
-            });
+fn apply_above(content: &mut Content, change: &Change, floors: &HashMap<u64, u64>) {
+    if floors.is_empty() {
+        return apply(content, &change.kind);
+    }
+    apply_sectors(content, &change.kind, |sector| {
+        floors.get(&sector).is_none_or(|floor| *floor <= change.number)
+    });
+}
+
+/// Applies those sectors of a change that are wanted; a change of the length is one.
+fn apply_sectors(content: &mut Content, kind: &ChangeKind, mut wanted: impl FnMut(u64) -> bool) {
+    match kind {
+        ChangeKind::Data { offset, bytes } => for_each_sector(*offset, bytes, |offset, bytes| {
+            if wanted(offset / SECTOR_SIZE) {
+                content.write(offset as usize, bytes);
+            }
+        }),
+        ChangeKind::Zeros(range) => {
+            for sector in sectors(*range).filter(|sector| wanted(*sector)) {
+                let sector = ByteRange { offset: sector * SECTOR_SIZE, len: SECTOR_SIZE };
+                let part = sector.intersect(range);
+                content.zero(part.offset as usize, part.len as usize);
+            }
         }
-        kind => apply(content, kind),
+        ChangeKind::Len(len) => content.resize(*len as usize),
     }
 }
 
@@ -312,6 +329,10 @@ impl SimFile {
     /// As [`SimFile::from_bytes`], with demands on requests as O_DIRECT makes them: reads and
     /// writes that do not meet them fail with EINVAL.
     pub fn with_alignment(name: &str, content: Vec<u8>, alignment: Alignment) -> SimFile {
+        SimFile::with_content(name, Content::from(&content[..]), alignment)
+    }
+
+    fn with_content(name: &str, content: Content, alignment: Alignment) -> SimFile {
         let state = State { durable: content.clone(), volatile: content, ..State::default() };
         SimFile {
             inner: Arc::new(Inner {
@@ -325,12 +346,12 @@ impl SimFile {
 
     /// The content that reads see now.
     pub fn volatile(&self) -> Vec<u8> {
-        self.inner.state.lock().unwrap().volatile.clone()
+        self.inner.state.lock().unwrap().volatile.to_vec()
     }
 
     /// The content that no power cut can take.
     pub fn durable(&self) -> Vec<u8> {
-        self.inner.state.lock().unwrap().durable.clone()
+        self.inner.state.lock().unwrap().durable.to_vec()
     }
 
     /// Number of changes that a power cut could take.
@@ -353,11 +374,27 @@ impl SimFile {
         self.inner.state.lock().unwrap().faults.clear();
     }
 
+    /// Another file with the content that reads see now, as it is for whoever opens it after a
+    /// kill. Costs little.
+    pub fn after_kill(&self) -> SimFile {
+        let content = self.inner.state.lock().unwrap().volatile.clone();
+        SimFile::with_content(&self.inner.name, content, self.inner.alignment)
+    }
+
     /// One of the contents that the disk may have if the power fails now: the durable content plus
     /// a subset of the later changes, each whole, missing or torn at sector boundaries. Where
     /// changes overlap, any of them may be the last that reached the disk. The file goes on as if
     /// nothing had happened.
     pub fn power_cut(&self, seed: u64) -> Vec<u8> {
+        self.cut(seed).to_vec()
+    }
+
+    /// The same as a file to go on with. Costs little more than what was not flushed.
+    pub fn after_power_cut(&self, seed: u64) -> SimFile {
+        SimFile::with_content(&self.inner.name, self.cut(seed), self.inner.alignment)
+    }
+
+    fn cut(&self, seed: u64) -> Content {
         let mut rng = Rng::new(seed);
         let state = self.inner.state.lock().unwrap();
         let mut content = state.durable.clone();
@@ -367,18 +404,13 @@ impl SimFile {
             let keep = rng.below(8) < kept_of_8;
             let torn = rng.one_in(3);
             match &change.kind {
-                ChangeKind::Len(_) if keep => apply(&mut content, &change.kind),
-                ChangeKind::Len(_) => {}
-                ChangeKind::Data { offset, bytes } if keep || torn => {
-                    for_each_sector(*offset, bytes, |offset, bytes| {
-                        let newer = state.floors.get(&(offset / SECTOR_SIZE));
-                        let possible = newer.is_none_or(|floor| *floor <= change.number);
-                        if possible && (!torn || rng.one_in(2)) {
-                            apply(&mut content, &ChangeKind::Data { offset, bytes: bytes.into() });
-                        }
-                    });
-                }
-                ChangeKind::Data { .. } => {}
+                ChangeKind::Len(_) if !keep => {}
+                _ if !keep && !torn => {}
+                kind if torn => apply_sectors(&mut content, kind, |sector| {
+                    let newer = state.floors.get(&sector);
+                    newer.is_none_or(|floor| *floor <= change.number) && rng.one_in(2)
+                }),
+                _ => apply_above(&mut content, change, &state.floors),
             }
         }
         content
@@ -496,16 +528,17 @@ impl File for SimFile {
     }
 
     fn hole_at(&self, offset: u64) -> Result<Hole> {
-        const BLOCK: usize = 4096;
         let state = self.inner.state.lock().unwrap();
-        let rest = &state.volatile[(offset as usize).min(state.volatile.len())..];
-        let is_hole = |block: &[u8]| block.iter().all(|byte| *byte == 0);
-        let Some(first) = rest.chunks(BLOCK).next().map(is_hole) else {
+        let (content, mut end) = (&state.volatile, offset as usize);
+        if end >= content.len() {
             return Err(Error::new(ErrorKind::OutOfRange, "offset beyond the end of the file"));
-        };
-        let blocks = rest.chunks(BLOCK).take_while(|block| is_hole(block) == first).count();
-        let len = (blocks * BLOCK).min(rest.len()) as u64;
-        Ok(Hole { range: ByteRange { offset, len }, is_hole: first })
+        }
+        let is_hole = content.is_zero_page(end);
+        while end < content.len() && content.is_zero_page(end) == is_hole {
+            end = (end / PAGE + 1) * PAGE;
+        }
+        let range = ByteRange::between(offset, end.min(content.len()) as u64);
+        Ok(Hole { range, is_hole })
     }
 }
 
