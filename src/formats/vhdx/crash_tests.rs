@@ -2,10 +2,15 @@
 //! everything that was flushed is there, and no block shows another one's data.
 //!
 //! Several tasks write, zero, discard and flush on a slow disk that completes operations in any
-//! order. Between any two steps of the whole the power may fail; the disk then holds what was
-//! flushed and any torn subset of the rest. Each sector of the disk knows which values it may have.
+//! order. Between any two steps of the whole the power may fail, so before and after each write
+//! and flush of ours; the disk then holds what was flushed and any torn subset of the rest. Each
+//! sector of the disk knows which values it may have.
 //!
-//! `VUBLK_TEST_CUTS` multiplies the number of runs, for a long search.
+//! Small requests go to the ends of blocks only, and those are what is looked at after each cut:
+//! a block has one place, so a wrong place shows there. The whole disk is looked at now and then,
+//! when the replay is also done on disk, is cut off itself, again and again, and must say the same.
+//!
+//! `VUBLK_TEST_CUTS` multiplies the number of cuts, for a long search.
 
 use std::sync::Mutex;
 
@@ -13,7 +18,7 @@ use super::testing::*;
 use super::*;
 use crate::block::{Driver, RangeLock};
 use crate::io::block_on;
-use crate::io::sim::{Rng, Sim, SimFile, SimTask};
+use crate::io::sim::{Fault, Rng, Sim, SimFile, SimTask};
 use crate::units::MIB;
 
 /// What a disk writes whole, whatever the image's sectors are.
@@ -66,7 +71,7 @@ fn sectors_of(range: ByteRange) -> std::ops::Range<usize> {
 
 impl Model {
     fn new(case: &Case) -> Model {
-        let parent = case.parent.as_ref().map_or(0, |parent| parent.len() as u64);
+        let parent = case.parent.as_ref().map_or(0, |(content, _)| content.len() as u64);
         let start = |n: u64| u64::from(n * SECTOR < parent);
         let history = |n| History { changes: vec![[start(n); 2]], completed: 1, floor: 0 };
         Model { sectors: Mutex::new((0..case.fixture.size / SECTOR).map(history).collect()) }
@@ -99,11 +104,11 @@ impl Model {
         }
     }
 
-    fn check(&self, content: &[u8], what: &str) {
+    /// Compares the content of a range with what it may be.
+    fn check(&self, range: ByteRange, content: &[u8], what: &str) {
         let sectors = self.sectors.lock().unwrap();
-        for (n, (history, content)) in
-            sectors.iter().zip(content.chunks_exact(SECTOR as usize)).enumerate()
-        {
+        for (n, content) in sectors_of(range).zip(content.chunks_exact(SECTOR as usize)) {
+            let history = &sectors[n];
             let value = sector_value(n as u64, content).unwrap_or_else(|| {
                 panic!("{what}: sector {n} holds foreign or torn data: {:x?}", &content[..16])
             });
@@ -116,61 +121,130 @@ impl Model {
     }
 }
 
-/// What kind of image is tried.
+/// What kind of image is tried, and how.
 struct Case {
     name: &'static str,
     fixture: Fixture,
-    parent: Option<Vec<u8>>,
-    /// How often the power fails at each step.
+    /// Content of the parent, and the parent.
+    parent: Option<(Vec<u8>, Node)>,
+    /// How often the power is cut at least.
+    cuts: u64,
+    /// How often it is cut at each step.
     cuts_per_step: u64,
-    seeds: u64,
+    /// Requests of each task.
+    requests: u64,
     /// One in so many requests is a flush.
     flush_every: u64,
+    /// One in so many requests is for whole blocks, and those of clearing more often.
+    blocks_every: u64,
+    /// Memory for pages.
+    cache: u64,
+    /// Commits before it begins, to bring the log's head near its end.
+    commits_before: u64,
 }
 
+/// How much of each block's start small requests go to, and of its end a quarter of that.
+const WINDOW: u64 = 48 << 10;
+
 impl Case {
-    fn new(name: &'static str, size: u64) -> Case {
-        let fixture = Fixture::new(size);
-        Case { name, fixture, parent: None, cuts_per_step: 2, seeds: 2, flush_every: 6 }
+    fn new(name: &'static str, size: u64, cuts: u64) -> Case {
+        Case {
+            name,
+            fixture: Fixture::new(size),
+            parent: None,
+            cuts,
+            cuts_per_step: 1,
+            requests: 20,
+            flush_every: 6,
+            blocks_every: 20,
+            cache: DEFAULT_CACHE,
+            commits_before: 0,
+        }
     }
 
     fn with_parent(mut self, len: u64) -> Case {
         self.fixture.has_parent = true;
-        self.parent = Some(content_of(ByteRange { offset: 0, len }, 1));
+        let content = content_of(ByteRange { offset: 0, len }, 1);
+        let node = parent_node(&content);
+        self.parent = Some((content, node));
         self
     }
 
-    fn open(&self, file: &SimFile, read_only: bool) -> Driven {
-        let backing = self.parent.as_deref().map(parent_node);
-        let options = OpenOptions { read_only, backing, ..OpenOptions::default() };
-        open_with(file, options).unwrap_or_else(|err| panic!("{}: {err}", self.name))
+    fn with_large_sectors(mut self) -> Case {
+        self.fixture.sector = 4096;
+        self
     }
 
-    /// A range in sectors, or (one in `blocks`) in blocks.
-    fn range(&self, rng: &mut Rng, blocks: u64) -> ByteRange {
-        let unit = if rng.one_in(blocks) { self.fixture.block } else { self.fixture.sector };
-        let start = rng.below(self.fixture.size.div_ceil(unit)) * unit;
-        let longest = if unit == self.fixture.sector { 40 } else { 2 };
-        let end = (start + (1 + rng.below(longest)) * unit).min(self.fixture.size);
-        ByteRange::between(start, end)
+    fn options(&self, read_only: bool) -> OpenOptions {
+        let backing = self.parent.as_ref().map(|(_, node)| node.clone());
+        OpenOptions { read_only, backing, cache: self.cache, ..OpenOptions::default() }
+    }
+
+    fn open(&self, file: &SimFile, read_only: bool, what: &str) -> Driven {
+        open_with(file, self.options(read_only)).unwrap_or_else(|err| panic!("{what}: {err}"))
+    }
+
+    /// The parts of the disk that small requests go to.
+    fn windows(&self) -> impl Iterator<Item = ByteRange> {
+        let (size, block) = (self.fixture.size, self.fixture.block);
+        (0..size.div_ceil(block)).flat_map(move |n| {
+            let (start, end) = (n * block, ((n + 1) * block).min(size));
+            let head = ByteRange::between(start, end.min(start + WINDOW));
+            let tail = ByteRange::between(end.saturating_sub(WINDOW / 4).max(head.end()), end);
+            [head, tail].into_iter().filter(|part| !part.is_empty())
+        })
+    }
+
+    /// A range in sectors, or (one in `blocks_every`) in blocks.
+    fn range(&self, rng: &mut Rng, blocks_every: u64) -> ByteRange {
+        let (size, block, sector) = (self.fixture.size, self.fixture.block, self.fixture.sector);
+        if rng.one_in(blocks_every) {
+            let start = rng.below(size.div_ceil(block)) * block;
+            return ByteRange::between(start, (start + (1 + rng.below(2)) * block).min(size));
+        }
+        let windows: Vec<_> = self.windows().collect();
+        let window = windows[rng.below(windows.len() as u64) as usize];
+        let start = window.offset + rng.below(window.len / sector) * sector;
+        ByteRange::between(start, (start + (1 + rng.below(40)) * sector).min(window.end()))
+    }
+
+    /// The content of the parts that small requests go to, compared with what is possible.
+    fn look(&self, driver: &Driven, model: &Model, what: &str) -> Vec<Vec<u8>> {
+        let part = |range: ByteRange| {
+            let content = block_on(read(driver, range.offset, range.len));
+            model.check(range, &content, what);
+            content
+        };
+        self.windows().map(part).collect()
     }
 }
 
 /// Opens what a power cut left and compares; now and then goes on with it.
-fn check_cut(case: &Case, model: &Model, image: Vec<u8>, thorough: bool, what: &str) {
-    let file = SimFile::from_bytes("cut.vhdx", image);
-    let reader = case.open(&file, true);
-    let content = block_on(read(&reader, 0, case.fixture.size));
-    model.check(&content, what);
+fn check_cut(case: &Case, model: &Model, file: &SimFile, thorough: bool, what: &str) {
+    let reader = case.open(file, true, what);
+    let seen = case.look(&reader, model, what);
     if !thorough {
         return;
     }
-    // Replayed on disk it says the same, and it can be written to.
+    let all = ByteRange { offset: 0, len: case.fixture.size };
+    let mut expected = block_on(read(&reader, 0, all.len));
+    model.check(all, &expected, what);
     drop(reader);
-    let driver = case.open(&file, false);
-    let mut expected = content;
-    assert!(block_on(read(&driver, 0, case.fixture.size)) == expected, "{what}: replayed on disk");
-    let mut rng = Rng::new(expected.len() as u64);
+    // A replay may be cut off as often as it likes.
+    let mut rng = Rng::new(seen.iter().map(|part| u64::from(part[0])).sum());
+    let mut file = file.clone();
+    for round in 0..4 {
+        file.fail(Fault { op: None, after: rng.below(40), errno: libc::EIO, for_good: true });
+        let _ = open_with(&file, case.options(false));
+        file.heal();
+        file = file.after_power_cut(rng.word());
+        let reader = case.open(&file, true, what);
+        let again = case.look(&reader, model, what);
+        assert!(again == seen, "{what}: replay {round} changed what is seen");
+    }
+    // Replayed on disk it says the same, and it can be written to.
+    let driver = case.open(&file, false, what);
+    assert!(block_on(read(&driver, 0, all.len)) == expected, "{what}: replayed on disk");
     for _ in 0..10 {
         let range = case.range(&mut rng, 20);
         let data = content_of(range, 9);
@@ -178,8 +252,8 @@ fn check_cut(case: &Case, model: &Model, image: Vec<u8>, thorough: bool, what: &
         expected[range.offset as usize..range.end() as usize].copy_from_slice(&data);
     }
     block_on(driver.close()).unwrap();
-    let file = SimFile::from_bytes("again.vhdx", file.durable());
-    let content = block_on(read(&case.open(&file, true), 0, case.fixture.size));
+    let file = file.after_power_cut(rng.word());
+    let content = block_on(read(&case.open(&file, true, what), 0, all.len));
     assert!(content == expected, "{what}: differs after writing on");
 }
 
@@ -193,10 +267,10 @@ async fn guest(
     seed: u64,
 ) {
     let mut rng = Rng::new(seed * 1000 + lane);
-    for step in 0..20 {
+    for step in 0..case.requests {
         let kind = rng.below(8);
         // Clearing whole blocks is what frees them; writing them is only slow.
-        let range = case.range(&mut rng, if kind < 3 { 2 } else { 20 });
+        let range = case.range(&mut rng, if kind < 3 { 2 } else { case.blocks_every });
         if rng.one_in(case.flush_every) {
             let completed = model.completed();
             driver.flush().await.unwrap();
@@ -225,14 +299,36 @@ async fn guest(
     }
 }
 
+/// Writes and flushes one by one, which brings the log on.
+fn commit_often(case: &Case, driver: &Driven, model: &Model) {
+    for n in 0..case.commits_before {
+        let block = n % case.fixture.size.div_ceil(case.fixture.block);
+        let start = block * case.fixture.block;
+        let end = (start + case.fixture.block).min(case.fixture.size);
+        let range = ByteRange::between(start, end);
+        model.begin(range, 0, false);
+        block_on(driver.write_zeroes(range, true)).unwrap();
+        model.end(range);
+        let part = ByteRange { offset: range.offset, len: case.fixture.sector };
+        model.begin(part, 1, false);
+        block_on(write(driver, part.offset, &content_of(part, 1), false)).unwrap();
+        model.end(part);
+        let completed = model.completed();
+        block_on(driver.flush()).unwrap();
+        model.flushed(&completed);
+    }
+}
+
 fn run(case: &Case) {
     const LANES: u64 = 4;
     let factor = std::env::var("VUBLK_TEST_CUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    let mut cuts = 0u64;
-    for seed in 0..case.seeds * factor {
+    let (mut cuts, mut seed) = (0u64, 0);
+    while cuts < case.cuts * factor {
+        seed += 1;
         let file = SimFile::from_bytes("test.vhdx", case.fixture.bytes());
-        let driver = case.open(&file, false);
+        let driver = case.open(&file, false, case.name);
         let model = Model::new(case);
+        commit_often(case, &driver, &model);
         let busy = RangeLock::new();
         let sim = Sim::new(seed);
         sim.attach(&file);
@@ -244,8 +340,8 @@ fn run(case: &Case) {
             for _ in 0..case.cuts_per_step {
                 cuts += 1;
                 let what = format!("{}, seed {seed}, step {step}", case.name);
-                let image = file.power_cut(rng.word());
-                check_cut(case, &model, image, cuts.is_multiple_of(32), &what);
+                let left = file.after_power_cut(rng.word());
+                check_cut(case, &model, &left, cuts.is_multiple_of(100), &what);
             }
             false
         });
@@ -253,36 +349,55 @@ fn run(case: &Case) {
         sim.block_on(driver.flush()).unwrap();
         model.flushed(&completed);
         let what = format!("{}, seed {seed}, end", case.name);
-        check_cut(case, &model, file.power_cut(seed), true, &what);
+        check_cut(case, &model, &file.after_power_cut(seed), true, &what);
         sim.block_on(driver.close()).unwrap();
         let what = format!("{}, seed {seed}, closed", case.name);
-        check_cut(case, &model, file.power_cut(seed), true, &what);
+        check_cut(case, &model, &file.after_power_cut(seed), true, &what);
     }
-    eprintln!("{}: {cuts} power cuts", case.name);
-    assert!(cuts > 500, "too few cuts to mean anything: {cuts}");
+    eprintln!("{}: {cuts} power cuts in {seed} runs", case.name);
 }
 
 #[test]
 fn power_cuts_of_a_dynamic_image() {
-    run(&Case::new("dynamic", 2 * MIB + 512));
+    run(&Case::new("dynamic", 2 * MIB + 512, 4000));
 }
 
 #[test]
 fn power_cuts_of_a_differencing_image() {
-    run(&Case::new("differencing", 2 * MIB + 512).with_parent(MIB + 512));
+    run(&Case::new("differencing", 2 * MIB + 512, 4000).with_parent(MIB + 512));
+}
+
+#[test]
+fn power_cuts_of_a_fixed_image() {
+    let mut case = Case::new("fixed", 2 * MIB + 512, 1500);
+    case.fixture.is_fixed = true;
+    run(&case);
 }
 
 #[test]
 fn power_cuts_of_large_sectors() {
-    let mut case = Case::new("4096", 2 * MIB + 4096);
-    case.fixture.sector = 4096;
-    run(&case);
-    let mut case = Case::new("4096, differencing", 2 * MIB + 4096);
-    case.fixture.sector = 4096;
-    run(&case.with_parent(2 * MIB));
+    run(&Case::new("4096", 2 * MIB + 4096, 1500).with_large_sectors());
+    let size = 2 * MIB + 4096;
+    run(&Case::new("4096, differencing", size, 1500).with_large_sectors().with_parent(2 * MIB));
 }
 
 #[test]
 fn power_cuts_when_nobody_flushes() {
-    run(&Case { flush_every: 200, ..Case::new("hardly flushed", 3 * MIB) });
+    run(&Case { flush_every: 200, ..Case::new("hardly flushed", 3 * MIB, 1500) });
+}
+
+/// Blocks come and go all the time, so that each place in the file is used by many of them.
+#[test]
+fn power_cuts_while_freed_blocks_are_used_again() {
+    let often = |case| Case { flush_every: 3, blocks_every: 2, ..case };
+    run(&often(Case::new("reuse", 3 * MIB, 2000)));
+    run(&often(Case::new("reuse, differencing", 3 * MIB, 2000).with_parent(2 * MIB + 512)));
+}
+
+/// The log fills up and goes on at its start, with hardly any memory for pages.
+#[test]
+fn power_cuts_while_the_log_wraps() {
+    let wraps = |case| Case { commits_before: 108, flush_every: 2, requests: 30, cache: 1, ..case };
+    run(&wraps(Case::new("wrap", 3 * MIB, 2000)));
+    run(&wraps(Case::new("wrap, differencing", 3 * MIB, 2000).with_parent(2 * MIB + 512)));
 }

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 use super::header::Header;
 use super::layout::{
     Guid, HEADER_OFFSETS, METADATA_IS_DISK, METADATA_IS_REQUIRED, METADATA_ITEMS,
-    METADATA_SIGNATURE, REGION_TABLE_OFFSETS, RawMetadataEntry, RawMetadataHeader, guid,
+    METADATA_SIGNATURE, REGION_TABLE_OFFSETS, RawMetadataEntry, RawMetadataHeader, guid, payload,
 };
 use super::locator::Locator;
 use super::region::{self, Region};
@@ -30,6 +30,8 @@ pub struct Fixture {
     pub sector: u64,
     /// Whether it names a parent.
     pub has_parent: bool,
+    /// Whether all blocks are in the file from the start.
+    pub is_fixed: bool,
     /// Length of the log.
     pub log: u64,
 }
@@ -37,10 +39,10 @@ pub struct Fixture {
 impl Fixture {
     /// A dynamic image in blocks of 1 MiB.
     pub fn new(size: u64) -> Fixture {
-        Fixture { size, block: MIB, sector: 512, has_parent: false, log: MIB }
+        Fixture { size, block: MIB, sector: 512, has_parent: false, is_fixed: false, log: MIB }
     }
 
-    /// The file: log, metadata, BAT and nothing else.
+    /// The file: log, metadata, BAT, and blocks of zeros if it is fixed.
     pub fn bytes(&self) -> Vec<u8> {
         let log = ByteRange { offset: MIB, len: self.log };
         let metadata = ByteRange { offset: log.end(), len: MIB };
@@ -69,12 +71,20 @@ impl Fixture {
         ]);
         REGION_TABLE_OFFSETS.into_iter().for_each(|at| put(at, &table));
         put(metadata.offset, &self.metadata());
+        if self.is_fixed {
+            for block in 0..geometry.payload_blocks() {
+                let place = bat.end() + block * self.block;
+                let at = bat.offset + geometry.payload_index(block) * 8;
+                put(at, &(place | payload::FULLY_PRESENT).to_le_bytes());
+            }
+            file.resize((bat.end() + geometry.payload_blocks() * self.block) as usize, 0);
+        }
         file
     }
 
     fn metadata(&self) -> Vec<u8> {
-        let flags = if self.has_parent { 2 } else { 0 };
-        let parameters = [(self.block as u32).to_le_bytes(), u32::to_le_bytes(flags)].concat();
+        let flags = u32::from(self.is_fixed) | u32::from(self.has_parent) << 1;
+        let parameters = [(self.block as u32).to_le_bytes(), flags.to_le_bytes()].concat();
         let system = METADATA_IS_REQUIRED;
         let disk = METADATA_IS_REQUIRED | METADATA_IS_DISK;
         let mut items = vec![
