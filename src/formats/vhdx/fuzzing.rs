@@ -8,6 +8,9 @@
 //! ```text
 //! input: flags, length of the file in 64 KiB, then changes: area, offset (2), length, bytes …
 //! ```
+//!
+//! `VUBLK_FUZZ_IMAGES` names a directory of real images to start from as well, a few MiB each, with log,
+//! metadata and BAT where Windows puts them; upper bits of the flags choose.
 
 use std::sync::{Arc, OnceLock};
 
@@ -18,7 +21,7 @@ use super::create::{CreateOptions, Parent, create};
 use super::header::{Header, HeaderSlots};
 use super::layout::{
     Guid, HEADER_LEN, HEADER_OFFSETS, LOG_DATA_DESCRIPTOR, LOG_DATA_SIGNATURE, LOG_ENTRY_SIGNATURE,
-    REGION_TABLE_LEN, REGION_TABLE_OFFSETS, RawLogDescriptor, RawLogHeader, checksum,
+    LOG_SECTOR, REGION_TABLE_LEN, REGION_TABLE_OFFSETS, RawLogDescriptor, RawLogHeader, checksum,
 };
 use super::locator::Locator;
 use super::{OpenOptions, Structure, Vhdx, salvage};
@@ -48,11 +51,32 @@ const ENTRY_LEN: usize = 8192;
 const HAS_PARENT: u8 = 1;
 /// The input's flag for checksums that stay as they are.
 const WRONG_SUMS: u8 = 2;
+/// The flags above this bit choose among real images.
+const REAL_SHIFT: u32 = 2;
+
+/// Real images, if there are any.
+fn real_images() -> &'static [Vec<u8>] {
+    static IMAGES: OnceLock<Vec<Vec<u8>>> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let Some(dir) = std::env::var_os("VUBLK_FUZZ_IMAGES") else { return Vec::new() };
+        let files = std::fs::read_dir(dir).expect("VUBLK_FUZZ_IMAGES is a directory");
+        let mut paths: Vec<_> = files.map(|file| file.expect("a file").path()).collect();
+        paths.sort();
+        let image = |path| std::fs::read(path).expect("a readable image");
+        let images: Vec<Vec<u8>> = paths.into_iter().map(image).collect();
+        assert!(images.iter().all(|image| image.len() as u64 > BAT + MIB), "too short");
+        images
+    })
+}
 
 /// Tries one input.
 pub fn run(input: &[u8]) {
     let [flags, length, changes @ ..] = input else { return };
-    let mut content = base(flags & HAS_PARENT != 0).to_vec();
+    let real = real_images();
+    let mut content = match usize::from(*flags >> REAL_SHIFT) % (real.len() + 1) {
+        0 => base(flags & HAS_PARENT != 0).to_vec(),
+        n => real[n - 1].clone(),
+    };
     apply(&mut content, changes);
     if flags & WRONG_SUMS == 0 {
         fix_sums(&mut content);
@@ -117,8 +141,17 @@ fn apply(content: &mut [u8], mut changes: &[u8]) {
 fn fix_sums(content: &mut [u8]) {
     let headers = HEADER_OFFSETS.map(|at| (at, HEADER_LEN));
     let tables = REGION_TABLE_OFFSETS.map(|at| (at, REGION_TABLE_LEN));
-    let entry = [(LOG, ENTRY_LEN)];
-    for (at, len) in headers.into_iter().chain(tables).chain(entry) {
+    // Wherever an entry of the log may begin, and as long as it says.
+    let entries: Vec<_> = (LOG..METADATA)
+        .step_by(LOG_SECTOR as usize)
+        .filter_map(|at| {
+            let head = &content[at as usize..][..12];
+            let len = u32::from_le_bytes(head[8..].try_into().expect("4 bytes"));
+            let fits = u64::from(len) >= LOG_SECTOR && at + u64::from(len) <= METADATA;
+            (head.starts_with(LOG_ENTRY_SIGNATURE) && fits).then_some((at, len as usize))
+        })
+        .collect();
+    for (at, len) in headers.into_iter().chain(tables).chain(entries) {
         let part = &mut content[at as usize..][..len];
         let sum = checksum(part, 4);
         part[4..8].copy_from_slice(&sum.to_le_bytes());
