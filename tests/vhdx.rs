@@ -4,56 +4,17 @@
 //! parents): `integration/setup libvhdi` puts it below `target/integration`. Tests that need one
 //! of them say so on stderr and pass where it is missing.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
 mod common;
 
-use common::{Random, fails, have, ok, ok_or, tool_ok, vublk};
+use common::{Random, fails, have, libvhdi, ok, ok_or, tool_ok, vublk};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
-}
-
-/// A Python that has libvhdi.
-fn libvhdi() -> Option<PathBuf> {
-    let dir = match std::env::var_os("VUBLK_INTEGRATION_DIR") {
-        Some(dir) => PathBuf::from(dir),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("target/integration"),
-    };
-    let python = dir.join("libvhdi/bin/python3");
-    let works = Command::new(&python).args(["-c", "import pyvhdi"]).output();
-    if works.is_ok_and(|output| output.status.success()) {
-        return Some(python);
-    }
-    common::skip("libvhdi is not there (integration/setup libvhdi)");
-    None
-}
-
-/// What libvhdi says of an image (whose parents it is given, nearest first): size and SHA-256.
-fn libvhdi_reads(dir: &Path, images: &[&str]) -> Option<(u64, String)> {
-    const SCRIPT: &str = "
-import sys, hashlib, pyvhdi
-files = [pyvhdi.file() for _ in sys.argv[1:]]
-for file, path in zip(files, sys.argv[1:]):
-    file.open(path)
-for child, parent in zip(files, files[1:]):
-    assert child.parent_identifier == parent.identifier, 'another parent'
-    child.set_parent(parent)
-top, sum, left = files[0], hashlib.sha256(), files[0].media_size
-while left:
-    sum.update(piece := top.read_buffer(min(left, 1 << 20)))
-    left -= len(piece)
-print(top.media_size, sum.hexdigest())
-";
-    let python = libvhdi()?;
-    let mut args = vec!["-c", SCRIPT];
-    args.extend(images);
-    let text = tool_ok(dir, python.to_str().unwrap(), &args);
-    let (size, sum) = text.trim().split_once(' ').unwrap();
-    Some((size.parse().unwrap(), sum.to_string()))
 }
 
 /// What we say: size and SHA-256 of the content.
@@ -90,7 +51,7 @@ fn new_images_are_read_by_others() {
         }
     }
     for name in ["a.vhdx", "b.vhdx", "c.vhdx", "f.vhdx"] {
-        if let Some(read) = libvhdi_reads(d, &[name]) {
+        if let Some(read) = libvhdi::reads(d, &[name]) {
             assert_eq!(read, we_read(d, name), "{name}");
         }
     }
@@ -113,7 +74,7 @@ fn images_of_qemu_with_data_are_measured_and_read() {
     for options in ["subformat=fixed", "block_size=1M", "block_state_zero=off,block_size=2M"] {
         tool_ok(d, "qemu-img", &["convert", "-O", "vhdx", "-o", options, "raw", "q.vhdx"]);
         ok(d, &["compare", "-F", "raw", "q.vhdx", "raw"]);
-        if let Some(read) = libvhdi_reads(d, &["q.vhdx"]) {
+        if let Some(read) = libvhdi::reads(d, &["q.vhdx"]) {
             assert_eq!(read, we_read(d, "q.vhdx"));
         }
     }
@@ -159,7 +120,7 @@ fn differencing_images_name_their_parent_both_ways() {
     std::fs::create_dir(d.join("moved")).unwrap();
     std::fs::rename(d.join("sub/grandchild.avhdx"), d.join("moved/g.avhdx")).unwrap();
     ok(d, &["map", "--allow-dir", allow, "moved/g.avhdx"]);
-    if let Some(read) = libvhdi_reads(d, &["moved/g.avhdx", "child.avhdx", "base.vhdx"]) {
+    if let Some(read) = libvhdi::reads(d, &["moved/g.avhdx", "child.avhdx", "base.vhdx"]) {
         let empty = tool_ok(d, "sh", &["-c", "head -c 5242880 /dev/zero | sha256sum"]);
         assert_eq!(read, (5 << 20, empty.split(' ').next().unwrap().to_string()));
     }
@@ -186,7 +147,10 @@ fn creation_refuses_what_makes_no_sense() {
     refused(&on("base.raw", "raw"), "can stand on VHDX images only");
     refused(&on("none.vhdx", "vhdx"), "none.vhdx: No such file");
     refused(&["-b", "base.vhdx", "new.vhdx"], "say it with -F vhdx");
-    refused(&["-u", "-b", "base.vhdx", "-F", "vhdx", "new.vhdx", "3M"], "must be there (-u)");
+    refused(
+        &["-u", "-b", "none.vhdx", "-F", "vhdx", "new.vhdx", "3M"],
+        "must be there, also with -u",
+    );
     let with = |options| ["-o", options, "-b", "base.vhdx", "-F", "vhdx", "new.vhdx"];
     refused(&with("subformat=fixed"), "a fixed image cannot have a backing file");
     refused(&with("block_state_zero=on"), "would hide all of the backing file");
@@ -359,7 +323,7 @@ fn disks_are_resized() {
                 tool_ok(d, "qemu-img", &["check", "a.vhdx"]);
                 tool_ok(d, "qemu-img", &["compare", "-F", "raw", "a.vhdx", "raw"]);
             }
-            if let Some(read) = libvhdi_reads(d, &["a.vhdx"]) {
+            if let Some(read) = libvhdi::reads(d, &["a.vhdx"]) {
                 assert_eq!(read, we_read(d, "a.vhdx"));
             }
         }

@@ -277,6 +277,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Err(Error::unsupported(format!("the backing of {} nodes cannot be changed", self.name())))
     }
 
+    /// An overlay is about to be made. If overlays know this image by something that its next
+    /// change would renew, it is renewed now, so that it stays from now on.
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Format-specific facts for `info`, as JSON; `null` if there are none.
     fn details(&self) -> serde_json::Value {
         serde_json::Value::Null

@@ -149,6 +149,11 @@ pub trait Format: Send + Sync + fmt::Debug {
         Err(Error::unsupported(format!("the backing of {} nodes cannot be changed", self.name())))
     }
 
+    /// See [`Driver::prepare_for_overlay`].
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Format-specific facts for `info`.
     fn details(&self) -> serde_json::Value {
         serde_json::Value::Null
@@ -332,6 +337,10 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         self.format.set_backing(backing, quiesced)
+    }
+
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        self.format.prepare_for_overlay()
     }
 
     fn details(&self) -> serde_json::Value {

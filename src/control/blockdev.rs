@@ -106,7 +106,7 @@ qapi! {
         HostDevice(BlockdevOptionsFile) = "host_device",
         Qcow2(BlockdevOptionsGenericCOWFormat) = "qcow2",
         Raw(BlockdevOptionsGenericFormat) = "raw",
-        Vhdx(BlockdevOptionsGenericFormat) = "vhdx",
+        Vhdx(BlockdevOptionsGenericCOWFormat) = "vhdx",
     }
 }
 qapi! {
@@ -150,21 +150,19 @@ impl BlockdevOptions {
         match &self.driver.0 {
             BlockdevDriverOptions::File(_) | BlockdevDriverOptions::HostDevice(_) => None,
             BlockdevDriverOptions::Fault(filter) => Some(&filter.file),
-            BlockdevDriverOptions::Qcow2(format) | BlockdevDriverOptions::AddCow(format) => {
-                Some(&format.file)
-            }
-            BlockdevDriverOptions::Raw(format) | BlockdevDriverOptions::Vhdx(format) => {
-                Some(&format.file)
-            }
+            BlockdevDriverOptions::Qcow2(format)
+            | BlockdevDriverOptions::AddCow(format)
+            | BlockdevDriverOptions::Vhdx(format) => Some(&format.file),
+            BlockdevDriverOptions::Raw(format) => Some(&format.file),
         }
     }
 
     /// What the operator says of the backing.
     pub fn backing(&self) -> Option<&BlockdevRefOrNull> {
         match &self.driver.0 {
-            BlockdevDriverOptions::Qcow2(format) | BlockdevDriverOptions::AddCow(format) => {
-                format.backing.as_ref()
-            }
+            BlockdevDriverOptions::Qcow2(format)
+            | BlockdevDriverOptions::AddCow(format)
+            | BlockdevDriverOptions::Vhdx(format) => format.backing.as_ref(),
             _ => None,
         }
     }

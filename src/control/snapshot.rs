@@ -377,6 +377,7 @@ fn create_overlay(
 ) -> QmpResult<Node> {
     let below = disks.image_of(node)?;
     if !request.exists {
+        block_on(node.driver().prepare_for_overlay())?;
         create_file(&below, node, request, created)?;
     }
     let protocol = blockdev::open_protocol(&ProtocolRequest {

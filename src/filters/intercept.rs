@@ -229,6 +229,10 @@ impl Driver for Intercept {
         self.below.details()
     }
 
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        self.below.prepare_for_overlay()
+    }
+
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
         Box::pin(self.settled(async move || self.below.resume(nonce).await))
     }

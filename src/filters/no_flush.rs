@@ -83,6 +83,10 @@ impl Driver for NoFlush {
         Ok(below.map(|below| Arc::new(NoFlush { below }) as Arc<dyn Driver>))
     }
 
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        self.below.prepare_for_overlay()
+    }
+
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         self.below.set_backing(backing, quiesced)
     }

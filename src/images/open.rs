@@ -580,17 +580,22 @@ fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         false => block_on(vhdx::Structure::read(&file))?,
     };
     let mut backing = None;
+    // An overlay that is opened on nothing is put on its parent before a guest uses it.
+    let is_without = matches!(opening.overridden, Some(None));
     if request.backing {
         let paths = structure.metadata.parent.as_ref().map(vhdx::locator::Locator::paths);
         backing = open_vhdx_parent(opening, &paths.unwrap_or_default())?;
-        structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
+        if !is_without {
+            structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
+        }
     }
     let read_only = request.access == Access::Read;
     let options = vhdx::OpenOptions {
         read_only,
         backing,
-        keep: if read_only { None } else { open_keep(request, &opening.file, "vhdx")? },
+        keep: if read_only { None } else { opening.keep("vhdx")? },
         lenient: !request.backing || request.salvage,
+        alone: request.backing && is_without,
         ..vhdx::OpenOptions::default()
     };
     Ok(Arc::new(FormatDriver::new(block_on(vhdx::Vhdx::open(structure, options))?)))

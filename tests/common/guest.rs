@@ -70,6 +70,8 @@ pub struct Guest {
     /// Requests completed.
     pub completed: u64,
     next_word: u64,
+    /// Sectors that are read and written together.
+    unit: u64,
 }
 
 const IN_FLIGHT: u64 = u64::MAX;
@@ -87,7 +89,27 @@ impl Guest {
             ops: (0..queues).map(|_| HashMap::new()).collect(),
             completed: 0,
             next_word: 1,
+            unit: 1,
         }
+    }
+
+    /// On a disk with blocks of so many sectors.
+    pub fn unit(mut self, sectors: u64) -> Guest {
+        self.unit = sectors;
+        self
+    }
+
+    /// The disk has another size now; what is new of it is zeros. Nothing beyond the end may be in
+    /// flight.
+    pub fn resize(&mut self, sectors: u64) {
+        self.sectors.resize(sectors as usize, vec![(0, 0)]);
+        self.busy.resize(sectors as usize, false);
+    }
+
+    /// Somebody else wrote `word` to all sectors of a range of bytes.
+    pub fn replace_range(&mut self, offset: u64, len: u64, word: u64) {
+        let run = Run { start: offset / SECTOR, len: len / SECTOR };
+        self.sectors[run.sectors()].fill(vec![(word, self.completed)]);
     }
 
     /// What must be read now.
@@ -99,8 +121,8 @@ impl Guest {
     fn free_run(&mut self) -> Option<Run> {
         let scale = 1 + self.random.below(8);
         let len = 1 + self.random.below(1 << scale);
-        let start = self.random.below(self.sectors.len() as u64 - len + 1);
-        let run = Run { start, len };
+        let start = self.random.below(self.sectors.len() as u64 / self.unit - len + 1);
+        let run = Run { start: start * self.unit, len: len * self.unit };
         (!self.busy[run.sectors()].contains(&true)).then_some(run)
     }
 

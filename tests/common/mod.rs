@@ -8,6 +8,7 @@ pub mod backend;
 pub mod command;
 pub mod driver;
 pub mod guest;
+pub mod libvhdi;
 pub mod qmp;
 pub mod random;
 

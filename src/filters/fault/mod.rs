@@ -307,6 +307,10 @@ impl Driver for Fault {
         })
     }
 
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move { self.below.driver().prepare_for_overlay().await })
+    }
+
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
         Box::pin(async move { self.below.driver().resume(nonce).await })
     }

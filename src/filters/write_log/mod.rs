@@ -278,6 +278,10 @@ impl Driver for WriteLog {
         self.below.children()
     }
 
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        self.below.prepare_for_overlay()
+    }
+
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         self.below.set_backing(backing, quiesced)
     }

@@ -90,9 +90,9 @@ impl Words<'_> {
 }
 
 impl PageCache {
-    /// A cache of no more than `bytes`, which need not be larger than `useful` bytes.
-    pub fn new(bytes: u64, useful: u64) -> PageCache {
-        let pages = bytes.min(useful).div_ceil(PAGE).max(1);
+    /// A cache of no more than `bytes`, which are taken when they are needed.
+    pub fn new(bytes: u64) -> PageCache {
+        let pages = bytes.div_ceil(PAGE).max(1);
         let sets = pages.div_ceil(WAYS as u64).next_power_of_two();
         // Rounded up, a set more than asked for; rounded down, half of it.
         let sets = if sets * WAYS as u64 * PAGE > bytes && sets > 1 { sets / 2 } else { sets };
@@ -151,6 +151,17 @@ impl PageCache {
         self.loads.exclusive(ByteRange { offset: page, len: PAGE }).await
     }
 
+    /// Forgets all pages. Nobody may be reading, and none may be held.
+    pub fn clear(&self) {
+        for set in &self.sets {
+            let _alone = set.hand.lock().unwrap();
+            for frame in set.frames.iter().filter_map(OnceLock::get) {
+                let version = frame.tag.load(Ordering::Relaxed) & ((1 << VERSION_BITS) - 1);
+                frame.tag.store(version, Ordering::Release);
+            }
+        }
+    }
+
     /// Brings a page in, with the guard of [`PageCache::loading`] held. False if every frame that
     /// it could have is held.
     pub fn insert(&self, page: u64, words: &Page) -> bool {
@@ -198,7 +209,7 @@ mod tests {
 
     #[test]
     fn pages_come_and_go() {
-        let cache = PageCache::new(32 * PAGE, u64::MAX);
+        let cache = PageCache::new(32 * PAGE);
         assert_eq!(cache.capacity(), 32);
         for number in 0..100 {
             assert!(cache.insert(number * PAGE, &page_of(number)));
@@ -209,15 +220,25 @@ mod tests {
     }
 
     #[test]
-    fn it_is_no_larger_than_useful_or_allowed() {
-        assert_eq!(PageCache::new(8 << 20, 4096).capacity(), WAYS);
-        assert_eq!(PageCache::new(8 << 20, 1 << 40).capacity(), 2048);
-        assert_eq!(PageCache::new(100 * PAGE, 1 << 40).capacity(), 64);
+    fn it_is_no_larger_than_allowed() {
+        assert_eq!(PageCache::new(1).capacity(), WAYS);
+        assert_eq!(PageCache::new(8 << 20).capacity(), 2048);
+        assert_eq!(PageCache::new(100 * PAGE).capacity(), 64);
+    }
+
+    #[test]
+    fn all_is_forgotten_at_once() {
+        let cache = PageCache::new(32 * PAGE);
+        (0..32).for_each(|number| assert!(cache.insert(number * PAGE, &page_of(number))));
+        cache.clear();
+        assert!((0..32).all(|number| cache.word(number * PAGE, 0).is_none()));
+        assert!(cache.insert(PAGE, &page_of(7)));
+        assert_eq!(cache.word(PAGE, 1), Some(7001));
     }
 
     #[test]
     fn held_pages_stay() {
-        let cache = PageCache::new(WAYS as u64 * PAGE, u64::MAX);
+        let cache = PageCache::new(WAYS as u64 * PAGE);
         for number in 0..WAYS as u64 {
             cache.insert(number * PAGE, &page_of(number));
             cache.with(number * PAGE, |words| words.hold(true)).unwrap();
@@ -231,7 +252,7 @@ mod tests {
 
     #[test]
     fn readers_never_see_words_of_another_page() {
-        let cache = Arc::new(PageCache::new(WAYS as u64 * PAGE, u64::MAX));
+        let cache = Arc::new(PageCache::new(WAYS as u64 * PAGE));
         let done = Arc::new(AtomicBool::new(false));
         let reader = {
             let (cache, done) = (Arc::clone(&cache), Arc::clone(&done));

@@ -408,7 +408,7 @@ mod tests {
         // As Windows makes it, byte for byte in length.
         assert_eq!(file.len().unwrap(), 14_680_064);
         let image = opened(&file);
-        let regions = &image.structure().regions;
+        let regions = image.structure().regions;
         assert_eq!(regions.metadata, ByteRange { offset: 2 * MIB, len: MIB });
         assert_eq!(regions.bat, ByteRange { offset: 3 * MIB, len: MIB });
         assert_eq!(image.structure().headers.current.sequence, 2);

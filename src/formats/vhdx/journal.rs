@@ -62,7 +62,7 @@ const RECORD: usize = 40;
 const BITS_PER_PAGE: u64 = PAGE * 8;
 
 impl Edit {
-    fn encode(&self, out: &mut Vec<u8>) {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
         let words = match *self {
             Edit::Entry { index, value } => [1, index, value, 0, 0],
             Edit::Bits { bitmap, first, count, set } => [2, bitmap, first, count, set.into()],
@@ -196,7 +196,7 @@ impl Vhdx {
 
     /// The most pages that may wait for a commit: what fits an entry, and leaves the cache room.
     fn max_dirty(&self) -> usize {
-        let log = self.structure.headers.current.log.len - 3 * LOG_SECTOR;
+        let log = self.log.len - 3 * LOG_SECTOR;
         let pages = log / LOG_SECTOR;
         let by_log = pages - (entry_len(pages) / LOG_SECTOR - pages);
         (by_log as usize).min(self.cache.capacity() / 4).max(2 * MAX_PAGES_AT_ONCE)
@@ -399,14 +399,14 @@ impl Vhdx {
     fn page_for_disk(&self, page: u64) -> Vec<u8> {
         let words: Box<Page> =
             self.cache.with(page, |words| words.copy()).unwrap_or_else(|| Box::new([0; WORDS]));
-        let bat = self.structure.regions.bat;
+        let bat = self.bat();
         let keep = if page >= bat.offset && page < bat.end() { !MEMORY_BITS } else { u64::MAX };
         words.iter().flat_map(|word| (word & keep).to_le_bytes()).collect()
     }
 
     /// Writes a batch to the log. May be done again from the start.
     async fn finish(&self, batch: Arc<Batch>) -> Result<()> {
-        let log = self.structure.headers.current.log;
+        let log = self.log;
         if self.journal.lock().unwrap().log.is_none() {
             self.start_log().await?;
         }
@@ -466,7 +466,7 @@ impl Vhdx {
     }
 
     fn entry_is_on_disk(&self, at: u64, len: u64, tail: u64) {
-        let log_len = self.structure.headers.current.log.len;
+        let log_len = self.log.len;
         let mut journal = self.journal.lock().unwrap();
         if let Some(state) = &mut journal.log {
             state.head = (at + len) % log_len;
@@ -488,7 +488,7 @@ impl Vhdx {
 
     /// Begins to use the log: an empty entry first, so that there is one when the header says so.
     async fn start_log(&self) -> Result<()> {
-        let log = self.structure.headers.current.log;
+        let log = self.log;
         // If an earlier attempt was dropped half-way, the header may have its GUID already: then the
         // very same entry must stay where it is.
         let (guid, first) = {
@@ -513,7 +513,7 @@ impl Vhdx {
 
     /// Sees to it that an entry of `len` bytes fits the log.
     async fn make_room(&self, len: u64) -> Result<()> {
-        let log = self.structure.headers.current.log;
+        let log = self.log;
         let fits = |state: &LogState| {
             let used = (state.head + log.len - state.needed_from) % log.len;
             used + len + LOG_SECTOR <= log.len
@@ -628,6 +628,14 @@ impl Vhdx {
         journal.starting = None;
     }
 
+    /// What is free in the file is found out anew, and how long it surely is.
+    pub(super) fn forget_freed(&self) {
+        let mut journal = self.journal.lock().unwrap();
+        journal.flushed_len = 0;
+        journal.freed.clear();
+        journal.waiting = None;
+    }
+
     /// Whether the log is in use.
     pub(super) fn uses_log(&self) -> bool {
         self.journal.lock().unwrap().log.is_some()
@@ -636,8 +644,8 @@ impl Vhdx {
     /// Whether a place is used by an entry of the BAT.
     pub(super) fn place_of_entry(&self, index: u64, entry: u64) -> Option<ByteRange> {
         let is_used = matches!(bat::state(entry), 6 | 7);
-        let len = match self.geometry.slot(index) {
-            super::geometry::Slot::Payload(_) => self.geometry.block_size(),
+        let len = match self.geometry().slot(index) {
+            super::geometry::Slot::Payload(_) => self.geometry().block_size(),
             super::geometry::Slot::Bitmap(_) => crate::units::MIB,
         };
         is_used.then(|| ByteRange { offset: bat::offset(entry), len })

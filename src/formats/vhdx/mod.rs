@@ -24,7 +24,7 @@
 //! ```
 //!
 //! * [`create`]: new images. [`check`], [`explain`], [`salvage`]: damaged ones.
-//! * [`resize`]: another size, while nobody uses the disk.
+//! * [`resize`]: another size, while nobody uses the disk or while a guest waits.
 //! * [`layout`]: the structures on disk. `header`, `region`, `metadata`, `locator`: read and checked.
 //! * [`structure`]: all of that, before anything is changed.
 //! * [`log`], [`replay`]: entries of the log; replay in memory (readers) or on disk (writers).
@@ -47,13 +47,15 @@
 //!
 //! # Limits
 //!
-//! * An image without a log is only read. Resizing while it is open and changing the parent: refused.
+//! * An image without a log is only read.
 //! * A block is freed as a whole. Discards of less give the host's space back, not the block's.
 //! * The BAT of an image with more than 2 million blocks stored is not searched for free places
 //!   inside the file; it then grows at its end only.
 
 pub mod bat;
 mod cache;
+#[cfg(test)]
+mod cancel_tests;
 pub mod check;
 #[cfg(test)]
 mod check_tests;
@@ -65,6 +67,8 @@ pub mod explain;
 pub mod fuzzing;
 pub mod geometry;
 pub mod header;
+#[cfg(test)]
+mod hostile_tests;
 mod journal;
 pub mod layout;
 pub mod locator;
@@ -77,6 +81,8 @@ mod read;
 pub mod region;
 pub mod replay;
 pub mod resize;
+#[cfg(test)]
+mod resize_open_tests;
 #[cfg(test)]
 mod resize_tests;
 pub mod salvage;
@@ -92,8 +98,8 @@ mod write;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
 
 pub use self::structure::Structure;
 
@@ -106,7 +112,7 @@ use self::pins::Pins;
 use self::space::Space;
 use crate::block::format::plan_file;
 use crate::block::{
-    Extent, Format, Guard, Keep, Limits, Node, Plan, PlanOp, Planned, Prepared, RangeLock,
+    Extent, Format, Guard, Keep, Limits, Node, Plan, PlanOp, Planned, Prepared, Quiesced, RangeLock,
 };
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{File, Fut};
@@ -137,6 +143,9 @@ pub struct OpenOptions {
     pub cache: u64,
     /// Do not look for bad entries of the BAT now: each fails where it is used.
     pub lenient: bool,
+    /// Of a differencing image without its parent show what it holds itself, and zeros elsewhere,
+    /// because that was asked for.
+    pub alone: bool,
 }
 
 impl Default for OpenOptions {
@@ -147,6 +156,7 @@ impl Default for OpenOptions {
             keep: None,
             cache: DEFAULT_CACHE,
             lenient: false,
+            alone: false,
         }
     }
 }
@@ -155,11 +165,25 @@ impl Default for OpenOptions {
 pub struct Vhdx {
     /// The file that blocks are read from: with the log replayed, in memory or on disk.
     file: Arc<dyn File>,
-    structure: Structure,
-    geometry: Geometry,
-    checker: Checker,
+    /// As of the last opening or resize; the headers are in `headers`.
+    structure: RwLock<Structure>,
+    /// As of the opening: all of it stays, but the size.
+    opened: Geometry,
+    /// Size of the disk, and where the BAT is. Changed only while nothing is in flight.
+    disk_size: AtomicU64,
+    bat_offset: AtomicU64,
+    bat_len: AtomicU64,
+    /// Knows the sizes as they are.
+    checker: RwLock<Arc<Checker>>,
+    log: ByteRange,
+    is_fixed: bool,
     read_only: bool,
-    backing: Option<Node>,
+    /// Changed only while nothing is in flight.
+    backing: RwLock<Option<Node>>,
+    /// Whether it was opened without its parent on purpose.
+    alone: bool,
+    /// Whether what is left to the parent can be read.
+    is_readable: AtomicBool,
     keep: Option<Keep>,
     /// Whether a guest's session runs: completed writes must survive this process.
     session: AtomicBool,
@@ -176,6 +200,8 @@ pub struct Vhdx {
     started: AtomicBool,
     /// Held by who makes it so.
     starting: RangeLock,
+    /// Held by who redoes what was kept, resizes, or closes: a guest may come back at any time.
+    framing: RangeLock,
     /// Held by who changes the headers.
     header_turn: RangeLock,
     /// Payload blocks whose entries change from or to "absent", by number.
@@ -284,20 +310,23 @@ impl Vhdx {
                 Arc::clone(&structure.raw_file)
             }
         };
-        let bat_bytes = geometry.bat_entries() * 8;
-        let bitmap_bytes = match geometry.has_parent {
-            true => geometry.disk_size >> geometry.sector_shift >> 3,
-            false => 0,
-        };
+        let bat = structure.regions.bat;
         Ok(Vhdx {
             file_len: AtomicU64::new(file.len()?),
-            cache: PageCache::new(options.cache, bat_bytes + bitmap_bytes),
-            checker,
+            cache: PageCache::new(options.cache),
+            checker: RwLock::new(Arc::new(checker)),
             file,
-            structure,
-            geometry,
+            opened: geometry,
+            disk_size: AtomicU64::new(geometry.disk_size),
+            bat_offset: AtomicU64::new(bat.offset),
+            bat_len: AtomicU64::new(bat.len),
+            log: headers.current.log,
+            is_fixed: structure.metadata.is_fixed,
+            structure: RwLock::new(structure),
             read_only: options.read_only,
-            backing: options.backing,
+            alone: options.alone,
+            is_readable: AtomicBool::new(options.backing.is_some() || options.alone),
+            backing: RwLock::new(options.backing),
             pins: Pins::new(),
             keep: options.keep,
             session: AtomicBool::new(false),
@@ -306,6 +335,7 @@ impl Vhdx {
             space: Mutex::new(None),
             started: AtomicBool::new(false),
             starting: RangeLock::new(),
+            framing: RangeLock::new(),
             header_turn: RangeLock::new(),
             blocks: RangeLock::new(),
             chunks: RangeLock::new(),
@@ -320,9 +350,25 @@ impl Vhdx {
         })
     }
 
-    /// The fixed structures, as they were when the image was opened.
-    pub fn structure(&self) -> &Structure {
-        &self.structure
+    /// The fixed structures, as they were when the image was opened or resized.
+    pub fn structure(&self) -> Structure {
+        self.structure.read().unwrap().clone()
+    }
+
+    #[inline]
+    fn geometry(&self) -> Geometry {
+        Geometry { disk_size: self.disk_size.load(Ordering::Relaxed), ..self.opened }
+    }
+
+    /// The part of the file that is the BAT.
+    #[inline]
+    fn bat(&self) -> ByteRange {
+        let (offset, len) = (&self.bat_offset, &self.bat_len);
+        ByteRange { offset: offset.load(Ordering::Relaxed), len: len.load(Ordering::Relaxed) }
+    }
+
+    fn checker(&self) -> Arc<Checker> {
+        Arc::clone(&self.checker.read().unwrap())
     }
 
     fn name(&self) -> &str {
@@ -346,10 +392,10 @@ impl Vhdx {
 
     /// Smallest discard that gives space back to the host.
     fn discard_granularity(&self) -> u64 {
-        match self.read_only || self.structure.metadata.is_fixed {
+        match self.read_only || self.is_fixed {
             true => 0,
-            false => self.file.as_host().map_or(self.geometry.sector_size(), |host| {
-                host.discard_granularity().max(self.geometry.sector_size())
+            false => self.file.as_host().map_or(self.geometry().sector_size(), |host| {
+                host.discard_granularity().max(self.geometry().sector_size())
             }),
         }
     }
@@ -384,8 +430,8 @@ impl Format for Vhdx {
     fn limits(&self) -> Limits {
         let alignment = self.file.alignment();
         Limits {
-            size: self.geometry.disk_size,
-            request_alignment: alignment.request.max(self.geometry.sector_size()),
+            size: self.geometry().disk_size,
+            request_alignment: alignment.request.max(self.geometry().sector_size()),
             memory_alignment: alignment.memory,
             optimal_io: self.file.as_host().map_or(0, |host| host.preferred_io_size()),
             discard_granularity: self.discard_granularity(),
@@ -410,7 +456,7 @@ impl Format for Vhdx {
 
     fn read_guard<'a>(&'a self) -> Fut<'a, Box<dyn Guard + 'a>> {
         Box::pin(async {
-            if self.geometry.has_parent && self.backing.is_none() {
+            if self.geometry().has_parent && !self.is_readable.load(Ordering::Relaxed) {
                 return Err(Error::invalid(format!(
                     "{}: was opened for a look at its metadata only, without its parent",
                     self.name()
@@ -445,6 +491,15 @@ impl Format for Vhdx {
         Box::pin(self.resume_session(nonce))
     }
 
+    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move {
+            match self.read_only {
+                true => Ok(()),
+                false => self.start_session().await,
+            }
+        })
+    }
+
     fn begin_session(&self, nonce: u128) -> Result<()> {
         self.start_keeping(nonce)
     }
@@ -458,7 +513,24 @@ impl Format for Vhdx {
     }
 
     fn backing(&self) -> Option<Node> {
-        self.backing.clone()
+        self.backing.read().unwrap().clone()
+    }
+
+    fn set_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
+        // Of an overlay that was opened on nothing, and goes back to that.
+        let is_undone = backing.is_none() && self.alone;
+        if !is_undone {
+            self.current_structure()
+                .check_parent(backing.as_ref())
+                .context(|| self.name().to_string())?;
+        }
+        self.is_readable.store(true, Ordering::Relaxed);
+        *self.backing.write().unwrap() = backing;
+        Ok(())
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
+        Box::pin(self.resize_open(size))
     }
 
     fn details(&self) -> serde_json::Value {

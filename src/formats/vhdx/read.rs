@@ -31,14 +31,14 @@ pub(super) enum Place {
 impl Vhdx {
     /// The page of the BAT that an entry is in, as its place in the file, and the word in it.
     pub(super) fn bat_word(&self, index: u64) -> (u64, usize) {
-        let page = self.structure.regions.bat.offset + index / ENTRIES_PER_PAGE * PAGE;
+        let page = self.bat().offset + index / ENTRIES_PER_PAGE * PAGE;
         (page, (index % ENTRIES_PER_PAGE) as usize)
     }
 
     /// The entry of a payload block, if its page is in memory.
     #[inline]
     pub(super) fn entry_now(&self, block: u64) -> Option<u64> {
-        let (page, word) = self.bat_word(self.geometry.payload_index(block));
+        let (page, word) = self.bat_word(self.geometry().payload_index(block));
         self.cache.word(page, word)
     }
 
@@ -53,7 +53,7 @@ impl Vhdx {
             return Ok(entry);
         }
         let file_len = self.file_len.load(Ordering::Acquire);
-        let err = match self.checker.explain(index, entry, file_len) {
+        let err = match self.checker().explain(index, entry, file_len) {
             // What is wrong with it could not be kept in memory.
             Ok(()) => Error::corrupt(format!("BAT entry {index}: bits that must be zero are set")),
             Err(err) => err,
@@ -86,7 +86,7 @@ impl Vhdx {
             for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
                 *word = u64::from_le_bytes(bytes.try_into().expect("8 bytes"));
             }
-            let bat = self.structure.regions.bat;
+            let bat = self.bat();
             if page >= bat.offset && page < bat.end() {
                 self.check_page((page - bat.offset) / 8, &mut words);
             }
@@ -102,9 +102,10 @@ impl Vhdx {
     /// Marks the good ones of the BAT entries from `first` on.
     fn check_page(&self, first: u64, words: &mut Page) {
         let file_len = self.file_len.load(Ordering::Acquire);
-        let entries = self.geometry.bat_entries();
+        let entries = self.geometry().bat_entries();
+        let checker = self.checker();
         for (index, word) in (first..entries).zip(words.iter_mut()) {
-            match self.checker.is_good(index, *word, file_len) {
+            match checker.is_good(index, *word, file_len) {
                 true => *word |= CHECKED,
                 false => *word &= !bat::MEMORY_BITS,
             }
@@ -119,7 +120,7 @@ impl Vhdx {
 
     /// The sector bitmap block of a partially present block.
     pub(super) async fn bitmap_of(&self, block: u64) -> Result<u64> {
-        let index = self.geometry.bitmap_index(self.geometry.chunk_of(block));
+        let index = self.geometry().bitmap_index(self.geometry().chunk_of(block));
         let entry = self.entry_at(index).await?;
         match bat::state(entry) {
             BITMAP_PRESENT => Ok(bat::offset(entry)),
@@ -137,7 +138,8 @@ impl Vhdx {
 
     /// As [`Vhdx::bitmap_of`], from memory.
     pub(super) fn bitmap_now(&self, block: u64) -> Option<u64> {
-        let (page, word) = self.bat_word(self.geometry.bitmap_index(self.geometry.chunk_of(block)));
+        let (page, word) =
+            self.bat_word(self.geometry().bitmap_index(self.geometry().chunk_of(block)));
         let entry = self.cache.word(page, word)?;
         (entry & (CHECKED | 7) == CHECKED | BITMAP_PRESENT).then(|| bat::offset(entry))
     }
@@ -150,9 +152,9 @@ impl Vhdx {
         block: u64,
         range: ByteRange,
     ) -> Option<(bool, u64)> {
-        let shift = self.geometry.sector_shift;
-        let bit =
-            self.geometry.first_bit(block) + (self.geometry.within_block(range.offset) >> shift);
+        let shift = self.geometry().sector_shift;
+        let bit = self.geometry().first_bit(block)
+            + (self.geometry().within_block(range.offset) >> shift);
         let count = (range.len >> shift).max(1);
         let page = self.bitmap_page(bitmap, bit);
         let first = bit % BITS_PER_PAGE;
@@ -171,19 +173,19 @@ impl Vhdx {
             if let Some(found) = self.bits_now(bitmap, block, range) {
                 return Ok(found);
             }
-            let within = self.geometry.within_block(range.offset) >> self.geometry.sector_shift;
-            self.load(self.bitmap_page(bitmap, self.geometry.first_bit(block) + within)).await?;
+            let within = self.geometry().within_block(range.offset) >> self.geometry().sector_shift;
+            self.load(self.bitmap_page(bitmap, self.geometry().first_bit(block) + within)).await?;
         }
     }
 
     /// Where the start of `range`, which lies within one block, is, and how far that holds.
     async fn place_of(&self, range: ByteRange) -> Result<(Place, u64)> {
-        let block = self.geometry.block_of(range.offset);
-        let within = self.geometry.within_block(range.offset);
-        let entry = self.entry_at(self.geometry.payload_index(block)).await?;
+        let block = self.geometry().block_of(range.offset);
+        let within = self.geometry().within_block(range.offset);
+        let entry = self.entry_at(self.geometry().payload_index(block)).await?;
         match bat::state(entry) {
             payload::FULLY_PRESENT => Ok((Place::File(bat::offset(entry) + within), range.len)),
-            payload::NOT_PRESENT if self.geometry.has_parent => Ok((Place::Parent, range.len)),
+            payload::NOT_PRESENT if self.geometry().has_parent => Ok((Place::Parent, range.len)),
             payload::PARTIALLY_PRESENT => {
                 let bitmap = self.bitmap_of(block).await?;
                 let (present, len) = self.bits(bitmap, block, range).await?;
@@ -196,7 +198,7 @@ impl Vhdx {
 
     /// The part of a range that lies in the block of its start.
     pub(super) fn in_first_block(&self, range: ByteRange) -> ByteRange {
-        let left = self.geometry.block_size() - self.geometry.within_block(range.offset);
+        let left = self.geometry().block_size() - self.geometry().within_block(range.offset);
         ByteRange { offset: range.offset, len: range.len.min(left) }
     }
 
@@ -205,8 +207,9 @@ impl Vhdx {
         let (first, len) = self.place_of(self.in_first_block(range)).await?;
         let mut run = ByteRange { offset: range.offset, len };
         // Within what one page of the BAT tells, to keep what others wait for short.
-        let page_of =
-            |offset| self.bat_word(self.geometry.payload_index(self.geometry.block_of(offset))).0;
+        let page_of = |offset| {
+            self.bat_word(self.geometry().payload_index(self.geometry().block_of(offset))).0
+        };
         let limit = page_of(range.offset);
         while run.end() < range.end() && page_of(run.end()) == limit {
             let rest = self.in_first_block(ByteRange::between(run.end(), range.end()));
@@ -231,7 +234,7 @@ impl Vhdx {
     /// Resolves a read from memory.
     pub(super) fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         let Some(host) = self.file.as_host() else { return Planned::NotNow };
-        if self.geometry.has_parent && self.backing.is_none() {
+        if self.opened.has_parent && !self.is_readable.load(Ordering::Relaxed) {
             return Planned::NotNow;
         }
         // Only who can write can move a block.
@@ -239,9 +242,9 @@ impl Vhdx {
         let mut at = range;
         while !at.is_empty() {
             let part = self.in_first_block(at);
-            let block = self.geometry.block_of(at.offset);
+            let block = self.geometry().block_of(at.offset);
             let Some(entry) = self.entry_now(block) else { return Planned::NotNow };
-            let inside = bat::offset(entry) + self.geometry.within_block(at.offset);
+            let inside = bat::offset(entry) + self.geometry().within_block(at.offset);
             let mut len = part.len;
             let extent = match entry & (PLAN_BITS & !bat::UNSETTLED) {
                 PRESENT => PlanExtent::File { file: host, offset: inside, len },
@@ -256,7 +259,7 @@ impl Vhdx {
                     }
                 }
                 state if state & CHECKED == 0 => return Planned::NotNow,
-                state if state == CHECKED && self.geometry.has_parent => return Planned::NotNow,
+                state if state == CHECKED && self.geometry().has_parent => return Planned::NotNow,
                 _ => PlanExtent::Zero { len },
             };
             push_merged(plan, extent);
@@ -308,7 +311,7 @@ mod tests {
 
     #[test]
     fn runs_of_bits_are_found() {
-        let cache = PageCache::new(1 << 20, 1 << 20);
+        let cache = PageCache::new(1 << 20);
         let mut page: Page = [0; WORDS];
         page[0] = 0b0110;
         page[1] = u64::MAX;

@@ -1,4 +1,4 @@
-//! Changing the size of a disk that nobody uses.
+//! Changing the size of a disk: of an image that nobody uses, or under a guest that waits meanwhile.
 //!
 //! ```text
 //! grow:    new GUIDs ─► zeros behind the old end ─► new BAT entries ─► (BAT moved) ─► size ─► done
@@ -13,9 +13,13 @@
 //! made to say so, and then the first: readers take the first that is valid, so they see the old
 //! place or the new one, and both say the same.
 //!
+//! Under a guest all that waits in memory is put in its place first and the log is emptied; then the
+//! file is as one that nobody uses. Afterwards the image is looked at as if it were opened anew.
+//!
 //! Children of a resized image refuse it from then on, as its DataWriteGuid is a new one.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::bat::Checker;
 use super::geometry::{Geometry, Slot};
@@ -25,8 +29,9 @@ use super::layout::{
 };
 use super::region;
 use super::scan::{self, Used};
-use super::{Structure, disk};
-use crate::error::{Error, Result, ResultExt};
+use super::{ALL, Structure, Vhdx, disk};
+use crate::block::Format;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::File;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE, align_down, align_up};
 
@@ -66,42 +71,60 @@ pub async fn resize(file: &Arc<dyn File>, size: u64, parent_size: Option<u64>) -
 
 async fn resize_unnamed(file: &Arc<dyn File>, size: u64, parent_size: Option<u64>) -> Result<()> {
     let structure = Structure::read(file).await?;
-    let old = structure.geometry;
-    let sector = old.sector_size();
-    if size == 0 || size > MAX_DISK_SIZE || !size.is_multiple_of(sector) {
-        return Err(Error::invalid(format!(
-            "a size of {size} bytes is not a multiple of the {sector} bytes of a sector up to 64T"
-        )));
+    match Change::prepare(file, &structure, size, parent_size).await? {
+        Some(change) => change.make().await,
+        None => Ok(()),
     }
-    if size == old.disk_size {
-        return Ok(());
-    }
-    if size > old.disk_size && parent_size.is_some_and(|parent| parent > old.disk_size) {
-        return Err(Error::unsupported(
-            "its backing file is larger than the disk, and what lies there would show; it cannot \
-             grow",
-        ));
-    }
-    let place = place_of_size(&structure)?;
-    let checker = Checker { geometry: old, reserved: structure.reserved() };
-    let used = scan::scan(&structure.file, &checker, structure.regions.bat, u64::MAX)
-        .await
-        .context(|| "it must be in order to be resized (vublk check)")?
-        .unwrap_or_default();
-    let new = Geometry::of(size, old.block_size(), sector, old.has_parent);
-    let mut headers = begin_change(file, &structure).await?;
-    let begun = Header { data_write_guid: Guid::random(), ..headers.current };
-    headers.update(file, begun).await?;
-    let mut change = Change { file, structure: &structure, checker, used, old, new };
-    match size > old.disk_size {
-        true => {
-            change.grow().await?;
-            write_size(file, place, size).await
+}
+
+impl Vhdx {
+    /// Gives the disk another size, with nothing in flight.
+    ///
+    /// # Errors
+    /// Those of [`resize`]; kind [`Busy`](ErrorKind::Busy) if a guest is still to come back that
+    /// relies on what is kept. If something failed after the first change, writes are refused; the disk
+    /// has the size that the file says.
+    pub(super) async fn resize_open(&self, size: u64) -> Result<()> {
+        let name = || self.name().to_string();
+        let _alone = self.framing.exclusive(ALL).await;
+        let has_begun = self.session.load(Ordering::Acquire);
+        if self.keep.as_ref().is_some_and(|keep| !has_begun && keep.found().is_some()) {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "{}: the guest of an earlier process has not come back yet, and what is kept of \
+                     its writes is of the size that the disk has",
+                    self.name()
+                ),
+            ));
         }
-        false => {
-            write_size(file, place, size).await?;
-            change.tidy().await
-        }
+        self.empty_log().await?;
+        let structure = Structure::read(&self.file).await?;
+        let parent_size = self.backing().map(|parent| parent.size());
+        let change = Change::prepare(&self.file, &structure, size, parent_size).await;
+        let Some(change) = change.context(name)? else { return Ok(()) };
+        let made = self.poisoning(change.make().await.context(|| "resizing"));
+        let adopted = match Structure::read(&self.file).await {
+            Ok(structure) => self.adopt(structure),
+            Err(err) => Err(err),
+        };
+        made.and(self.poisoning(adopted))
+    }
+
+    /// Takes another look at the file for what is known of it.
+    fn adopt(&self, structure: Structure) -> Result<()> {
+        let (geometry, bat) = (structure.geometry, structure.regions.bat);
+        self.cache.clear();
+        self.file_len.store(self.file.len()?, Ordering::Release);
+        self.disk_size.store(geometry.disk_size, Ordering::Release);
+        self.bat_offset.store(bat.offset, Ordering::Release);
+        self.bat_len.store(bat.len, Ordering::Release);
+        let checker = Checker { geometry, reserved: structure.reserved() };
+        *self.checker.write().unwrap() = Arc::new(checker);
+        *self.headers.lock().unwrap() = structure.headers;
+        *self.structure.write().unwrap() = structure;
+        self.forget_space();
+        Ok(())
     }
 }
 
@@ -134,9 +157,66 @@ struct Change<'a> {
     used: Used,
     old: Geometry,
     new: Geometry,
+    /// Where the size is in the file.
+    place: u64,
 }
 
-impl Change<'_> {
+impl<'a> Change<'a> {
+    /// Sees whether it can be done. `None` if there is nothing to do.
+    ///
+    /// # Errors
+    /// Says what is in the way; nothing was changed.
+    async fn prepare(
+        file: &'a Arc<dyn File>,
+        structure: &'a Structure,
+        size: u64,
+        parent_size: Option<u64>,
+    ) -> Result<Option<Change<'a>>> {
+        let old = structure.geometry;
+        let sector = old.sector_size();
+        if size == 0 || size > MAX_DISK_SIZE || !size.is_multiple_of(sector) {
+            return Err(Error::invalid(format!(
+                "a size of {size} bytes is not a multiple of the {sector} bytes of a sector up to \
+                 64T"
+            )));
+        }
+        if size == old.disk_size {
+            return Ok(None);
+        }
+        if size > old.disk_size && parent_size.is_some_and(|parent| parent > old.disk_size) {
+            return Err(Error::unsupported(
+                "its backing file is larger than the disk, and what lies there would show; it \
+                 cannot grow",
+            ));
+        }
+        let place = place_of_size(structure)?;
+        let checker = Checker { geometry: old, reserved: structure.reserved() };
+        let used = scan::scan(&structure.file, &checker, structure.regions.bat, u64::MAX)
+            .await
+            .context(|| "it must be in order to be resized (vublk check)")?
+            .unwrap_or_default();
+        let new = Geometry::of(size, old.block_size(), sector, old.has_parent);
+        Ok(Some(Change { file, structure, checker, used, old, new, place }))
+    }
+
+    /// Does it; durable on return.
+    async fn make(mut self) -> Result<()> {
+        let (file, place, size) = (self.file, self.place, self.new.disk_size);
+        let mut headers = begin_change(file, self.structure).await?;
+        let begun = Header { data_write_guid: Guid::random(), ..headers.current };
+        headers.update(file, begun).await?;
+        match size > self.old.disk_size {
+            true => {
+                self.grow().await?;
+                write_size(file, place, size).await
+            }
+            false => {
+                write_size(file, place, size).await?;
+                self.tidy().await
+            }
+        }
+    }
+
     /// Does all that must be there before the disk is larger.
     async fn grow(&mut self) -> Result<()> {
         let is_fixed = self.structure.metadata.is_fixed;

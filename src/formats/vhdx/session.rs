@@ -49,17 +49,7 @@ impl Vhdx {
         if self.started.load(Ordering::Acquire) {
             return Ok(());
         }
-        let bat = self.structure.regions.bat;
-        let used = scan::scan(&self.file, &self.checker, bat, SPACE_SCAN).await;
-        let used = self.poisoning(used)?;
-        let file_len = self.file_len.load(Ordering::Acquire);
-        if used.is_none() {
-            tracing::info!(
-                "{}: its BAT is too large to look for free space inside of it",
-                self.name()
-            );
-        }
-        *self.space.lock().unwrap() = Some(Space::new(&self.checker, file_len, used.as_ref()));
+        self.find_space().await?;
         let updated = self
             .update_header(|header| {
                 header.file_write_guid = Guid::random();
@@ -68,6 +58,31 @@ impl Vhdx {
             .await;
         self.poisoning(updated)?;
         self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Prepares for changes that belong to an earlier session: what children know the image by
+    /// stays as that session made it, as after a replay of the log.
+    async fn start_redo(&self) -> Result<()> {
+        self.check_writable()?;
+        let _alone = self.starting.exclusive(ALL).await;
+        let updated = self.update_header(|header| header.file_write_guid = Guid::random()).await;
+        self.poisoning(updated)
+    }
+
+    /// Finds out what is free in the file. The caller holds `starting`.
+    async fn find_space(&self) -> Result<()> {
+        let checker = self.checker();
+        let used = scan::scan(&self.file, &checker, self.bat(), SPACE_SCAN).await;
+        let used = self.poisoning(used)?;
+        let file_len = self.file_len.load(Ordering::Acquire);
+        if used.is_none() {
+            tracing::info!(
+                "{}: its BAT is too large to look for free space inside of it",
+                self.name()
+            );
+        }
+        *self.space.lock().unwrap() = Some(Space::new(&checker, file_len, used.as_ref()));
         Ok(())
     }
 
@@ -85,6 +100,7 @@ impl Vhdx {
     /// Redoes what the guest of this session saw completed, or drops it for a new guest.
     pub(super) async fn resume_session(&self, nonce: Option<u128>) -> Result<()> {
         let Some(keep) = &self.keep else { return Ok(()) };
+        let _alone = self.framing.exclusive(ALL).await;
         let Some(nonce) = nonce else { return keep.forget() };
         let Some(records) = keep.take_over(nonce)? else {
             return match keep.found() {
@@ -100,42 +116,48 @@ impl Vhdx {
         if records.is_empty() {
             return Ok(());
         }
-        self.start_session().await?;
-        for (i, record) in records.iter().enumerate() {
-            self.redo(record).await.context(|| {
-                format!("{}: redoing record {i} of {}", self.name(), keep.path().display())
-            })?;
-        }
-        self.commit().await?;
+        let context = || format!("{}: redoing {}", self.name(), keep.path().display());
+        self.redo_all(&records).await.context(context)?;
         tracing::info!("{}: {} kept changes were redone", self.name(), records.len());
+        Ok(())
+    }
+
+    /// Redoes changes. Some of them may be on disk already: a kill can come after a commit and before
+    /// its records are dropped. Then a record that frees a place is followed by the one that gave it
+    /// to somebody. So nothing is freed here; what is free is found out when all is in its place.
+    async fn redo_all(&self, records: &[Vec<u8>]) -> Result<()> {
+        self.start_redo().await?;
+        for (i, record) in records.iter().enumerate() {
+            self.redo(record).await.context(|| format!("record {i}"))?;
+        }
+        self.checkpoint().await?;
+        self.forget_space();
         Ok(())
     }
 
     async fn redo(&self, record: &[u8]) -> Result<()> {
         let edits = Edit::decode(record)?;
-        let mut frees = None;
         for edit in &edits {
             match *edit {
                 Edit::Entry { index, value } => {
-                    if index >= self.geometry.bat_entries() {
+                    if index >= self.geometry().bat_entries() {
                         return Err(Error::corrupt(format!("there is no BAT entry {index}")));
                     }
                     let file_len = self.file_len.load(Ordering::Acquire);
-                    self.checker.explain(index, value, file_len)?;
-                    let (old, new) = (
-                        self.place_of_entry(index, self.entry_at(index).await?),
-                        self.place_of_entry(index, value),
-                    );
-                    if let (Some(new), Some(space)) = (new, self.space.lock().unwrap().as_mut()) {
-                        space.claim(new);
-                    }
-                    frees = frees.or(old.filter(|old| Some(*old) != new));
+                    self.checker().explain(index, value, file_len)?;
                 }
                 Edit::Bits { bitmap, first, count, .. } => self.check_bits(bitmap, first, count)?,
             }
         }
-        let conditions = Conditions { expect: &[], data_first: true, frees };
+        let conditions = Conditions { expect: &[], data_first: true, frees: None };
         self.publish(&edits, conditions).await.map(drop)
+    }
+
+    /// The next change finds out what is free in the file, where everything is in its place.
+    pub(super) fn forget_space(&self) {
+        self.forget_freed();
+        *self.space.lock().unwrap() = None;
+        self.started.store(false, Ordering::Release);
     }
 
     /// Checks that bits lie in a sector bitmap block of the file.
@@ -147,7 +169,7 @@ impl Vhdx {
         let in_file = place.is_some_and(|place| {
             place.is_aligned(crate::units::MIB)
                 && place.end() <= file_len
-                && !self.checker.reserved.iter().any(|range| range.overlaps(&place))
+                && !self.checker().reserved.iter().any(|range| range.overlaps(&place))
         });
         match inside && in_file {
             true => Ok(()),
@@ -181,6 +203,16 @@ impl Vhdx {
         if self.read_only {
             return Ok(());
         }
+        let _alone = self.framing.exclusive(ALL).await;
+        self.empty_log().await?;
+        match &self.keep {
+            Some(keep) => keep.discard(),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts everything in its place, and declares the log empty.
+    pub(super) async fn empty_log(&self) -> Result<()> {
         self.checkpoint().await?;
         self.reclaim().await;
         if self.uses_log() {
@@ -189,15 +221,77 @@ impl Vhdx {
             self.poisoning(updated)?;
             self.forget_log();
         }
-        match &self.keep {
-            Some(keep) => keep.discard(),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// The structure with the headers as they are now.
     pub(super) fn current_structure(&self) -> Structure {
         let headers = *self.headers.lock().unwrap();
-        Structure { headers, raw_file: Arc::clone(&self.file), ..self.structure.clone() }
+        let structure = self.structure();
+        // Who writes has replayed it.
+        let replay = structure.replay.clone().filter(|_| self.read_only);
+        Structure { headers, raw_file: Arc::clone(&self.file), replay, ..structure }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::payload;
+    use super::super::testing::*;
+    use super::*;
+    use crate::block::Driver;
+    use crate::io::block_on;
+    use crate::io::sim::SimFile;
+    use crate::units::MIB;
+
+    /// As a kill leaves it after a commit and before the records of that are dropped.
+    #[test]
+    fn what_is_durable_already_is_redone_without_harm() {
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(4 * MIB).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        block_on(async {
+            write(&driver, 0, &vec![1; MIB as usize], false).await.unwrap();
+            driver.close().await.unwrap();
+        });
+        let file = file.after_kill();
+        let driver = open_image(&file, None, None).unwrap();
+        let image = driver.format();
+        let now = block_on(image.entry_at(0)).unwrap() & !super::super::bat::MEMORY_BITS;
+        let record = |value| {
+            let mut record = Vec::new();
+            Edit::Entry { index: 0, value }.encode(&mut record);
+            record
+        };
+        // The block was cleared, and written again to the place that it has.
+        block_on(image.redo_all(&[record(payload::ZERO), record(now)])).unwrap();
+        block_on(async {
+            for block in 1..4 {
+                write(&driver, block * MIB, &[2; 512], false).await.unwrap();
+                driver.flush().await.unwrap();
+            }
+            assert_eq!(read(&driver, 0, MIB).await, vec![1; MIB as usize]);
+        });
+    }
+
+    #[test]
+    fn children_still_know_an_image_after_a_redo() {
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(4 * MIB).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        let guid = |driver: &Driven| driver.details()["data-write-guid"].clone();
+        block_on(write(&driver, 0, &[1; 512], true)).unwrap();
+        let known = guid(&driver);
+        let again = open_image(&file.after_kill(), None, None).unwrap();
+        let mut record = Vec::new();
+        Edit::Entry { index: 1, value: payload::ZERO }.encode(&mut record);
+        block_on(again.format().redo_all(&[record])).unwrap();
+        assert_eq!(guid(&again), known);
+        block_on(write(&again, 0, &[2; 512], false)).unwrap();
+        assert_ne!(guid(&again), known);
+        // Before an overlay is made, that is done already.
+        let again = open_image(&file.after_kill(), None, None).unwrap();
+        block_on(again.prepare_for_overlay()).unwrap();
+        let known = guid(&again);
+        block_on(write(&again, 0, &[2; 512], false)).unwrap();
+        assert_eq!(guid(&again), known);
     }
 }

@@ -95,14 +95,6 @@ impl Space {
     pub fn give_back(&mut self, offset: u64, is_zeroed: bool) {
         self.free.push((offset, is_zeroed));
     }
-
-    /// Takes a place that is known to be used already.
-    pub fn claim(&mut self, range: ByteRange) {
-        let block_size = self.block_size;
-        self.free
-            .retain(|(offset, _)| !range.overlaps(&ByteRange { offset: *offset, len: block_size }));
-        self.end = self.end.max(range.end().next_multiple_of(MIB));
-    }
 }
 
 #[cfg(test)]
@@ -136,21 +128,13 @@ mod tests {
         assert_eq!((fresh.offset, fresh.is_fresh), (19 * MIB, true));
         assert_eq!(space.take_bitmap().offset, 21 * MIB);
         space.give_back(9 * MIB, true);
-        space.claim(ByteRange { offset: 30 * MIB, len: 2 * MIB });
         assert!(space.take_block().is_zeroed);
-        assert_eq!(space.take_block().offset, 32 * MIB);
+        assert_eq!(space.take_block().offset, 22 * MIB);
     }
 
     #[test]
     fn what_is_not_known_is_left_alone() {
         let mut space = Space::new(&checker(MIB), 18 * MIB, None);
         assert_eq!(space.take_bitmap().offset, 18 * MIB);
-    }
-
-    #[test]
-    fn a_claimed_place_is_not_given_away() {
-        let mut space = Space::new(&checker(MIB), 8 * MIB, Some(&Used::default()));
-        space.claim(ByteRange { offset: 4 * MIB, len: MIB });
-        assert_eq!(space.take_block().offset, 5 * MIB);
     }
 }

@@ -15,7 +15,7 @@ use super::metadata::Metadata;
 use super::region::Regions;
 use super::replay::{Replay, Replayed};
 use super::salvage::Report;
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::File;
 use crate::units::ByteRange;
 
@@ -46,10 +46,26 @@ impl Structure {
     /// # Errors
     /// Names the file, the place and what is wrong.
     pub async fn read(file: &Arc<dyn File>) -> Result<Structure> {
-        Structure::read_unnamed(file).await.context(|| file.name().to_string())
+        Structure::read_unnamed(file, true).await.context(|| file.name().to_string())
     }
 
-    async fn read_unnamed(raw_file: &Arc<dyn File>) -> Result<Structure> {
+    /// As [`Structure::read`], of an image that this process has open, and may be writing to. Then
+    /// its log may not be in order at this instant, but has nothing of what is read here: whoever
+    /// writes has replayed it first, and logs parts of the BAT and sector bitmaps only.
+    ///
+    /// # Errors
+    /// As those of [`Structure::read`].
+    pub async fn read_in_use(file: &Arc<dyn File>) -> Result<Structure> {
+        let structure = match Structure::read_unnamed(file, true).await {
+            Err(err) if err.kind() == ErrorKind::Corrupt => {
+                Structure::read_unnamed(file, false).await
+            }
+            structure => structure,
+        };
+        structure.context(|| file.name().to_string())
+    }
+
+    async fn read_unnamed(raw_file: &Arc<dyn File>, with_log: bool) -> Result<Structure> {
         let len = raw_file.len()?;
         if len >= PAGE {
             let start = disk::read(raw_file, 0, PAGE).await?;
@@ -67,7 +83,7 @@ impl Structure {
         let header = headers.current;
         let mut file = Arc::clone(raw_file);
         let mut replay = None;
-        if !header.log_guid.is_zero() {
+        if with_log && !header.log_guid.is_zero() {
             let reader = LogReader::new(raw_file, header.log, header.log_guid);
             let found = Arc::new(Replay::read(reader, header.log, len).await?);
             file = Arc::new(Replayed::new(Arc::clone(raw_file), Arc::clone(&found))?);

@@ -46,7 +46,7 @@ impl Vhdx {
         let mut at = range;
         while !at.is_empty() {
             let part = self.in_first_block(at);
-            let block = self.geometry.block_of(at.offset);
+            let block = self.geometry().block_of(at.offset);
             let Some(entry) = self.entry_now(block) else { return Planned::NotNow };
             match entry & PLAN_BITS {
                 PRESENT => {}
@@ -58,7 +58,7 @@ impl Vhdx {
                 }
                 _ => return Planned::NotNow,
             }
-            let offset = bat::offset(entry) + self.geometry.within_block(at.offset);
+            let offset = bat::offset(entry) + self.geometry().within_block(at.offset);
             push_merged(plan, PlanExtent::File { file: host, offset, len: part.len });
             at = ByteRange::between(part.end(), at.end());
         }
@@ -70,8 +70,8 @@ impl Vhdx {
     pub(super) async fn place(&self, range: ByteRange) -> Result<Prepared<'_>> {
         self.start_session().await?;
         let range = self.in_first_block(range);
-        let block = self.geometry.block_of(range.offset);
-        let index = self.geometry.payload_index(block);
+        let block = self.geometry().block_of(range.offset);
+        let index = self.geometry().payload_index(block);
         loop {
             let pin = self.pins.pin();
             let entry = self.entry_at(index).await?;
@@ -91,7 +91,7 @@ impl Vhdx {
             return Ok(Prepared {
                 range,
                 file: Arc::clone(&self.file),
-                offset: bat::offset(entry) + self.geometry.within_block(range.offset),
+                offset: bat::offset(entry) + self.geometry().within_block(range.offset),
                 commit: Some(Box::new(Written {
                     image: self,
                     range,
@@ -107,26 +107,26 @@ impl Vhdx {
     /// Gives a block a place, if it has none.
     async fn map_block(&self, block: u64) -> Result<()> {
         let _alone = self.blocks.exclusive(ByteRange { offset: block, len: 1 }).await;
-        let index = self.geometry.payload_index(block);
+        let index = self.geometry().payload_index(block);
         let entry = self.entry_at(index).await?;
         if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
             return Ok(());
         }
-        let partial = self.geometry.has_parent && bat::state(entry) == payload::NOT_PRESENT;
+        let partial = self.geometry().has_parent && bat::state(entry) == payload::NOT_PRESENT;
         let state = if partial { payload::PARTIALLY_PRESENT } else { payload::FULLY_PRESENT };
         let mut edits = Vec::new();
         if partial {
-            let bitmap = self.make_bitmap(self.geometry.chunk_of(block)).await?;
+            let bitmap = self.make_bitmap(self.geometry().chunk_of(block)).await?;
             edits.extend(self.stale_bits(bitmap, block).await?);
         }
-        let place = self.allocate(self.geometry.block_size()).await?;
+        let place = self.allocate(self.geometry().block_size()).await?;
         edits.push(Edit::Entry { index, value: place.offset | state });
         self.publish_place(place, index, entry, &edits).await
     }
 
     /// The sector bitmap block of a chunk, which is made if need be, without a bit set.
     async fn make_bitmap(&self, chunk: u64) -> Result<u64> {
-        let index = self.geometry.bitmap_index(chunk);
+        let index = self.geometry().bitmap_index(chunk);
         let entry = self.entry_at(index).await?;
         if bat::state(entry) == BITMAP_PRESENT {
             return Ok(bat::offset(entry));
@@ -167,10 +167,10 @@ impl Vhdx {
     /// Clears the bits of a block that becomes partially present, if any are set: those of a block
     /// in another state mean nothing.
     async fn stale_bits(&self, bitmap: u64, block: u64) -> Result<Option<Edit>> {
-        let first = self.geometry.first_bit(block);
-        let count = self.geometry.sectors_per_block();
-        let start = block << self.geometry.block_shift;
-        let mut at = ByteRange { offset: start, len: self.geometry.block_size() };
+        let first = self.geometry().first_bit(block);
+        let count = self.geometry().sectors_per_block();
+        let start = block << self.geometry().block_shift;
+        let mut at = ByteRange { offset: start, len: self.geometry().block_size() };
         while !at.is_empty() {
             match self.bits(bitmap, block, at).await? {
                 (true, _) => return Ok(Some(Edit::Bits { bitmap, first, count, set: false })),
@@ -186,7 +186,11 @@ impl Vhdx {
         let place = {
             let mut space = self.space.lock().unwrap();
             let space = space.as_mut().ok_or_else(|| Error::invalid("no session was started"))?;
-            if len == self.geometry.block_size() { space.take_block() } else { space.take_bitmap() }
+            if len == self.geometry().block_size() {
+                space.take_block()
+            } else {
+                space.take_bitmap()
+            }
         };
         let ready = self.prepare_place(place, len).await;
         if ready.is_err() {
@@ -216,7 +220,7 @@ impl Vhdx {
     /// Gives back a place that was never mapped. One of another size stays unused until the image is
     /// opened again.
     fn unallocate(&self, place: Place, len: u64) {
-        if len == self.geometry.block_size()
+        if len == self.geometry().block_size()
             && let Some(space) = self.space.lock().unwrap().as_mut()
         {
             space.give_back(place.offset, place.is_zeroed);
@@ -234,16 +238,16 @@ impl Vhdx {
         if self.bits(bitmap, block, range).await? == (true, range.len) {
             return Ok(Outcome::Kept);
         }
-        let shift = self.geometry.sector_shift;
-        let first =
-            self.geometry.first_bit(block) + (self.geometry.within_block(range.offset) >> shift);
+        let shift = self.geometry().sector_shift;
+        let first = self.geometry().first_bit(block)
+            + (self.geometry().within_block(range.offset) >> shift);
         let count = range.len >> shift;
         let bits = Edit::Bits { bitmap, first, count, set: true };
-        let index = self.geometry.payload_index(block);
+        let index = self.geometry().payload_index(block);
         let expect = [(index, entry)];
         let conditions = Conditions { expect: &expect, data_first: true, frees: None };
         // With its last sector written, a block may be complete: then nobody need look at bits.
-        let block_range = self.geometry.block_range(block);
+        let block_range = self.geometry().block_range(block);
         let mut edits = vec![bits];
         if range.end() == block_range.end()
             && self
@@ -258,7 +262,7 @@ impl Vhdx {
 
     /// Whether all sectors of a range within one block are in the file.
     async fn has_all_bits(&self, bitmap: u64, range: ByteRange) -> Result<bool> {
-        let block = self.geometry.block_of(range.offset);
+        let block = self.geometry().block_of(range.offset);
         let mut at = range;
         while !at.is_empty() {
             match self.bits(bitmap, block, at).await? {
@@ -276,17 +280,17 @@ impl Vhdx {
         discard: bool,
         may_unmap: bool,
     ) -> Result<()> {
-        if discard && self.structure.metadata.is_fixed {
+        if discard && self.is_fixed {
             return Ok(());
         }
         self.start_session().await?;
-        let may_unmap = may_unmap && !self.structure.metadata.is_fixed;
+        let may_unmap = may_unmap && !self.is_fixed;
         let mut at = range;
         let mut commit_first = false;
         while !at.is_empty() {
             let part = self.in_first_block(at);
-            let block = self.geometry.block_of(part.offset);
-            let whole = part == self.geometry.block_range(block);
+            let block = self.geometry().block_of(part.offset);
+            let whole = part == self.geometry().block_range(block);
             commit_first |= match (whole, discard) {
                 (true, _) if may_unmap => self.clear_block(block, discard).await?,
                 (_, false) => self.clear_part(block, part, may_unmap).await?,
@@ -302,7 +306,7 @@ impl Vhdx {
 
     /// Frees a whole block; true if a commit must follow.
     async fn clear_block(&self, block: u64, discard: bool) -> Result<bool> {
-        let index = self.geometry.payload_index(block);
+        let index = self.geometry().payload_index(block);
         // Most of an empty disk is cleared without taking a lock.
         if !self.needs_clearing(self.entry_at(index).await?, discard) {
             return Ok(false);
@@ -331,20 +335,20 @@ impl Vhdx {
         match bat::state(entry) {
             payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT => true,
             // What the parent shows is old data, which a discard may leave.
-            payload::NOT_PRESENT => self.geometry.has_parent && !discard,
+            payload::NOT_PRESENT => self.geometry().has_parent && !discard,
             _ => false,
         }
     }
 
     /// Zeroes a part of a block in its place; true if a commit must follow.
     async fn clear_part(&self, block: u64, part: ByteRange, may_unmap: bool) -> Result<bool> {
-        let index = self.geometry.payload_index(block);
-        let whole = part == self.geometry.block_range(block);
+        let index = self.geometry().payload_index(block);
+        let whole = part == self.geometry().block_range(block);
         match bat::state(self.entry_at(index).await?) {
             payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT => {}
             // A whole block needs no place to be zeros.
             payload::NOT_PRESENT if whole => return self.clear_block(block, false).await,
-            payload::NOT_PRESENT if self.geometry.has_parent => {}
+            payload::NOT_PRESENT if self.geometry().has_parent => {}
             _ => return Ok(false),
         }
         let mut at = part;
@@ -363,9 +367,9 @@ impl Vhdx {
     /// Gives the host's space of a part of a block back.
     async fn discard_part(&self, block: u64, part: ByteRange) -> Result<bool> {
         let _pin = self.pins.pin();
-        let entry = self.entry_at(self.geometry.payload_index(block)).await?;
+        let entry = self.entry_at(self.geometry().payload_index(block)).await?;
         if let payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT = bat::state(entry) {
-            let offset = bat::offset(entry) + self.geometry.within_block(part.offset);
+            let offset = bat::offset(entry) + self.geometry().within_block(part.offset);
             self.file.discard(ByteRange { offset, len: part.len }).await?;
         }
         Ok(false)
@@ -404,7 +408,7 @@ impl WriteCommit for Written<'_> {
                 Some(bitmap) => image.set_bits(block, entry & !CHECKED, bitmap, range).await?,
                 None => Outcome::Kept,
             };
-            let index = image.geometry.payload_index(block);
+            let index = image.geometry().payload_index(block);
             if outcome == Outcome::CommitFirst || image.is_unsettled(index) {
                 image.commit().await?;
             }

@@ -4,11 +4,12 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::{CreateRequest, Created, NewFile, OptionHelp, check_size, only_one, open_backing};
+use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::vhdx::create::{CreateOptions, Parent, default_block_size};
 use crate::formats::vhdx::{self, Structure};
 use crate::images::{Image, ImageFormat};
-use crate::io::{File, HostKind, block_on};
+use crate::io::{File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;
 
 /// The options that `create` knows.
@@ -107,17 +108,17 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
     let below = parent_of(request).context(name)?;
     let size = match (request.size, &below) {
         (Some(size), _) => size,
-        (None, Some(below)) => below.image.node.size(),
+        (None, Some(below)) => below.structure.geometry.disk_size,
         (None, None) => {
             return Err(Error::invalid(format!("{}: a new image needs a size", name())));
         }
     };
     check_size(size).context(name)?;
-    if let Some(below) = below.as_ref().filter(|below| below.image.node.size() != size) {
+    if let Some(below) = below.as_ref().filter(|below| below.structure.geometry.disk_size != size) {
         tracing::warn!(
             "{}: has {size} bytes, but its backing file {}; Windows wants them to be the same",
             name(),
-            below.image.node.size()
+            below.structure.geometry.disk_size
         );
     }
     let (parent, structure) = match &below {
@@ -167,7 +168,8 @@ fn shown(options: &CreateOptions, below: Option<&Below>) -> Vec<(String, String)
 struct Below {
     /// As the operator named it.
     reference: String,
-    image: Image,
+    /// Locked until the new image is there, unless somebody uses it and that is known.
+    _image: Option<Image>,
     structure: Structure,
     parent: Parent,
 }
@@ -198,18 +200,25 @@ fn parent_of(request: &CreateRequest) -> Result<Option<Below>> {
              create the overlay with -f qcow2"
         )));
     }
-    if request.backing_unchecked {
-        return Err(Error::unsupported(
-            "a VHDX image names its backing file by an identity that is in that file, so it must \
-             be there (-u)",
-        ));
-    }
-    let image = open_backing(request, reference, Some(format))?;
-    let file = Arc::clone(&image.file) as Arc<dyn File>;
-    let structure = block_on(Structure::read(&file))?;
-    let (relative, absolute) = parent_paths(&request.path, reference, image.file.path())?;
+    let (structure, file, image) = match request.backing_unchecked {
+        true => {
+            let path = open_gate::combine(&request.path, reference);
+            let file = Arc::new(HostFile::open(&path, OpenOptions::default()).context(|| {
+                "a VHDX image names its backing file by an identity that is in that file, so it \
+                 must be there, also with -u"
+            })?);
+            let structure = block_on(Structure::read_in_use(&(Arc::clone(&file) as _)))?;
+            (structure, file, None)
+        }
+        false => {
+            let image = open_backing(request, reference, Some(format))?;
+            let file = Arc::clone(&image.file);
+            (block_on(Structure::read(&(Arc::clone(&file) as _)))?, file, Some(image))
+        }
+    };
+    let (relative, absolute) = parent_paths(&request.path, reference, file.path())?;
     let parent = block_on(Parent::of(&structure, &relative, &absolute))?;
-    Ok(Some(Below { reference: reference.to_string(), image, structure, parent }))
+    Ok(Some(Below { reference: reference.to_string(), _image: image, structure, parent }))
 }
 
 /// The parent's path from the child's directory, and from the root.

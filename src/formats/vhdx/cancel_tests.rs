@@ -1,0 +1,212 @@
+//! Requests that are dropped half-way: the image goes on as if nothing had happened, or as if the
+//! request had been carried out in part.
+//!
+//! A dropped request may have left an operation with the kernel. It is performed all the same, later,
+//! as [`Sim`] does it; the memory stays alive until then.
+
+use super::testing::*;
+use super::*;
+use crate::block::Driver;
+use crate::io::block_on;
+use crate::io::sim::{Rng, Sim, SimFile, SimTask};
+use crate::units::MIB;
+
+const BLOCKS: u64 = 4;
+const SIZE: u64 = BLOCKS * MIB;
+
+/// A request that is dropped at each of its steps.
+#[derive(Clone, Copy, Debug)]
+enum Request {
+    Write { offset: u64, len: u64, fua: bool },
+    Zero(ByteRange, bool),
+    Discard(ByteRange),
+    Flush,
+    Close,
+}
+
+const OLD: u8 = 0x11;
+const NEW: u8 = 0x22;
+
+impl Request {
+    /// What it changes, and to what.
+    fn effect(self) -> (ByteRange, u8) {
+        match self {
+            Request::Write { offset, len, .. } => (ByteRange { offset, len }, NEW),
+            Request::Zero(range, _) | Request::Discard(range) => (range, 0),
+            Request::Flush | Request::Close => (ByteRange { offset: 0, len: 0 }, 0),
+        }
+    }
+
+    async fn run(self, driver: &Driven) {
+        match self {
+            Request::Write { offset, len, fua } => {
+                write(driver, offset, &vec![NEW; len as usize], fua).await.unwrap();
+            }
+            Request::Zero(range, may_unmap) => {
+                driver.write_zeroes(range, may_unmap).await.unwrap();
+            }
+            Request::Discard(range) => driver.discard(range).await.unwrap(),
+            Request::Flush => driver.flush().await.unwrap(),
+            Request::Close => driver.close().await.unwrap(),
+        }
+    }
+}
+
+fn requests() -> Vec<Request> {
+    let block = |n: u64| ByteRange { offset: n * MIB, len: MIB };
+    let part = ByteRange { offset: MIB - 4096, len: 8192 };
+    vec![
+        // Into a present block, one that was cleared, one that never was, and across them.
+        Request::Write { offset: 4096, len: 4096, fua: false },
+        Request::Write { offset: MIB + 512, len: 512, fua: true },
+        Request::Write { offset: 3 * MIB, len: 1536, fua: false },
+        Request::Write { offset: part.offset, len: part.len, fua: true },
+        Request::Write { offset: 2 * MIB, len: 2 * MIB, fua: false },
+        Request::Zero(block(0), true),
+        Request::Zero(part, false),
+        Request::Zero(ByteRange { offset: 2 * MIB - 512, len: MIB + 1024 }, true),
+        Request::Discard(block(0)),
+        Request::Discard(part),
+        Request::Flush,
+        Request::Close,
+    ]
+}
+
+/// The disk before: blocks 0 and 2 hold data (2 in part), 1 was cleared, 3 is absent. Some of it is
+/// flushed, and what block 1 had can be used again.
+async fn prepare(driver: &Driven, disk: &mut [u8]) {
+    write(driver, 0, &vec![OLD; 2 << 20], false).await.unwrap();
+    disk[..2 << 20].fill(OLD);
+    driver.flush().await.unwrap();
+    driver.write_zeroes(ByteRange { offset: MIB, len: MIB }, true).await.unwrap();
+    disk[1 << 20..2 << 20].fill(0);
+    driver.flush().await.unwrap();
+    write(driver, 2 * MIB + 512, &[OLD; 512], false).await.unwrap();
+    disk[(2 << 20) + 512..(2 << 20) + 1024].fill(OLD);
+}
+
+/// Whether `found` is `before` with any part of the effect.
+fn is_possible(found: &[u8], before: &[u8], effect: (ByteRange, u8)) -> bool {
+    let (range, value) = effect;
+    let (start, end) = (range.offset as usize, range.end() as usize);
+    let inside = || found[start..end].iter().zip(&before[start..end]);
+    found[..start] == before[..start]
+        && found[end..] == before[end..]
+        && inside().all(|(found, before)| found == before || *found == value)
+}
+
+fn dropped_at_each_step(fixture: &Fixture, parent: Option<&[u8]>) {
+    let node = parent.map(parent_node);
+    let mut drops = 0;
+    for request in requests() {
+        for at in 0.. {
+            let what = format!("{request:?}, dropped at step {at}");
+            let file = SimFile::from_bytes("test.vhdx", fixture.bytes());
+            let driver = open_image(&file, node.clone(), None).unwrap();
+            let mut disk = parent.map_or(Vec::new(), <[u8]>::to_vec);
+            disk.resize(SIZE as usize, 0);
+            block_on(prepare(&driver, &mut disk));
+            let sim = Sim::new(at);
+            sim.attach(&file);
+            let task = Box::pin(request.run(&driver)) as SimTask<'_>;
+            let is_done = sim.run_until(vec![task], |step| step == at);
+            drops += 1;
+            sim.drain();
+            sim.detach(&file);
+            let found = block_on(read(&driver, 0, SIZE));
+            let effect = request.effect();
+            if is_done && !matches!(request, Request::Discard(_)) {
+                disk[effect.0.offset as usize..effect.0.end() as usize].fill(effect.1);
+            }
+            assert!(is_possible(&found, &disk, effect), "{what}: read afterwards");
+            if matches!(request, Request::Close) {
+                // Nothing is called after that, but the file is good.
+                let again = open_image(&file.after_kill(), node.clone(), None).unwrap();
+                let readable = block_on(read(&again, 0, MIB));
+                assert!(readable == disk[..1 << 20], "{what}: opened after a kill");
+            } else {
+                goes_on(&driver, &file, node.as_ref(), found, &what);
+            }
+            if is_done {
+                break;
+            }
+        }
+    }
+    eprintln!("{drops} drops");
+    assert!(drops > 60, "{drops}");
+}
+
+/// Whatever was dropped, others are not held up, and see no damage.
+fn goes_on(driver: &Driven, file: &SimFile, node: Option<&Node>, mut disk: Vec<u8>, what: &str) {
+    for (offset, value) in [(3 * MIB + 8192, 3), (MIB, 4), (0, 5), (2 * MIB + 512, 6)] {
+        block_on(write(driver, offset, &[value; 1024], false)).unwrap();
+        disk[offset as usize..][..1024].fill(value);
+    }
+    block_on(driver.flush()).unwrap();
+    // What was freed may be used now.
+    for offset in [3 * MIB - 512, SIZE - 512] {
+        block_on(write(driver, offset, &[7; 512], false)).unwrap();
+        disk[offset as usize..][..512].fill(7);
+    }
+    block_on(driver.flush()).unwrap();
+    assert!(block_on(read(driver, 0, SIZE)) == disk, "{what}: going on");
+    for seed in 0..3 {
+        let cut = file.after_power_cut(seed);
+        let again = open_with(
+            &cut,
+            OpenOptions { read_only: true, backing: node.cloned(), ..OpenOptions::default() },
+        )
+        .unwrap_or_else(|err| panic!("{what}: {err}"));
+        assert!(block_on(read(&again, 0, SIZE)) == disk, "{what}: after a power cut");
+    }
+}
+
+#[test]
+fn requests_dropped_at_each_step() {
+    dropped_at_each_step(&Fixture::new(SIZE), None);
+}
+
+#[test]
+fn requests_of_a_differencing_image_dropped_at_each_step() {
+    let fixture = Fixture { has_parent: true, ..Fixture::new(SIZE) };
+    dropped_at_each_step(&fixture, Some(&vec![0x77; 3 * MIB as usize + 512]));
+}
+
+/// Many at a time, all dropped at once.
+#[test]
+fn crowds_of_requests_dropped_at_once() {
+    for seed in 0..40 {
+        let mut rng = Rng::new(seed);
+        let has_parent = seed % 2 == 1;
+        let parent = vec![0x77; 2 << 20];
+        let node = has_parent.then(|| parent_node(&parent));
+        let file =
+            SimFile::from_bytes("test.vhdx", Fixture { has_parent, ..Fixture::new(SIZE) }.bytes());
+        let driver = open_image(&file, node.clone(), None).unwrap();
+        let mut disk = vec![0; SIZE as usize];
+        if has_parent {
+            disk[..2 << 20].copy_from_slice(&parent);
+        }
+        block_on(prepare(&driver, &mut disk));
+        for round in 0..4 {
+            let sim = Sim::new(seed * 10 + round);
+            sim.attach(&file);
+            let all = requests();
+            let tasks: Vec<SimTask<'_>> = (0..5)
+                .map(|_| {
+                    // What is closed is done with.
+                    let request = all[rng.below(all.len() as u64 - 1) as usize];
+                    Box::pin(request.run(&driver)) as SimTask<'_>
+                })
+                .collect();
+            let last = rng.below(120);
+            sim.run_until(tasks, |step| step == last);
+            sim.drain();
+            sim.detach(&file);
+            let found = block_on(read(&driver, 0, SIZE));
+            let legal = |byte: &u8| [0, OLD, NEW, 0x77, 3, 4, 5, 6, 7].contains(byte);
+            assert!(found.iter().all(legal), "seed {seed}: no such data was ever written");
+            goes_on(&driver, &file, node.as_ref(), found, &format!("seed {seed}, round {round}"));
+        }
+    }
+}
