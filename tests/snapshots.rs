@@ -310,16 +310,22 @@ impl Host {
 /// The heart of it: two hundred snapshots in a row while a guest writes on two queues.
 #[test]
 fn many_snapshots_under_load() {
-    under_load(ImageFormat::Qcow2, 200);
+    under_load("raw", ImageFormat::Qcow2, 200);
 }
 
 #[test]
 fn many_snapshots_with_add_cow_under_load() {
-    under_load(ImageFormat::AddCow, 100);
+    under_load("raw", ImageFormat::AddCow, 100);
 }
 
-fn under_load(format: ImageFormat, count: usize) {
-    let mut host = Host::start("raw");
+/// Differencing images, which know their parent by a GUID that changes when it is written to.
+#[test]
+fn many_snapshots_with_vhdx_under_load() {
+    under_load("vhdx", ImageFormat::Vhdx, 50);
+}
+
+fn under_load(base: &'static str, format: ImageFormat, count: usize) {
+    let mut host = Host::start(base);
     let mut qmp = Qmp::connect(&host.control());
     let mut guest = host.guest(&format!("under_load, {format}"));
     let stop = Arc::new(AtomicBool::new(false));
@@ -346,13 +352,20 @@ fn under_load(format: ImageFormat, count: usize) {
 
     // Opening a chain takes a stack frame for each of its images, and threads of tests have little.
     let check = std::thread::Builder::new().stack_size(64 << 20);
-    check.spawn(move || check_all(&host, &guest, format, &moments)).unwrap().join().unwrap();
+    let base: ImageFormat = base.parse().unwrap();
+    check.spawn(move || check_all(&host, &guest, base, format, &moments)).unwrap().join().unwrap();
 }
 
 /// Demands that each frozen image is the disk at its instant, and the last overlay the disk as it is.
-fn check_all(host: &Host, guest: &Guest, format: ImageFormat, moments: &[Moment]) {
+fn check_all(
+    host: &Host,
+    guest: &Guest,
+    base: ImageFormat,
+    format: ImageFormat,
+    moments: &[Moment],
+) {
     let count = moments.len();
-    let mut content = numbers(&std::fs::read(host.path("disk")).unwrap());
+    let mut content = read_image(&host.path("disk"), base);
     for (i, moment) in moments.iter().enumerate() {
         is_instant(&format!("snapshot {i}"), &content, &guest.history, *moment);
         if i % 66 == 65 || i == count - 1 {
@@ -448,6 +461,65 @@ fn killed_while_a_snapshot_of_qcow2_is_taken() {
 #[test]
 fn killed_while_an_add_cow_overlay_is_made() {
     killed("raw", "add-cow", "killed_while_an_add_cow_overlay_is_made");
+}
+
+#[test]
+fn killed_while_a_differencing_vhdx_is_made() {
+    killed("vhdx", "vhdx", "killed_while_a_differencing_vhdx_is_made");
+}
+
+/// An overlay that is there already: made by a job or a command, opened without its parent, put on the
+/// disk; and what is refused.
+#[test]
+fn differencing_vhdx_images_are_put_on_a_disk() {
+    let mut host = Host::start("vhdx");
+    let mut qmp = Qmp::connect(&host.control());
+    let mut guest = host.guest("differencing_vhdx_images_are_put_on_a_disk");
+    guest.disk.write(0, 0, &sector(1).repeat(8)).unwrap();
+    let d = host.dir.path().to_path_buf();
+    common::ok(&d, &["create", "-q", "-f", "raw", "plain.raw", "4M"]);
+    let add = |name: &str, file: &str, backing: serde_json::Value| {
+        let file = json!({"driver": "file", "filename": d.join(file)});
+        json!({"driver": "vhdx", "node-name": name, "file": file, "backing": backing})
+    };
+    // Made from another disk that has the same size.
+    common::ok(&d, &["create", "-q", "-f", "vhdx", "other", "4M"]);
+    common::ok(&d, &["create", "-q", "-f", "vhdx", "-b", "other", "-F", "vhdx", "wrong"]);
+    qmp.ok("blockdev-add", add("wrong", "wrong", json!(null)));
+    let put = |overlay: &str| json!({"node": "disk", "overlay": overlay});
+    let err = qmp.fails("blockdev-snapshot", put("wrong"));
+    assert!(err.contains("was modified since this child was created"), "{err}");
+    qmp.ok("blockdev-del", json!({"node-name": "wrong"}));
+    // A dynamic image has no place for a parent.
+    qmp.ok("blockdev-add", add("dynamic", "other", json!(null)));
+    let err = qmp.fails("blockdev-snapshot", put("dynamic"));
+    assert!(err.contains("has no parent"), "{err}");
+    qmp.ok("blockdev-del", json!({"node-name": "dynamic"}));
+    // The right one, made by the command line from the disk that is served.
+    common::ok(&d, &["create", "-q", "-f", "vhdx", "-u", "-b", "disk", "-F", "vhdx", "top", "4M"]);
+    qmp.ok("blockdev-add", add("top", "top", json!(null)));
+    qmp.ok("blockdev-snapshot", put("top"));
+    guest.disk.write(0, 4096, &sector(2).repeat(8)).unwrap();
+    guest.disk.flush(0).unwrap();
+    assert_eq!(numbers(&guest.disk.read(0, 0, 8192).unwrap()), [[1; 8], [2; 8]].concat());
+    // And one above that, by its name in a transaction of two kinds.
+    let file = host.path("higher");
+    let sync = json!({"node-name": "top", "snapshot-file": file, "snapshot-node-name": "higher",
+                      "format": "vhdx"});
+    let action = json!({"type": "blockdev-snapshot-sync", "data": sync});
+    qmp.ok("transaction", json!({"actions": [action]}));
+    guest.disk.write(0, 8192, &sector(3).repeat(8)).unwrap();
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+    let all = [[1; 8], [2; 8], [3; 8]].concat();
+    for (name, written) in [("disk", 1), ("top", 2), ("higher", 3)] {
+        let mut wanted = vec![0; SECTORS];
+        wanted[..written * 8].copy_from_slice(&all[..written * 8]);
+        assert!(read_image(&host.path(name), ImageFormat::Vhdx) == wanted, "{name}");
+    }
+    if let Some((size, _)) = common::libvhdi::reads(&d, &["higher", "top", "disk"]) {
+        assert_eq!(size, DISK);
+    }
 }
 
 /// Images that qemu-img reads as we do.
