@@ -7,6 +7,7 @@
 
 #[macro_use]
 mod common;
+mod vhdx;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -69,6 +69,11 @@ impl Disk {
         Disk { format: "add-cow", ..Disk::raw(image) }
     }
 
+    /// A VHDX image, otherwise the same.
+    pub fn vhdx(image: &Path) -> Disk {
+        Disk { format: "vhdx", ..Disk::raw(image) }
+    }
+
     /// Has the back-end listen on a control socket, too: see [`Backend::qmp`].
     pub fn controlled(mut self) -> Disk {
         self.control = true;
