@@ -112,7 +112,6 @@ while true; do
   [ $(($i % 4)) = 3 ] && dd if=/dev/zero of=/mnt/scratch bs=64k count=$i 2>/dev/null && rm /mnt/scratch
   [ $(($i % 8)) = 5 ] && /bin/fstrim /mnt
   set -- $(sha256sum </mnt/f$i)
-  sync /mnt/f$i
   say wrote f$i $1
   i=$(($i + 1))
 done
