@@ -8,18 +8,33 @@
 //! ```text
 //! control thread                      party (worker)
 //! ──────────────                      ──────────────
-//! quiesce(): closed = true, wake ──►  sees closed: pops nothing more
+//! quiesce(): phase = Closed, wake──►  sees closed: pops nothing more
 //!            wait …                   last request completes
 //!                                ◄──  report_quiet()
 //! change the graph
-//! drop(Quiesced): closed = false ──►  wakes, reloads the node and its driver, goes on
+//! drop(Quiesced): phase = Open   ──►  wakes, reloads the node and its driver, goes on
+//! ```
+//!
+//! # Flushes first
+//!
+//! A flush takes as long as the disk does, and a gate that is closed while one is under way keeps the
+//! guest waiting for it. So the gate is *calmed* before it is closed: a party that can
+//! ([`Party::holds_flushes`]) starts no more flushes, and goes on with everything else; those that
+//! are under way end; then the gate is closed, and the drain is short. The flushes that were held
+//! start when it is open again. What they promise is the same, a little later.
+//!
+//! ```text
+//! calm: phase = Calming, wake    ──►  holds new flushes; reads and writes go on
+//!            wait …                   the last flush ends
+//!                                ◄──  report_calm()
+//! close …
 //! ```
 //!
 //! Invariant: between a party's `report_quiet` and the moment it sees itself open again, it issues
 //! nothing. Closing nests: the gate opens when the last guard is dropped.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -32,7 +47,7 @@ pub struct Gate {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Signalled when a party becomes quiet or leaves.
+    /// Signalled when a party becomes calm or quiet or leaves.
     changed: Condvar,
     /// Counts openings, so that a party notices that the graph may have changed.
     generation: AtomicU64,
@@ -42,6 +57,8 @@ struct Shared {
 struct State {
     /// Number of live [`Quiesced`] guards.
     closers: usize,
+    /// Number of those who want flushes held before they close the gate.
+    calmers: usize,
     parties: Vec<Weak<PartyInner>>,
 }
 
@@ -55,15 +72,61 @@ pub struct Party {
 struct PartyInner {
     /// For messages: who does not get quiet.
     name: String,
-    closed: AtomicBool,
-    /// Set by the party, cleared when the gate opens. Changed under the state lock only.
+    /// A [`Phase`]. Changed under the state lock only, as are the next two.
+    phase: AtomicU8,
+    /// Set by the party, cleared when the gate opens.
     quiet: AtomicBool,
+    /// Set by the party, cleared when the gate is to be calm.
+    calm: AtomicBool,
+    /// Whether the party can be asked to hold flushes.
+    holds_flushes: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
+}
+
+/// What a party is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Nothing.
+    Open,
+    /// To start no flush.
+    Calming,
+    /// To start nothing.
+    Closed,
+}
+
+impl State {
+    /// What parties are asked for now, those that hold flushes.
+    fn phase(&self) -> Phase {
+        match (self.closers, self.calmers) {
+            (0, 0) => Phase::Open,
+            (0, _) => Phase::Calming,
+            _ => Phase::Closed,
+        }
+    }
+}
+
+impl PartyInner {
+    fn is_closed(&self) -> bool {
+        self.phase.load(Ordering::SeqCst) == Phase::Closed as u8
+    }
+
+    /// Asks for something else, under the state lock.
+    fn set_phase(&self, phase: Phase) {
+        if self.phase.load(Ordering::SeqCst) == phase as u8 {
+            return;
+        }
+        if phase == Phase::Calming {
+            self.calm.store(false, Ordering::SeqCst);
+        }
+        self.phase.store(phase as u8, Ordering::SeqCst);
+        (self.wake)();
+    }
 }
 
 impl fmt::Debug for PartyInner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Party({}, closed: {:?}, quiet: {:?})", self.name, self.closed, self.quiet)
+        write!(f, "Party({}, phase: {:?}, quiet: {:?})", self.name, self.phase, self.quiet)
     }
 }
 
@@ -88,10 +151,13 @@ impl Gate {
     pub fn join(&self, name: impl Into<String>, wake: impl Fn() + Send + Sync + 'static) -> Party {
         let mut state = self.shared.state.lock().unwrap();
         let closed = state.closers > 0;
+        let phase = if closed { Phase::Closed } else { Phase::Open };
         let inner = Arc::new(PartyInner {
             name: name.into(),
-            closed: AtomicBool::new(closed),
+            phase: AtomicU8::new(phase as u8),
             quiet: AtomicBool::new(closed),
+            calm: AtomicBool::new(true),
+            holds_flushes: AtomicBool::new(false),
             wake: Box::new(wake),
         });
         state.parties.push(Arc::downgrade(&inner));
@@ -106,38 +172,55 @@ impl Gate {
 
     /// Closes several gates as one: all are closed before the first is waited for, so that the
     /// pause is that of the slowest and there is an instant at which all of them are quiet. As
-    /// closing nests and parties wait for nobody, the order does not matter.
+    /// closing nests and parties wait for nobody, the order does not matter. The pause begins when
+    /// no flush is under way any more.
     pub fn quiesce_all<'a>(gates: impl IntoIterator<Item = &'a Gate>) -> Quiesced {
         let gates: Vec<_> = gates.into_iter().map(|gate| Arc::clone(&gate.shared)).collect();
+        for gate in &gates {
+            gate.change(|state| state.calmers += 1);
+        }
+        for gate in &gates {
+            gate.wait_until("flushes", |state, party| {
+                state.closers > 0 || party.calm.load(Ordering::SeqCst)
+            });
+        }
         let quiesced = Quiesced { gates, since: Instant::now() };
         for gate in &quiesced.gates {
-            gate.close();
+            gate.change(|state| {
+                state.calmers -= 1;
+                state.closers += 1;
+            });
         }
         for gate in &quiesced.gates {
-            gate.wait_until_quiet();
+            gate.wait_until("requests", |_, party| party.quiet.load(Ordering::SeqCst));
         }
         quiesced
     }
 }
 
 impl Shared {
-    /// Asks all parties to stop.
-    fn close(&self) {
+    /// Asks all parties for what `change` makes of the state.
+    fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state.lock().unwrap();
-        state.closers += 1;
+        change(&mut state);
         state.parties.retain(|p| p.strong_count() > 0);
+        let phase = state.phase();
         for party in state.parties.iter().filter_map(Weak::upgrade) {
-            party.closed.store(true, Ordering::SeqCst);
-            (party.wake)();
+            if phase != Phase::Calming || party.holds_flushes.load(Ordering::SeqCst) {
+                party.set_phase(phase);
+            }
         }
+        // Who waits for calm need not when somebody else has closed the gate.
+        self.changed.notify_all();
     }
 
-    fn wait_until_quiet(&self) {
+    /// Waits until all parties are as they are wanted.
+    fn wait_until(&self, what: &str, is_so: impl Fn(&State, &PartyInner) -> bool) {
         let mut state = self.state.lock().unwrap();
         let mut warned = false;
         loop {
             let noisy: Vec<_> = (state.parties.iter().filter_map(Weak::upgrade))
-                .filter(|p| !p.quiet.load(Ordering::SeqCst))
+                .filter(|party| !is_so(&state, party))
                 .collect();
             if noisy.is_empty() {
                 return;
@@ -147,7 +230,7 @@ impl Shared {
             if wait.1.timed_out() && !warned {
                 warned = true;
                 let names: Vec<_> = noisy.iter().map(|p| p.name.as_str()).collect();
-                tracing::warn!("still waiting for requests of {} to complete", names.join(", "));
+                tracing::warn!("still waiting for {what} of {} to complete", names.join(", "));
             }
         }
     }
@@ -177,18 +260,51 @@ impl Shared {
             return;
         }
         self.generation.fetch_add(1, Ordering::SeqCst);
+        let phase = state.phase();
         for party in state.parties.iter().filter_map(Weak::upgrade) {
             party.quiet.store(false, Ordering::SeqCst);
-            party.closed.store(false, Ordering::SeqCst);
-            (party.wake)();
+            let holds = party.holds_flushes.load(Ordering::SeqCst);
+            party.set_phase(if holds { phase } else { Phase::Open });
         }
     }
 }
 
 impl Party {
+    /// A party that promises to start no flush while the gate is to be calm, and to say so
+    /// ([`Party::report_calm`]) when the last one under way has ended.
+    pub fn holds_flushes(self) -> Party {
+        let state = self.shared.state.lock().unwrap();
+        self.inner.holds_flushes.store(true, Ordering::SeqCst);
+        self.inner.set_phase(state.phase());
+        drop(state);
+        self
+    }
+
     /// Whether to stop issuing requests. One atomic load.
+    #[inline]
     pub fn is_closed(&self) -> bool {
-        self.inner.closed.load(Ordering::Acquire)
+        self.inner.phase.load(Ordering::Acquire) == Phase::Closed as u8
+    }
+
+    /// Whether nothing is asked of the party. One atomic load.
+    #[inline]
+    pub fn is_open(&self) -> bool {
+        self.inner.phase.load(Ordering::Acquire) == Phase::Open as u8
+    }
+
+    /// Says that the party starts no flushes and none of it is in flight. Harmless if the gate is
+    /// not to be calm any more.
+    pub fn report_calm(&self) {
+        let _state = self.shared.state.lock().unwrap();
+        self.inner.calm.store(true, Ordering::SeqCst);
+        self.shared.changed.notify_all();
+    }
+
+    /// Whether the party is to be calm and has not said yet that it is.
+    #[inline]
+    pub fn owes_calm(&self) -> bool {
+        self.inner.phase.load(Ordering::SeqCst) == Phase::Calming as u8
+            && !self.inner.calm.load(Ordering::SeqCst)
     }
 
     /// Says that the party is closed and nothing of it is in flight. Harmless if the gate has
@@ -196,7 +312,7 @@ impl Party {
     pub fn report_quiet(&self) {
         // Under the lock, so that it cannot fall between an opening's two stores.
         let _state = self.shared.state.lock().unwrap();
-        if self.inner.closed.load(Ordering::SeqCst) {
+        if self.inner.is_closed() {
             self.inner.quiet.store(true, Ordering::SeqCst);
             self.shared.changed.notify_all();
         }
@@ -206,8 +322,8 @@ impl Party {
     /// sleep: the gate may have opened and closed again since the last report, and the wake-ups of
     /// both may have been taken for those of something else.
     pub fn owes_report(&self) -> bool {
-        // Opening clears `quiet` before `closed`, so a report that was withdrawn is seen as such.
-        self.inner.closed.load(Ordering::SeqCst) && !self.inner.quiet.load(Ordering::SeqCst)
+        // Opening clears `quiet` before the phase, so a report that was withdrawn is seen as such.
+        self.inner.is_closed() && !self.inner.quiet.load(Ordering::SeqCst)
     }
 
     /// Changes whenever the gate has been open again after a pause: the graph may have changed.
@@ -296,6 +412,66 @@ mod tests {
         party.report_quiet();
         drop(second.join().unwrap());
         assert!(!party.owes_report());
+    }
+
+    /// A gate that somebody is about to close, who waits for flushes to end.
+    fn calming(gate: &Gate, party: &Party) -> std::thread::JoinHandle<Quiesced> {
+        let closer = std::thread::spawn({
+            let gate = gate.clone();
+            move || gate.quiesce()
+        });
+        while !party.owes_calm() {
+            std::thread::yield_now();
+        }
+        closer
+    }
+
+    #[test]
+    fn flushes_end_before_the_gate_is_closed() {
+        let gate = Gate::new();
+        let party = gate.join("worker", || {}).holds_flushes();
+        assert!(party.is_open() && !party.owes_calm());
+        let begun = Instant::now();
+        let closer = calming(&gate, &party);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!party.is_open() && !party.is_closed(), "reads and writes go on");
+        let calm = begun.elapsed();
+        party.report_calm();
+        while !party.is_closed() {
+            std::thread::yield_now();
+        }
+        party.report_quiet();
+        let quiesced = closer.join().unwrap();
+        assert!(quiesced.elapsed() + calm <= begun.elapsed(), "the pause begins with the close");
+        // The guard is gone before the party looks, and somebody is back at once.
+        drop(quiesced);
+        assert!(party.is_open());
+        let closer = calming(&gate, &party);
+        // A party that leaves is not waited for, whatever it had under way.
+        drop(party);
+        drop(closer.join().unwrap());
+    }
+
+    #[test]
+    fn who_closes_a_closed_gate_waits_for_no_flush() {
+        let gate = Gate::new();
+        let party = gate.join("worker", || {}).holds_flushes();
+        let first = calming(&gate, &party);
+        let second = std::thread::spawn({
+            let gate = gate.clone();
+            move || gate.quiesce()
+        });
+        party.report_calm();
+        while !party.is_closed() {
+            std::thread::yield_now();
+        }
+        party.report_quiet();
+        let both = [first.join().unwrap(), second.join().unwrap()];
+        let late = gate.join("late", || {}).holds_flushes();
+        assert!(late.is_closed() && !late.owes_report());
+        drop(both);
+        assert!(party.is_open() && late.is_open());
+        assert!(!party.owes_calm() && !late.owes_calm());
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! ```text
 //! loop:
 //!   commands of the message thread      start, stop, new memory, …
-//!   gate                                closed: pop nothing, report quiet once drained
+//!   gate                                closed: pop nothing, report quiet once drained;
+//!                                       about to be: hold flushes
 //!   for each ring: pop a batch          parse, plan; submit, or start a task
 //!   reactor.turn()                      enter the kernel at most once; reap; run tasks
 //!   completions                         status byte, used element; what was written in place
@@ -72,7 +73,8 @@ pub(super) fn run(
         }
     };
     mailbox.set_notify(reactor.notifier());
-    let party = export.root.gate().join(format!("queue worker {number}"), reactor.notifier());
+    let name = format!("queue worker {number}");
+    let party = export.root.gate().join(name, reactor.notifier()).holds_flushes();
     let _ = ready.send(Ok(()));
     let entered = Rc::clone(&reactor);
     entered.enter(|| Worker::new(export, mailbox, reactor, party).serve());
@@ -99,6 +101,10 @@ struct Worker {
     free_slots: Vec<u32>,
     /// Requests in flight on all rings.
     in_flight: usize,
+    /// Flushes among them that have been started.
+    flushing: usize,
+    /// Flushes among them that wait for the gate: slots, oldest first.
+    held: Vec<u32>,
     /// The driver's way to write in place, if it has one.
     in_place: Option<Box<dyn InPlace>>,
     /// The slots of requests written so that are to be settled.
@@ -153,6 +159,8 @@ impl Worker {
             slots: Vec::new(),
             free_slots: Vec::new(),
             in_flight: 0,
+            flushing: 0,
+            held: Vec::new(),
             in_place: None,
             unsettled: Vec::new(),
             has_unpolled: false,
@@ -205,19 +213,27 @@ impl Worker {
         // All rings should have been stopped before. If not: the slots own what the host still
         // reads and writes, so they stay until it is done.
         while self.in_flight > 0 {
+            self.pass_gate();
             self.turn(true);
         }
     }
 
-    /// Whether requests may be popped. Reports quiet when the gate is closed and all is drained;
-    /// loads the driver anew when the gate has been opened again.
+    /// Whether requests may be popped. Reports quiet when the gate is closed and all is drained, and
+    /// calm when it is about to be and no flush is under way; loads the driver anew, and starts the
+    /// flushes that were held, when the gate has been opened again.
     #[inline]
     fn pass_gate(&mut self) -> bool {
-        if self.party.is_closed() {
-            if self.in_flight == 0 {
-                self.party.report_quiet();
+        let open = self.party.is_open();
+        if !open {
+            if self.party.is_closed() {
+                if self.is_drained() {
+                    self.party.report_quiet();
+                }
+                return false;
             }
-            return false;
+            if self.owes_calm() {
+                self.party.report_calm();
+            }
         }
         let generation = self.party.generation();
         if generation != self.generation {
@@ -227,7 +243,20 @@ impl Worker {
             self.reactor.engine().forget_files();
             self.load_limits();
         }
+        if open && !self.held.is_empty() {
+            self.start_held();
+        }
         true
+    }
+
+    /// Whether nothing is with the driver.
+    fn is_drained(&self) -> bool {
+        self.in_flight == self.held.len()
+    }
+
+    /// Whether to say that no flush is under way.
+    fn owes_calm(&self) -> bool {
+        self.flushing == 0 && self.party.owes_calm()
     }
 
     /// One turn of the reactor, and what came of it. True if a request completed or an event
@@ -290,7 +319,10 @@ impl Worker {
             return;
         }
         // Opened and closed again since the report: the new closer waits for a new one.
-        if self.in_flight == 0 && self.party.owes_report() {
+        if self.is_drained() && self.party.owes_report() || self.owes_calm() {
+            return;
+        }
+        if !self.held.is_empty() && self.party.is_open() {
             return;
         }
         if kickless {
@@ -309,6 +341,7 @@ impl Worker {
             rings.iter().any(|served| served.ring.has_available())
                 || mailbox.is_full()
                 || party.is_closed()
+                || party.owes_calm()
         })
     }
 }

@@ -199,3 +199,115 @@ fn what_is_noted_of_kept_writes_is_heeded_and_stays_until_they_are_durable() {
     pool.disconnected();
     assert!(region.is_kept(), "nothing is durable");
 }
+
+/// A disk whose flushes end when they are told to.
+#[derive(Debug)]
+struct SlowToFlush {
+    below: Arc<Slow>,
+    begun: AtomicUsize,
+    may_end: AtomicBool,
+}
+
+impl Driver for SlowToFlush {
+    fn name(&self) -> &'static str {
+        "slow to flush"
+    }
+
+    fn limits(&self) -> Limits {
+        self.below.limits()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        self.below.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
+        self.below.write(offset, buf, fua)
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        self.below.write_zeroes(range, may_unmap)
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        self.below.discard(range)
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async {
+            while !self.may_end.load(Ordering::SeqCst) {
+                Nap(&self.below, false).await;
+            }
+            Ok(())
+        })
+    }
+
+    fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
+        self.below.block_status(range)
+    }
+}
+
+/// Before the gate is closed, the flush under way ends, while reads go on; another one waits until
+/// the gate is open again, and then goes to the node that is there.
+#[test]
+fn a_flush_keeps_nobody_waiting_for_a_gate() {
+    let _watchdog = Watchdog::new("the held flush");
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let disk = || {
+            Arc::new(SlowToFlush {
+                below: Slow::new(),
+                begun: AtomicUsize::new(0),
+                may_end: AtomicBool::new(false),
+            })
+        };
+        let (first, second) = (disk(), disk());
+        let begun = |disk: &SlowToFlush| disk.begun.load(Ordering::SeqCst);
+        let export = export(first.clone(), engine, 1);
+        let pool = Pool::new(Arc::clone(&export));
+        let memory = guest_memory();
+        let mut queues = [0, 1].map(|index| Queue::new(&memory, index, true));
+        for (index, queue) in queues.iter().enumerate() {
+            pool.start(index, start_of(&queue.ring, 0, true, &memory)).unwrap();
+        }
+        let flush = |queue: &mut Queue, slot| {
+            queue.offer(slot, 4, 0, false);
+            queue.ring.publish();
+            queue.ring.kick().unwrap();
+        };
+        let [flushed, read] = &mut queues;
+        flush(flushed, 1);
+        wait_until("a flush", || begun(&first) == 1);
+        let closer = std::thread::spawn({
+            let root = export.root.clone();
+            move || root.quiesce()
+        });
+        // Long enough for the gate to be closed, if that waited for nothing.
+        std::thread::sleep(Duration::from_millis(20));
+        flush(flushed, 2);
+        for _ in 0..10 {
+            assert_eq!(read.read(0), (0, 0));
+        }
+        assert_eq!(begun(&first), 1, "the second one is held");
+        assert!(!closer.is_finished(), "closed over a flush");
+        first.may_end.store(true, Ordering::SeqCst);
+        let quiesced = closer.join().unwrap();
+        let node = Node::new(second.clone(), NodeOptions::default());
+        export.root.replace_node(node, &quiesced).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!((begun(&first), begun(&second)), (1, 0));
+        assert_eq!(flushed.ring.used_index(), 1);
+        drop(quiesced);
+        wait_until("the held flush", || begun(&second) == 1);
+        second.may_end.store(true, Ordering::SeqCst);
+        wait_until("both answers", || flushed.ring.used_index() == 2);
+        for slot in [1, 2] {
+            assert_eq!(memory.read_vec(flushed.status(slot), 1).unwrap(), [0]);
+        }
+        for index in [0, 1] {
+            pool.stop(index).unwrap();
+        }
+        pool.disconnected();
+        assert_eq!(begun(&first), 1);
+    }
+}

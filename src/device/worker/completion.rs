@@ -152,6 +152,9 @@ impl Worker {
             Kind::Flush => self.counts.flushes.add(1),
             _ => {}
         }
+        if std::mem::take(&mut slot.flushing) {
+            self.flushing -= 1;
+        }
         if status != Status::Ok {
             self.counts.errors.add(1);
         }

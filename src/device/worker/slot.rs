@@ -18,6 +18,8 @@ pub(super) struct Slot {
     pub(super) head: u16,
     pub(super) table: u32,
     pub(super) request: Request,
+    /// Whether it is counted among the worker's flushes under way.
+    pub(super) flushing: bool,
     /// The pieces of a planned request.
     pub(super) parts: Vec<Part>,
     pub(super) parts_left: u32,
@@ -59,6 +61,7 @@ impl Slot {
             head: 0,
             table: 0,
             request: Request::new(),
+            flushing: false,
             parts: Vec::with_capacity(1),
             parts_left: 0,
             errno: 0,

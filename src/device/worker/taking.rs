@@ -100,6 +100,12 @@ impl Worker {
                 if self.node.is_poisoned() {
                     return self.finish(index, Status::IoErr);
                 }
+                if !self.party.is_open() {
+                    // The gate is about to be closed, and would have to wait for it.
+                    return self.held.push(index);
+                }
+                self.flushing += 1;
+                self.slots[index as usize].flushing = true;
                 if self.node.owes_flush() {
                     return self.spawn(at, index);
                 }
@@ -114,6 +120,16 @@ impl Worker {
         };
         if !self.submit_planned(index, op, range) && !self.write_in_place(at, index, op, range) {
             self.spawn(at, index);
+        }
+    }
+
+    /// Starts the flushes that were held.
+    #[cold]
+    pub(super) fn start_held(&mut self) {
+        for index in std::mem::take(&mut self.held) {
+            let watch = self.slots[index as usize].ring;
+            let at = self.rings.iter().position(|served| served.watch == watch);
+            self.submit(at.expect("a ring leaves only when it is drained"), index);
         }
     }
 
@@ -150,7 +166,12 @@ impl Worker {
         self.has_unpolled = true;
         let slot = &mut self.slots[index as usize];
         let memory = self.rings[at].ring.memory();
-        // SAFETY: the request was parsed from a chain walked in the ring's present memory.
+        if matches!(slot.request.kind, Kind::Flush) {
+            // One that was held may find another memory here, and what a guest adds is not data.
+            slot.request.data.clear();
+        }
+        // SAFETY: the request was parsed from a chain walked in the ring's present memory, or has
+        // no data.
         let data = unsafe { slot.request.buffers(memory) };
         let kind = slot.request.kind;
         let segments = slot.request.segments.clone();
