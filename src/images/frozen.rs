@@ -12,14 +12,24 @@
 //! past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
 //! disk goes on, before the guest's first write goes there.
 //!
-//! File systems without extended attributes, and block devices, take no mark. Then a line in the log
-//! says so, once for each snapshot.
+//! On a file system without extended attributes a mark is a small file beside the image,
+//! `.NAME.vublk-overlay` or `.NAME.vublk-moved`. It names the image's inode, so it says nothing of a
+//! file that takes the image's place.
+//!
+//! Block devices take no mark: they have no attributes, nothing beside them in `/dev` outlives the
+//! host's next start, and the bytes in them are the guest's. Neither does a file whose directory
+//! cannot be written to. Then a line in the log says so, once for each snapshot.
 
+use std::ffi::OsString;
+use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, ErrorKind, Result};
+use rustix::io::Errno;
+
+use crate::block::open_gate;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{File, HostFile};
 
 /// The attribute's name.
@@ -28,6 +38,8 @@ const ATTRIBUTE: &str = "user.vublk.overlay";
 const MOVED: &str = "user.vublk.moved";
 /// The longest path that fits.
 const MAX_PATH: usize = 4096;
+/// What a mark beside an image begins with; then come the inode, a line feed, and the path.
+const BESIDE: &str = "vublk: the disk of the file beside this one goes on elsewhere; inode ";
 
 /// Marks `file` as frozen below the image at `overlay`; durable on return.
 pub fn mark(file: &HostFile, overlay: &Path) {
@@ -43,14 +55,16 @@ fn put(file: &HostFile, attribute: &str, path: &Path, what: &str) {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let value = absolute.as_os_str().as_bytes();
     let flags = rustix::fs::XattrFlags::empty();
-    let marked = rustix::fs::fsetxattr(file.as_fd(), attribute, value, flags)
-        .and_then(|()| rustix::fs::fsync(file.as_fd()));
+    let marked = match rustix::fs::fsetxattr(file.as_fd(), attribute, value, flags) {
+        Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
+        Err(Errno::OPNOTSUPP) => put_beside(file, attribute, value),
+        Err(err) => Err(err.into()),
+    };
     if let Err(err) = marked {
         tracing::warn!(
-            "{}: cannot be marked as {what} {} ({}): take care to serve that one from now on",
+            "{}: cannot be marked as {what} {} ({err}): take care to serve that one from now on",
             file.name(),
             absolute.display(),
-            Error::from(err)
         );
     }
 }
@@ -62,15 +76,14 @@ pub fn clear(file: &HostFile) {
 }
 
 fn take(file: &HostFile, attribute: &str) {
-    use rustix::io::Errno;
-    let removed = rustix::fs::fremovexattr(file.as_fd(), attribute)
-        .and_then(|()| rustix::fs::fsync(file.as_fd()));
-    match removed {
-        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
-        Err(Errno::PERM | Errno::ACCESS | Errno::ROFS) => {}
-        Err(err) => {
-            tracing::warn!("{}: its mark cannot be removed: {}", file.name(), Error::from(err));
-        }
+    let removed = match rustix::fs::fremovexattr(file.as_fd(), attribute) {
+        Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
+        Err(Errno::OPNOTSUPP) => take_beside(file, attribute),
+        Err(Errno::NODATA | Errno::PERM | Errno::ACCESS | Errno::ROFS) => Ok(()),
+        Err(err) => Err(err.into()),
+    };
+    if let Err(err) = removed {
+        tracing::warn!("{}: its mark cannot be removed: {err}", file.name());
     }
 }
 
@@ -86,9 +99,60 @@ pub fn moved_to(file: &HostFile) -> Option<PathBuf> {
 
 fn get(file: &HostFile, attribute: &str) -> Option<PathBuf> {
     let mut value = vec![0; MAX_PATH];
-    let len = rustix::fs::fgetxattr(file.as_fd(), attribute, &mut value[..]).ok()?;
-    value.truncate(len);
-    Some(PathBuf::from(std::ffi::OsString::from_vec(value)))
+    match rustix::fs::fgetxattr(file.as_fd(), attribute, &mut value[..]) {
+        Ok(len) => value.truncate(len),
+        Err(Errno::OPNOTSUPP) => value = get_beside(file, attribute)?,
+        Err(_) => return None,
+    }
+    Some(PathBuf::from(OsString::from_vec(value)))
+}
+
+/// Where the mark of an image is that takes no attributes.
+fn beside(file: &HostFile, attribute: &str) -> PathBuf {
+    let path = file.path();
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(attribute.replace("user.vublk.", ".vublk-"));
+    path.with_file_name(name)
+}
+
+/// What such a mark begins with.
+fn head(file: &HostFile) -> Result<String> {
+    Ok(format!("{BESIDE}{}\n", file.identity()?.1))
+}
+
+fn put_beside(file: &HostFile, attribute: &str, value: &[u8]) -> Result<()> {
+    let path = beside(file, attribute);
+    let content = [head(file)?.as_bytes(), value].concat();
+    let written = (|| {
+        // A link that somebody put there is not followed.
+        let _ = std::fs::remove_file(&path);
+        let mut mark = std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
+        mark.write_all(&content)?;
+        mark.sync_all()?;
+        sync_directory(&path)
+    })();
+    written.context(|| path.display().to_string())
+}
+
+fn take_beside(file: &HostFile, attribute: &str) -> Result<()> {
+    let path = beside(file, attribute);
+    let removed = match std::fs::remove_file(&path) {
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => removed.and_then(|()| sync_directory(&path)),
+    };
+    removed.context(|| path.display().to_string())
+}
+
+fn get_beside(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
+    let mut content = Vec::new();
+    let mark = std::fs::File::open(beside(file, attribute)).ok()?;
+    mark.take((MAX_PATH + 128) as u64).read_to_end(&mut content).ok()?;
+    content.strip_prefix(head(file).ok()?.as_bytes()).map(<[u8]>::to_vec)
+}
+
+fn sync_directory(path: &Path) -> std::io::Result<()> {
+    std::fs::File::open(open_gate::directory_of(path))?.sync_all()
 }
 
 /// Whether the image that a mark names is gone. A missing directory may be one that is not mounted;
@@ -143,35 +207,72 @@ mod tests {
     use super::*;
     use crate::io::OpenOptions;
 
+    fn image(dir: &Path) -> HostFile {
+        std::fs::write(dir.join("base"), "x").unwrap();
+        std::fs::write(dir.join("overlay"), "x").unwrap();
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        HostFile::open(&dir.join("base"), options).unwrap()
+    }
+
     #[test]
     fn a_marked_image_names_its_overlay_until_that_is_gone() {
         let dir = tempfile::tempdir().unwrap();
-        let path = |name: &str| dir.path().join(name);
-        std::fs::write(path("base"), "x").unwrap();
-        std::fs::write(path("overlay"), "x").unwrap();
-        let options = OpenOptions { write: true, ..OpenOptions::default() };
-        let base = HostFile::open(&path("base"), options).unwrap();
+        let base = image(dir.path());
         check(&base).unwrap();
-        mark(&base, &path("overlay"));
-        if overlay_of(&base).is_none() {
+        mark(&base, &dir.path().join("overlay"));
+        if beside(&base, ATTRIBUTE).exists() {
             println!("SKIP: no extended attributes in {}", dir.path().display());
+        }
+        names_its_overlay(dir.path(), &base);
+    }
+
+    /// The same where there are no attributes: in the one kind of file system that never has them.
+    #[test]
+    fn an_image_without_attributes_has_its_mark_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = |what: &str, args: &[&str]| {
+            let done = std::process::Command::new(what).args(args).arg(dir.path()).status();
+            done.is_ok_and(|status| status.success())
+        };
+        if !rustix::process::geteuid().is_root() || !mount("mount", &["-t", "ramfs", "none"]) {
+            println!("SKIP: only root may mount a file system without attributes");
             return;
         }
-        let err = check(&base).unwrap_err();
+        let outcome = std::panic::catch_unwind(|| {
+            let base = image(dir.path());
+            let overlay = dir.path().join("overlay");
+            mark(&base, &overlay);
+            assert!(beside(&base, ATTRIBUTE).exists());
+            assert_eq!(overlay_of(&base), Some(overlay.clone()));
+            // Another file in the image's place is not meant.
+            std::fs::rename(dir.path().join("base"), dir.path().join("away")).unwrap();
+            let other = image(dir.path());
+            check(&other).unwrap();
+            mark(&other, &overlay);
+            names_its_overlay(dir.path(), &other);
+            assert!(!beside(&other, ATTRIBUTE).exists());
+        });
+        assert!(mount("umount", &["-l"]));
+        outcome.unwrap();
+    }
+
+    fn names_its_overlay(dir: &Path, base: &HostFile) {
+        let path = |name: &str| dir.join(name);
+        let err = check(base).unwrap_err();
         assert_eq!(err.kind(), ErrorKind::Busy);
         assert!(err.to_string().contains(path("overlay").to_str().unwrap()), "{err}");
         // A directory that is away may come back.
         std::fs::create_dir(path("mount")).unwrap();
-        mark(&base, &path("mount/overlay"));
+        mark(base, &path("mount/overlay"));
         std::fs::remove_dir(path("mount")).unwrap();
-        check(&base).unwrap_err();
-        mark(&base, &path("overlay"));
+        check(base).unwrap_err();
+        mark(base, &path("overlay"));
         std::fs::remove_file(path("overlay")).unwrap();
-        check(&base).unwrap();
-        assert_eq!(overlay_of(&base), None);
-        mark(&base, &path("overlay"));
-        clear(&base);
-        clear(&base);
-        assert_eq!(overlay_of(&base), None);
+        check(base).unwrap();
+        assert_eq!(overlay_of(base), None);
+        mark(base, &path("overlay"));
+        clear(base);
+        clear(base);
+        assert_eq!(overlay_of(base), None);
     }
 }
