@@ -281,6 +281,131 @@ fn refusals_are_qemus() {
     daemon.quit(&mut qmp);
 }
 
+/// Snapshots that cannot be: each is refused, and leaves no file, no node, no mark, and a guest that
+/// goes on.
+#[test]
+fn snapshots_that_are_refused_leave_nothing() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let mut guest = daemon.guest("e0.sock");
+    guest.write(0, 0, &[1; 4096]).unwrap();
+    let path = |name: &str| daemon.path(name).display().to_string();
+    std::fs::create_dir(daemon.path("directory")).unwrap();
+    std::fs::write(daemon.path("taken.raw"), "precious").unwrap();
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "small", "512K"]);
+    let file = |name: &str, more: Value| {
+        let mut data = json!({"device": "e0", "snapshot-file": path(name)});
+        data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        data
+    };
+    let add_cow = json!({"format": "add-cow"});
+    let cases = [
+        ("its own file", file("disk.raw", json!({})), "cannot be its own backing file"),
+        ("another disk's", file("more.qcow2", json!({})), "more.qcow2"),
+        ("a directory", file("directory", json!({})), "directory"),
+        ("no such directory", file("no/such", json!({})), "No such file or directory"),
+        ("no name", json!({"device": "e0", "snapshot-file": ""}), "No such file or directory"),
+        ("a long name", file(&"x".repeat(300), json!({})), "File name too long"),
+        ("a path too long", file(&"x/".repeat(3000), add_cow.clone()), "File name too long"),
+        (
+            "a device that takes no overlay",
+            json!({"device": "e0", "snapshot-file": "/dev/null"}),
+            "/dev/null",
+        ),
+        ("NAME.raw is there", file("taken", add_cow.clone()), "taken.raw: exists already"),
+        ("control characters", file("a\nb", add_cow), "control characters"),
+        ("raw", file("x", json!({"format": "raw"})), "raw images cannot have a backing file"),
+        ("a format nobody knows", file("x", json!({"format": "bochs"})), "Invalid snapshot format"),
+        ("a mode nobody knows", file("x", json!({"mode": "y"})), "does not accept value 'y'"),
+        ("existing, and not there", file("x", json!({"mode": "existing"})), "No such file"),
+        ("existing, of another size", file("small", json!({"mode": "existing"})), "the same size"),
+        (
+            "a node name that is none",
+            file("x", json!({"snapshot-node-name": "0"})),
+            "Invalid node-name: '0'",
+        ),
+        (
+            "a long node name",
+            file("x", json!({"snapshot-node-name": "n".repeat(32)})),
+            "Node name too long",
+        ),
+        ("a node name twice", file("x", json!({"snapshot-node-name": "d0"})), "already in use"),
+        ("no device", json!({"snapshot-file": path("x")}), "Cannot find device"),
+        (
+            "no such device",
+            json!({"device": "e9", "snapshot-file": path("x")}),
+            "Cannot find device",
+        ),
+    ];
+    let files = || {
+        let files = std::fs::read_dir(daemon.dir.path()).unwrap();
+        let mut files: Vec<_> = files.map(|entry| entry.unwrap().file_name()).collect();
+        files.sort();
+        files
+    };
+    let before = (files(), std::fs::read(daemon.path("more.qcow2")).unwrap());
+    for (what, arguments, expected) in cases {
+        let err = qmp.fails("blockdev-snapshot-sync", arguments);
+        assert!(err.contains(expected), "{what}: {err}");
+        assert!(before.0 == files(), "{what}: {:?}", files());
+    }
+    // One disk twice in one transaction.
+    let action =
+        |name: &str| json!({"type": "blockdev-snapshot-sync", "data": file(name, json!({}))});
+    let err = qmp.fails("transaction", json!({"actions": [action("x"), action("y")]}));
+    assert!(err.contains("is in use by blockdev-snapshot-sync"), "{err}");
+    assert!(before == (files(), std::fs::read(daemon.path("more.qcow2")).unwrap()));
+    assert_eq!(std::fs::read(daemon.path("taken.raw")).unwrap(), b"precious");
+    let blocks = qmp.ok("query-block", json!({}));
+    assert_eq!(blocks[0]["inserted"]["node-name"], "d0");
+    assert_eq!(blocks[0]["inserted"]["x-vublk-frozen-below"], Value::Null);
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    assert_eq!(nodes.as_array().unwrap().len(), 4);
+    guest.write(0, 0, &[2; 4096]).unwrap();
+    assert_eq!(guest.read(0, 0, 512).unwrap(), [2; 512]);
+    drop(guest);
+    daemon.quit(&mut qmp);
+}
+
+/// A file system without room for an overlay: the disk goes on as it is.
+#[test]
+fn a_snapshot_without_space_is_none() {
+    let daemon = Daemon::start(TWO);
+    let full = daemon.path("full");
+    std::fs::create_dir(&full).unwrap();
+    let mount =
+        |args: &[&str]| Command::new("mount").args(args).arg(&full).stderr(Stdio::null()).status();
+    if !mount(&["-t", "tmpfs", "-o", "size=64k", "none"]).is_ok_and(|status| status.success()) {
+        common::skip("a file system of its own, which only root may mount");
+        return;
+    }
+    struct Mounted<'a>(&'a Path);
+    impl Drop for Mounted<'_> {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(self.0).status();
+        }
+    }
+    let _mounted = Mounted(&full);
+    let rest = std::fs::write(full.join("filler"), vec![0; 1 << 20]);
+    assert!(rest.is_err(), "it has 64 KiB");
+    let mut qmp = daemon.qmp();
+    let mut guest = daemon.guest("e0.sock");
+    guest.write(0, 0, &[1; 4096]).unwrap();
+    for format in ["add-cow", "qcow2"] {
+        let overlay = json!({"device": "e0", "snapshot-file": full.join("x"), "format": format});
+        let err = qmp.fails("blockdev-snapshot-sync", overlay);
+        assert!(err.contains("No space left on device") && err.contains("/full/x"), "{err}");
+        let left: Vec<_> = std::fs::read_dir(&full).unwrap().collect();
+        assert_eq!(left.len(), 1, "{format}: {left:?}");
+        guest.write(0, 0, &[2; 4096]).unwrap();
+    }
+    let blocks = qmp.ok("query-block", json!({}));
+    assert_eq!(blocks[0]["inserted"]["node-name"], "d0");
+    assert_eq!(blocks[0]["inserted"]["x-vublk-frozen-below"], Value::Null);
+    drop(guest);
+    daemon.quit(&mut qmp);
+}
+
 #[test]
 fn a_transaction_is_all_or_nothing() {
     let daemon = Daemon::start(TWO);
@@ -352,8 +477,26 @@ fn a_disk_that_grows_is_told_to_its_guest() {
     assert!(err.contains("whole blocks"), "{err}");
     qmp.ok("block_resize", json!({"device": "e0", "size": DISK, "x-vublk-shrink": true}));
     assert_eq!(std::fs::metadata(daemon.path("disk.raw")).unwrap().len(), DISK);
+    // A snapshot on top: the overlay has the size now, and nothing of the base shows beyond.
+    let mut guest = daemon.guest("e0.sock");
+    guest.write(0, DISK - 512, &[3; 512]).unwrap();
+    let overlay = daemon.path("over");
+    let overlay = json!({"device": "e0", "snapshot-file": overlay, "format": "add-cow"});
+    qmp.ok("blockdev-snapshot-sync", overlay);
+    let shrink = |size: u64| json!({"device": "e0", "size": size, "x-vublk-shrink": true});
+    for size in [DISK / 2, 2 * DISK] {
+        qmp.ok("block_resize", shrink(size));
+        guest.client.wait_config_change(common::soon()).unwrap();
+        let config = guest.client.get_config(0, 8).unwrap();
+        assert_eq!(u64::from_le_bytes(config.try_into().unwrap()) * 512, size);
+        guest.write(0, size, &[1; 512]).unwrap_err();
+        guest.write(0, size - 512, &[1; 512]).unwrap();
+    }
+    assert_eq!(guest.read(0, DISK - 512, 512).unwrap(), [0; 512]);
+    assert_eq!(std::fs::metadata(daemon.path("disk.raw")).unwrap().len(), DISK);
+    drop(guest);
     // Nobody needs to be connected.
-    qmp.ok("block_resize", json!({"node-name": "d0", "size": 4 * DISK}));
+    qmp.ok("block_resize", shrink(4 * DISK));
     daemon.quit(&mut qmp);
 }
 

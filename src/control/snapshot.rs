@@ -216,9 +216,12 @@ impl Snapshot {
                 node.size()
             )));
         }
-        let all = Rights::ALL.and(Rights::GRAPH);
-        let holds =
-            vec![node.hold(name, Rights::GRAPH, all)?, overlay.hold(name, Rights::GRAPH, all)?];
+        // One snapshot of a node at a time: the second of a transaction would come to lie below the
+        // overlay of the first, whose file names the node.
+        let holds = vec![
+            node.hold(name, Rights::GRAPH, Rights::ALL)?,
+            overlay.hold(name, Rights::GRAPH, Rights::ALL.and(Rights::GRAPH))?,
+        ];
         // It may have been left by another disk earlier.
         frozen::clear(&overlay_image.file);
         let marked = frozen::overlay_of(&image.file).is_none().then(|| image.clone());
