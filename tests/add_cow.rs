@@ -267,6 +267,264 @@ fn hostile_files_are_refused_and_not_modified() {
     assert_eq!(std::fs::metadata(d.join("top.raw")).unwrap().len(), 40 * 512);
 }
 
+/// What stands in an image's place to fool who opens it: links, pipes, one file in two roles. The
+/// left column has the words of the format's description.
+#[test]
+fn files_that_are_not_what_they_seem_are_refused_and_not_modified() {
+    use std::os::unix::fs::symlink;
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("secret"), vec![7; 40 * 512]).unwrap();
+    let secret = outside.path().join("secret");
+    let replace = |d: &Path, name: &str, target: &Path| {
+        std::fs::remove_file(d.join(name)).unwrap();
+        symlink(target, d.join(name)).unwrap();
+    };
+    type Plant<'a> = &'a dyn Fn(&Path);
+    let cases: &[(&str, Plant<'_>, &str)] = &[
+        (
+            "image, backing, add-cow identical: image is add-cow, by a symbolic link",
+            &|d| replace(d, "top.raw", Path::new("top")),
+            "already part of this chain",
+        ),
+        (
+            "image is add-cow, by a hard link",
+            &|d| {
+                std::fs::remove_file(d.join("top.raw")).unwrap();
+                std::fs::hard_link(d.join("top"), d.join("top.raw")).unwrap();
+            },
+            "already part of this chain",
+        ),
+        (
+            "backing is add-cow, by a symbolic link",
+            &|d| replace(d, "base", Path::new("top")),
+            "already part of this chain",
+        ),
+        (
+            "backing is image, by a hard link",
+            &|d| {
+                std::fs::remove_file(d.join("base")).unwrap();
+                std::fs::hard_link(d.join("top.raw"), d.join("base")).unwrap();
+            },
+            "already part of this chain",
+        ),
+        (
+            "symlink policy: image leaves the directory",
+            &|d| replace(d, "top.raw", &secret),
+            "--allow-dir",
+        ),
+        (
+            "symlink policy: backing leaves the directory",
+            &|d| replace(d, "base", &secret),
+            "--allow-dir",
+        ),
+        (
+            "\"..\" policy: the name goes up and to another directory",
+            &|d| {
+                let up = "../".repeat(d.components().count());
+                let name = format!("{up}{}", secret.display());
+                let mut field = [0; 1024];
+                field[..name.len()].copy_from_slice(name.as_bytes());
+                patch(&d.join("top"), 12, &field);
+            },
+            "--allow-dir",
+        ),
+        (
+            "a link that leads to itself",
+            &|d| replace(d, "top.raw", Path::new("top.raw")),
+            "symbolic link",
+        ),
+        (
+            "image not a regular file or block device: a pipe",
+            &|d| {
+                std::fs::remove_file(d.join("top.raw")).unwrap();
+                let mode = rustix::fs::Mode::from_raw_mode(0o600);
+                let fifo = rustix::fs::FileType::Fifo;
+                rustix::fs::mknodat(rustix::fs::CWD, d.join("top.raw"), fifo, mode, 0).unwrap();
+            },
+            "neither a regular file nor a block device",
+        ),
+        (
+            "a socket",
+            &|d| {
+                std::fs::remove_file(d.join("top.raw")).unwrap();
+                drop(std::os::unix::net::UnixListener::bind(d.join("top.raw")).unwrap());
+            },
+            "top.raw",
+        ),
+    ];
+    for (what, plant, message) in cases {
+        let dir = base_and_top();
+        let d = dir.path();
+        own_sector(d, 3, 0xaa);
+        plant(d);
+        let before = std::fs::read(d.join("top")).unwrap();
+        let serve = ["serve", "--socket-path", "s", "--state-dir", "."];
+        for command in [&["map"][..], &["resize", "-q"], &["commit", "-q"], &serve] {
+            let mut args = [command, &["-f", "add-cow", "top"]].concat();
+            if command[0] == "resize" {
+                args.push("+1M");
+            }
+            let err = fails(d, &args, 1);
+            assert!(err.contains(message), "{what}: {args:?}: {err}");
+        }
+        assert!(std::fs::read(d.join("top")).unwrap() == before, "{what}: modified");
+    }
+    assert!(std::fs::read(secret).unwrap() == vec![7; 40 * 512]);
+}
+
+/// What is odd and yet opened: each reads as the format's description says, is left as it is by who
+/// only reads, and `check` names it.
+#[test]
+fn odd_files_read_as_the_format_says() {
+    let mut model = numbered(1, 40);
+    model[3 * 512..4 * 512].fill(0xaa);
+    let zeros_from = |sector: usize| {
+        let mut model = model.clone();
+        model[sector * 512..].fill(0);
+        model
+    };
+    let of_base = |sectors: u8| [&model[..4 * 512], &numbered(5, sectors - 4)[..]].concat();
+    type Plant<'a> = &'a dyn Fn(&Path);
+    let cases: &[(&str, Plant<'_>, Vec<u8>, &str, i32)] = &[
+        (
+            "missing bytes mean 0 on read",
+            &|d| {
+                let bytes = std::fs::read(d.join("top")).unwrap();
+                std::fs::write(d.join("top"), &bytes[..2561]).unwrap();
+            },
+            model.clone(),
+            "bitmap is short: 1 of 5 bytes",
+            2,
+        ),
+        (
+            "longer file: ignore the surplus",
+            &|d| patch(&d.join("top"), 2565, &[0xff; 4000]),
+            model.clone(),
+            "image file is smaller than the highest set bit",
+            2,
+        ),
+        (
+            "bits past the last sector: ignore on read",
+            &|d| {
+                std::fs::OpenOptions::new()
+                    .write(true)
+                    .open(d.join("top.raw"))
+                    .and_then(|file| file.set_len(37 * 512))
+                    .unwrap();
+                patch(&d.join("top"), 2564, &[0xe0]);
+            },
+            of_base(37),
+            "bits are set past the end",
+            3,
+        ),
+        (
+            "reserved bytes non-zero: warn in check only",
+            &|d| patch(&d.join("top"), 2100, &[1]),
+            model.clone(),
+            "reserved bytes of the header are not zero",
+            0,
+        ),
+        (
+            "an odd tail: ignore it",
+            &|d| patch(&d.join("top.raw"), 40 * 512, &[9; 100]),
+            model.clone(),
+            "no whole sector and are ignored",
+            0,
+        ),
+        (
+            "backing shorter: zero fill, also inside the last partial sector",
+            &|d| std::fs::write(d.join("base"), &numbered(1, 40)[..10 * 512]).unwrap(),
+            zeros_from(10),
+            "1/40",
+            0,
+        ),
+        (
+            "backing longer: the rest is invisible",
+            &|d| std::fs::write(d.join("base"), numbered(1, 80)).unwrap(),
+            model.clone(),
+            "1/40",
+            0,
+        ),
+        (
+            "empty backing_file: bit 0 reads zeros",
+            &|d| patch(&d.join("top"), 12, &[0; 4]),
+            [&[0; 3 * 512][..], &[0xaa; 512], &[0; 36 * 512]].concat(),
+            "1/40",
+            0,
+        ),
+        (
+            "when all bits are set, the image alone is the disk",
+            &|d| {
+                patch(&d.join("top"), 2560, &[0xff; 5]);
+                std::fs::remove_file(d.join("base")).unwrap();
+                std::fs::write(d.join("base"), "").unwrap();
+            },
+            [&[0; 3 * 512][..], &[0xaa; 512], &[0; 36 * 512]].concat(),
+            "fully allocated: backing can be dropped",
+            0,
+        ),
+    ];
+    for (what, plant, expected, finding, code) in cases {
+        let dir = base_and_top();
+        let d = dir.path();
+        own_sector(d, 3, 0xaa);
+        plant(d);
+        let before = std::fs::read(d.join("top")).unwrap();
+        assert!(content(d, "top") == *expected, "{what}");
+        let text = ok_or(d, &["check", "-f", "add-cow", "top"], *code);
+        assert!(text.contains(finding), "{what}: {text}");
+        assert!(std::fs::read(d.join("top")).unwrap() == before, "{what}: modified");
+    }
+}
+
+/// An image file of terabytes has a bitmap of gigabytes, and neither is read into memory.
+#[test]
+fn a_huge_sparse_image_is_opened_in_little_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "add-cow", "huge", "8T"]);
+    patch(&d.join("huge"), 2560 + (1 << 30), &[1]);
+    let limited = |command: &str| {
+        let vublk = env!("CARGO_BIN_EXE_vublk");
+        // In KiB, of address space: threads and libraries take most of it.
+        let script = format!("ulimit -v 600000; {vublk} {command}");
+        let output =
+            std::process::Command::new("sh").current_dir(d).args(["-c", &script]).output().unwrap();
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{command}: {err}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(limited("info -f add-cow huge").contains("8 TiB"));
+    assert!(limited("check -f add-cow huge").contains("1/17179869184"));
+}
+
+/// Names are taken relative to the add-cow file, when it is made and when it is opened, wherever the
+/// command runs.
+#[test]
+fn names_are_relative_to_the_image_wherever_the_command_runs() {
+    let dir = base_and_top();
+    let d = dir.path();
+    std::fs::create_dir(d.join("elsewhere")).unwrap();
+    let there = d.join("elsewhere");
+    let args = ["create", "-q", "-f", "add-cow", "-b", "base", "-F", "raw", "../second"];
+    ok(&there, &args);
+    assert!(d.join("second.raw").exists() && !there.join("second.raw").exists());
+    ok(&there, &["compare", "-q", "-F", "raw", "../second", "../base"]);
+    // What lies there under the same name is somebody else's.
+    std::fs::write(there.join("base"), [0; 40 * 512]).unwrap();
+    ok(&there, &["compare", "-q", "-F", "raw", "../second", "../base"]);
+    let err =
+        fails(&there, &["create", "-f", "add-cow", "-b", "third", "-F", "raw", "../third"], 1);
+    assert!(err.contains("third"), "{err}");
+    assert!(!d.join("third").exists());
+    std::os::unix::fs::symlink("top", d.join("link")).unwrap();
+    let args = ["create", "-f", "add-cow", "-b", "link", "-F", "add-cow", "top"];
+    let before = std::fs::read(d.join("top")).unwrap();
+    let err = fails(d, &args, 1);
+    assert!(err.contains("top"), "{err}");
+    assert!(std::fs::read(d.join("top")).unwrap() == before, "its own backing");
+}
+
 #[test]
 fn cycles_are_refused_and_deep_chains_opened() {
     let dir = base_and_top();
@@ -291,6 +549,15 @@ fn cycles_are_refused_and_deep_chains_opened() {
         below = name;
     }
     assert!(content(d, &below) == numbered(1, 40));
+    // Two files each, and the bottom.
+    for layer in 210..300 {
+        let name = format!("layer{layer}");
+        let args = ["create", "-q", "-f", "add-cow", "-b", &below, "-F", "add-cow", "-u", &name];
+        ok(d, &[&args[..], &["20K"]].concat());
+        below = name;
+    }
+    let err = fails(d, &["map", &below], 1);
+    assert!(err.contains("the chain of images is longer than 512 files"), "{err}");
 }
 
 #[test]
