@@ -38,7 +38,7 @@
 //! # Limits
 //!
 //! * The format does not store the backing file's format; who opens the image must know it.
-//! * 3 MiB of the bitmap are in memory at most (64 GiB of disk need 16 MiB of bitmap, unless they
+//! * 2 MiB of the bitmap are in memory at most (64 GiB of disk need 16 MiB of bitmap, unless they
 //!   are all written or all not).
 
 pub mod check;

@@ -7,7 +7,7 @@
 //!
 //! A page is 4096 bytes of bitmap. At most [`FRAMES`] are in memory; those without a set bit, or
 //! without a clear one, are remembered by two bits instead. So a disk of any size that is fresh, or
-//! all written, costs nothing, and any other 3 MiB at most.
+//! all written, costs nothing, and any other 2 MiB at most.
 //!
 //! * **Readers** look at the tag, the words, and the tag again. A tag carries a version, so a frame
 //!   that was given to another page meanwhile, and even back, is noticed.
@@ -32,7 +32,8 @@ pub const FRAMES: usize = SETS * WAYS;
 /// What is written out as a unit: a sector of the host's disk, in bytes.
 pub const BLOCK_LEN: usize = 512;
 
-const SETS: usize = 96;
+/// A prime: a guest that goes in steps of a power of two meets all of them.
+const SETS: usize = 61;
 const WAYS: usize = 8;
 const WORDS: usize = PAGE_LEN / 8;
 /// Words of a block.
