@@ -85,6 +85,22 @@ pub struct Plan<'a> {
     pub commit: Option<PlanCommit>,
 }
 
+impl<'a> Plan<'a> {
+    /// Adds what another driver plans for a read: for layers that leave a part of a range to one
+    /// below. Both plans' pins are kept. If it is not planned, the plan's content means nothing.
+    pub fn read_through(&mut self, below: &'a dyn Driver, range: ByteRange) -> Planned {
+        let before = self.pin.take();
+        if below.plan(PlanOp::Read, range, self) == Planned::NotNow {
+            return Planned::NotNow;
+        }
+        self.pin = match (before, self.pin.take()) {
+            (Some(a), Some(b)) => Some(Pin(Arc::new((a.0, b.0)))),
+            (a, b) => a.or(b),
+        };
+        Planned::Ready
+    }
+}
+
 /// Takes note of planned writes whose data has been written.
 pub trait CommitPlanned: Send + Sync {
     /// The data of `range` has been written (not flushed). Reads see it when this returns. Called

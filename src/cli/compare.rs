@@ -7,11 +7,11 @@ use clap::Args;
 
 use crate::block::{Node, StatusKind};
 use crate::cli::lanes::Lanes;
-use crate::cli::options::{Output, SharingArgs};
+use crate::cli::options::{Output, SharingArgs, StateArgs};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output, report};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, ImageFormat};
+use crate::images::{self, ImageFormat, OpenRequest};
 use crate::io::{AlignedBuf, block_on};
 use crate::units::{ByteRange, MIB, align_down};
 
@@ -42,6 +42,8 @@ pub struct CompareArgs {
     #[arg(short, long)]
     strict: bool,
     #[command(flatten)]
+    state: StateArgs,
+    #[command(flatten)]
     sharing: SharingArgs,
     #[command(flatten)]
     progress: ProgressArgs,
@@ -71,7 +73,8 @@ enum Difference {
 }
 
 pub fn run(args: &CompareArgs) -> Result<u8> {
-    let request1 = args.sharing.request(&args.file1, args.format1);
+    let state = args.state.state_of();
+    let request1 = OpenRequest { state, ..args.sharing.request(&args.file1, args.format1) };
     let request2 = args.sharing.request(&args.file2, args.format2);
     let images = images::open(&request1).and_then(|one| Ok((one, images::open(&request2)?)));
     let (image1, image2) = match images {

@@ -16,7 +16,9 @@ use clap::Args;
 
 use crate::block::{Node, StatusKind};
 use crate::cli::lanes::Lanes;
-use crate::cli::options::{SharingArgs, is_help, options_help, parse_options, take_option};
+use crate::cli::options::{
+    SharingArgs, StateArgs, is_help, options_help, parse_options, take_option,
+};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
@@ -74,6 +76,8 @@ pub struct ConvertArgs {
     #[arg(short = 'W', long)]
     oob_writes: bool,
     #[command(flatten)]
+    state: StateArgs,
+    #[command(flatten)]
     sharing: SharingArgs,
     #[command(flatten)]
     progress: ProgressArgs,
@@ -101,7 +105,8 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
         None => SPARSE_SIZE,
     };
     let request = args.sharing.request(source_path, args.format).cache(args.source_cache);
-    let source = images::open(&OpenRequest { salvage: args.salvage, ..request })?;
+    let state = args.state.state_of();
+    let source = images::open(&OpenRequest { salvage: args.salvage, state, ..request })?;
     refuse_same_file(&source, target_path)?;
     let target = open_target(args, &source, target_path)?;
     let copy = Copy::new(args, &source, &target, sparse_size)?;

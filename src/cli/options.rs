@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use crate::crash::StateName;
 use crate::error::{Error, Result};
+use crate::images::crash_state::StateOf;
 use crate::images::{ImageFormat, Locking, OpenRequest};
 
 /// How results are printed.
@@ -27,7 +29,28 @@ pub struct ReadArgs {
     #[arg(long)]
     salvage: bool,
     #[command(flatten)]
+    state: StateArgs,
+    #[command(flatten)]
     sharing: SharingArgs,
+}
+
+/// A state of a log of writes, in the place of the image, which is its base.
+#[derive(Clone, Debug, Default, Args)]
+pub struct StateArgs {
+    /// Look at a disk that a power cut could have left: a state of this log of writes, of which the
+    /// image is the base
+    #[arg(long, value_name = "LOG", requires = "state")]
+    log: Option<PathBuf>,
+    /// The name of the state, as `log explore` prints it (E412:s=01101)
+    #[arg(long, value_name = "NAME", requires = "log")]
+    state: Option<StateName>,
+}
+
+impl StateArgs {
+    /// Which state, if one is given.
+    pub fn state_of(&self) -> Option<StateOf> {
+        Some(StateOf { log: self.log.clone()?, state: self.state.clone()? })
+    }
 }
 
 /// Who else may use the image, and what it may pull in.
@@ -54,7 +77,11 @@ impl SharingArgs {
 impl ReadArgs {
     /// A request to read `path`.
     pub fn request(&self, path: &std::path::Path) -> OpenRequest {
-        OpenRequest { salvage: self.salvage, ..self.sharing.request(path, self.format) }
+        OpenRequest {
+            salvage: self.salvage,
+            state: self.state.state_of(),
+            ..self.sharing.request(path, self.format)
+        }
     }
 }
 

@@ -26,7 +26,7 @@ use crate::device::export::{CachePolicy, Export};
 use crate::device::exports::Served;
 use crate::device::server::ServerSocket;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::images::{self, Image, Layers, frozen};
+use crate::images::{self, Access, Image, Layers, OpenRequest, StateDir, crash_state, frozen};
 use crate::io::footprint::give_back_start_up;
 use crate::io::{EngineKind, reactor};
 
@@ -50,7 +50,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     if is_single {
         let faults = args.recording.fault()?;
         let request = args.open_request()?;
-        let mut image = images::open(&request)?;
+        let mut image = open_image(args, &request)?;
         if !args.read_only {
             frozen::check(&image.file)?;
         }
@@ -109,6 +109,22 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     drop(pidfile);
     closed?;
     Ok(DONE)
+}
+
+/// Opens what is to be served.
+fn open_image(args: &ServeArgs, request: &OpenRequest) -> Result<Image> {
+    if request.state.is_none() || args.read_only {
+        return images::open(request);
+    }
+    let below = OpenRequest {
+        access: Access::Read,
+        node_name: graph::auto_name(),
+        state_dir: StateDir::None,
+        ..request.clone()
+    };
+    let state = images::open(&below)?;
+    state.check_for_guest(args.block_size)?;
+    crash_state::overlay(state, request, args.overlay.as_deref())
 }
 
 fn empty_disks(args: &ServeArgs, engine: EngineKind) -> Disks {

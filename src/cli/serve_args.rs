@@ -15,7 +15,9 @@ use crate::cli::control_args::ControlArgs;
 use crate::cli::daemon_args::DaemonArgs;
 use crate::cli::recording_args::RecordingArgs;
 use crate::cli::{DONE, output};
+use crate::crash::StateName;
 use crate::error::{Error, Result};
+use crate::images::crash_state::StateOf;
 use crate::images::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
 
 /// The most queues that one disk can have: the wire's mask of queues has 64 bits.
@@ -63,7 +65,7 @@ pub struct ServeArgs {
     pub print_capabilities: bool,
 
     /// The disk's image: a file or a block device
-    #[arg(value_name = "IMAGE", required_unless_present_any = ["blk_file", "print_capabilities", "blockdevs", "exports",
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["blk_file", "base", "print_capabilities", "blockdevs", "exports",
           "chardevs", "monitors"])]
     #[arg(conflicts_with_all = MANY)]
     pub image: Option<PathBuf>,
@@ -71,6 +73,24 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PATH", conflicts_with = "image")]
     #[arg(conflicts_with_all = MANY)]
     pub blk_file: Option<PathBuf>,
+    /// The same as IMAGE, for a state of a log: the disk as it was when logging began
+    #[arg(long, value_name = "IMAGE", requires = "state", conflicts_with_all = ["image", "blk_file"])]
+    #[arg(conflicts_with_all = MANY)]
+    pub base: Option<PathBuf>,
+    /// Serve a disk that a power cut could have left (see --state), from this log of writes
+    #[arg(long, value_name = "LOG", requires = "state")]
+    #[arg(conflicts_with_all = MANY)]
+    pub log: Option<PathBuf>,
+    /// The name of the state, as `log explore` prints it (E412:s=01101). Base and log are not
+    /// written to
+    #[arg(long, value_name = "NAME", requires = "log")]
+    #[arg(conflicts_with_all = MANY)]
+    pub state: Option<StateName>,
+    /// Keep what the guest writes to a state in this file (add-cow, with FILE.raw), and go on with
+    /// it if it is there; forgotten at the end if not given
+    #[arg(long, value_name = "FILE", requires = "state", conflicts_with = "read_only")]
+    #[arg(conflicts_with_all = MANY)]
+    pub overlay: Option<PathBuf>,
     /// Format of the image; guessed from its first bytes if not given
     #[arg(short = 'f', long = "format", value_name = "FORMAT")]
     #[arg(conflicts_with_all = MANY)]
@@ -182,7 +202,7 @@ impl ServeArgs {
     /// The image's path. (The grammar sees to it that there is one, unless only capabilities are
     /// printed.)
     pub fn image_path(&self) -> Result<&Path> {
-        let path = self.image.as_deref().or(self.blk_file.as_deref());
+        let path = self.image.as_deref().or(self.blk_file.as_deref()).or(self.base.as_deref());
         path.ok_or_else(|| Error::invalid("which image? give IMAGE or --blk-file PATH"))
     }
 
@@ -214,6 +234,12 @@ impl ServeArgs {
             state_dir: self.state_dir(),
             node_name: NODE.into(),
             salvage: self.salvage,
+            state: match (&self.log, &self.state) {
+                (Some(log), Some(state)) => {
+                    Some(StateOf { log: log.clone(), state: state.clone() })
+                }
+                _ => None,
+            },
             ..request
         })
     }

@@ -14,8 +14,9 @@ use crate::control::QmpError;
 use crate::control::disks::Disks;
 use crate::control::faults::{self, FaultOptions};
 use crate::control::qapi::{Flat, QmpResult};
+use crate::crash::{self, StateName};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
-use crate::images::{Access, CacheMode, ImageFormat, Locking};
+use crate::images::{Access, CacheMode, ImageFormat, Locking, crash_state};
 use crate::qapi;
 
 /// How long a node waits for a file that is locked: a killed predecessor's locks stay until the
@@ -78,6 +79,17 @@ qapi! {
     }
 }
 qapi! {
+    /// A disk that a power cut could have left.
+    pub struct BlockdevOptionsCrashState {
+        /// The disk as it was when logging began; must be read-only.
+        pub base: BlockdevRef,
+        /// The log of writes: a file or a device.
+        pub log: BlockdevRef,
+        /// The name of the state.
+        pub state: String,
+    }
+}
+qapi! {
     /// A node by name, or a new one.
     pub alternate BlockdevRef {
         /// A new one.
@@ -101,6 +113,7 @@ qapi! {
     /// The options of each driver.
     pub union BlockdevDriverOptions by "driver" {
         AddCow(BlockdevOptionsGenericCOWFormat) = "add-cow",
+        CrashState(BlockdevOptionsCrashState) = "crash-state",
         Fault(BlockdevOptionsFault) = "fault",
         File(BlockdevOptionsFile) = "file",
         HostDevice(BlockdevOptionsFile) = "host_device",
@@ -148,7 +161,9 @@ impl BlockdevOptions {
     /// The node below a format.
     fn file(&self) -> Option<&BlockdevRef> {
         match &self.driver.0 {
-            BlockdevDriverOptions::File(_) | BlockdevDriverOptions::HostDevice(_) => None,
+            BlockdevDriverOptions::File(_)
+            | BlockdevDriverOptions::HostDevice(_)
+            | BlockdevDriverOptions::CrashState(_) => None,
             BlockdevDriverOptions::Fault(filter) => Some(&filter.file),
             BlockdevDriverOptions::Qcow2(format)
             | BlockdevDriverOptions::AddCow(format)
@@ -206,6 +221,9 @@ fn open(
         None => graph::auto_name(),
     };
     match &options.driver.0 {
+        BlockdevDriverOptions::CrashState(state) => {
+            open_crash_state(disks, options, state, &name, explicit)
+        }
         BlockdevDriverOptions::Fault(filter) => {
             open_fault(disks, options, filter, &name, inherited, explicit)
         }
@@ -331,6 +349,38 @@ fn open_format(
     Ok(disks.layers.add_format(image, Some(below), explicit)?)
 }
 
+fn open_crash_state(
+    disks: &mut Disks,
+    options: &BlockdevOptions,
+    state: &BlockdevOptionsCrashState,
+    name: &str,
+    explicit: bool,
+) -> QmpResult<Node> {
+    if options.force_share == Some(true) {
+        return Err(QmpError::generic("force-share belongs to the files: give it to base and log"));
+    }
+    let wanted: StateName = state.state.parse()?;
+    let read = Inherited {
+        read_only: Some(true),
+        auto_read_only: None,
+        cache: options.cache().unwrap_or_default(),
+        keeps_space: true,
+    };
+    // Both may be shared: many states of one log stand on one base.
+    let base = child(disks, &state.base, Some(read))?;
+    let base = disks.image_of(&base)?;
+    let log_node = child(disks, &state.log, Some(read))?;
+    let Some(log) = disks.layers.of(&log_node).filter(|layer| layer.is_protocol) else {
+        return Err(QmpError::generic(format!(
+            "node '{}' is not a file: a log must be one (driver 'file' or 'host_device')",
+            log_node.name()
+        )));
+    };
+    let log = std::sync::Arc::clone(&log.image.file);
+    let image = crash_state::image(name, &log, &base, false, &wanted)?;
+    Ok(disks.layers.add_format(image, Some(log_node), explicit)?)
+}
+
 fn open_fault(
     disks: &mut Disks,
     options: &BlockdevOptions,
@@ -417,9 +467,13 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
         let settings = filter.faults.read()?;
         return faults::change(disks.graph(), &faulty, settings);
     }
-    let Some(layer) = disks.layers.of(&node).cloned() else {
+    let layer = disks.layers.of(&node).cloned();
+    let Some(layer) = layer.filter(|layer| layer.image.format != ImageFormat::CrashState) else {
         return Err(QmpError::generic(format!("node '{name}' cannot be reopened")));
     };
+    if options.access() == Access::Write && layer.image.access == Access::Read {
+        check_no_state_on(disks.graph(), &node)?;
+    }
     let cannot = |option: &str| QmpError::generic(format!("Cannot change the option '{option}'"));
     if options.driver.word() != node.driver().name() {
         return Err(cannot("driver"));
@@ -476,6 +530,18 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
     let pause = graph.resume(quiesced);
     tracing::info!("blockdev-reopen of '{name}': guests paused for {} us", pause.as_micros());
     changed
+}
+
+/// A base that is written to would change every state that stands on it.
+fn check_no_state_on(graph: &Graph, node: &Node) -> QmpResult<()> {
+    let is_state = |parent: &graph::Parent| matches!(parent, graph::Parent::Node(above, _) if above.driver().name() == crash::state::NAME);
+    match graph.parents(node).iter().find(|parent| is_state(parent)) {
+        Some(parent) => Err(QmpError::generic(format!(
+            "node '{}' is the base of a crash state, {parent}, and must stay read-only",
+            node.name()
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn change(

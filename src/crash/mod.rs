@@ -12,6 +12,7 @@
 //! fingerprint  tells which states are the same disk, without reading them
 //! enumerate    which states of an epoch are worth a look
 //! disk         one state at a time, as a disk that can be written to
+//! state        one state as a read-only node
 //! fuse copy    the same as a plain file
 //! check        programs that say whether a disk is good
 //! explore      all states, each different disk checked once
@@ -39,12 +40,14 @@ pub mod name;
 pub mod overlay;
 pub mod report;
 pub mod shrink;
+pub mod state;
 pub mod view;
 
 pub use fingerprint::{Fingerprints, Prints};
 pub use history::{Epoch, History};
 pub use name::{Kept, StateName, Tear};
 pub use overlay::{Overlay, Source};
+pub use state::CrashState;
 pub use view::View;
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::block::{Driver, FormatDriver, open_gate};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::addcow::{self, AddCow, Backing, Header};
 use crate::images::check::CheckReport;
+use crate::images::crash_state;
 use crate::images::create::{NewFile, only_one, open_backing};
 use crate::images::open::{Opening, guess, open_host};
 use crate::images::{Access, CreateRequest, Created, Image, ImageFormat, OpenRequest, open};
@@ -56,6 +57,9 @@ pub(super) fn open_driver(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> 
 
 /// The format of the backing file that an add-cow file names.
 fn backing_format(opening: &Opening<'_>, backing: &str) -> Result<String> {
+    if crash_state::is_name(backing) {
+        return Ok(ImageFormat::CrashState.name().into());
+    }
     if let Some(format) = remembered_format(&opening.file, backing)? {
         return Ok(format.name().to_string());
     }
@@ -225,6 +229,8 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
         option(["backing-fmt", "backing_fmt"]),
     )?;
     let format = match (backing, given_format) {
+        // It says itself what it is.
+        (Some(file), None) if crash_state::is_name(file) => None,
         (None, None) => None,
         (Some(_), Some(format)) => Some(format.parse::<ImageFormat>()?),
         (Some(file), None) => {

@@ -17,6 +17,7 @@
 mod add_cow;
 pub mod blockdev;
 pub mod check;
+pub mod crash_state;
 pub mod create;
 pub mod frozen;
 pub mod info;
@@ -57,6 +58,8 @@ pub enum ImageFormat {
     Qbm,
     /// A log of writes in dm-log-writes format; not a disk.
     WriteLog,
+    /// A disk that a power cut could have left, of such a log and its base; not a file.
+    CrashState,
     /// VMware's format.
     Vmdk,
     /// VirtualBox's format.
@@ -79,13 +82,14 @@ pub enum ImageFormat {
 
 impl ImageFormat {
     /// Every format with the name that commands and other tools use for it.
-    const NAMES: [(ImageFormat, &'static str); 15] = [
+    const NAMES: [(ImageFormat, &'static str); 16] = [
         (ImageFormat::Raw, "raw"),
         (ImageFormat::Qcow2, "qcow2"),
         (ImageFormat::Vhdx, "vhdx"),
         (ImageFormat::AddCow, "add-cow"),
         (ImageFormat::Qbm, "qbm"),
         (ImageFormat::WriteLog, "log-writes"),
+        (ImageFormat::CrashState, crate::crash::state::NAME),
         (ImageFormat::Vmdk, "vmdk"),
         (ImageFormat::Vdi, "vdi"),
         (ImageFormat::Vpc, "vpc"),
@@ -118,6 +122,10 @@ impl ImageFormat {
             ImageFormat::WriteLog => {
                 Error::unsupported("is a log of writes (dm-log-writes), not a disk")
             }
+            ImageFormat::CrashState => Error::unsupported(
+                "a crash state is no file: give the image as it was when logging began, with --log \
+                 LOG --state NAME",
+            ),
             ImageFormat::Qbm => {
                 Error::unsupported(format!("{self} images cannot be opened by this version yet"))
             }

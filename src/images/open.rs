@@ -24,6 +24,7 @@ use crate::filters::GuessGuard;
 use crate::formats::qcow2;
 use crate::formats::raw::Raw;
 use crate::formats::vhdx;
+use crate::images::crash_state::{self, Named, StateOf};
 use crate::images::{ImageFormat, add_cow, frozen, probe, users};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, Rights, block_on};
 
@@ -159,6 +160,8 @@ pub struct OpenRequest {
     pub settle_in: StateDir,
     /// The node's name. Nodes below it get names of their own.
     pub node_name: String,
+    /// A state of a log, of which the image is the base, instead of the image itself.
+    pub state: Option<StateOf>,
 }
 
 impl OpenRequest {
@@ -177,6 +180,7 @@ impl OpenRequest {
             state_dir: StateDir::None,
             settle_in: StateDir::None,
             node_name: "disk".into(),
+            state: None,
         }
     }
 
@@ -278,6 +282,14 @@ impl Image {
 /// # Errors
 /// Names the file, the reason and, where there is one, the way out.
 pub fn open(request: &OpenRequest) -> Result<Image> {
+    if let Some(state) = &request.state {
+        return crash_state::open_request(request, state);
+    }
+    if let Some(text) = request.path.to_str().filter(|text| crash_state::is_name(text)) {
+        let named = Named::parse(text)?;
+        let (log, base) = (named.log.clone().into(), named.base.clone().into());
+        return open(&named.request(log, base, request)?);
+    }
     let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
     let mut chain = Chain::default();
     open_link(request, &gate, &mut chain, None)
@@ -294,6 +306,9 @@ pub fn open_chain(request: &OpenRequest) -> Result<Vec<Image>> {
         let top = images.last().expect("never empty");
         let details = top.node.driver().details();
         let Some(reference) = details["backing-filename"].as_str() else { return Ok(images) };
+        if crash_state::is_name(reference) {
+            return Ok(images);
+        }
         let context = || format!("{}: its backing file", top.name());
         request.path = gate.resolve(top.file.path(), reference).context(context)?;
         request.format = match details["backing-filename-format"].as_str() {
@@ -390,7 +405,11 @@ impl Opening<'_> {
         format: Option<&str>,
         access: Access,
     ) -> Result<Image> {
-        let context = || format!("{}: its {role} file", self.file.name());
+        let name = self.file.name().to_string();
+        let context = || format!("{name}: its {role} file");
+        if access == Access::Read && crash_state::is_name(reference) {
+            return self.child_state(reference).context(context);
+        }
         let path = self.gate.resolve(self.file.path(), reference).context(context)?;
         let format = match format {
             Some(name) => Some(name.parse::<ImageFormat>().context(context)?),
@@ -414,6 +433,36 @@ impl Opening<'_> {
         }
         open_link(&request, self.gate, self.chain, Some(self.gate)).context(context)
     }
+
+    /// Opens a crash state that this image names as what it stands on. Log and base pass the gate.
+    fn child_state(&mut self, reference: &str) -> Result<Image> {
+        let named = Named::parse(reference)?;
+        let (log, base) = (self.resolve(&named.log)?, self.resolve(&named.base)?);
+        let like = OpenRequest {
+            access: Access::Read,
+            state_dir: StateDir::None,
+            node_name: graph::auto_name(),
+            ..self.request.clone()
+        };
+        let request = named.request(log, base, &like)?;
+        let Some(of) = &request.state else { return Err(ImageFormat::CrashState.refusal()) };
+        let below = crash_state::request_for_base(&request)?;
+        let base = open_link(&below, self.gate, self.chain, Some(self.gate))?;
+        let log = crash_state::open_log(&of.log, &request)?;
+        self.gate.confirm(&log)?;
+        self.chain.push(&log)?;
+        crash_state::image(&request.node_name, &log, &base, true, &of.state)
+    }
+}
+
+/// Opens an image over another, whatever its own header names.
+pub(super) fn open_over(request: &OpenRequest, backing: Image) -> Result<Image> {
+    let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
+    let mut chain = Chain::default();
+    let (file, format, guessed) = open_locked(request, &mut chain, None)?;
+    let mut opening = Opening::new(request, file, &gate, &mut chain);
+    opening.overridden = Some(Some(backing));
+    build(opening, format, guessed)
 }
 
 /// Opens one file of a chain. `confirm` is the gate it must (still) pass, for files that an image
@@ -817,7 +866,10 @@ pub fn protocol_name(file: &HostFile) -> &'static str {
 
 /// The path by which a backing file named in the image at `from` would be opened, for display.
 pub fn full_backing_name(from: &Path, reference: &str) -> PathBuf {
-    open_gate::combine(from, reference)
+    match crash_state::is_name(reference) {
+        true => reference.into(),
+        false => open_gate::combine(from, reference),
+    }
 }
 
 #[cfg(test)]

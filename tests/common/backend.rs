@@ -34,6 +34,8 @@ pub struct Setup {
     image: Option<PathBuf>,
     /// Whether the options say what is served, and where (`--blockdev`, `--export`).
     is_many: bool,
+    /// Whether an image is given, besides what the options name.
+    has_image: bool,
 }
 
 impl Setup {
@@ -49,6 +51,7 @@ impl Setup {
             binds: true,
             image: None,
             is_many: false,
+            has_image: true,
         }
     }
 
@@ -85,6 +88,12 @@ impl Setup {
     /// With this image; none is made.
     pub fn image(mut self, path: &Path) -> Setup {
         self.image = Some(path.into());
+        self
+    }
+
+    /// With no image but what the options name.
+    pub fn without_image(mut self) -> Setup {
+        self.has_image = false;
         self
     }
 
@@ -179,7 +188,9 @@ impl Backend {
         }
         if is_single {
             words.extend(["-f".into(), self.setup.format.into()]);
-            words.push(self.image.to_str().expect("UTF-8").into());
+            if self.setup.has_image {
+                words.push(self.image.to_str().expect("UTF-8").into());
+            }
         }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).env("DIR", self.dir.path());

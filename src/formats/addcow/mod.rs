@@ -63,7 +63,6 @@ pub use self::layout::Header;
 use self::flush::Durability;
 use self::layout::{HEADER_LEN, bitmap_len, sectors_of};
 use self::pages::{NoRoom, PAGE_LEN, PAGE_SECTORS, Pages, Place};
-use crate::block::driver::Pin;
 use crate::block::{
     CommitPlanned, Committed, Driver, Extent, ExtentKind, Format, Keep, Limits, Node, Plan,
     PlanCommit, PlanExtent, PlanOp, Planned, Prepared, Quiesced, RangeGuard, RangeLock,
@@ -313,15 +312,8 @@ impl Link {
             return Planned::NotNow;
         }
         let inside = range.intersect(&ByteRange { offset: 0, len: self.size });
-        if !inside.is_empty() {
-            let before = plan.pin.take();
-            if self.driver.plan(PlanOp::Read, inside, plan) == Planned::NotNow {
-                return Planned::NotNow;
-            }
-            plan.pin = match (before, plan.pin.take()) {
-                (Some(a), Some(b)) => Some(Pin(Arc::new((a.0, b.0)))),
-                (a, b) => a.or(b),
-            };
+        if !inside.is_empty() && plan.read_through(&*self.driver, inside) == Planned::NotNow {
+            return Planned::NotNow;
         }
         if inside.len < range.len {
             plan.extents.push(PlanExtent::Zero { len: range.len - inside.len });
