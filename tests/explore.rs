@@ -222,3 +222,68 @@ fn a_file_system_without_order_is_caught_by_the_ext4_checker() {
     let printed = failure["output"].as_str().unwrap();
     assert!(printed.contains("base.img") || printed.contains(".img"), "{printed}");
 }
+
+/// A log that vublk has recorded: the report tells in which order the guilty writes came and went,
+/// and what it says to paste gives the failing disk to a guest, from any directory.
+#[test]
+fn the_order_of_requests_is_told_and_a_state_is_served_as_printed() {
+    use vublk::frontend::{Personality, Session, SessionOptions};
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("disk.img"), vec![0; SIZE]).unwrap();
+    std::fs::write(d.join("base.img"), vec![0; SIZE]).unwrap();
+    let log = d.join("w.log").to_str().unwrap().to_string();
+    let mut backend =
+        common::Setup::new(&["--log-writes", &log]).image(&d.join("disk.img")).start();
+    let mut guest = backend.open(SessionOptions::new(Personality::Qemu));
+    for block in 0..3u8 {
+        guest.write(0, u64::from(block) * 4096, &[block + 1; 4096]).unwrap();
+    }
+    guest.flush(0).unwrap();
+    drop(guest);
+    assert!(backend.terminate().success());
+
+    // The bug: the third write without the first.
+    let check = "test \"$(head -c 8193 {} | tail -c 1 | od -An -tu1)\" != '   3' || \
+                 test \"$(head -c 1 {} | od -An -tu1)\" = '   1'";
+    let (code, report) = explore(d, check, &[]);
+    assert_eq!(code, Some(1));
+    let failure = &report["failures"][0];
+    assert_eq!((&failure["dropped"], &failure["state"]), (&1.into(), &"E0:s=011".into()));
+    // One after the other: submitted, completed, submitted, completed …
+    let rows = failure["writes"].as_array().unwrap();
+    let times: Vec<u64> = rows
+        .iter()
+        .flat_map(|row| [row["order"][0].as_u64().unwrap(), row["order"][1].as_u64().unwrap()])
+        .collect();
+    assert!(times.len() == 6 && times.is_sorted_by(|a, b| a < b), "{times:?}");
+    assert!(rows.iter().all(|row| row["queue"] == 0), "{rows:?}");
+    let text = {
+        let args = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--check", check];
+        String::from_utf8(vublk(d, &args).stdout).unwrap()
+    };
+    assert!(text.contains("queue submitted completed"), "{text}");
+
+    let serve = text.lines().find_map(|line| line.trim().strip_prefix("serve: vublk ")).unwrap();
+    assert!(serve.ends_with(" --state E0:s=011"), "{serve}");
+    let socket = d.join("crash.sock");
+    let line = format!("exec {} {serve}", env!("CARGO_BIN_EXE_vublk"));
+    let line = line.replace("/tmp/crash.sock", socket.to_str().unwrap());
+    let mut child = Command::new("sh")
+        .args(["-c", &line])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut guest = Session::open(&socket, SessionOptions::new(Personality::Qemu)).unwrap();
+    for (block, byte) in [(0, 0), (1, 2), (2, 3), (3, 0)] {
+        assert_eq!(guest.read(0, block * 4096, 4096).unwrap(), [byte; 4096]);
+    }
+    drop(guest);
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&child),
+        rustix::process::Signal::TERM,
+    )
+    .unwrap();
+    assert!(child.wait().unwrap().success());
+}

@@ -29,6 +29,8 @@ use crate::crash::name::StateName;
 use crate::crash::report::{Failure, Report};
 use crate::crash::shrink;
 use crate::error::{Error, Result};
+use crate::io::{HostFile, OpenOptions, block_on};
+use crate::write_log::sidecar::Sidecar;
 
 /// How often the report is saved and the operator is told.
 const PACE: Duration = Duration::from_millis(500);
@@ -54,6 +56,10 @@ pub struct Plan {
     pub results: Option<PathBuf>,
     /// The command that checks the state whose name is put behind it.
     pub again: String,
+    /// The command that serves it to a guest.
+    pub serve: String,
+    /// The log's sidecar, which knows in which order requests came and went.
+    pub sidecar: Option<PathBuf>,
 }
 
 /// What the caller is asked and told meanwhile.
@@ -470,6 +476,13 @@ fn describe_failures(
     let (Some(checker), Some(file)) = (&plan.checker, stage.files.first_mut()) else {
         return Ok(());
     };
+    let mut sidecar = match &plan.sidecar {
+        Some(path) => {
+            let file = HostFile::open(path, OpenOptions::default())?;
+            Some(block_on(Sidecar::open(Arc::new(file)))?)
+        }
+        None => None,
+    };
     for failure in report.failures.iter_mut().filter(|failure| !failure.shrunk) {
         let found_as = failure.found_as.clone();
         let (epoch, found) = history.expanded(&found_as.parse()?)?;
@@ -477,6 +490,7 @@ fn describe_failures(
         if verdict == Verdict::Good {
             failure.flaky = true;
             failure.reproduce = format!("{}{found_as}", plan.again);
+            failure.serve = format!("{}{found_as}", plan.serve);
             continue;
         }
         let mut fails = |name: &StateName| -> Result<bool> {
@@ -491,6 +505,10 @@ fn describe_failures(
         *failure =
             Failure { found_as, shrunk: true, output, ..Failure::new(history, &least, &how) };
         failure.reproduce = format!("{}{}", plan.again, failure.state);
+        failure.serve = format!("{}{}", plan.serve, failure.state);
+        if let Some(sidecar) = &mut sidecar {
+            failure.add_order(history, sidecar)?;
+        }
     }
     Ok(())
 }

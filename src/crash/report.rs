@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use crate::crash::history::History;
 use crate::crash::name::{Kept, StateName};
 use crate::error::{Error, Result, ResultExt};
+use crate::io::block_on;
 use crate::write_log::Kind;
+use crate::write_log::sidecar::Sidecar;
 
 /// Version of the file.
 const VERSION: u32 = 1;
@@ -86,6 +88,9 @@ pub struct Failure {
     pub mark_after: Option<String>,
     /// The command that does it again.
     pub reproduce: String,
+    /// The command that serves the state to a guest.
+    #[serde(default)]
+    pub serve: String,
 }
 
 /// A write of the guilty epoch.
@@ -103,6 +108,13 @@ pub struct Row {
     /// What became of it: `present`, `dropped` (missing, and a later one is there), `torn (first
     /// 512)`, or `after the cut`.
     pub fate: String,
+    /// When its request was submitted, and when it was on the disk, in the order of all requests, if
+    /// the log's sidecar tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<(u64, u64)>,
+    /// The queue that it came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<u16>,
 }
 
 impl Failure {
@@ -127,7 +139,15 @@ impl Failure {
                 _ => format!("write {}", entry.flags),
             };
             let (sector, bytes) = (entry.target.offset / 512, entry.target.len);
-            writes.push(Row { entry: *number, sector, bytes, kind, fate });
+            writes.push(Row {
+                entry: *number,
+                sector,
+                bytes,
+                kind,
+                fate,
+                order: None,
+                queue: None,
+            });
         }
         let mark = |mark: Option<&(u64, crate::write_log::Mark)>| {
             mark.map(|(number, mark)| format!("{mark} (entry {number})"))
@@ -148,7 +168,24 @@ impl Failure {
             mark_before: mark(history.index().mark_before(first)),
             mark_after: mark(history.index().mark_after(cut)),
             reproduce: String::new(),
+            serve: String::new(),
         }
+    }
+
+    /// Adds what the log's sidecar knows of the writes, as far as its records are those of the log's
+    /// entries.
+    pub fn add_order(&mut self, history: &History, sidecar: &mut Sidecar) -> Result<()> {
+        for row in &mut self.writes {
+            let entry = history.entry(row.entry);
+            let record = block_on(sidecar.record(row.entry))?;
+            let Some(record) = record.filter(|record| record.log_sector == entry.log_sector())
+            else {
+                continue;
+            };
+            row.order = Some((record.submitted, record.completed));
+            row.queue = record.queue;
+        }
+        Ok(())
     }
 
     fn write_text(&self, text: &mut String) -> std::fmt::Result {
@@ -166,15 +203,28 @@ impl Failure {
                 writeln!(text, "  mark {which}: {mark}")?;
             }
         }
-        writeln!(text, "  {:>10} {:>14} {:>10}  {:<14} fate", "entry", "sector", "bytes", "kind")?;
+        let is_ordered = self.writes.iter().any(|row| row.order.is_some());
+        write!(text, "  {:>10} {:>14} {:>10}  ", "entry", "sector", "bytes")?;
+        if is_ordered {
+            write!(text, "{:>5} {:>9} {:>9}  ", "queue", "submitted", "completed")?;
+        }
+        writeln!(text, "{:<14} fate", "kind")?;
         for row in &self.writes {
-            let Row { entry, sector, bytes, kind, fate } = row;
-            writeln!(text, "  {entry:>10} {sector:>14} {bytes:>10}  {kind:<14} {fate}")?;
+            let Row { entry, sector, bytes, kind, fate, order, queue } = row;
+            write!(text, "  {entry:>10} {sector:>14} {bytes:>10}  ")?;
+            let known = |number: Option<u64>| number.map_or("-".into(), |n| n.to_string());
+            if is_ordered {
+                let queue = known(queue.map(u64::from));
+                let (submitted, completed) = (order.map(|o| o.0), order.map(|o| o.1));
+                write!(text, "{queue:>5} {:>9} {:>9}  ", known(submitted), known(completed))?;
+            }
+            writeln!(text, "{kind:<14} {fate}")?;
         }
         for line in self.output.lines() {
             writeln!(text, "  | {line}")?;
         }
-        writeln!(text, "  again: {}", self.reproduce)
+        writeln!(text, "  again: {}", self.reproduce)?;
+        writeln!(text, "  serve: {}", self.serve)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::crash::report::{Report, Subject};
 use crate::crash::{History, StateName};
 use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
-use crate::write_log::Start;
+use crate::write_log::{Start, sidecar};
 
 /// Exit code if a state is not good.
 const FAILED: u8 = 1;
@@ -81,6 +81,10 @@ pub struct ExploreArgs {
     /// Keep the results in this file, and continue from it if it is there
     #[arg(long, value_name = "FILE")]
     results: Option<PathBuf>,
+    /// The log's sidecar, which knows in which order requests were submitted and completed;
+    /// LOG.sidecar if that exists
+    #[arg(long, value_name = "FILE")]
+    sidecar: Option<PathBuf>,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: ReportOutput,
@@ -149,6 +153,8 @@ fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
         stop_after: args.stop_after,
         results: args.results.clone(),
         again: again(args, history),
+        serve: serve(args, history),
+        sidecar: sidecar_of(args, history),
     })
 }
 
@@ -215,13 +221,30 @@ fn resume(path: &Path, subject: &Subject) -> Result<Report> {
 
 /// The command line that checks one state; its name is put at the end.
 fn again(args: &ExploreArgs, history: &History) -> String {
+    let check = quoted(&args.check.as_ref().map(ToString::to_string).unwrap_or_default());
+    format!("vublk log explore {} --check {check} --state ", log_and_base(args, history))
+}
+
+/// The command line that serves one state to a guest; its name is put at the end.
+fn serve(args: &ExploreArgs, history: &History) -> String {
+    let socket = "--socket-path /tmp/crash.sock";
+    format!("vublk serve {socket} {} --state ", log_and_base(args, history))
+}
+
+/// Log and base as options that mean the same in any directory.
+fn log_and_base(args: &ExploreArgs, history: &History) -> String {
+    let path = |path: &Path| {
+        let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        quoted(&full.display().to_string())
+    };
     let format = args.format.map(|format| format!(" -f {format}")).unwrap_or_default();
-    format!(
-        "vublk log explore --log {} --base {}{format} --check {} --state ",
-        quoted(history.log().name()),
-        quoted(&args.base.display().to_string()),
-        quoted(&args.check.as_ref().map(ToString::to_string).unwrap_or_default()),
-    )
+    format!("--log {} --base {}{format}", path(Path::new(history.log().name())), path(&args.base))
+}
+
+/// The sidecar that was named, or the one beside the log if it is there.
+fn sidecar_of(args: &ExploreArgs, history: &History) -> Option<PathBuf> {
+    let beside = || sidecar::default_path(Path::new(history.log().name()));
+    args.sidecar.clone().or_else(|| Some(beside()).filter(|path| path.exists()))
 }
 
 fn check_one(
