@@ -241,6 +241,52 @@ fn a_read_only_state_needs_no_overlay() {
     assert!(backend.terminate().success());
 }
 
+/// One front-end after another state, and the exploration that goes through all of them this way.
+#[test]
+fn a_guest_is_shown_one_state_after_the_other() {
+    let dir = bed();
+    let d = dir.path();
+    let control = d.join("control.sock").to_str().unwrap().to_string();
+    let (mut backend, mut session) = serve(d, "E0", &["--control", &control]);
+    let mut qmp = Qmp::connect(Path::new(&control));
+    for (name, content) in states() {
+        qmp.ok("x-vublk-crash-present", json!({"device": "disk", "state": name}));
+        assert!(whole(&mut session) == content, "{name}");
+        // What was written to this one is not to be seen in the next.
+        session.write(0, 0, &[7; 4 * BLOCK]).unwrap();
+        assert_eq!(session.read(0, 0, 512).unwrap(), [7; 512]);
+    }
+    let err = qmp.fails("x-vublk-crash-present", json!({"device": "disk", "state": "E99"}));
+    assert!(err.contains("E99: the log has 7 entries only"), "{err}");
+
+    // The bug: block 2 without block 1.
+    let (vublk, path) = (env!("CARGO_BIN_EXE_vublk"), |name: &str| d.join(name));
+    let check = format!(
+        "{vublk} qmp {control} x-vublk-crash-present device=disk state={{state}} >/dev/null && \
+         echo {{state}} >> {}; case {{state}} in *s=01*) exit 1;; esac",
+        path("seen").display()
+    );
+    let args = [
+        "log", "explore", "w.log", "--base", "base.img", "-f", "raw", "-j", "1", "--check", &check,
+    ];
+    let report = common::vublk(d, &[&args[..], &["--output", "json"]].concat());
+    assert_eq!(report.status.code(), Some(1));
+    let report: Value = serde_json::from_slice(&report.stdout).unwrap();
+    assert_eq!(report["failures"][0]["state"], "E3:s=01", "{report}");
+    let seen = std::fs::read_to_string(path("seen")).unwrap();
+    assert!(seen.lines().count() as u64 >= report["checked"].as_u64().unwrap(), "{seen}");
+    drop(session);
+    assert!(backend.terminate().success());
+
+    let overlay = d.join("o.add-cow").to_str().unwrap().to_string();
+    let (mut backend, _session) = serve(d, "E0", &["--control", &control, "--overlay", &overlay]);
+    let mut qmp = Qmp::connect(Path::new(&control));
+    let err = qmp.fails("x-vublk-crash-present", json!({"device": "disk", "state": "E2"}));
+    assert!(err.contains("belongs to one state"), "{err}");
+    backend.kill();
+    assert!(untouched(d));
+}
+
 /// Two states of one log over one base, one of them below a writable overlay.
 #[test]
 fn states_are_nodes_like_others() {

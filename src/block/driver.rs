@@ -267,6 +267,16 @@ pub trait Driver: Send + Sync + fmt::Debug {
         })
     }
 
+    /// Shows another state of a log from now on (`state` is its name): for drivers that show one. The
+    /// gates of all that read through it are closed.
+    ///
+    /// # Errors
+    /// If there is no such state; then nothing has changed.
+    fn show_state(&self, state: &str, quiesced: &Quiesced) -> Result<()> {
+        let _ = (state, quiesced);
+        Err(Error::unsupported(format!("{} images are no states of a log", self.name())))
+    }
+
     /// The nodes below this one, with the role each plays ("file", "backing").
     fn children(&self) -> Vec<(&'static str, Node)> {
         Vec::new()

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
+use crate::crash::name::StateName;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// What a shell exits with where it cannot run a command.
@@ -22,11 +23,15 @@ const OUTPUT_KEPT: u64 = 4096;
 pub enum Checker {
     /// Recovers the journal as a mount would, then `e2fsck -fn` must find nothing.
     Ext4,
-    /// A shell's command line in which `{}` stands for the path of the disk, and `{mark}` for the last
-    /// mark before the power cut. Exit code 0 is good.
+    /// A shell's command line in which `{}` stands for the path of the disk, `{state}` for the name of
+    /// the state, and `{mark}` for the last mark before the power cut. Exit code 0 is good.
     Command(String),
 }
 
+/// What stands for the path of the disk in a command.
+const PATH: &str = "{}";
+/// What stands for the name of the state.
+const STATE: &str = "{state}";
 /// What stands for the last mark in a command, which gets it as one word.
 const MARK: &str = "{mark}";
 
@@ -50,9 +55,12 @@ impl FromStr for Checker {
     fn from_str(text: &str) -> Result<Checker> {
         match text {
             "ext4" => Ok(Checker::Ext4),
-            command if command.contains("{}") => Ok(Checker::Command(command.into())),
+            command if command.contains(PATH) || command.contains(STATE) => {
+                Ok(Checker::Command(command.into()))
+            }
             _ => Err(Error::invalid(format!(
-                "'{text}' is neither ext4 nor a command with {{}} in the place of the disk's path"
+                "'{text}' is neither ext4 nor a command with {{}} in the place of the disk's path, or \
+                 {{state}} in that of the state's name"
             ))),
         }
     }
@@ -73,7 +81,15 @@ impl Checker {
         matches!(self, Checker::Command(line) if line.contains(MARK))
     }
 
-    /// Checks the disk at `path`, left by a power cut after `mark`; what is printed goes nowhere, or
+    /// Whether it looks at the disk as a file, and not by the name of its state alone.
+    pub fn wants_file(&self) -> bool {
+        match self {
+            Checker::Ext4 => true,
+            Checker::Command(line) => line.contains(PATH),
+        }
+    }
+
+    /// Checks the disk at `path`, which is the state `state`, left by a power cut after `mark`; what is printed goes nowhere, or
     /// to `output`.
     ///
     /// # Errors
@@ -81,6 +97,7 @@ impl Checker {
     pub fn run(
         &self,
         path: &Path,
+        state: &StateName,
         mark: &str,
         limit: Duration,
         output: Option<&File>,
@@ -88,7 +105,8 @@ impl Checker {
         match self {
             Checker::Command(line) => {
                 // The mark comes last: it may hold anything, and is not looked at again.
-                let line = line.replace("{}", &path.display().to_string());
+                let line = line.replace(PATH, &path.display().to_string());
+                let line = line.replace(STATE, &state.to_string());
                 let line = line.replace(MARK, &quoted(mark));
                 let mut command = Command::new("sh");
                 command.arg("-c").arg(&line);
@@ -122,6 +140,7 @@ impl Checker {
     pub fn run_and_listen(
         &self,
         path: &Path,
+        state: &StateName,
         mark: &str,
         limit: Duration,
     ) -> Result<(Verdict, String)> {
@@ -129,7 +148,7 @@ impl Checker {
         let memory = rustix::fs::memfd_create("checker", rustix::fs::MemfdFlags::CLOEXEC)
             .context(|| "memory for what the checker prints")?;
         let file = File::from(memory);
-        let verdict = self.run(path, mark, limit, Some(&file))?;
+        let verdict = self.run(path, state, mark, limit, Some(&file))?;
         let len = file.metadata()?.len();
         let mut bytes = vec![0; len.min(OUTPUT_KEPT) as usize];
         let start = len - bytes.len() as u64;
@@ -190,7 +209,8 @@ mod tests {
 
     fn check(line: &str) -> Result<Verdict> {
         let checker: Checker = line.parse()?;
-        checker.run(Path::new("/dev/null"), "a mark's {} text", Duration::from_secs(1), None)
+        let (state, limit) = (StateName::prefix(7), Duration::from_secs(1));
+        checker.run(Path::new("/dev/null"), &state, "a mark's {} text", limit, None)
     }
 
     #[test]
@@ -203,13 +223,15 @@ mod tests {
         assert!(check("true").is_err(), "a checker that does not look at the disk");
         let mark = check("test -e {} && test $(printf %s {mark} | wc -c) = 16");
         assert_eq!(mark.unwrap(), Verdict::Good, "a mark is one word, and not looked into");
+        assert_eq!(check("test {state} = E7").unwrap(), Verdict::Good);
     }
 
     #[test]
     fn the_end_of_what_is_printed_is_kept() {
         let checker = Checker::Command("echo first; seq 2000; echo {} >&2; exit 1".into());
         let limit = Duration::from_secs(60);
-        let (verdict, output) = checker.run_and_listen(Path::new("/a/disk"), "", limit).unwrap();
+        let (verdict, output) =
+            checker.run_and_listen(Path::new("/a/disk"), &StateName::prefix(0), "", limit).unwrap();
         assert_eq!(verdict, Verdict::Bad("the checker exited with 1".into()));
         assert!(output.ends_with("2000\n/a/disk\n") && !output.contains("first"), "{output}");
     }

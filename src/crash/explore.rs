@@ -155,9 +155,9 @@ impl Shown {
         checker: &Checker,
         limit: Duration,
     ) -> Result<Verdict> {
-        self.show(name)?;
+        self.show_to(name, checker)?;
         let mark = self.mark(name, checker)?;
-        checker.run(self.path(), &mark, limit, None)
+        checker.run(self.path(), name, &mark, limit, None)
     }
 
     fn check_and_listen(
@@ -166,9 +166,14 @@ impl Shown {
         checker: &Checker,
         limit: Duration,
     ) -> Result<(Verdict, String)> {
-        self.show(name)?;
+        self.show_to(name, checker)?;
         let mark = self.mark(name, checker)?;
-        checker.run_and_listen(self.path(), &mark, limit)
+        checker.run_and_listen(self.path(), name, &mark, limit)
+    }
+
+    /// A checker that has the state shown by somebody else needs no file.
+    fn show_to(&mut self, name: &StateName, checker: &Checker) -> Result<()> {
+        if checker.wants_file() { self.show(name) } else { Ok(()) }
     }
 
     /// The last mark before a state's power cut, if the checker wants to know; empty if there is none.

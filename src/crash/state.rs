@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Reads are planned. The state can be exchanged for another while nothing is in flight
-//! ([`CrashState::show`]): the log is read once, however many states are shown.
+//! ([`Driver::show_state`]): the log is read once, however many states are shown.
 //!
 //! The base must not be written to while this stands on it, and what the log's superblock counts
 //! does not change.
@@ -86,17 +86,6 @@ impl CrashState {
             shown: RwLock::new(Shown { name: name.clone(), view }),
             history,
         })
-    }
-
-    /// Is another state from now on. The gates of all that read through it are closed.
-    ///
-    /// # Errors
-    /// If the log has no such state; then it stays what it is.
-    pub fn show(&self, name: &StateName, _quiesced: &Quiesced) -> Result<()> {
-        let mut shown = self.shown.write().unwrap();
-        shown.view.show(&self.history, name)?;
-        shown.name = name.clone();
-        Ok(())
     }
 
     /// The state that it is.
@@ -217,6 +206,14 @@ impl Driver for CrashState {
             }
         };
         Box::pin(async move { Ok(BlockStatus { range, kind, host, depth: 0, compressed: false }) })
+    }
+
+    fn show_state(&self, state: &str, _quiesced: &Quiesced) -> Result<()> {
+        let name: StateName = state.parse()?;
+        let mut shown = self.shown.write().unwrap();
+        shown.view.show(&self.history, &name)?;
+        shown.name = name;
+        Ok(())
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {

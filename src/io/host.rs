@@ -331,6 +331,11 @@ impl HostFile {
         Ok((dev, stat.st_ino))
     }
 
+    /// Whether the file has no name on the host any more.
+    pub fn is_unlinked(&self) -> bool {
+        rustix::fs::fstat(&self.fd).is_ok_and(|stat| stat.st_nlink == 0)
+    }
+
     /// When the file was last written to, in nanoseconds since 1970; 0 for block devices, whose
     /// writers leave no trace, and where the host does not say.
     pub fn modified_ns(&self) -> i64 {

@@ -47,8 +47,9 @@ pub struct ExploreArgs {
     /// Its format; guessed if not given
     #[arg(short = 'f', long, value_name = "FORMAT")]
     format: Option<ImageFormat>,
-    /// ext4, or a command with {} for the path of the disk, which it may write to, and {mark} for the
-    /// last mark before; exit code 0 is good. If not given, states are only counted
+    /// ext4, or a command with {} for the path of the disk, which it may write to, {mark} for the
+    /// last mark before, and {state} for the state's name; exit code 0 is good. If not given, states are
+    /// only counted
     #[arg(long, value_name = "ext4|CMD")]
     check: Option<Checker>,
     /// Check this state and no other

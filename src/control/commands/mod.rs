@@ -28,6 +28,7 @@ mod query_tpm;
 mod query_version;
 mod quit;
 mod transaction;
+mod x_vublk_crash_present;
 mod x_vublk_fault;
 mod x_vublk_log;
 mod x_vublk_metrics;
@@ -80,6 +81,7 @@ pub const COMMANDS: &[Command] = &[
     Command::quick::<query_version::QueryVersion>(),
     Command::main::<quit::Quit>(),
     Command::main::<transaction::Transaction>(),
+    Command::main::<x_vublk_crash_present::XVublkCrashPresent>(),
     Command::main::<x_vublk_fault::XVublkFaultClear>(),
     Command::main::<x_vublk_fault::XVublkFaultSet>(),
     Command::main::<x_vublk_log::XVublkLogMark>(),
