@@ -203,7 +203,6 @@ impl Shared {
     fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state.lock().unwrap();
         change(&mut state);
-        state.parties.retain(|p| p.strong_count() > 0);
         let phase = state.phase();
         for party in state.parties.iter().filter_map(Weak::upgrade) {
             if phase != Phase::Calming || party.holds_flushes.load(Ordering::SeqCst) {
@@ -496,15 +495,71 @@ mod tests {
         assert!(parties.iter().all(|party| !party.is_closed() && party.generation() == 1));
     }
 
+    /// Closes the gate on a thread of its own; hears of it when all parties are quiet. Returns when
+    /// the closer is waiting, or is about to.
+    fn closing(gate: &Gate, party: &Party) -> mpsc::Receiver<Quiesced> {
+        let (tx, rx) = mpsc::channel();
+        let gate = gate.clone();
+        std::thread::spawn(move || tx.send(gate.quiesce()));
+        while !party.is_closed() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(30));
+        rx
+    }
+
+    /// Less than the time after which a closer that nobody wakes looks again by itself.
+    const SOON: Duration = Duration::from_secs(8);
+
     #[test]
     fn a_party_that_leaves_is_not_waited_for() {
         let gate = Gate::new();
         let party = gate.join("gone", || {});
-        let waiter = std::thread::spawn({
-            let gate = gate.clone();
-            move || drop(gate.quiesce())
-        });
+        let waiter = closing(&gate, &party);
         drop(party);
-        waiter.join().unwrap();
+        drop(waiter.recv_timeout(SOON).expect("the closer is woken"));
+        assert!(gate.shared.state.lock().unwrap().parties.is_empty());
+    }
+
+    #[test]
+    fn a_report_wakes_the_closer() {
+        let gate = Gate::new();
+        let party = gate.join("prompt", || {});
+        let waiter = closing(&gate, &party);
+        assert!(waiter.try_recv().is_err(), "nothing was reported");
+        party.report_quiet();
+        let quiesced = waiter.recv_timeout(SOON).expect("the closer is woken");
+        assert!(quiesced.elapsed() >= Duration::from_millis(30));
+    }
+
+    #[test]
+    fn a_report_to_an_open_gate_says_nothing_of_the_next_pause() {
+        let gate = Gate::new();
+        let party = gate.join("hasty", || {});
+        party.report_quiet();
+        let waiter = closing(&gate, &party);
+        assert!(waiter.try_recv().is_err(), "the party may have gone on since");
+        party.report_quiet();
+        drop(waiter.recv_timeout(SOON).expect("the closer is woken"));
+    }
+
+    #[test]
+    fn a_party_that_joins_a_closed_gate_is_quiet_and_hears_of_the_opening() {
+        let gate = Gate::new();
+        let first = gate.quiesce();
+        let woken = Arc::new(AtomicUsize::new(0));
+        let party = gate.join("late", {
+            let woken = Arc::clone(&woken);
+            move || {
+                woken.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        assert!(party.is_closed() && !party.owes_report());
+        let second = closing(&gate, &party).recv_timeout(SOON).expect("nobody to wait for");
+        let (before, generation) = (woken.load(Ordering::SeqCst), party.generation());
+        drop((first, second));
+        assert!(!party.is_closed());
+        assert_eq!(woken.load(Ordering::SeqCst), before + 1);
+        assert_eq!(party.generation(), generation + 1);
     }
 }

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod order;
+mod planned;
 
 use std::future::Future;
 use std::os::fd::{AsFd, OwnedFd};
@@ -488,8 +489,8 @@ fn a_gate_that_closes_again_at_once_is_noticed() {
 fn a_truncated_region_takes_its_own_device_down() {
     let _watchdog = Watchdog::new("the truncated device");
     for engine in [EngineKind::Auto, EngineKind::Threads] {
-        let (hurt, well) = (Slow::new(), Slow::new());
-        let pools = [hurt, well].map(|driver| Pool::new(export(driver, engine, 1)));
+        let exports = [0, 1].map(|_| export(Slow::new(), engine, 1));
+        let pools = exports.clone().map(Pool::new);
         let memories = [guest_memory(), guest_memory()];
         let mut queues = [0, 1].map(|i| Queue::new(&memories[i], 0, true));
         for (i, pool) in pools.iter().enumerate() {
@@ -523,7 +524,10 @@ fn a_truncated_region_takes_its_own_device_down() {
         let over = AtomicBool::new(false);
         let answered = std::thread::scope(|scope| {
             let guest = scope.spawn(|| queues[1].drive(&over));
-            std::thread::sleep(Duration::from_millis(50));
+            let until = Instant::now() + PATIENCE;
+            while exports[1].totals()[0].1 == 0 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             over.store(true, Ordering::SeqCst);
             guest.join().unwrap()
         });

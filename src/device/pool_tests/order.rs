@@ -9,7 +9,7 @@ use crate::device::rings::Session;
 use crate::io::Rights;
 
 /// Waits until `holds`; panics with `what` if that takes too long.
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(super) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < until, "still waiting for: {what}");

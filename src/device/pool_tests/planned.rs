@@ -1,0 +1,303 @@
+//! What a worker and the pool owe to those who plan: their files are let go, their flushes that fail
+//! count, their commits are heard of, and sessions reach them. Each test stands for lines that could
+//! be left out without another test noticing.
+
+use std::os::fd::AsRawFd;
+
+use super::order::wait_until;
+use super::*;
+use crate::block::driver::{
+    CommitPlanned, Committed, Plan, PlanCommit, PlanExtent, PlanOp, Planned,
+};
+use crate::device::rings::Session;
+
+/// What a [`Planner`] was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    /// A write was planned, durable on completion or not.
+    Planned { fua: bool },
+    /// The data of a planned write was there.
+    Written(u64),
+    /// It was not.
+    Abandoned(u64),
+    /// A flush, not planned.
+    Flush,
+    /// What became of an earlier guest.
+    Resume(Option<u128>),
+    /// A guest's session began.
+    Begin(u128),
+}
+
+/// Where it is noted.
+#[derive(Debug, Default)]
+struct Notes {
+    heard: Mutex<Vec<Heard>>,
+    /// What the next commit answers.
+    next: Mutex<Option<Result<Committed>>>,
+}
+
+impl Notes {
+    fn note(&self, heard: Heard) {
+        self.heard.lock().unwrap().push(heard);
+    }
+
+    /// What has been heard since the last call.
+    fn take(&self) -> Vec<Heard> {
+        std::mem::take(&mut *self.heard.lock().unwrap())
+    }
+}
+
+impl CommitPlanned for Notes {
+    fn written(&self, range: ByteRange) -> Result<Committed> {
+        self.note(Heard::Written(range.offset));
+        self.next.lock().unwrap().take().unwrap_or(Ok(Committed::Done))
+    }
+
+    fn abandoned(&self, range: ByteRange) {
+        self.note(Heard::Abandoned(range.offset));
+    }
+}
+
+/// A driver that plans all it can, wants to know of writes, and notes what it hears.
+#[derive(Debug)]
+struct Planner {
+    data: HostFile,
+    /// What a planned flush syncs.
+    synced: HostFile,
+    notes: Arc<Notes>,
+    rest: Arc<Slow>,
+}
+
+impl Planner {
+    fn new(data: HostFile, synced: HostFile) -> Arc<Planner> {
+        Arc::new(Planner { data, synced, notes: Arc::default(), rest: Slow::new() })
+    }
+
+    /// One on a file of its own in `dir`.
+    fn in_dir(dir: &tempfile::TempDir, write: bool) -> Arc<Planner> {
+        let path = dir.path().join("disk");
+        std::fs::File::create(&path).unwrap().set_len(DISK).unwrap();
+        let open = || HostFile::open(&path, OpenOptions { write, ..OpenOptions::default() });
+        Planner::new(open().unwrap(), open().unwrap())
+    }
+}
+
+impl Driver for Planner {
+    fn name(&self) -> &'static str {
+        "planner"
+    }
+
+    fn limits(&self) -> Limits {
+        self.rest.limits()
+    }
+
+    fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        let mut file = &self.data;
+        match op {
+            PlanOp::Read => {}
+            PlanOp::Write { fua } => {
+                self.notes.note(Heard::Planned { fua });
+                let owner = Arc::clone(&self.notes) as Arc<dyn CommitPlanned>;
+                plan.commit = Some(PlanCommit::new(owner, range));
+            }
+            PlanOp::Flush => file = &self.synced,
+        }
+        plan.extents.push(PlanExtent::File { file, offset: range.offset, len: range.len });
+        Planned::Ready
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+        self.rest.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
+        self.rest.write(offset, buf, fua)
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+        self.rest.write_zeroes(range, may_unmap)
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        self.rest.discard(range)
+    }
+
+    fn flush<'a>(&'a self) -> Fut<'a, ()> {
+        self.notes.note(Heard::Flush);
+        self.rest.flush()
+    }
+
+    fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
+        self.rest.block_status(range)
+    }
+
+    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
+        self.notes.note(Heard::Resume(nonce));
+        Box::pin(async { Ok(()) })
+    }
+
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        self.notes.note(Heard::Begin(nonce));
+        Ok(())
+    }
+}
+
+const WRITE: u32 = 1;
+const FLUSH: u32 = 4;
+
+impl Queue {
+    /// One request of that kind, to its end; its status.
+    fn request(&mut self, kind: u32, offset: u64) -> u8 {
+        let head = self.offer(0, kind, offset, kind != FLUSH);
+        self.ring.publish();
+        self.ring.kick().unwrap();
+        self.ring.wait_used(Instant::now() + PATIENCE).expect("an answer");
+        let used = self.ring.take_used().expect("an answer");
+        assert_eq!(used.id, u32::from(head));
+        assert!(self.ring.free_chain(used.id));
+        self.memory.read_vec(self.status(0), 1).unwrap()[0]
+    }
+}
+
+/// A planner served on one ring.
+fn serve(planner: &Arc<Planner>, engine: EngineKind) -> (Arc<Export>, Pool, Queue) {
+    let export = export(Arc::clone(planner) as Arc<dyn Driver>, engine, 1);
+    let pool = Pool::new(Arc::clone(&export));
+    let memory = guest_memory();
+    let queue = Queue::new(&memory, 0, true);
+    pool.start(0, start_of(&queue.ring, 0, true, &memory)).unwrap();
+    (export, pool, queue)
+}
+
+/// The ring registers the files of planned requests with the kernel, which keeps them open. Once
+/// the graph has changed nothing of ours may.
+#[test]
+fn the_engine_lets_go_of_files_when_the_graph_changes() {
+    let _watchdog = Watchdog::new("the registered file");
+    let dir = tempfile::tempdir().unwrap();
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let planner = Planner::in_dir(&dir, true);
+        let path = planner.synced.path().to_owned();
+        // This kind of lock goes only when nobody has the open file any more, the kernel included.
+        // SAFETY: no argument is a pointer.
+        assert_eq!(unsafe { libc::flock(planner.synced.as_raw_fd(), libc::LOCK_EX) }, 0);
+        let (export, pool, mut queue) = serve(&planner, engine);
+        // A read might be done in place; a flush goes through the engine.
+        assert_eq!(queue.request(FLUSH, 0), 0);
+        let other = tempfile::tempdir().unwrap();
+        let quiesced = export.root.quiesce();
+        export.node().replace_driver(Planner::in_dir(&other, true), &quiesced);
+        drop((quiesced, planner));
+        assert_eq!(queue.request(FLUSH, 0), 0);
+        let again = std::fs::File::open(&path).unwrap();
+        // A child that another test starts has all our files for a moment.
+        wait_until("the file to be closed", || {
+            // SAFETY: as above.
+            unsafe { libc::flock(again.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
+        });
+        pool.stop(0).unwrap();
+        pool.disconnected();
+    }
+}
+
+/// What a flush that failed has lost nobody knows, so no later one may succeed.
+#[test]
+fn a_planned_flush_that_fails_poisons_the_node() {
+    let _watchdog = Watchdog::new("the failed flush");
+    let dir = tempfile::tempdir().unwrap();
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let data = Planner::in_dir(&dir, true);
+        let path = data.data.path();
+        let data =
+            HostFile::open(path, OpenOptions { write: true, ..OpenOptions::default() }).unwrap();
+        // Looks like a file, and cannot be synced.
+        let synced =
+            HostFile::open("/proc/version".as_ref(), OpenOptions::default()).expect("proc");
+        let planner = Planner::new(data, synced);
+        let (export, pool, mut queue) = serve(&planner, engine);
+        assert_eq!(queue.request(WRITE, 4096), 0);
+        assert!(!export.node().is_poisoned());
+        assert_eq!(queue.request(FLUSH, 0), 1);
+        assert!(export.node().is_poisoned());
+        planner.notes.take();
+        assert_eq!(queue.request(WRITE, 4096), 1, "a write after a flush that failed");
+        assert_eq!(queue.request(FLUSH, 0), 1, "a flush after a flush that failed");
+        assert_eq!(queue.request(0, 4096), 0, "reads go on");
+        pool.stop(0).unwrap();
+        pool.disconnected();
+        assert_eq!(planner.notes.take(), [], "nothing was asked for");
+    }
+}
+
+/// The second half of a planned write happens before the guest hears of it, and what it says counts.
+#[test]
+fn a_planned_write_is_committed() {
+    let _watchdog = Watchdog::new("the commit");
+    let dir = tempfile::tempdir().unwrap();
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        use Heard::*;
+        let planner = Planner::in_dir(&dir, true);
+        let (_, pool, mut queue) = serve(&planner, engine);
+        let mut write = |answer| {
+            *planner.notes.next.lock().unwrap() = Some(answer);
+            (queue.request(WRITE, 8192), planner.notes.take())
+        };
+        let planned = Planned { fua: false };
+        assert_eq!(write(Ok(Committed::Done)), (0, vec![planned, Written(8192)]));
+        assert_eq!(write(Ok(Committed::FlushFirst)), (0, vec![planned, Written(8192), Flush]));
+        let refused = Err(Error::from_errno(libc::ENOSPC));
+        assert_eq!(write(refused), (1, vec![planned, Written(8192)]));
+        pool.stop(0).unwrap();
+        pool.disconnected();
+        // And one whose data does not arrive.
+        let planner = Planner::in_dir(&dir, false);
+        let (_, pool, mut queue) = serve(&planner, engine);
+        assert_eq!(queue.request(WRITE, 8192), 1);
+        assert_eq!(planner.notes.take(), [planned, Abandoned(8192)]);
+        pool.stop(0).unwrap();
+        pool.disconnected();
+    }
+}
+
+/// From the switch to write-through on, what completed before and after is durable; and so is
+/// everything when the guest has gone.
+#[test]
+fn what_completed_is_flushed_at_the_switch_and_at_the_end() {
+    use Heard::*;
+    let _watchdog = Watchdog::new("the switch");
+    let dir = tempfile::tempdir().unwrap();
+    let planner = Planner::in_dir(&dir, true);
+    let (_, pool, mut queue) = serve(&planner, EngineKind::Auto);
+    assert_eq!(queue.request(WRITE, 0), 0);
+    assert_eq!(planner.notes.take(), [Planned { fua: false }, Written(0)]);
+    pool.set_write_through(true);
+    assert_eq!(planner.notes.take(), [Flush]);
+    assert_eq!(queue.request(WRITE, 0), 0);
+    pool.set_write_through(true);
+    assert_eq!(planner.notes.take(), [Planned { fua: true }, Written(0)], "no flush twice");
+    pool.set_write_through(false);
+    assert_eq!(queue.request(WRITE, 0), 0);
+    assert_eq!(planner.notes.take(), [Planned { fua: false }, Written(0)]);
+    pool.set_write_through(true);
+    planner.notes.take();
+    pool.stop(0).unwrap();
+    assert_eq!(planner.notes.take(), []);
+    pool.disconnected();
+    assert_eq!(planner.notes.take(), [Flush]);
+    assert!(!pool.export().guest_write_through(), "the next guest starts anew");
+}
+
+/// Drivers that keep something for a guest hear whether it is back before anything else.
+#[test]
+fn a_driver_hears_of_each_session() {
+    use Heard::*;
+    let dir = tempfile::tempdir().unwrap();
+    let planner = Planner::in_dir(&dir, true);
+    let pool = Pool::new(export(Arc::clone(&planner) as Arc<dyn Driver>, EngineKind::Auto, 1));
+    pool.session(Session::Anonymous, None).unwrap();
+    assert_eq!(planner.notes.take(), [Resume(None)]);
+    pool.session(Session::New(7), None).unwrap();
+    assert_eq!(planner.notes.take(), [Resume(None), Begin(7)]);
+    pool.session(Session::Returned(7), None).unwrap();
+    assert_eq!(planner.notes.take(), [Resume(Some(7)), Begin(7)]);
+}
