@@ -545,10 +545,12 @@ fn qemu_appends_to_our_log() {
 fn recording_is_refused_where_it_cannot_be_right() {
     let dir = recorded(&[]);
     let d = dir.path();
-    let refused = |args: &[&str]| {
-        fails(d, &[&["serve", "--socket-path", "s", "-f", "raw"], args].concat(), 1)
+    let fails = |args: &[&str], code| {
+        fails(d, &[&["serve", "--socket-path", "s", "-f", "raw"], args].concat(), code)
     };
-    let err = refused(&["--log-writes", "disk.raw", "disk.raw"]);
+    let refused = |args: &[&str]| fails(args, 78);
+    // By the lock that is ours.
+    let err = fails(&["--log-writes", "disk.raw", "disk.raw"], 1);
     assert!(err.contains("disk.raw"), "{err}");
     let err = refused(&["-r", "--log-writes", "w.log", "disk.raw"]);
     assert!(err.contains("nothing to record"), "{err}");

@@ -30,8 +30,48 @@ use crate::images::{self, Access, Image, Layers, OpenRequest, StateDir, crash_st
 use crate::io::footprint::give_back_start_up;
 use crate::io::{EngineKind, reactor};
 
-/// Serves a disk until told to stop; returns the exit code. [`ServeArgs::check`] has passed.
+/// Exit code of a start that fails again until somebody changes what it was given: BSD's EX_CONFIG,
+/// which systemd knows by name, too.
+const MISCONFIGURED: u8 = 78;
+
+/// Serves a disk until told to stop; returns the exit code.
 pub fn run(args: &ServeArgs) -> Result<u8> {
+    let mut is_ready = false;
+    match args.check().and_then(|()| serve(args, &mut is_ready)) {
+        Err(err) if !is_ready && !may_pass(&err) => {
+            super::report(&err);
+            Ok(MISCONFIGURED)
+        }
+        other => other,
+    }
+}
+
+/// Whether what kept vublk from starting may have gone when it is started again with the same
+/// arguments: somebody else's lock, a host short of something.
+fn may_pass(err: &Error) -> bool {
+    let is_path_wrong = matches!(
+        err.errno(),
+        Some(libc::ELOOP | libc::ENOTDIR | libc::EISDIR | libc::ENAMETOOLONG)
+    );
+    match err.kind() {
+        _ if is_path_wrong => false,
+        ErrorKind::NotFound
+        | ErrorKind::PermissionDenied
+        | ErrorKind::Corrupt
+        | ErrorKind::Unsupported
+        | ErrorKind::InvalidArgument
+        | ErrorKind::OutOfRange
+        | ErrorKind::ReadOnly => false,
+        ErrorKind::Busy
+        | ErrorKind::NoSpace
+        | ErrorKind::Poisoned
+        | ErrorKind::Cancelled
+        | ErrorKind::Io => true,
+    }
+}
+
+/// Does so. `is_ready` is set once guests can connect.
+fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
     // Before any thread exists, so that all of them inherit the mask and signals arrive here only.
     let signals = Signals::block()?;
     ignore_file_size_signal();
@@ -94,6 +134,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         Some(control::Server::start(controls, Arc::clone(daemon.shared()))?)
     };
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    *is_ready = true;
 
     give_back_start_up();
     wait(&signals, &mut daemon, is_single)?;

@@ -83,11 +83,11 @@ fn bad_images_are_refused_with_a_clear_line() {
             let line = fails(d, &[verb, name], 1);
             assert!(line.contains(message), "{verb} {name}: {line}");
         }
-        let line = fails(d, &["serve", "--socket-path", "s", name], 1);
+        let line = fails(d, &["serve", "--socket-path", "s", name], 78);
         assert!(line.contains(message), "serve {name}: {line}");
     }
     let serve = |name, more: &[&str]| {
-        fails(d, &[&["serve", "--socket-path", "s", "-f", "raw", name], more].concat(), 1)
+        fails(d, &[&["serve", "--socket-path", "s", "-f", "raw", name], more].concat(), 78)
     };
     assert_eq!(
         serve("empty", &[]),
@@ -102,7 +102,7 @@ fn bad_images_are_refused_with_a_clear_line() {
     ok(d, &["resize", "-f", "raw", "odd", "1024"]);
     let line = serve("odd", &["--block-size", "4096"]);
     assert!(line.contains("(vublk resize -f raw odd 4096) or use --block-size 512"), "{line}");
-    let line = fails(d, &["serve", "--socket-path", "s", "--allow-dir", "no", "odd"], 1);
+    let line = fails(d, &["serve", "--socket-path", "s", "--allow-dir", "no", "odd"], 78);
     assert!(line.contains("--allow-dir no: No such file"), "{line}");
     // Reading these is fine.
     assert!(ok(d, &["info", "empty"]).contains("virtual size: 0 B (0 bytes)"));
@@ -114,10 +114,10 @@ fn serve_says_what_is_wrong_with_its_options() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
     ok(d, &["create", "disk", "1M"]);
-    let line = fails(d, &["serve", "disk"], 1);
+    let line = fails(d, &["serve", "disk"], 78);
     assert!(line.contains("--socket-path PATH"), "{line}");
     let long = format!("/tmp/{}", "s".repeat(110));
-    let line = fails(d, &["serve", "--socket-path", &long, "disk"], 1);
+    let line = fails(d, &["serve", "--socket-path", &long, "disk"], 78);
     assert!(line.contains("has 115 bytes, and sockets allow 107"), "{line}");
     for usage in [
         &["serve", "--socket-path", "s"][..],

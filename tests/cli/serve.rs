@@ -1,7 +1,8 @@
 //! What serve says when it starts.
 
 use std::fs::File;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::common::{fails, ok};
 
@@ -15,6 +16,24 @@ impl Drop for Ended {
     }
 }
 
+/// The program, serving on the socket "s" in `dir`.
+fn served(dir: &Path, args: &[&str], log: Stdio) -> Ended {
+    let child = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["serve", "--socket-path", "s", "--pidfile", "pid"])
+        .args(args)
+        .current_dir(dir)
+        .env_remove("VUBLK_LOG")
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while !dir.join("pid").exists() {
+        assert!(std::time::Instant::now() < deadline, "it does not start");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Ended(child)
+}
+
 #[test]
 fn a_served_chain_is_told_at_the_start() {
     let dir = tempfile::tempdir().unwrap();
@@ -23,20 +42,7 @@ fn a_served_chain_is_told_at_the_start() {
     ok(d, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "mid"]);
     ok(d, &["create", "-q", "-f", "qcow2", "-b", "mid", "-F", "qcow2", "top"]);
     let log = File::create(d.join("log")).unwrap();
-    let mut child = Ended(
-        Command::new(env!("CARGO_BIN_EXE_vublk"))
-            .args(["serve", "-f", "qcow2", "--socket-path", "s", "--pidfile", "pid", "top"])
-            .current_dir(d)
-            .env_remove("VUBLK_LOG")
-            .stderr(log)
-            .spawn()
-            .unwrap(),
-    );
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while !d.join("pid").exists() {
-        assert!(std::time::Instant::now() < deadline, "it does not start");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    let mut child = served(d, &["-f", "qcow2", "top"], log.into());
     // All of the chain is locked.
     for name in ["top", "mid", "base"] {
         let line = fails(d, &["resize", "-f", "raw", name, "+1M"], 1);
@@ -55,4 +61,26 @@ fn a_served_chain_is_told_at_the_start() {
         assert!(log.contains(line), "{log}");
     }
     assert!(!log.contains("imago"), "{log}");
+}
+
+/// Systemd starts a service that has died again, but not one whose start would fail again.
+#[test]
+fn the_exit_code_tells_whether_another_start_may_succeed() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "disk", "1M"]);
+    let _child = served(d, &["-f", "raw", "disk"], Stdio::null());
+    let serve = |args: &[&str], code| {
+        fails(d, &[&["serve", "--socket-path", "other"], args].concat(), code)
+    };
+    let line = serve(&["-f", "raw", "disk"], 1);
+    assert!(line.contains("disk"), "another process has locked it: {line}");
+    serve(&["-f", "raw", "missing"], 78);
+    ok(d, &["create", "-q", "plain", "1M"]);
+    serve(&["-f", "qcow2", "plain"], 78);
+    serve(&["--allow-dir", "missing", "-f", "raw", "plain"], 78);
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/vublk@.service");
+    let unit = std::fs::read_to_string(unit).unwrap();
+    // 2 is what the parser of options ends with.
+    assert!(unit.lines().any(|line| line == "RestartPreventExitStatus=2 78"));
 }
