@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::block::{Graph, Node, graph};
@@ -136,7 +136,6 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     *is_ready = true;
 
-    give_back_start_up();
     wait(&signals, &mut daemon, is_single)?;
 
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -206,10 +205,15 @@ fn listen(args: &ServeArgs) -> Result<ServerSocket> {
     })
 }
 
+/// Starting is over when nothing has happened here for so long. Then a front-end that was waiting has
+/// connected, too, which runs code that is not needed again.
+const STARTING: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
 /// Waits until the process is to end: a signal, `quit`, or (with a single disk) the front-end of a
 /// connected socket has left.
 fn wait(signals: &Signals, daemon: &mut Daemon, is_single: bool) -> Result<()> {
     let shared = Arc::clone(daemon.shared());
+    let mut starting = Some(STARTING);
     loop {
         let mut fds = vec![
             PollFd::new(&signals.fd, PollFlags::IN),
@@ -217,8 +221,13 @@ fn wait(signals: &Signals, daemon: &mut Daemon, is_single: bool) -> Result<()> {
         ];
         let ended = daemon.disks().exports.iter().map(|served| served.ended());
         fds.extend(ended.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        match poll(&mut fds, None) {
+        match poll(&mut fds, starting.as_ref()) {
             Err(rustix::io::Errno::INTR) => continue,
+            Ok(0) => {
+                starting = None;
+                give_back_start_up();
+                continue;
+            }
             other => other.context(|| "poll")?,
         };
         let signalled = !fds[0].revents().is_empty();
