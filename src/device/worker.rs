@@ -204,7 +204,11 @@ impl Worker {
                     busy |= self.take_batch(at);
                 }
             }
-            busy |= self.turn(false);
+            if busy && self.may_sleep() {
+                busy = false;
+            } else {
+                busy |= self.turn(false);
+            }
             self.settle_stops();
             if !busy && !self.quit {
                 self.idle(open);
@@ -292,10 +296,32 @@ impl Worker {
             }
         }
         self.settle();
+        self.publish_all();
+        busy
+    }
+
+    #[inline]
+    fn publish_all(&mut self) {
         for at in 0..self.rings.len() {
             self.publish(at);
         }
-        busy
+    }
+
+    /// Whether all that the guests have made available has been planned, and some of it is still to
+    /// be done. Then it need not be submitted before the wait for its completion, but by the same
+    /// system call.
+    #[inline]
+    fn may_sleep(&mut self) -> bool {
+        let drained = self.in_flight > 0
+            && !self.has_unpolled
+            && self.unsettled.is_empty()
+            && !self.rings.iter().any(|served| {
+                served.ring.has_available() || !served.resubmit.is_empty() || served.kick.is_none()
+            });
+        if drained {
+            self.publish_all();
+        }
+        drained
     }
 
     /// Nothing is to be done: asks for kicks, looks once more, sleeps.
@@ -304,7 +330,8 @@ impl Worker {
         if open {
             for served in &mut self.rings {
                 if served.stopping.is_none() && served.ring.enable_notifications() {
-                    // Something came meanwhile.
+                    // Something came meanwhile. What was left for the wait begins now.
+                    self.reactor.engine().submit();
                     return;
                 }
                 kickless |= served.kick.is_none() && served.ring.broken().is_none();
