@@ -65,7 +65,7 @@ pub(super) fn run(
     number: usize,
     ready: SyncSender<Result<()>>,
 ) {
-    let reactor = match Reactor::new(export.options.engine) {
+    let reactor = match Reactor::for_worker(export.options.engine) {
         Ok(reactor) => reactor,
         Err(err) => {
             let _ = ready.send(Err(err.context("cannot set up I/O for a worker")));

@@ -61,7 +61,7 @@ unsafe extern "C" fn forget_what_files_hold(
 #[inline(never)]
 fn give_back_stack() {
     /// Below this frame: far more than the system call's own.
-    const KEPT: usize = 4 * PAGE;
+    const KEPT: usize = 2 * PAGE;
     let Some(lowest) = lowest_of_stack() else { return };
     let here = (&raw const lowest) as usize;
     let end = (here - KEPT) & !(PAGE - 1);

@@ -41,6 +41,11 @@ pub enum Dir {
     Write,
 }
 
+/// Operations at a time of a thread that opens images or does a job.
+const FEW: u32 = 256;
+/// The same of a worker: what the largest ring can hold.
+const MANY: u32 = 1024;
+
 /// User number of the watch on the executor's eventfd.
 const WAKE: u64 = WATCH | (WATCH - 1) & !ASYNC;
 
@@ -109,8 +114,17 @@ pub fn default_engine() -> EngineKind {
 impl Reactor {
     /// Makes a reactor for the calling thread.
     pub fn new(kind: EngineKind) -> Result<Rc<Reactor>> {
+        Reactor::with_room(kind, FEW)
+    }
+
+    /// Makes a reactor for a thread that serves guests.
+    pub fn for_worker(kind: EngineKind) -> Result<Rc<Reactor>> {
+        Reactor::with_room(kind, MANY)
+    }
+
+    fn with_room(kind: EngineKind, completions: u32) -> Result<Rc<Reactor>> {
         let exec = Executor::new()?;
-        let mut engine = Engine::new(kind)?;
+        let mut engine = Engine::new(kind, completions)?;
         engine.watch(exec.wake_fd(), WAKE);
         Ok(Rc::new(Reactor {
             engine: RefCell::new(engine),
@@ -637,7 +651,7 @@ mod tests {
             // A planned operation registers its file, until the engine goes.
             let file = open();
             file.lock(all, Rights::NONE).unwrap();
-            let mut engine = Engine::new(kind).unwrap();
+            let mut engine = Engine::new(kind, FEW).unwrap();
             let iovs = buf.buffers().iovecs().to_vec();
             let op = Op {
                 code: OpCode::Read,

@@ -99,12 +99,13 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Makes an engine for the calling thread, which must be the only one to use it.
-    pub fn new(kind: EngineKind) -> Result<Engine> {
+    /// Makes an engine for the calling thread, which must be the only one to use it, for about so
+    /// many operations at a time (a power of two). More are possible, at a cost.
+    pub fn new(kind: EngineKind, completions: u32) -> Result<Engine> {
         match kind {
-            EngineKind::IoUring => Ok(Engine::Uring(UringEngine::new()?)),
+            EngineKind::IoUring => Ok(Engine::Uring(UringEngine::new(completions)?)),
             EngineKind::Threads => Ok(Engine::Threads(ThreadsEngine::new()?)),
-            EngineKind::Auto => match UringEngine::new() {
+            EngineKind::Auto => match UringEngine::new(completions) {
                 Ok(engine) => Ok(Engine::Uring(engine)),
                 Err(err) => {
                     note_fallback(&err);

@@ -19,8 +19,6 @@ use crate::error::{Error, Result, ResultExt};
 /// Operations queued before the kernel must be entered. A worker takes at most a small batch at a
 /// time, so this is never the limit.
 const SQ_ENTRIES: u32 = 128;
-/// Completions that fit before the kernel keeps the rest aside.
-const CQ_ENTRIES: u32 = 2048;
 /// Slots for registered files.
 const FILE_SLOTS: u32 = 64;
 
@@ -60,22 +58,23 @@ impl Drop for RingBox {
 const IGNORE: u64 = u64::MAX;
 
 impl UringEngine {
-    /// Makes a ring for the calling thread.
-    pub fn new() -> Result<UringEngine> {
+    /// Makes a ring for the calling thread, with room for so many completions (a power of two);
+    /// the kernel keeps those aside that do not fit. The room counts as memory of the process.
+    pub fn new(completions: u32) -> Result<UringEngine> {
         let modern = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
             .setup_coop_taskrun()
             .setup_submit_all()
-            .setup_cqsize(CQ_ENTRIES)
+            .setup_cqsize(completions)
             .dontfork()
             .build(SQ_ENTRIES);
         let has_taskrun_flag = modern.is_ok();
         let ring = match modern {
             Ok(ring) => ring,
             Err(_) => IoUring::builder()
-                .setup_cqsize(CQ_ENTRIES)
+                .setup_cqsize(completions)
                 .dontfork()
                 .build(SQ_ENTRIES)
                 .context(|| "io_uring_setup")?,
