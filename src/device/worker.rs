@@ -96,6 +96,8 @@ struct Worker {
     memory_alignment: usize,
     /// Of the length of each memory range, where `memory_alignment` demands anything at all.
     length_alignment: usize,
+    /// Whether several reads of cached pages cost less through the engine than by plain calls.
+    has_ring: bool,
     rings: Vec<Served>,
     slots: Vec<Slot>,
     free_slots: Vec<u32>,
@@ -142,6 +144,7 @@ impl Worker {
         let node = export.root.node();
         let counts = export.new_counters();
         let patience = Patience::new(export.options.poll_us);
+        let has_ring = reactor.engine().is_ring();
         let mut worker = Worker {
             serial: request::id_bytes(&export.options.serial),
             driver: node.driver(),
@@ -155,6 +158,7 @@ impl Worker {
             read_only: false,
             memory_alignment: 1,
             length_alignment: 1,
+            has_ring,
             rings: Vec::new(),
             slots: Vec::new(),
             free_slots: Vec::new(),

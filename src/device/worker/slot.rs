@@ -72,7 +72,7 @@ impl Slot {
 
     /// Asks the driver for a plan and cuts the request into parts accordingly. A single part is
     /// done at once on a file where the ring would only hand it to a kernel worker, or if it is
-    /// `alone` in flight and what it reads is in the page cache.
+    /// `alone` and what it reads is in the page cache.
     #[inline]
     pub(super) fn plan(
         &mut self,

@@ -118,7 +118,8 @@ impl Worker {
             }
             Kind::Discard | Kind::WriteZeroes => return self.spawn(at, index),
         };
-        if !self.submit_planned(index, op, range) && !self.write_in_place(at, index, op, range) {
+        if !self.submit_planned(at, index, op, range) && !self.write_in_place(at, index, op, range)
+        {
             self.spawn(at, index);
         }
     }
@@ -135,10 +136,10 @@ impl Worker {
 
     /// Submits a request as the driver's plan says. False if it has none.
     #[inline]
-    fn submit_planned(&mut self, index: u32, op: PlanOp, range: ByteRange) -> bool {
+    fn submit_planned(&mut self, at: usize, index: u32, op: PlanOp, range: ByteRange) -> bool {
         let slot = &mut self.slots[index as usize];
         let alignment = (self.memory_alignment, self.length_alignment);
-        let alone = self.in_flight == 1;
+        let alone = self.in_flight == 1 && (!self.has_ring || !self.rings[at].ring.has_available());
         match slot.plan(self.driver.as_ref(), op, range, alignment, alone) {
             Prepared::NotNow => return false,
             Prepared::Nothing => self.finish(index, Status::Ok),

@@ -123,6 +123,11 @@ impl Engine {
         }
     }
 
+    /// Whether many operations cost one system call.
+    pub fn is_ring(&self) -> bool {
+        matches!(self, Engine::Uring(_))
+    }
+
     /// Queues an operation. It starts at the next [`Engine::submit`] or [`Engine::wait`] at the
     /// latest.
     ///
@@ -207,23 +212,34 @@ fn note_fallback(err: &crate::Error) {
     });
 }
 
+/// `preadv2` or `pwritev2`, past the C library: its functions are places where a thread may be
+/// cancelled, and to say so at each call takes a noticeable part of a cached read.
+///
+/// # Safety
+/// As for [`Engine::push`], until the call returns.
+#[inline]
+unsafe fn transfer(call: libc::c_long, op: &Op, flags: libc::c_int) -> isize {
+    // The offset goes in two halves, of which the first has all of it where it fits.
+    let (low, high) = (op.offset as libc::c_long, 0 as libc::c_long);
+    let n = libc::c_long::from(op.n_iovs);
+    // SAFETY: the caller keeps memory and file valid during the call.
+    unsafe { libc::syscall(call, op.fd, op.iovs, n, low, high, flags) as isize }
+}
+
 /// Performs a blocking transfer of the iovecs; the system call's result, errors negative.
 ///
 /// # Safety
 /// As for [`Engine::push`], until the call returns.
 #[inline]
 pub unsafe fn blocking(op: &Op) -> i32 {
-    let n = op.n_iovs as libc::c_int;
     let offset = op.offset as libc::off_t;
     loop {
         // SAFETY: the caller keeps memory and file valid during the call.
         let rc = unsafe {
             match op.code {
-                OpCode::Read => libc::preadv(op.fd, op.iovs, n, offset),
-                OpCode::Write { dsync: false } => libc::pwritev(op.fd, op.iovs, n, offset),
-                OpCode::Write { dsync: true } => {
-                    libc::pwritev2(op.fd, op.iovs, n, offset, libc::RWF_DSYNC)
-                }
+                OpCode::Read => transfer(libc::SYS_preadv2, op, 0),
+                OpCode::Write { dsync: false } => transfer(libc::SYS_pwritev2, op, 0),
+                OpCode::Write { dsync: true } => transfer(libc::SYS_pwritev2, op, libc::RWF_DSYNC),
                 OpCode::Sync => libc::fdatasync(op.fd) as isize,
                 OpCode::Allocate { mode } => {
                     libc::fallocate(op.fd, mode, offset, op.len as libc::off_t) as isize
@@ -247,9 +263,8 @@ pub unsafe fn blocking(op: &Op) -> i32 {
 /// As for [`Engine::push`], until the call returns.
 #[inline]
 pub unsafe fn nowait_read(op: &Op) -> Option<i32> {
-    let (n, offset) = (op.n_iovs as libc::c_int, op.offset as libc::off_t);
     // SAFETY: the caller keeps memory and file valid during the call.
-    let rc = unsafe { libc::preadv2(op.fd, op.iovs, n, offset, libc::RWF_NOWAIT) };
+    let rc = unsafe { transfer(libc::SYS_preadv2, op, libc::RWF_NOWAIT) };
     // Zero (the end of the file) and errors take the usual way, which reports them.
     (rc > 0).then_some(rc as i32)
 }

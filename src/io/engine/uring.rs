@@ -299,12 +299,28 @@ mod types_use {
             impl UseFd for $kind {
                 #[inline]
                 fn build(self, op: &Op) -> squeue::Entry {
+                    // One piece of memory is not worth a list: the kernel would copy that first.
+                    // SAFETY: whoever pushes the operation keeps the list valid.
+                    let single = (op.n_iovs == 1).then(|| unsafe { *op.iovs });
                     match op.code {
-                        OpCode::Read => {
-                            opcode::Readv::new(self, op.iovs, op.n_iovs).offset(op.offset).build()
-                        }
+                        OpCode::Read => match single {
+                            Some(iov) => {
+                                let (memory, len) = (iov.iov_base.cast(), iov.iov_len as u32);
+                                opcode::Read::new(self, memory, len).offset(op.offset).build()
+                            }
+                            None => opcode::Readv::new(self, op.iovs, op.n_iovs)
+                                .offset(op.offset)
+                                .build(),
+                        },
                         OpCode::Write { dsync } => {
                             let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                            if let Some(iov) = single {
+                                let (memory, len) = (iov.iov_base.cast(), iov.iov_len as u32);
+                                return opcode::Write::new(self, memory, len)
+                                    .offset(op.offset)
+                                    .rw_flags(flags)
+                                    .build();
+                            }
                             opcode::Writev::new(self, op.iovs, op.n_iovs)
                                 .offset(op.offset)
                                 .rw_flags(flags)
