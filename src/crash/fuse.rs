@@ -14,8 +14,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, LockOwner, MountOption, Notifier, OpenFlags, ReplyAttr, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, Notifier, OpenFlags,
+    ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    TimeOrNow, WriteFlags,
 };
 
 use rustix::process::Pid;
@@ -190,6 +191,14 @@ impl States {
 }
 
 impl Filesystem for States {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // A recovery writes thousands of small blocks. The kernel gathers them in its cache, and we get
+        // them a range at a time, or not at all if the next state comes first. A kernel that cannot do
+        // that hands us each write.
+        let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
+        Ok(())
+    }
+
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let worker = (0..self.disks.len()).find(|worker| *name == *file_name(*worker));
         let inode = worker.filter(|_| parent == INodeNo::ROOT).map(|i| INodeNo(FIRST + i as u64));
