@@ -82,7 +82,8 @@ pub struct Failure {
     pub flaky: bool,
     /// The writes of the epoch.
     pub writes: Vec<Row>,
-    /// The last mark before the writes of the epoch.
+    /// The last mark before the first write that is dropped or torn, or before the last write that is
+    /// there.
     pub mark_before: Option<String>,
     /// The first mark after the last write that is there.
     pub mark_after: Option<String>,
@@ -152,9 +153,12 @@ impl Failure {
         let mark = |mark: Option<&(u64, crate::write_log::Mark)>| {
             mark.map(|(number, mark)| format!("{mark} (entry {number})"))
         };
-        // A mark just after a flush is before the writes of the epoch, and what the flush made true.
+        // The marks around the first fault, or around the cut if there is none. (A mark just after a
+        // flush is before the writes of the epoch, and what the flush made true.)
         let first = epoch.writes.first().map_or(epoch.start, |number| *number);
         let cut = last.map_or(first, |last| epoch.writes[last]);
+        let fault = writes.iter().find(|row| row.fate == "dropped" || row.fate.starts_with("torn"));
+        let fault = fault.map_or(cut, |row| row.entry);
         Failure {
             state: shortest.clone(),
             found_as: shortest,
@@ -165,7 +169,7 @@ impl Failure {
             output: String::new(),
             flaky: false,
             writes,
-            mark_before: mark(history.index().mark_before(first)),
+            mark_before: mark(history.index().mark_before(fault)),
             mark_after: mark(history.index().mark_after(cut)),
             reproduce: String::new(),
             serve: String::new(),
