@@ -18,6 +18,7 @@
 //! explore      all states, each different disk checked once
 //! shrink       the fewest dropped writes that still fail
 //! report       what was found, kept in a file
+//! simulated    the same states for files of a simulation: how our own formats are explored
 //! ```
 //!
 //! Nothing is copied: a state is an index of ranges over base and log, and as long as the log's
@@ -41,6 +42,7 @@ pub mod overlay;
 pub mod report;
 pub mod shrink;
 pub mod state;
+pub mod simulated;
 pub mod view;
 
 pub use fingerprint::{Fingerprints, Prints};

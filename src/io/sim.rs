@@ -13,6 +13,7 @@
 //!   the page cache), but not a power cut.
 //! * The *durable* content is what was flushed. [`SimFile::power_cut`] gives one of the contents
 //!   the disk may have after the power failed; different seeds give different ones.
+//!   [`SimFile::after_power_cut_with`] gives the one that is asked for.
 //! * [`SimFile::fail`] makes chosen operations fail with an error number.
 //! * A [`Sim`] is a scheduler: files attached to it complete their operations later, in an order
 //!   the seed decides, and the same scheduler runs the futures under test. What it does depends
@@ -99,6 +100,15 @@ pub struct Fault {
     pub errno: i32,
     /// Whether all later ones fail too.
     pub for_good: bool,
+}
+
+/// A change that is not flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AtRisk {
+    /// Changes of a file are numbered in their order.
+    pub number: u64,
+    /// What it wrote; empty if it changed the file's length.
+    pub range: ByteRange,
 }
 
 /// A file in memory that can lose, tear and reorder what was not flushed. Clones are the same file.
@@ -414,6 +424,37 @@ impl SimFile {
             }
         }
         content
+    }
+
+    /// What a power cut could take now, oldest first.
+    pub fn at_risk(&self) -> Vec<AtRisk> {
+        let state = self.inner.state.lock().unwrap();
+        let range = |kind: &ChangeKind| match kind {
+            ChangeKind::Data { offset, bytes } => {
+                ByteRange { offset: *offset, len: bytes.len() as u64 }
+            }
+            ChangeKind::Zeros(range) => *range,
+            ChangeKind::Len(_) => ByteRange::default(),
+        };
+        let unflushed = state.unflushed.iter();
+        unflushed.map(|one| AtRisk { number: one.number, range: range(&one.kind) }).collect()
+    }
+
+    /// The file that a power cut leaves which keeps, of each change in [`SimFile::at_risk`], the
+    /// sectors in the range that is given, or nothing.
+    pub fn after_power_cut_with(&self, kept: &[Option<ByteRange>]) -> SimFile {
+        let state = self.inner.state.lock().unwrap();
+        let mut content = state.durable.clone();
+        for (change, kept) in state.unflushed.iter().zip(kept) {
+            let Some(kept) = kept else { continue };
+            apply_sectors(&mut content, &change.kind, |sector| {
+                let newer = state.floors.get(&sector);
+                let place = sector * SECTOR_SIZE;
+                newer.is_none_or(|floor| *floor <= change.number)
+                    && (kept.offset..kept.end()).contains(&place)
+            });
+        }
+        SimFile::with_content(&self.inner.name, content, self.inner.alignment)
     }
 
     fn submit<'a>(&'a self, request: Request) -> Fut<'a, ()> {

@@ -8,6 +8,8 @@
 use super::tests::*;
 use super::*;
 use crate::block::Driver;
+use crate::crash::enumerate::Reach;
+use crate::crash::simulated::Simulation;
 use crate::io::Alignment;
 use crate::io::block_on;
 use crate::io::sim::{Rng, Sim, SimFile, SimTask};
@@ -80,6 +82,11 @@ impl Model {
         for (history, completed) in self.blocks.lock().unwrap().iter_mut().zip(completed) {
             history.floor = history.floor.max(completed - 1);
         }
+    }
+
+    /// A number that grows when more must be there after a cut.
+    fn promised(&self) -> u64 {
+        self.blocks.lock().unwrap().iter().map(|history| history.floor as u64).sum()
     }
 
     fn check(&self, content: &[u8], what: &str) {
@@ -175,8 +182,53 @@ fn check_cut(case: &Case, model: &Model, image: Vec<u8>, thorough: bool, what: &
     }
 }
 
+/// How many tasks a guest has.
+const LANES: u64 = 4;
+
+/// The tasks of a guest that writes, zeroes, discards and flushes.
+fn guests<'a>(case: &'a Case, driver: &'a Driven, model: &'a Model, seed: u64) -> Vec<SimTask<'a>> {
+    let lane = case.size / 512 / LANES;
+    (0..LANES)
+        .map(|i| {
+            let mut rng = Rng::new(seed * 1000 + i);
+            Box::pin(async move {
+                for step in 0..25 {
+                    let first = rng.below(lane);
+                    let len = 1 + rng.below(case.longest.min(lane - first));
+                    let range = ByteRange { offset: (i * lane + first) * 512, len: len * 512 };
+                    let value = 2 + step * LANES + i;
+                    match rng.below(10) {
+                        0 | 1 => {
+                            let completed = model.completed();
+                            driver.flush().await.unwrap();
+                            model.flushed(&completed);
+                        }
+                        2 => {
+                            model.begin(range, 0, false);
+                            driver.write_zeroes(range, rng.one_in(2)).await.unwrap();
+                            model.end(range);
+                        }
+                        3 => {
+                            model.begin(range, 0, true);
+                            driver.discard(range).await.unwrap();
+                            model.end(range);
+                        }
+                        _ => {
+                            model.begin(range, value, false);
+                            let blocks = range.offset / 512..range.end() / 512;
+                            let data: Vec<u8> =
+                                blocks.flat_map(|block| block_content(block, value)).collect();
+                            write(driver, range.offset, &data).await.unwrap();
+                            model.end(range);
+                        }
+                    }
+                }
+            }) as SimTask<'a>
+        })
+        .collect()
+}
+
 fn run(case: &Case) {
-    const LANES: u64 = 4;
     let start_image = case.file.durable();
     let mut cuts = 0u64;
     for seed in case.seeds.clone() {
@@ -187,46 +239,7 @@ fn run(case: &Case) {
             Model { blocks: Mutex::new(case.start.iter().copied().map(History::new).collect()) };
         let sim = Sim::new(seed);
         sim.attach(&file);
-        let lane = case.size / 512 / LANES;
-        let tasks: Vec<SimTask<'_>> = (0..LANES)
-            .map(|i| {
-                let (driver, model) = (&driver, &model);
-                let mut rng = Rng::new(seed * 1000 + i);
-                Box::pin(async move {
-                    for step in 0..25 {
-                        let first = rng.below(lane);
-                        let len = 1 + rng.below(case.longest.min(lane - first));
-                        let range = ByteRange { offset: (i * lane + first) * 512, len: len * 512 };
-                        let value = 2 + step * LANES + i;
-                        match rng.below(10) {
-                            0 | 1 => {
-                                let completed = model.completed();
-                                driver.flush().await.unwrap();
-                                model.flushed(&completed);
-                            }
-                            2 => {
-                                model.begin(range, 0, false);
-                                driver.write_zeroes(range, rng.one_in(2)).await.unwrap();
-                                model.end(range);
-                            }
-                            3 => {
-                                model.begin(range, 0, true);
-                                driver.discard(range).await.unwrap();
-                                model.end(range);
-                            }
-                            _ => {
-                                model.begin(range, value, false);
-                                let blocks = range.offset / 512..range.end() / 512;
-                                let data: Vec<u8> =
-                                    blocks.flat_map(|block| block_content(block, value)).collect();
-                                write(driver, range.offset, &data).await.unwrap();
-                                model.end(range);
-                            }
-                        }
-                    }
-                }) as SimTask<'_>
-            })
-            .collect();
+        let tasks = guests(case, &driver, &model, seed);
         let mut rng = Rng::new(!seed);
         sim.run_until(tasks, |step| {
             if rng.one_in(case.cut_every) {
@@ -245,6 +258,38 @@ fn run(case: &Case) {
     }
     eprintln!("{}: {cuts} power cuts", case.name);
     assert!(cuts > 100, "too few cuts to mean anything");
+}
+
+/// Not drawn by lot: all states that a cut could leave, at each step, until there were many.
+#[test]
+fn every_power_cut() {
+    const STATES: u64 = 1500;
+    let reach = Reach { reorder: true, torn: true, all_subsets: 5, samples: 10, seed: 1 };
+    for case in [
+        created("plain", backed(30 * 4096, 4096, false), 24, 1),
+        created("backed", backed(30 * 4096 + 512, 4096, true), 24, 1),
+        created("tiny", backed(64 << 10, 512, true), 12, 1),
+    ] {
+        let node = case.base.as_ref().map(|base| raw_node(base, Alignment::NONE));
+        let driver = open_image(&case.file, node, None);
+        let model =
+            Model { blocks: Mutex::new(case.start.iter().copied().map(History::new).collect()) };
+        let sim = Sim::new(1);
+        sim.attach(&case.file);
+        let mut simulation = Simulation::new(&[&case.file], reach);
+        let mut thorough = 0u64;
+        sim.run_until(guests(&case, &driver, &model, 1), |step| {
+            simulation.explore(model.promised(), |left, state| {
+                thorough += 1;
+                let what = format!("{}, step {step}, {state}", case.name);
+                let image = left[0].volatile();
+                check_cut(&case, &model, image, thorough.is_multiple_of(128), &what);
+            });
+            simulation.states() > STATES
+        });
+        eprintln!("{}: {} states", case.name, simulation.states());
+        assert!(simulation.states() > 300, "too few states to mean anything");
+    }
 }
 
 #[test]

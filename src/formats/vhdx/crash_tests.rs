@@ -17,6 +17,8 @@ use std::sync::Mutex;
 use super::testing::*;
 use super::*;
 use crate::block::{Driver, RangeLock};
+use crate::crash::enumerate::Reach;
+use crate::crash::simulated::Simulation;
 use crate::io::block_on;
 use crate::io::sim::{Fault, Rng, Sim, SimFile, SimTask};
 use crate::units::MIB;
@@ -102,6 +104,11 @@ impl Model {
         for (history, completed) in self.sectors.lock().unwrap().iter_mut().zip(completed) {
             history.floor = history.floor.max(completed - 1);
         }
+    }
+
+    /// A number that grows when more must be there after a cut.
+    fn promised(&self) -> u64 {
+        self.sectors.lock().unwrap().iter().map(|history| history.floor as u64).sum()
     }
 
     /// Compares the content of a range with what it may be.
@@ -400,4 +407,35 @@ fn power_cuts_while_the_log_wraps() {
     let wraps = |case| Case { commits_before: 108, flush_every: 2, requests: 30, cache: 1, ..case };
     run(&wraps(Case::new("wrap", 3 * MIB, 2000)));
     run(&wraps(Case::new("wrap, differencing", 3 * MIB, 2000).with_parent(2 * MIB + 512)));
+}
+
+/// Not drawn by lot: all states that a cut could leave, at each step, until there were many.
+#[test]
+fn every_power_cut() {
+    const STATES: u64 = 1500;
+    let reach = Reach { reorder: true, torn: false, all_subsets: 5, samples: 4, seed: 1 };
+    for case in [
+        Case { flush_every: 3, ..Case::new("dynamic", MIB + 512, STATES) },
+        Case { flush_every: 3, ..Case::new("differencing", MIB + 512, STATES) }.with_parent(MIB),
+    ] {
+        let file = SimFile::from_bytes("test.vhdx", case.fixture.bytes());
+        let driver = case.open(&file, false, case.name);
+        let (model, busy, sim) = (Model::new(&case), RangeLock::new(), Sim::new(1));
+        sim.attach(&file);
+        let tasks: Vec<SimTask<'_>> = (0..2)
+            .map(|lane| Box::pin(guest(&case, &driver, &model, &busy, lane, 1)) as SimTask<'_>)
+            .collect();
+        let mut simulation = Simulation::new(&[&file], reach);
+        let mut thorough = 0u64;
+        sim.run_until(tasks, |step| {
+            simulation.explore(model.promised(), |left, state| {
+                thorough += 1;
+                let what = format!("{}, step {step}, {state}", case.name);
+                check_cut(&case, &model, &left[0], thorough.is_multiple_of(100), &what);
+            });
+            simulation.states() > case.cuts
+        });
+        eprintln!("{}: {} states", case.name, simulation.states());
+        assert!(simulation.states() > 300, "too few states to mean anything");
+    }
 }
