@@ -2,10 +2,11 @@
 //!
 //! After each kill the log must be valid and hold all that was flushed. The next process, with the
 //! same command, goes on with it; once the guest is back and has flushed, the log replays to the
-//! image, byte for byte. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the
-//! kills).
+//! image, byte for byte. So it is with the host's cache and without it, and with the log on a block
+//! device. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,15 +75,13 @@ fn flush(guest: &mut Guest) {
     answer.ok().unwrap();
 }
 
-#[test]
-fn a_log_survives_a_hundred_kills() {
-    let dir = tempfile::tempdir().unwrap();
-    let log = dir.path().join("w.log");
-    let options = ["--log-writes", log.to_str().unwrap(), "--log-super-update-interval", "97"];
-    let mut backend = Setup::new(&options).size(DISK).start();
-    let random = Random::new("a_log_survives_a_hundred_kills");
+/// Kills the process while two queues write, so often; `log` is a new log or a device for one.
+fn survives_kills(test: &str, log: &Path, options: &[&str]) {
+    let own = ["--log-writes", log.to_str().unwrap(), "--log-super-update-interval", "97"];
+    let mut backend = Setup::new(&[&own[..], options].concat()).size(DISK).start();
+    let random = Random::new(test);
     let mut guest = Guest::new(connect(&backend), random, (0..DISK / SECTOR).map(|_| 0));
-    let mut replay = Replay::new(&log);
+    let mut replay = Replay::new(log);
     for round in 0..KILLS {
         let time = Duration::from_micros(guest.random.below(40_000));
         guest.work(time);
@@ -105,8 +104,56 @@ fn a_log_survives_a_hundred_kills() {
     guest.disk.stop().unwrap();
     assert!(backend.terminate().success());
     replay.catch_up();
-    let entries = replay.last.unwrap().number + 1;
+    let last = replay.last.unwrap();
     let counted_in = backend.log().matches("an earlier process had not counted").count();
-    eprintln!("{entries} entries; counted in after {counted_in} kills");
+    eprintln!(
+        "{test}: {} entries, {} MiB; counted in after {counted_in} kills",
+        last.number + 1,
+        last.end_position() >> 20
+    );
     assert!(counted_in > 10, "hardly ever was anything left to be counted in: {counted_in}");
+}
+
+#[test]
+fn a_log_survives_a_hundred_kills() {
+    let dir = tempfile::tempdir().unwrap();
+    survives_kills("a_log_survives_a_hundred_kills", &dir.path().join("w.log"), &[]);
+}
+
+#[test]
+fn without_the_hosts_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("w.log");
+    survives_kills("without_the_hosts_cache", &log, &["--cache", "none"]);
+}
+
+/// A loop device; gone when dropped.
+struct Loop(String);
+
+impl Loop {
+    /// Over a new file of this size, if the host lets us make one.
+    fn new(file: &Path, size: u64) -> Option<Loop> {
+        std::fs::File::create(file).unwrap().set_len(size).unwrap();
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn with_the_log_on_a_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(device) = Loop::new(&dir.path().join("device"), 8 << 30) else {
+        common::skip("no loop device can be made");
+        return;
+    };
+    let sidecar = dir.path().join("sidecar");
+    let options = ["--log-sidecar", sidecar.to_str().unwrap()];
+    survives_kills("with_the_log_on_a_device", Path::new(&device.0), &options);
 }
