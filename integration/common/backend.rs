@@ -43,6 +43,7 @@ pub struct Disk {
     read_only: bool,
     serial: Option<String>,
     control: bool,
+    options: Vec<String>,
 }
 
 impl Disk {
@@ -56,6 +57,7 @@ impl Disk {
             read_only: false,
             serial: None,
             control: false,
+            options: Vec::new(),
         }
     }
 
@@ -77,6 +79,12 @@ impl Disk {
     /// Has the back-end listen on a control socket, too: see [`Backend::qmp`].
     pub fn controlled(mut self) -> Disk {
         self.control = true;
+        self
+    }
+
+    /// Records every write in this log.
+    pub fn recorded(mut self, log: &Path) -> Disk {
+        self.options.extend(["--log-writes".into(), text(log).into()]);
         self
     }
 
@@ -254,7 +262,7 @@ fn vublk(disk: &Disk, socket: &Path) -> Command {
     if disk.control {
         command.arg("--control").arg(control(socket));
     }
-    command.arg(&disk.image);
+    command.args(&disk.options).arg(&disk.image);
     command
 }
 

@@ -28,6 +28,7 @@ pub struct Boot<'a> {
     behind_port: bool,
     own_program: bool,
     incoming: Option<PathBuf>,
+    deadline: Duration,
 }
 
 impl<'a> Boot<'a> {
@@ -43,7 +44,14 @@ impl<'a> Boot<'a> {
             behind_port: false,
             own_program: false,
             incoming: None,
+            deadline: Duration::from_secs(BOOT_DEADLINE_S),
         }
+    }
+
+    /// For a job that takes longer than others.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     /// The number of processors. Linux uses no more queues than it has of them.
@@ -144,7 +152,7 @@ impl<'a> Boot<'a> {
             child,
             keyboard,
             lines,
-            end: started + Duration::from_secs(BOOT_DEADLINE_S),
+            end: started + self.deadline,
             started,
             control,
             device,

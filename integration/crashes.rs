@@ -1,0 +1,315 @@
+//! Linux guests whose writes are recorded, and then every crash that their disks could have had.
+//!
+//! A file system that is told the truth survives them all, and has every file whose fsync had
+//! returned. One that is mounted without barriers, or whose flushes lie, does not, and then the
+//! explorer must find that, shrink it, and print a command that shows it again.
+//!
+//! `VUBLK_EXPLORER` names the program that explores; with it (`.ci/run release` gives it the release
+//! binary) the recorded workload is as large as the states are many: 300 files, some 20,000 states.
+//! Without it the debug binary explores a smaller one. `VUBLK_TEST_ORACLE=all` looks for the files
+//! in all of the states.
+//!
+//! What guests need, and what is skipped without it, is told in `guest.rs`.
+
+#[macro_use]
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::scratch::text;
+use common::{Backend, Boot, Disk, Guest, Scratch, announce};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// The program that explores, and whether it is another one than the tests' own.
+fn explorer() -> (PathBuf, bool) {
+    match std::env::var_os("VUBLK_EXPLORER") {
+        Some(path) => (path.into(), true),
+        None => (env!("CARGO_BIN_EXE_vublk").into(), false),
+    }
+}
+
+/// A log, and the disk as it was before.
+struct Recorded {
+    scratch: Scratch,
+    log: PathBuf,
+    base: PathBuf,
+}
+
+impl Recorded {
+    fn new(size: u64) -> Recorded {
+        let scratch = Scratch::new();
+        let base = scratch.raw("base.raw", size);
+        Recorded { log: scratch.file("w.log"), base, scratch }
+    }
+
+    fn serve(&self, size: u64) -> Backend {
+        let disk = self.scratch.raw("disk.raw", size);
+        Backend::start(&self.scratch, &Disk::raw(&disk).recorded(&self.log).controlled())
+    }
+
+    /// Explores; the exit code, and the report.
+    fn explore(&self, check: &str, options: &[&str]) -> (Option<i32>, Value) {
+        let mut command = Command::new(explorer().0);
+        command.args(["log", "explore", "--log", text(&self.log), "--base", text(&self.base)]);
+        command.args(["-f", "raw", "--output", "json", "--check", check]).args(options);
+        let output = command.output().expect("the explorer starts");
+        let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!("{command:?}: {error}\n{}", String::from_utf8_lossy(&output.stderr))
+        });
+        (output.status.code(), report)
+    }
+
+    /// Explores, and asserts that all states are good. Says how many there were.
+    #[track_caller]
+    fn assert_good(&self, what: &str, check: &str, options: &[&str]) -> u64 {
+        let (code, report) = self.explore(check, options);
+        assert_eq!(report["failed"], 0, "{what}: {report:#}");
+        assert_eq!((code, &report["finished"]), (Some(0), &true.into()), "{what}");
+        let number = |name: &str| report[name].as_f64().expect("a number");
+        announce(&format!(
+            "{what}: {} states, {} of them checked, in {:.1} s: {:.0} checked/s",
+            number("states"),
+            number("checked"),
+            number("seconds"),
+            number("checked") / number("seconds"),
+        ));
+        report["checked"].as_u64().expect("a number")
+    }
+
+    /// Explores until a state is not good, and asserts that the report is what somebody needs who has
+    /// to find out why: few writes, and a command that does it again.
+    #[track_caller]
+    fn assert_caught(&self, what: &str, check: &str, options: &[&str]) {
+        let (code, report) = self.explore(check, &[options, &["--stop-after", "1"]].concat());
+        assert_eq!(code, Some(1), "{what}: nothing was found in {} states", report["states"]);
+        let failure = &report["failures"][0];
+        let faults = failure["dropped"].as_u64().unwrap() + failure["torn"].as_u64().unwrap();
+        assert_eq!((&failure["shrunk"], &failure["flaky"]), (&true.into(), &false.into()));
+        assert!(faults <= 3, "{what}: not shrunk: {failure:#}");
+
+        let again = failure["reproduce"].as_str().expect("a command");
+        let again = again.strip_prefix("vublk ").expect("a command of ours");
+        let line = format!("{} {again}", text(&explorer().0));
+        let output = Command::new("sh").args(["-c", &line]).output().expect("a shell");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{what}: {line}: {printed}");
+        let state = failure["state"].as_str().expect("a name");
+        assert!(printed.contains(&format!("{state}: ")), "{what}: {line}: {printed}");
+        announce(&format!(
+            "{what}: {state}, {faults} dropped or torn, found after {} checks in {:.1} s",
+            report["checked"],
+            report["seconds"].as_f64().unwrap(),
+        ));
+    }
+}
+
+/// Makes a mark in the log.
+fn mark(guest: &Guest, qmp: &mut common::qmp::Qmp, text: &str) {
+    qmp.run("x-vublk-log-mark", json!({"device": "disk", "mark": text}), guest.end());
+}
+
+// ---- a disk that keeps its word ---------------------------------------------------------------
+
+/// Size of the disk of the large workload.
+const SIZE: u64 = 200 * MIB;
+
+/// Creates, syncs, renames and removes files, one after the other, and says so. Between two flushes
+/// there are six writes or so, because three other files grow, each in a corner of its own, and
+/// without delayed allocation their new blocks belong to the next transaction.
+fn files_job(files: u32) -> String {
+    format!(
+        r#"
+kill $explainer
+mkfs.ext4 -q -b 4096 -J size=4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/vda
+sync
+say made; hear
+mount -t ext4 -o nodelalloc /dev/vda /mnt
+mkdir /mnt/d /mnt/a /mnt/b /mnt/c
+sync
+block=$(printf %04000d 0)
+k=1
+while [ $k -le {files} ]; do
+  for loose in a b c; do echo "$block$block" >>/mnt/$loose/loose; done
+  echo "file $k $block" >/mnt/d/new.$k
+  dd of=/mnt/d/new.$k conv=notrunc,fsync </dev/null 2>/dev/null
+  say synced $k; hear
+  mv /mnt/d/new.$k /mnt/d/file.$k
+  [ $((k % 3)) != 0 ] || rm /mnt/d/file.$((k - 2))
+  k=$((k + 1))
+done
+umount /mnt
+"#
+    )
+}
+
+/// Recovers and checks a state, and looks for what was promised: all names and sizes, and what is in
+/// the last three files. A mark `synced K` is made between the K-th fsync and the renaming after it.
+const ORACLE: &str = r#"
+e2fsck -y -E journal_only "$1"; [ $? -le 1 ] || exit 1
+e2fsck -fn "$1" || exit 1
+case $2 in 'synced '*) k=${2#synced } ;; *) exit 0 ;; esac
+{ echo 'ls -p /d'; for j in 0 1 2; do echo "cat /d/file.$((k - j))"; done; echo "cat /d/new.$k"; } |
+  debugfs -f - "$1" 2>/dev/null | awk -v k="$k" '
+  /^\/[0-9]/ { split($0, field, "/"); size[field[6]] = field[7] }
+  /^file [0-9]+ 0+$/ && length($3) == 4000 { whole[$2] = 1 }
+  function must(name, j) {
+    if (size[name] != length("file " j " ") + 4001) { print name " is missing or short"; bad = 1 }
+    if (j > k - 3 && !whole[j]) { print "what is in " name " is wrong"; bad = 1 }
+  }
+  END {
+    for (j = 1; j < k; j++)
+      if (j % 3 != 1 || j + 2 > k) must("file." j, j)
+      else if (j + 2 < k && ("file." j) in size) { print "file." j " is back"; bad = 1 }
+    must((("new." k) in size) ? "new." k : "file." k, k)
+    exit bad
+  }'
+"#;
+
+#[test]
+fn every_crash_of_ext4_is_survived() {
+    need_guests!("every_crash_of_ext4_is_survived");
+    need_vublk!("every_crash_of_ext4_is_survived", "does not record");
+    let files = if explorer().1 { 300 } else { 40 };
+    let recorded = Recorded::new(SIZE);
+    let mut backend = recorded.serve(SIZE);
+    let boot = Boot::new(&recorded.scratch, "files", files_job(files));
+    let mut guest = boot.deadline(Duration::from_secs(300)).start(&backend);
+    let mut qmp = backend.qmp(guest.end());
+    guest.expect("made");
+    mark(&guest, &mut qmp, "made");
+    guest.tell("go on");
+    for file in 1..=files {
+        assert_eq!(guest.expect_while("synced", || backend.assert_alive()), file.to_string());
+        mark(&guest, &mut qmp, &format!("synced {file}"));
+        guest.tell("go on");
+    }
+    guest.finish();
+    backend.assert_stops();
+
+    let after = ["--start-mark", "made"];
+    let flushes = [&after[..], &["--states", "flush"]].concat();
+    recorded.assert_good("ext4, at each flush", "ext4", &flushes);
+    let checked = recorded.assert_good("ext4, all subsets", "ext4", &after);
+    assert!(checked > 20 * u64::from(files), "the workload has hardly any states: {checked}");
+
+    let script = recorded.scratch.file("oracle");
+    std::fs::write(&script, ORACLE).expect("a script");
+    let oracle = format!("sh '{}' {{}} {{mark}}", text(&script));
+    let all = std::env::var("VUBLK_TEST_ORACLE").is_ok_and(|which| which == "all");
+    let which = if all { &after[..] } else { &flushes[..] };
+    let checked = recorded.assert_good("ext4, what was synced is there", &oracle, which);
+    assert!(checked > u64::from(files), "not every mark was looked at: {checked}");
+    // The oracle is no good if it cannot fail: a state of long ago, and the last mark.
+    let forgetful = format!("sh '{}' {{}} 'synced {files}'", text(&script));
+    let (code, report) =
+        recorded.explore(&forgetful, &[&flushes[..], &["--stop-after", "1"]].concat());
+    assert_eq!(code, Some(1), "{report:#}");
+    let printed = report["failures"][0]["output"].as_str().expect("what it printed");
+    assert!(printed.contains("is missing or short"), "{printed}");
+}
+
+// ---- disks that do not --------------------------------------------------------------------------
+
+/// Size of the disk of the small workloads.
+const SMALL: u64 = 32 * MIB;
+/// How many different workloads must be caught.
+const SEEDS: u32 = 20;
+/// How many of them one guest does.
+const SEEDS_PER_BOOT: u32 = 10;
+
+/// File systems, one after the other, each with files in an order of its own.
+fn rounds_job(seeds: &[u32], options: &str) -> String {
+    let seeds: Vec<_> = seeds.iter().map(u32::to_string).collect();
+    format!(
+        r#"
+kill $explainer
+for seed in {seeds}; do
+  mkfs.ext4 -q -F /dev/vda
+  say made $seed; hear
+  mount -t ext4 -o {options} /dev/vda /mnt
+  n=$seed
+  for step in 1 2 3 4 5 6; do
+    n=$(((n * 1103 + 12345) % 65536))
+    name=/mnt/$((n % 4))
+    case $((n / 4 % 4)) in
+      0) mkdir $name.$step; echo $n >$name.$step/file ;;
+      1) rm -rf $name* ;;
+      *) echo $n $seed >$name; mv $name $name.$step.moved ;;
+    esac
+    dd of=/mnt/synced.$step conv=fsync </proc/cpuinfo 2>/dev/null
+  done
+  umount /mnt
+  say done $seed; hear
+  dd of=/dev/vda conv=notrunc,fsync </dev/null 2>/dev/null
+  say flushed $seed; hear
+done
+"#,
+        seeds = seeds.join(" "),
+    )
+}
+
+/// Records all rounds; `before` and `after` are what the host does to the disk around each of them.
+/// Then each must be caught.
+fn assert_all_caught(
+    what: &str,
+    options: &str,
+    before: impl Fn(&mut common::qmp::Qmp, u32, Instant),
+    after: impl Fn(&mut common::qmp::Qmp, Instant),
+) {
+    let seeds: Vec<u32> = (1..=SEEDS).collect();
+    let mut dropped = 0;
+    for seeds in seeds.chunks(SEEDS_PER_BOOT as usize) {
+        let recorded = Recorded::new(SMALL);
+        let mut backend = recorded.serve(SMALL);
+        let boot = Boot::new(&recorded.scratch, "rounds", rounds_job(seeds, options));
+        let mut guest = boot.deadline(Duration::from_secs(180)).start(&backend);
+        let mut qmp = backend.qmp(guest.end());
+        for seed in seeds {
+            assert_eq!(guest.expect("made"), seed.to_string());
+            mark(&guest, &mut qmp, &format!("made {seed}"));
+            before(&mut qmp, *seed, guest.end());
+            guest.tell("go on");
+            guest.expect("done");
+            after(&mut qmp, guest.end());
+            guest.tell("go on");
+            guest.expect("flushed");
+            mark(&guest, &mut qmp, &format!("flushed {seed}"));
+            guest.tell("go on");
+        }
+        guest.finish();
+        backend.assert_stops();
+        for seed in seeds {
+            let (start, end) = (format!("made {seed}"), format!("flushed {seed}"));
+            let part = ["--start-mark", &start, "--end-mark", &end, "--seed", &seed.to_string()];
+            recorded.assert_caught(&format!("{what}, seed {seed}"), "ext4", &part);
+            dropped += 1;
+        }
+    }
+    assert_eq!(dropped, SEEDS);
+}
+
+#[test]
+fn a_file_system_without_barriers_is_caught() {
+    need_guests!("a_file_system_without_barriers_is_caught");
+    need_vublk!("a_file_system_without_barriers_is_caught", "does not record");
+    assert_all_caught("without barriers", "nobarrier", |_, _, _| {}, |_, _| {});
+}
+
+#[test]
+fn flushes_that_lie_are_caught() {
+    need_guests!("flushes_that_lie_are_caught");
+    need_vublk!("flushes_that_lie_are_caught", "does not lie");
+    assert_all_caught(
+        "flushes that lie",
+        "barrier",
+        |qmp, seed, end| {
+            let faults = json!({"device": "disk", "flush-lies-one-in": 2, "seed": seed});
+            qmp.run("x-vublk-fault-set", faults, end);
+        },
+        |qmp, end| drop(qmp.run("x-vublk-fault-clear", json!({"device": "disk"}), end)),
+    );
+}
