@@ -179,7 +179,7 @@ fn replays_of_real_logs_equal_the_reference_at_every_prefix() {
             assert_eq!(sha256(&d.join("step.img")), expected, "{name}: first {count} entries");
             done = count;
             // The crash state of the same name is the same disk, whatever way leads there.
-            if count % 40 == 0 {
+            if count.is_multiple_of(40) {
                 let state = format!("E{count}");
                 let explore = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw"];
                 let look = ["--check", "sha256sum {}", "--state", &state];

@@ -41,8 +41,8 @@ pub mod name;
 pub mod overlay;
 pub mod report;
 pub mod shrink;
-pub mod state;
 pub mod simulated;
+pub mod state;
 pub mod view;
 
 pub use fingerprint::{Fingerprints, Prints};

@@ -126,8 +126,8 @@ fn truncated(len: usize) -> Damage {
 fn fixture(has_parent: bool) -> Vec<u8> {
     let mut content = Fixture { has_parent, ..Fixture::new(3 * MIB) }.bytes();
     content.resize(8 << 20, 0);
-    entry(0, 4 * MIB | 6)(&mut content);
-    entry(1, 5 * MIB | 6)(&mut content);
+    entry(0, (4 * MIB) | 6)(&mut content);
+    entry(1, (5 * MIB) | 6)(&mut content);
     content
 }
 
@@ -262,27 +262,27 @@ fn what_no_metadata_may_say() {
 fn what_no_bat_may_say() {
     let cases: Vec<(Damage, &str)> = vec![
         (entry(2, 4), "BAT entry 2 (of block 2) is 0x4: a state that does not exist"),
-        (entry(2, 6 * MIB | 0x106), "bits that must be zero are set"),
-        (entry(2, 6 * MIB | 0xe), "bits that must be zero are set"),
+        (entry(2, (6 * MIB) | 0x106), "bits that must be zero are set"),
+        (entry(2, (6 * MIB) | 0xe), "bits that must be zero are set"),
         (entry(2, 6), "the block lies in the file's header"),
-        (entry(2, 3 * MIB | 6), "the block overlaps the log or region"),
+        (entry(2, (3 * MIB) | 6), "the block overlaps the log or region"),
         (entry(2, MIB | 6), "the block overlaps the log or region"),
-        (entry(2, 8 * MIB | 6), "which is truncated"),
+        (entry(2, (8 * MIB) | 6), "which is truncated"),
         (entry(2, !0xf_ffff | 6), "which is truncated"),
-        (entry(2, 5 * MIB | 6), "BAT entries 1 and 2 give the same part of the file"),
-        (entry(2, 6 * MIB | 7), "partially present, but the image has no parent"),
+        (entry(2, (5 * MIB) | 6), "BAT entries 1 and 2 give the same part of the file"),
+        (entry(2, (6 * MIB) | 7), "partially present, but the image has no parent"),
     ];
     run(false, cases);
     let cases: Vec<(Damage, &str)> = vec![
-        (entry(4096, 6 * MIB | 7), "does not exist for sector bitmaps"),
-        (entry(4096, 9 * MIB | 6), "which is truncated"),
-        (entry(4096, 5 * MIB | 6), "BAT entries 1 and 4096 give the same part of the file"),
+        (entry(4096, (6 * MIB) | 7), "does not exist for sector bitmaps"),
+        (entry(4096, (9 * MIB) | 6), "which is truncated"),
+        (entry(4096, (5 * MIB) | 6), "BAT entries 1 and 4096 give the same part of the file"),
     ];
     run(true, cases);
     // The entry for a bitmap in an image that has none.
     let mut content = Fixture { block: 256 * MIB, ..Fixture::new(5 * GIB) }.bytes();
     content.resize(8 << 20, 0);
-    entry(16, 6 * MIB | 6)(&mut content);
+    entry(16, (6 * MIB) | 6)(&mut content);
     is_refused(&content, "a sector bitmap is present, but the image has no parent");
 }
 
@@ -385,7 +385,7 @@ fn bad_entries_far_behind_fail_where_they_are_used() {
 #[test]
 fn a_missing_sector_bitmap_fails_the_request() {
     let mut content = fixture(true);
-    entry(1, 5 * MIB | 7)(&mut content);
+    entry(1, (5 * MIB) | 7)(&mut content);
     let file = SimFile::from_bytes("bits.vhdx", content);
     let backing = Some(parent_node(&[0; 512]));
     let driver = open_with(&file, OpenOptions { backing, ..Default::default() }).unwrap();
