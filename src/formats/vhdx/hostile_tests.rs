@@ -211,7 +211,13 @@ fn what_no_region_table_may_say() {
         (regions(bat + 16, MIB.to_le_bytes()), "overlaps the log"),
         (third_region(7, 5 * MIB, 1 << 20, 1), "which is unknown"),
         (third_region(7, 2 * MIB, 1 << 20, 0), "overlap"),
-        (both(third_region(7, 6 * MIB, 1 << 20, 0), regions(metadata, [7; 16])), "twice"),
+        (
+            both(
+                third_region(7, 6 * MIB, 1 << 20, 0),
+                both(regions(metadata, [7; 16]), regions(metadata + 28, [0])),
+            ),
+            "twice",
+        ),
         // A region that nobody knows keeps its place.
         (third_region(7, 5 * MIB, 1 << 20, 0), "the block overlaps the log or region"),
     ];
