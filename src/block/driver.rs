@@ -213,7 +213,9 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn limits(&self) -> Limits;
 
     /// Resolves a request to file extents without waiting, taking no lock that anybody holds for
-    /// long and allocating nothing but the plan's own space. See [`PlanOp`].
+    /// long and allocating nothing that grows with the request. Nothing that can be read may change
+    /// by it, whether or not the plan is carried out: giving a block a place in memory that reads
+    /// as the block did before is allowed. See [`PlanOp`].
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         let _ = (op, range, plan);
         Planned::NotNow

@@ -80,8 +80,7 @@ pub trait Format: Send + Sync + fmt::Debug {
     fn limits(&self) -> Limits;
 
     /// Resolves a range without waiting, if the metadata is in memory and the extents cannot move
-    /// while a request uses them (or `plan.pin` keeps them). Writes only where nothing but data
-    /// changes.
+    /// while a request uses them (or `plan.pin` keeps them). See [`Driver::plan`].
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         let _ = (op, range, plan);
         Planned::NotNow

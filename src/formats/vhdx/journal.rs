@@ -217,6 +217,15 @@ impl Vhdx {
         }
     }
 
+    /// As [`Vhdx::publish`], without waiting: `None` if that cannot be, or went wrong. Then nothing
+    /// has changed.
+    pub(super) fn publish_now(&self, edits: &[Edit], with: Conditions<'_>) -> Option<Outcome> {
+        match self.try_publish(edits, with) {
+            Ok(Published::Done(outcome)) => Some(outcome),
+            Ok(Published::Absent(_) | Published::Full) | Err(_) => None,
+        }
+    }
+
     fn try_publish(&self, edits: &[Edit], with: Conditions<'_>) -> Result<Published> {
         let pages: BTreeSet<u64> = edits.iter().flat_map(|edit| self.pages_of(edit)).collect();
         debug_assert!(pages.len() <= MAX_PAGES_AT_ONCE);
@@ -550,9 +559,8 @@ impl Vhdx {
         if logged.is_empty() {
             return Ok(());
         }
-        for (page, bytes) in &logged {
-            disk::write(&self.file, *page, bytes).await?;
-        }
+        disk::write_pages(&self.file, logged.iter().map(|(at, page)| (*at, page.as_slice())))
+            .await?;
         self.flush_file().await?;
         let mut journal = self.journal.lock().unwrap();
         journal.logged.clear();
@@ -602,6 +610,17 @@ impl Vhdx {
                 }
             }
         }
+    }
+
+    /// The file became shorter.
+    pub(super) fn forget_flushed_len(&self) {
+        self.journal.lock().unwrap().flushed_len = 0;
+    }
+
+    /// Whether places were freed, and are not yet free to be used.
+    pub(super) fn has_reclaimable(&self) -> bool {
+        let journal = self.journal.lock().unwrap();
+        journal.waiting.is_some() || !journal.freed.is_empty()
     }
 
     /// Freed places that nobody uses any more.

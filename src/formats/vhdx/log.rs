@@ -79,12 +79,31 @@ pub struct PageSource {
 impl PageSource {
     /// Puts the page together.
     pub async fn read(&self, file: &Arc<dyn File>) -> Result<Vec<u8>> {
-        let sector = disk::read(file, self.sector, LOG_SECTOR).await?;
-        let mut page = Vec::with_capacity(PAGE as usize);
-        page.extend_from_slice(&self.leading);
-        page.extend_from_slice(&sector[8..LOG_SECTOR as usize - 4]);
-        page.extend_from_slice(&self.trailing);
+        let mut page = disk::read(file, self.sector, LOG_SECTOR).await?;
+        self.complete(&mut page);
         Ok(page)
+    }
+
+    /// Makes a page of its data sector.
+    fn complete(&self, sector: &mut [u8]) {
+        sector[..8].copy_from_slice(&self.leading);
+        sector[LOG_SECTOR as usize - 4..].copy_from_slice(&self.trailing);
+    }
+
+    /// Puts pages together, those whose sectors lie side by side with one read.
+    pub async fn read_all(sources: &[PageSource], file: &Arc<dyn File>) -> Result<Vec<Vec<u8>>> {
+        let mut order: Vec<usize> = (0..sources.len()).collect();
+        order.sort_unstable_by_key(|i| sources[*i].sector);
+        let mut pages = vec![Vec::new(); sources.len()];
+        for run in order.chunk_by(|a, b| sources[*a].sector + LOG_SECTOR == sources[*b].sector) {
+            let len = run.len() as u64 * LOG_SECTOR;
+            let sectors = disk::read(file, sources[run[0]].sector, len).await?;
+            for (i, sector) in run.iter().zip(sectors.chunks_exact(LOG_SECTOR as usize)) {
+                pages[*i] = sector.to_vec();
+                sources[*i].complete(&mut pages[*i]);
+            }
+        }
+        Ok(pages)
     }
 }
 

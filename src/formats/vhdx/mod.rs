@@ -19,7 +19,8 @@
 //!                              │ no                         │ no
 //!                              ▼                            ▼
 //!                          load the page             read: zeros, or the parent
-//!                                                    write: map a place for the block, then as above
+//!                                                    write: map a place for the block (planned, too,
+//!                                                    if one is ready), then as above
 //! FLUSH ─► commit: changed pages → one entry of the log → flush; their place later
 //! ```
 //!
@@ -41,6 +42,7 @@
 //! * Nothing is changed before both headers say so on disk with new GUIDs.
 //! * Between two commits the file's metadata does not change at all; what a commit wrote is in the
 //!   log or in place, at every instant.
+//! * An entry of the BAT changes only if it still is what the change was based on.
 //! * Locks are taken in this order: a block, its chunk, the length of the file; then the turn of a
 //!   commit, then the header. The journal's own lock is never held across an await.
 //! * A failed commit poisons the image: later writes and flushes fail, reads go on.
@@ -77,6 +79,8 @@ pub mod metadata;
 #[cfg(test)]
 mod model_tests;
 mod pins;
+#[cfg(test)]
+mod plan_tests;
 mod read;
 pub mod region;
 pub mod replay;

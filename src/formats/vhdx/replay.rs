@@ -22,6 +22,9 @@ use crate::units::{ByteRange, MIB, align_down, align_up};
 /// The longest file that is believed: the largest disk, its bitmaps, its BAT and room to spare.
 const MAX_FILE_LEN: u64 = MAX_DISK_SIZE + (MAX_DISK_SIZE >> 8);
 
+/// How many pages are in memory at once while they are put in place.
+const AT_ONCE: usize = 256;
+
 /// The sum of all entries to be replayed.
 #[derive(Clone, Debug)]
 pub struct Replay {
@@ -151,9 +154,11 @@ impl Replay {
         for (start, end) in &self.zeros {
             file.write_zeroes(ByteRange::between(*start, *end), true).await?;
         }
-        for (offset, source) in &self.pages {
-            let page = source.read(file).await?;
-            disk::write(file, *offset, &page).await?;
+        let (places, sources): (Vec<u64>, Vec<PageSource>) = self.pages.iter().unzip();
+        for (places, sources) in places.chunks(AT_ONCE).zip(sources.chunks(AT_ONCE)) {
+            let pages = PageSource::read_all(sources, file).await?;
+            let pages = places.iter().copied().zip(pages.iter().map(Vec::as_slice));
+            disk::write_pages(file, pages).await?;
         }
         Ok(())
     }

@@ -205,6 +205,7 @@ impl Vhdx {
         }
         let _alone = self.framing.exclusive(ALL).await;
         self.empty_log().await?;
+        self.cut_unused_end().await;
         match &self.keep {
             Some(keep) => keep.discard(),
             None => Ok(()),
@@ -222,6 +223,22 @@ impl Vhdx {
             self.forget_log();
         }
         Ok(())
+    }
+
+    /// Makes the file as long as it need be: it grew ahead of its use. Only while the log is empty,
+    /// as entries say how long the file is at least.
+    async fn cut_unused_end(&self) {
+        let used = self.space.lock().unwrap().as_ref().map(Space::end);
+        let Some(end) = used.filter(|end| *end < self.file_len.load(Ordering::Acquire)) else {
+            return;
+        };
+        match self.file.set_len(end).await {
+            Ok(()) => {
+                self.file_len.store(end, Ordering::Release);
+                self.forget_flushed_len();
+            }
+            Err(err) => tracing::warn!("{}: cutting its unused end: {err}", self.name()),
+        }
     }
 
     /// The structure with the headers as they are now.

@@ -77,6 +77,21 @@ impl Space {
         }
     }
 
+    /// A place for a payload block that is ready: it reads as zeros, and lies within a file of
+    /// `file_len` bytes. `None` if the next place is not.
+    pub fn take_ready_block(&mut self, file_len: u64) -> Option<Place> {
+        let is_ready = match self.free.last() {
+            Some((_, is_zeroed)) => *is_zeroed,
+            None => self.end + self.block_size <= file_len,
+        };
+        is_ready.then(|| self.take_block())
+    }
+
+    /// Where the part of the file begins that was never used.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
     /// A place for a sector bitmap block.
     pub fn take_bitmap(&mut self) -> Place {
         match self.block_size == MIB {
@@ -89,6 +104,14 @@ impl Space {
         let offset = self.end;
         self.end += len;
         Place { offset, is_fresh: true, is_zeroed: true }
+    }
+
+    /// Gives back a ready place that was not used after all.
+    pub fn untake_block(&mut self, place: Place) {
+        match place.is_fresh && place.offset + self.block_size == self.end {
+            true => self.end = place.offset,
+            false => self.give_back(place.offset, place.is_zeroed),
+        }
     }
 
     /// Gives back a place that nothing refers to, of a block's size.
@@ -130,6 +153,22 @@ mod tests {
         space.give_back(9 * MIB, true);
         assert!(space.take_block().is_zeroed);
         assert_eq!(space.take_block().offset, 22 * MIB);
+    }
+
+    #[test]
+    fn ready_places_need_nothing_done_to_them() {
+        let mut space = Space::new(&checker(2 * MIB), 18 * MIB, None);
+        assert_eq!(space.take_ready_block(19 * MIB), None);
+        let fresh = space.take_ready_block(20 * MIB).unwrap();
+        assert_eq!((fresh.offset, fresh.is_fresh), (18 * MIB, true));
+        space.untake_block(fresh);
+        assert_eq!((space.end(), space.free.len()), (18 * MIB, 0));
+        let [first, _] = [(); 2].map(|()| space.take_ready_block(22 * MIB).unwrap());
+        space.untake_block(first);
+        let again = space.take_ready_block(22 * MIB).unwrap();
+        assert_eq!((again.offset, again.is_fresh, again.is_zeroed), (18 * MIB, false, true));
+        space.give_back(4 * MIB, false);
+        assert_eq!(space.take_ready_block(99 * MIB), None);
     }
 
     #[test]

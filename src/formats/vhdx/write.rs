@@ -11,8 +11,12 @@
 //! ```
 //!
 //! A new place reads as what the block read before: zeros, or (no bit set) the parent. So it is
-//! mapped *before* the data is written, one writer at a time for each block, and all other writers
-//! of the block need no lock at all. Only bits are set after the data.
+//! mapped *before* the data is written, and then all writers of the block need no lock at all. Only
+//! bits are set after the data.
+//!
+//! Where nothing has to be read, zeroed, committed or made longer first, mapping a block is a matter
+//! of memory ([`Vhdx::map_block_now`]): so a write to an absent block is planned, too. To have it so
+//! most of the time, the file grows by more than a block; closing the image cuts the rest off.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,7 +26,7 @@ use super::journal::{Conditions, Edit, Outcome};
 use super::layout::{BITMAP_PRESENT, payload};
 use super::pins::Token;
 use super::read::push_merged;
-use super::space::Place;
+use super::space::{Place, Space};
 use super::{ALL, Vhdx};
 use crate::block::{Plan, PlanExtent, Planned, Prepared, WriteCommit, driver::Pin};
 use crate::error::{Error, Result, ResultExt};
@@ -30,7 +34,8 @@ use crate::io::Fut;
 use crate::units::{ByteRange, MIB};
 
 impl Vhdx {
-    /// Resolves a write that changes no metadata, from memory.
+    /// Resolves a write that needs no metadata but what is in memory, mapping blocks where that is
+    /// enough.
     pub(super) fn plan_write<'a>(
         &'a self,
         range: ByteRange,
@@ -47,7 +52,11 @@ impl Vhdx {
         while !at.is_empty() {
             let part = self.in_first_block(at);
             let block = self.geometry().block_of(at.offset);
-            let Some(entry) = self.entry_now(block) else { return Planned::NotNow };
+            let Some(mut entry) = self.entry_now(block) else { return Planned::NotNow };
+            if !fua && is_absent(entry) && self.map_block_now(block, entry) {
+                let Some(mapped) = self.entry_now(block) else { return Planned::NotNow };
+                entry = mapped;
+            }
             match entry & PLAN_BITS {
                 PRESENT => {}
                 PARTIAL => {
@@ -104,12 +113,49 @@ impl Vhdx {
         }
     }
 
-    /// Gives a block a place, if it has none.
+    /// Gives a block that is absent, and behind which no parent shows, a place if one is ready. False
+    /// if that takes more than memory, or the entry changed: then nothing was done.
+    fn map_block_now(&self, block: u64, entry: u64) -> bool {
+        if (self.geometry().has_parent && bat::state(entry) == payload::NOT_PRESENT)
+            // What is about to become free is used before the file grows.
+            || self.has_reclaimable()
+            // A commit would have to come before the write completes.
+            || (self.keep.is_none() && self.session.load(Ordering::Acquire))
+        {
+            return false;
+        }
+        let with_space = |f: &dyn Fn(&mut Space) -> Option<Place>| {
+            self.space.lock().unwrap().as_mut().and_then(f)
+        };
+        let file_len = self.file_len.load(Ordering::Acquire);
+        let Some(place) = with_space(&|space| space.take_ready_block(file_len)) else {
+            return false;
+        };
+        let index = self.geometry().payload_index(block);
+        let edit = Edit::Entry { index, value: place.offset | payload::FULLY_PRESENT };
+        let expect = [(index, entry)];
+        let conditions = Conditions { expect: &expect, data_first: !place.is_fresh, frees: None };
+        match self.publish_now(&[edit], conditions) {
+            // To be committed first: the entry says so, and whoever writes by it will see to that.
+            Some(Outcome::Kept | Outcome::CommitFirst) => true,
+            Some(Outcome::Stale) | None => {
+                with_space(&|space| {
+                    space.untake_block(place);
+                    None
+                });
+                false
+            }
+        }
+    }
+
+    /// Gives a block a place, if it has none; perhaps only after another try.
     async fn map_block(&self, block: u64) -> Result<()> {
         let _alone = self.blocks.exclusive(ByteRange { offset: block, len: 1 }).await;
         let index = self.geometry().payload_index(block);
         let entry = self.entry_at(index).await?;
-        if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
+        if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT)
+            || self.map_block_now(block, entry)
+        {
             return Ok(());
         }
         let partial = self.geometry().has_parent && bat::state(entry) == payload::NOT_PRESENT;
@@ -121,7 +167,11 @@ impl Vhdx {
         }
         let place = self.allocate(self.geometry().block_size()).await?;
         edits.push(Edit::Entry { index, value: place.offset | state });
-        self.publish_place(place, index, entry, &edits).await
+        if !self.publish_place(place, index, entry, &edits).await? {
+            // Planned writes map blocks without the lock.
+            self.unallocate(place, self.geometry().block_size());
+        }
+        Ok(())
     }
 
     /// The sector bitmap block of a chunk, which is made if need be, without a bit set.
@@ -138,29 +188,30 @@ impl Vhdx {
         }
         let place = self.allocate(MIB).await?;
         let edit = Edit::Entry { index, value: place.offset | BITMAP_PRESENT };
-        self.publish_place(place, index, entry, &[edit]).await?;
-        Ok(place.offset)
+        match self.publish_place(place, index, entry, &[edit]).await? {
+            true => Ok(place.offset),
+            false => Err(Error::invalid(format!(
+                "{}: BAT entry {index} changed while it was locked",
+                self.name()
+            ))),
+        }
     }
 
-    /// Publishes an entry for a place that nobody else refers to. The caller is the only one who
-    /// changes entries that are absent.
+    /// Publishes an entry for a place that nobody else refers to. False if the entry changed.
     async fn publish_place(
         &self,
         place: Place,
         index: u64,
         entry: u64,
         edits: &[Edit],
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let expect = [(index, entry)];
         // What is reused must be zeros on disk before the mapping is.
         let conditions = Conditions { expect: &expect, data_first: !place.is_fresh, frees: None };
         match self.publish(edits, conditions).await? {
-            Outcome::Kept => Ok(()),
-            Outcome::CommitFirst => self.commit().await,
-            Outcome::Stale => Err(Error::invalid(format!(
-                "{}: BAT entry {index} changed while it was locked",
-                self.name()
-            ))),
+            Outcome::Kept => Ok(true),
+            Outcome::CommitFirst => self.commit().await.map(|()| true),
+            Outcome::Stale => Ok(false),
         }
     }
 
@@ -206,8 +257,15 @@ impl Vhdx {
             // One after the other, or a later and shorter length could win.
             let _alone = self.growing.exclusive(ALL).await;
             if self.file_len.load(Ordering::Acquire) < end {
-                self.file.set_len(end).await.context(context)?;
-                self.file_len.store(end, Ordering::Release);
+                let ahead = end + self.growth(end);
+                let len = match self.file.set_len(ahead).await {
+                    Err(_) if ahead > end => {
+                        self.file.set_len(end).await.context(context)?;
+                        end
+                    }
+                    result => result.context(context).map(|()| ahead)?,
+                };
+                self.file_len.store(len, Ordering::Release);
             }
         }
         if !place.is_zeroed {
@@ -215,6 +273,14 @@ impl Vhdx {
             self.file.write_zeroes(range, true).await.context(context)?;
         }
         Ok(())
+    }
+
+    /// By how much a file of `len` bytes grows beyond what is needed: an eighth, in whole blocks. Holes
+    /// cost nothing, but what they make of the file's length should not surprise anybody.
+    fn growth(&self, len: u64) -> u64 {
+        const MOST: u64 = 4 << 30;
+        let block = self.geometry().block_size();
+        (len.min(self.geometry().disk_size) / 8).min(MOST) / block * block
     }
 
     /// Gives back a place that was never mapped. One of another size stays unused until the image is
@@ -381,6 +447,12 @@ impl Vhdx {
         // A page that is not in memory has nothing that waits.
         self.cache.word(page, word).is_some_and(|entry| entry & UNSETTLED != 0)
     }
+}
+
+/// Whether an entry is good, and its block has no place.
+fn is_absent(entry: u64) -> bool {
+    entry & CHECKED != 0
+        && !matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT)
 }
 
 /// A write on its way to its place.

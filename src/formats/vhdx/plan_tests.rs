@@ -1,0 +1,186 @@
+//! What is planned, on files of the host.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::testing::{Driven, Fixture, read, write};
+use super::{OpenOptions, Structure, Vhdx};
+use crate::block::driver::{Plan, PlanExtent, PlanOp, Planned};
+use crate::block::keep::tests::state_dir;
+use crate::block::{Driver, FormatDriver, Keep, StatusKind};
+use crate::io::{File, HostFile, block_on};
+use crate::units::{ByteRange, MIB};
+
+const WRITE: PlanOp = PlanOp::Write { fua: false };
+
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new(fixture: &Fixture) -> Host {
+        let host = Host { dir: tempfile::tempdir().unwrap() };
+        std::fs::write(host.path(), fixture.bytes()).unwrap();
+        host
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("x.vhdx")
+    }
+
+    fn len(&self) -> u64 {
+        std::fs::metadata(self.path()).unwrap().len()
+    }
+
+    fn open(&self, keep: Option<Keep>) -> Driven {
+        let options = crate::io::OpenOptions { write: true, ..Default::default() };
+        let file: Arc<dyn File> = Arc::new(HostFile::open(&self.path(), options).unwrap());
+        let structure = block_on(Structure::read(&file)).unwrap();
+        let options = OpenOptions { keep, ..OpenOptions::default() };
+        FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap())
+    }
+}
+
+/// The extents of a plan as (offset, length), `None` for zeros; `None` for "not now".
+fn planned(disk: &Driven, op: PlanOp, offset: u64, len: u64) -> Option<Vec<(Option<u64>, u64)>> {
+    let mut plan = Plan::default();
+    let answer = disk.plan(op, ByteRange { offset, len }, &mut plan);
+    (answer == Planned::Ready).then(|| {
+        let extent = |extent: &PlanExtent<'_>| match extent {
+            PlanExtent::File { offset, len, .. } => (Some(*offset), *len),
+            PlanExtent::Zero { len } => (None, *len),
+        };
+        plan.extents.iter().map(extent).collect()
+    })
+}
+
+fn write_at(disk: &Driven, offset: u64, byte: u8) {
+    block_on(write(disk, offset, &[byte; 512], false)).unwrap();
+}
+
+/// Where the image places a block.
+fn place_of(disk: &Driven, block: u64) -> Option<u64> {
+    let range = ByteRange { offset: block * MIB, len: MIB };
+    let status = block_on(disk.block_status(range)).unwrap();
+    (status.kind == StatusKind::Data).then(|| status.host.unwrap().1)
+}
+
+#[test]
+fn a_write_maps_a_block_if_a_place_is_ready() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let disk = host.open(None);
+    assert_eq!(planned(&disk, WRITE, 0, 512), None, "the headers do not say yet that we write");
+    (0..3).for_each(|block| write_at(&disk, block * MIB, 1));
+    assert_eq!(planned(&disk, WRITE, 3 * MIB, 512), None, "the file must become longer first");
+    assert_eq!(place_of(&disk, 3), None, "nothing was done");
+    write_at(&disk, 3 * MIB, 1);
+    // It grew by more than it had to.
+    assert_eq!(host.len(), 9 * MIB);
+    assert_eq!(planned(&disk, PlanOp::Write { fua: true }, 40 * MIB, 512), None);
+    assert_eq!(planned(&disk, PlanOp::Read, 40 * MIB, 512), Some(vec![(None, 512)]));
+    assert_eq!(planned(&disk, WRITE, 41 * MIB - 512, 512), Some(vec![(Some(9 * MIB - 512), 512)]));
+    assert_eq!(planned(&disk, PlanOp::Read, 40 * MIB, 512), Some(vec![(Some(8 * MIB), 512)]));
+    assert_eq!(planned(&disk, WRITE, 50 * MIB, 512), None);
+    // Across blocks.
+    block_on(disk.flush()).unwrap();
+    (50..60).for_each(|block| write_at(&disk, block * MIB, 2));
+    assert_eq!(host.len(), 21 * MIB);
+    let extents = planned(&disk, WRITE, 10 * MIB - 512, 1024).unwrap();
+    assert_eq!(extents, [(Some(20 * MIB - 512), 1024)]);
+    write_at(&disk, 11 * MIB, 3);
+    assert_eq!(host.len(), 24 * MIB);
+    assert_eq!(block_on(read(&disk, 50 * MIB, 1024)), [[2; 512], [0; 512]].concat());
+    block_on(disk.close()).unwrap();
+    drop(disk);
+    // What the file grew ahead of its use is gone, what was mapped is there.
+    assert_eq!(host.len(), 22 * MIB);
+    let disk = host.open(None);
+    assert_eq!(place_of(&disk, 40), Some(8 * MIB));
+    assert_eq!(place_of(&disk, 10), Some(20 * MIB));
+    assert_eq!(block_on(read(&disk, 2 * MIB, 512)), [1; 512]);
+}
+
+#[test]
+fn freed_places_are_used_before_others() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let disk = host.open(None);
+    (0..4).for_each(|block| write_at(&disk, block * MIB, 1));
+    block_on(disk.discard(ByteRange { offset: MIB, len: MIB })).unwrap();
+    block_on(disk.flush()).unwrap();
+    assert_eq!(planned(&disk, WRITE, 20 * MIB, 512), Some(vec![(Some(5 * MIB), 512)]));
+    assert_eq!(block_on(read(&disk, 20 * MIB, 512)), [0; 512]);
+    // Freed, but somebody may still be there: a matter for more than a plan.
+    let mut plan = Plan::default();
+    let range = ByteRange { offset: 2 * MIB, len: 512 };
+    assert_eq!(disk.plan(PlanOp::Read, range, &mut plan), Planned::Ready);
+    block_on(disk.discard(ByteRange { offset: 2 * MIB, len: MIB })).unwrap();
+    block_on(disk.flush()).unwrap();
+    assert_eq!(planned(&disk, WRITE, 21 * MIB, 512), None);
+    drop(plan);
+    write_at(&disk, 21 * MIB, 3);
+    assert_eq!(place_of(&disk, 21), Some(6 * MIB));
+}
+
+#[test]
+fn what_must_be_kept_is_kept_or_not_planned() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let fill = |disk: &Driven| {
+        (0..4).for_each(|block| write_at(disk, block * MIB, 1));
+        block_on(disk.flush()).unwrap();
+    };
+    let disk = host.open(None);
+    fill(&disk);
+    disk.begin_session(1).unwrap();
+    assert_eq!(planned(&disk, WRITE, 20 * MIB, 512), None, "nothing would survive a kill");
+    block_on(disk.close()).unwrap();
+    drop(disk);
+
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let dir = state_dir();
+    let disk = host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    fill(&disk);
+    disk.begin_session(1).unwrap();
+    assert_eq!(planned(&disk, WRITE, 20 * MIB, 512), Some(vec![(Some(8 * MIB), 512)]));
+    // Killed: neither flushed nor closed.
+    drop(disk);
+    let disk = host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    assert_eq!(place_of(&disk, 20), None);
+    block_on(disk.resume(Some(1))).unwrap();
+    assert_eq!(place_of(&disk, 20), Some(8 * MIB));
+}
+
+#[test]
+fn many_threads_never_share_a_place() {
+    const BLOCKS: u64 = 300;
+    let host = Host::new(&Fixture::new(BLOCKS * MIB));
+    let disk = host.open(None);
+    write_at(&disk, 0, 0);
+    std::thread::scope(|scope| {
+        for thread in 0..3u64 {
+            let disk = &disk;
+            scope.spawn(move || {
+                for step in 0..BLOCKS {
+                    // Each block by all threads, mostly at different times.
+                    let block = (step * 7 + thread * 3) % BLOCKS;
+                    let offset = block * MIB + thread * 512;
+                    if planned(disk, WRITE, offset, 512).is_none() {
+                        write_at(disk, offset, block as u8);
+                    }
+                    if step % 100 == 50 && thread == 0 {
+                        block_on(disk.flush()).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    block_on(disk.close()).unwrap();
+    drop(disk);
+    let disk = host.open(None);
+    let mut blocks = HashMap::new();
+    for block in 0..BLOCKS {
+        let place = place_of(&disk, block).unwrap_or_else(|| panic!("block {block} has no place"));
+        assert!(place % MIB == 0 && place >= 4 * MIB && place + MIB <= host.len());
+        assert_eq!(blocks.insert(place, block), None, "place {place} of block {block}");
+    }
+}
