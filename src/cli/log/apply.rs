@@ -4,6 +4,8 @@
 //! pieces. Several writes are in flight at a time, but never two that overlap: the order of the
 //! entries is the order on the disk.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::block::Node;
@@ -27,13 +29,18 @@ pub struct Replayer {
     lanes: Lanes<'static>,
     /// What may be in flight.
     started: Vec<ByteRange>,
+    spare: Spare,
 }
+
+/// Memory of pieces that are done: fresh memory would cost the host more than the copy.
+type Spare = Rc<RefCell<Vec<AlignedBuf>>>;
 
 impl Replayer {
     /// For entries of `log` on `node`.
     pub fn new(log: &Log, node: Node) -> Replayer {
         let log = Arc::clone(log.file());
-        Replayer { log, node, lanes: Lanes::new(LANES), started: Vec::new() }
+        let lanes = Lanes::new(LANES);
+        Replayer { log, node, lanes, started: Vec::new(), spare: Spare::default() }
     }
 
     /// Applies an entry, after all before it. It may be in flight when this returns.
@@ -85,10 +92,19 @@ impl Replayer {
             let len = (data.len - done).min(PIECE);
             let (node, log) = (self.node.clone(), Arc::clone(&self.log));
             let context = context_of(&self.node, entry);
-            let (from, to) = (data.offset + done, at + done);
+            let (from, to) = (ByteRange { offset: data.offset + done, len }, at + done);
+            let spare = Rc::clone(&self.spare);
             let copy = async move {
-                let bytes = read(&*log, ByteRange { offset: from, len }).await?;
-                node.write(to, bytes, false).await.context(context)
+                let memory = spare.borrow_mut().pop();
+                let memory = memory.unwrap_or_else(|| AlignedBuf::zeroed(PIECE as usize, 4096));
+                let bytes = memory.buffers().slice(0, len);
+                read(&*log, from, bytes.clone()).await?;
+                node.write(to, bytes, false).await.context(context)?;
+                // Unless the host still uses it.
+                if memory.is_unshared() {
+                    spare.borrow_mut().push(memory);
+                }
+                Ok(())
             };
             self.lanes.push(copy).await?;
             done += len;
@@ -104,10 +120,6 @@ fn context_of(node: &Node, entry: &Entry) -> impl FnOnce() -> String + use<> {
 }
 
 /// Reads a piece of the log. Logs are read through the page cache, which has no demands.
-async fn read(log: &dyn File, range: ByteRange) -> Result<Buffers> {
-    let buf = AlignedBuf::zeroed(range.len as usize, 4096);
-    log.read(range.offset, buf.buffers())
-        .await
-        .context(|| format!("{}: reading {range}", log.name()))?;
-    Ok(buf.buffers())
+async fn read(log: &dyn File, range: ByteRange, into: Buffers) -> Result<()> {
+    log.read(range.offset, into).await.context(|| format!("{}: reading {range}", log.name()))
 }
