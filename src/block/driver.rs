@@ -311,6 +311,22 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
+    /// Has the image's own metadata name another backing file and its format, or none; durable on
+    /// return, and at any instant the old name or the new one. What it names shows the same where
+    /// this layer leaves it to its backing; whoever asks sees to that. The node below stays.
+    ///
+    /// # Errors
+    /// If this cannot be done here; then the old name stands.
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        let _ = backing;
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{} images cannot be made to name another backing file here",
+                self.name()
+            )))
+        })
+    }
+
     /// Format-specific facts for `info`, as JSON; `null` if there are none.
     fn details(&self) -> serde_json::Value {
         serde_json::Value::Null

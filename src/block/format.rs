@@ -153,6 +153,17 @@ pub trait Format: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
+    /// See [`Driver::rename_backing`].
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        let _ = backing;
+        Box::pin(async move {
+            Err(Error::unsupported(format!(
+                "{} images cannot be made to name another backing file here",
+                self.name()
+            )))
+        })
+    }
+
     /// Format-specific facts for `info`.
     fn details(&self) -> serde_json::Value {
         serde_json::Value::Null
@@ -340,6 +351,10 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
         self.format.prepare_for_overlay()
+    }
+
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        self.format.rename_backing(backing)
     }
 
     fn details(&self) -> serde_json::Value {

@@ -225,6 +225,10 @@ impl Driver for Intercept {
         self.below.children()
     }
 
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        self.below.rename_backing(backing)
+    }
+
     fn details(&self) -> serde_json::Value {
         self.below.details()
     }

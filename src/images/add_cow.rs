@@ -140,12 +140,16 @@ const SHORT_NAME: usize = 512 - 12 - 1;
 /// Names the image and what is wrong with the name.
 pub fn check_new_backing(image: &Image, backing: Option<&str>) -> Result<()> {
     let name = || image.name().to_string();
-    if image.format != ImageFormat::AddCow {
-        return Err(Error::unsupported(format!(
-            "{}: {} images cannot be made to name another backing file here",
-            image.name(),
-            image.format
-        )));
+    match image.format {
+        ImageFormat::AddCow => {}
+        // What else it needs turns out in its header.
+        ImageFormat::Qcow2 if backing.is_none_or(|name| name.len() <= 1023) => return Ok(()),
+        other => {
+            return Err(Error::unsupported(format!(
+                "{}: {other} images cannot be made to name this backing file here",
+                image.name()
+            )));
+        }
     }
     let file = Arc::new(image.file.buffered().context(name)?) as Arc<dyn File>;
     let old = block_on(addcow::read_header(&file))?;
@@ -175,6 +179,10 @@ pub fn set_backing(
 ) -> Result<()> {
     check_new_backing(image, backing)?;
     let name = || image.name().to_string();
+    let named = backing.map(|name| (name, format.unwrap_or(ImageFormat::Raw).name()));
+    if image.format != ImageFormat::AddCow {
+        return block_on(image.node.driver().rename_backing(named));
+    }
     let file = image.file.buffered().context(name)?;
     let shared = Arc::new(image.file.buffered().context(name)?) as Arc<dyn File>;
     let old = block_on(addcow::read_header(&shared))?;
@@ -207,7 +215,7 @@ pub fn set_backing(
         remember_format(&file, format)?;
         block_on(file.flush()).context(name)?;
     }
-    Ok(())
+    block_on(image.node.driver().rename_backing(named))
 }
 
 /// Makes an add-cow file, and its image file unless one is given.

@@ -286,6 +286,10 @@ impl Driver for WriteLog {
         self.below.set_backing(backing, quiesced)
     }
 
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        self.below.rename_backing(backing)
+    }
+
     fn details(&self) -> serde_json::Value {
         self.below.details()
     }

@@ -55,8 +55,8 @@ mod crash_tests;
 mod tests;
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 pub use self::layout::Header;
 
@@ -137,7 +137,8 @@ struct Shared {
     /// The image file.
     data: Arc<dyn File>,
     header: Header,
-    backing_format: Option<String>,
+    /// The backing file and its format as they are named now.
+    named: Mutex<Option<(String, Option<String>)>>,
     /// Size of the disk in bytes: whole sectors of the image file.
     size: AtomicU64,
     read_only: bool,
@@ -214,8 +215,8 @@ impl AddCow {
         let shared = Shared {
             file,
             data: options.image,
+            named: Mutex::new(header.backing.clone().map(|name| (name, options.backing_format))),
             header,
-            backing_format: options.backing_format,
             size: AtomicU64::new(sectors * SECTOR_SIZE),
             read_only: options.read_only,
             pages: Pages::new(sectors.div_ceil(PAGE_SECTORS)),
@@ -700,15 +701,23 @@ impl Format for AddCow {
         Err(Error::invalid("add-cow changes its backing by Format::on_backing"))
     }
 
+    /// The header is written by whoever knows the files' paths, as what it does not hold (the
+    /// format) has to change with it: this only takes note.
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        let named = backing.map(|(name, format)| (name.to_string(), Some(format.to_string())));
+        *self.shared.named.lock().unwrap() = named;
+        Box::pin(async { Ok(()) })
+    }
+
     fn details(&self) -> serde_json::Value {
         let shared = &self.shared;
         let mut details = serde_json::json!({
             "version": 1,
             "image-filename": shared.header.image,
         });
-        if let Some(backing) = &shared.header.backing {
+        if let Some((backing, format)) = &*shared.named.lock().unwrap() {
             details["backing-filename"] = backing.as_str().into();
-            if let Some(format) = &shared.backing_format {
+            if let Some(format) = format {
                 details["backing-filename-format"] = format.as_str().into();
             }
         }

@@ -45,6 +45,9 @@ const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// Byte offsets of header fields that are also written.
 pub(super) mod field {
+    /// Offset and length of the backing file's name.
+    pub const BACKING: usize = 8;
+    pub const BACKING_LEN: usize = 12;
     pub const L1_OFFSET: usize = 40;
     pub const REFTABLE_OFFSET: usize = 48;
     pub const REFTABLE_END: usize = 60;
@@ -356,6 +359,93 @@ impl Header {
             }
         }
         details
+    }
+}
+
+/// How a header is made to name another backing file. Everything but the name itself changes within
+/// the first sector, which a disk writes whole or not at all.
+#[derive(Debug)]
+pub(super) struct Renaming {
+    /// Where nobody looks yet: the new name.
+    pub name: Option<(u64, Vec<u8>)>,
+    /// The extension with the format, if that changes.
+    pub format: Option<(u64, Vec<u8>)>,
+    /// The fields that point to the name.
+    pub field: [u8; field::BACKING_LEN],
+}
+
+impl Renaming {
+    /// Finds the places, in the first cluster of an image.
+    ///
+    /// # Errors
+    /// If there is no room, or the header is laid out in a way that cannot be changed in place.
+    pub(super) fn new(cluster: &[u8], backing: Option<&Backing>) -> Result<Renaming> {
+        const SECTOR: usize = 512;
+        let no_room = || {
+            Error::unsupported(
+                "its header has no room for another backing file name; use qemu-img rebase while it \
+                 is not in use",
+            )
+        };
+        let header_len = if be32(cluster, 4) > 2 { be32(cluster, 100) as usize } else { V2_LEN };
+        let mut at = header_len;
+        let mut old_format = None;
+        loop {
+            if at + 8 > cluster.len() {
+                return Err(no_room());
+            }
+            let (kind, len) = (be32(cluster, at), be32(cluster, at + 4) as usize);
+            if kind == EXT_END {
+                break;
+            }
+            if kind == EXT_BACKING_FORMAT {
+                old_format = Some((at, len));
+            }
+            at = at.saturating_add(8).saturating_add(len).next_multiple_of(8);
+        }
+        let old_name = match be64(cluster, field::BACKING) as usize {
+            0 => 0..0,
+            start => start..start + be32(cluster, field::BACKING + 8) as usize,
+        };
+        let Some(backing) = backing else {
+            return Ok(Renaming { name: None, format: None, field: [0; field::BACKING_LEN] });
+        };
+        let mut format = Vec::new();
+        let name = backing.format.as_deref().unwrap_or("raw");
+        format.extend(EXT_BACKING_FORMAT.to_be_bytes());
+        format.extend((name.len() as u32).to_be_bytes());
+        format.extend(name.as_bytes());
+        format.resize(16.max(format.len().next_multiple_of(8)), 0);
+        let mut end = at + 8;
+        let (place, bytes) = match old_format {
+            Some((place, len)) if format.len() == 8 + len.next_multiple_of(8) => (place, format),
+            Some(_) => return Err(no_room()),
+            None => {
+                format.resize(format.len() + 8, 0);
+                end = at + format.len();
+                if old_name.start < end && at < old_name.end {
+                    return Err(no_room());
+                }
+                (at, format)
+            }
+        };
+        let format = match cluster.get(place..place + bytes.len()) {
+            Some(old) if old == bytes => None,
+            Some(_) if place + bytes.len() <= SECTOR => Some((place as u64, bytes)),
+            _ => return Err(no_room()),
+        };
+        let name = backing.file.as_bytes();
+        let mut start = end.next_multiple_of(8);
+        if start < old_name.end && old_name.start < start + name.len() {
+            start = old_name.end.next_multiple_of(8);
+        }
+        if start + name.len() > cluster.len() || !(1..=1023).contains(&name.len()) {
+            return Err(no_room());
+        }
+        let mut field = [0; field::BACKING_LEN];
+        field[..8].copy_from_slice(&(start as u64).to_be_bytes());
+        field[8..].copy_from_slice(&(name.len() as u32).to_be_bytes());
+        Ok(Renaming { name: Some((start as u64, name.to_vec())), format, field })
     }
 }
 

@@ -89,6 +89,7 @@ mod pending;
 mod place;
 mod plan;
 mod read;
+mod rename;
 mod resize;
 mod session;
 mod snapshots;
@@ -156,6 +157,8 @@ pub struct Qcow2 {
     read_only: bool,
     /// Replaced only while nobody uses the image.
     backing: RwLock<Option<Node>>,
+    /// What the header names now, if that was changed since it was read.
+    renamed: Mutex<Option<Option<Backing>>>,
     keep: Option<Keep>,
     /// Whether a guest's session runs: completed writes must survive this process.
     session: AtomicBool,
@@ -246,6 +249,7 @@ impl Qcow2 {
             cluster_size,
             read_only: options.read_only,
             backing: RwLock::new(options.backing),
+            renamed: Mutex::default(),
             keep: options.keep,
             session: AtomicBool::new(false),
             image: FormatAccess::new(image),
@@ -438,8 +442,21 @@ impl Format for Qcow2 {
         Ok(())
     }
 
+    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        let backing = backing
+            .map(|(file, format)| Backing { file: file.into(), format: Some(format.into()) });
+        Box::pin(self.rename(backing))
+    }
+
     fn details(&self) -> serde_json::Value {
-        self.header.details()
+        match self.renamed.lock().unwrap().clone() {
+            Some(backing) => {
+                let mut header = self.header.clone();
+                header.backing = backing;
+                header.details()
+            }
+            None => self.header.details(),
+        }
     }
 
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {

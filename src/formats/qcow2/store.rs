@@ -66,6 +66,8 @@ struct StoreInner {
     cluster_size: u64,
     overlay: Mutex<Overlay>,
     hazards: Hazards,
+    /// What the header says of the backing file, if that is not what imago read from it.
+    backing_field: Mutex<Option<[u8; field::BACKING_LEN]>>,
 }
 
 /// Counts what makes reuse of freed clusters unsafe until the next checkpoint.
@@ -161,6 +163,7 @@ impl Store {
                 cluster_size,
                 overlay: Mutex::default(),
                 hazards: Hazards::default(),
+                backing_field: Mutex::default(),
             }),
         }
     }
@@ -220,7 +223,7 @@ impl Store {
         loop {
             // Granules that are changed in part must be known in whole.
             for at in [align_down(offset, granule), align_down(end, granule)] {
-                let partial = (at < offset || at + granule > end) && at < end;
+                let partial = (at < offset || at + granule > end || at == 0) && at < end;
                 if partial {
                     let old = self.read(at, granule as usize).await?;
                     self.inner.overlay.lock().unwrap().remember(at, &old);
@@ -233,6 +236,12 @@ impl Store {
         }
     }
 
+    /// From now on the header says this of the backing file, whatever imago writes there.
+    pub async fn set_backing_field(&self, bytes: [u8; field::BACKING_LEN]) -> Result<()> {
+        *self.inner.backing_field.lock().unwrap() = Some(bytes);
+        self.write(field::BACKING as u64, &bytes).await
+    }
+
     /// Puts bytes into granules; false if one that is changed in part is not in memory.
     fn merge(&self, offset: u64, bytes: &[u8]) -> bool {
         let granule = self.inner.granule;
@@ -243,12 +252,19 @@ impl Store {
             let from = at.max(offset);
             let to = (at + granule).min(end);
             let part = &bytes[(from - offset) as usize..(to - offset) as usize];
-            if part.len() as u64 == granule {
+            let backing = match at {
+                0 => *self.inner.backing_field.lock().unwrap(),
+                _ => None,
+            };
+            if part.len() as u64 == granule && backing.is_none() {
                 overlay.put(at, part);
             } else {
                 let Some(old) = overlay.granules.get(&at) else { return false };
                 let mut new = old.data.to_vec();
                 new[(from - at) as usize..(to - at) as usize].copy_from_slice(part);
+                if let Some(backing) = backing {
+                    new[field::BACKING..][..field::BACKING_LEN].copy_from_slice(&backing);
+                }
                 let pointers = field::L1_OFFSET..field::REFTABLE_END;
                 if at == 0 && new[pointers.clone()] != old.data[pointers] {
                     // A table moved: the header on disk still points to the old one.
