@@ -162,11 +162,15 @@ fn run_active(qmp: &mut Qmp, arguments: Value) {
     );
 }
 
-/// The drivers of the nodes that are there, without those for files.
+/// The drivers of the guest's chain, from the top. (Nodes that the operator made stay when they have
+/// left it.)
 fn drivers(qmp: &mut Qmp) -> Vec<String> {
     let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
-    let drivers = nodes.as_array().unwrap().iter().map(|node| node["drv"].as_str().unwrap());
-    drivers.filter(|drv| *drv != "file").map(String::from).collect()
+    let driver = |name: String| {
+        let node = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == name);
+        node.unwrap()["drv"].as_str().unwrap().to_string()
+    };
+    chain(qmp).into_iter().map(driver).collect()
 }
 
 #[test]
@@ -209,6 +213,169 @@ fn active(top: &'static str, below: &'static str) {
     assert!(old.log().contains("goes on in"), "{}", old.log());
 }
 
+/// The node of an image, by its file.
+fn node_of(qmp: &mut Qmp, host: &Host, file: &str) -> String {
+    let path = host.path(file).display().to_string();
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    let is_it = |node: &&Value| node["file"] == path && node["drv"] != "file";
+    let found = nodes.as_array().unwrap().iter().find(is_it);
+    let found = found.unwrap_or_else(|| panic!("no node of {path} in {nodes}"));
+    found["node-name"].as_str().unwrap().to_string()
+}
+
+/// What an image names as its backing file.
+fn names(host: &Host, image: &str) -> Option<String> {
+    let info = ok(host.dir.path(), &["info", "-U", "-f", "add-cow", "--output=json", image]);
+    let info: Value = serde_json::from_str(&info).unwrap();
+    let name = info["backing-filename"].as_str()?;
+    Some(Path::new(name).file_name().unwrap().to_str().unwrap().to_string())
+}
+
+/// base ◄ disk ◄ a ◄ b ◄ c, and a guest that has written between the snapshots.
+fn tall(name: &str) -> (Host, Qmp, Guest) {
+    let host = Host::start("add-cow", "raw");
+    let mut guest = host.guest(name);
+    let mut qmp = host.qmp();
+    for overlay in ["a", "b", "c"] {
+        guest.work(Duration::from_millis(30));
+        host.snapshot(&mut qmp, overlay, "add-cow");
+    }
+    guest.work(Duration::from_millis(30));
+    (host, qmp, guest)
+}
+
+#[test]
+fn layers_below_the_top_are_committed() {
+    let (mut host, mut qmp, mut guest) = tall("layers_below_the_top_are_committed");
+    let (disk, b) = (node_of(&mut qmp, &host, "disk"), node_of(&mut qmp, &host, "b"));
+    while_writing(&mut guest, || {
+        let arguments = json!({"device": "disk", "top-node": b, "base-node": disk});
+        run(&mut qmp, "block-commit", arguments);
+    });
+    assert_eq!(drivers(&mut qmp), ["add-cow", "add-cow", "raw"]);
+    assert_eq!(names(&host, "c").as_deref(), Some("disk"));
+    guest.verify();
+    while_writing(&mut guest, || {
+        let (top, base) = (host.path("disk"), host.path("base"));
+        run(&mut qmp, "block-commit", json!({"device": "disk", "top": top, "base": base}));
+    });
+    assert_eq!(drivers(&mut qmp), ["add-cow", "raw"]);
+    assert_eq!(names(&host, "c").as_deref(), Some("base"));
+    guest.verify();
+    while_writing(&mut guest, || run_active(&mut qmp, json!({"device": "disk"})));
+    assert_eq!(drivers(&mut qmp), ["raw"]);
+    guest.verify();
+    host.stop(&mut guest);
+    host.is_disk(&guest, "raw", "base");
+}
+
+#[test]
+fn a_layer_is_streamed_down_to_a_base() {
+    let (mut host, mut qmp, mut guest) = tall("a_layer_is_streamed_down_to_a_base");
+    let (disk, b) = (node_of(&mut qmp, &host, "disk"), node_of(&mut qmp, &host, "b"));
+    // One that is frozen, below the guest's.
+    while_writing(&mut guest, || {
+        let arguments = json!({"device": b, "base-node": disk, "job-id": "j"});
+        run(&mut qmp, "block-stream", arguments);
+    });
+    assert_eq!(names(&host, "b").as_deref(), Some("disk"));
+    assert_eq!(drivers(&mut qmp), ["add-cow", "add-cow", "add-cow", "raw"]);
+    guest.verify();
+    // And the guest's: first to what is named by the last layer that goes.
+    while_writing(&mut guest, || {
+        run(&mut qmp, "block-stream", json!({"device": "disk", "bottom": b}));
+    });
+    assert_eq!(names(&host, "c").as_deref(), Some("disk"));
+    while_writing(&mut guest, || {
+        let base = host.path("base");
+        run(&mut qmp, "block-stream", json!({"device": "disk", "base": base}));
+    });
+    assert_eq!(names(&host, "c").as_deref(), Some("base"));
+    guest.verify();
+    while_writing(&mut guest, || run(&mut qmp, "block-stream", json!({"device": "disk"})));
+    assert_eq!(drivers(&mut qmp), ["raw"]);
+    guest.verify();
+    host.stop(&mut guest);
+    host.is_disk(&guest, "raw", "c.raw");
+    let base = std::fs::read(host.path("base")).unwrap();
+    assert_eq!(words(&base), (0..DISK / SECTOR).map(base_word).collect::<Vec<_>>());
+}
+
+#[test]
+fn jobs_are_told_what_to_do() {
+    let (mut host, mut qmp, mut guest) = tall("jobs_are_told_what_to_do");
+    let slow = json!({"device": "disk", "speed": 65536, "auto-dismiss": false});
+    for command in ["block-stream", "block-commit"] {
+        qmp.ok(command, slow.clone());
+        assert_eq!(until(&mut qmp, "running"), ["created", "running"]);
+        let jobs = qmp.ok("query-block-jobs", json!({}));
+        assert_eq!(jobs[0]["type"], command["block-".len()..]);
+        assert_eq!((&jobs[0]["speed"], &jobs[0]["device"]), (&json!(65536), &json!("disk")));
+        // Nobody else touches what it works on.
+        let busy = |node: &str| {
+            format!("Node '{node}' is busy: block device is in use by block job: {}", &command[6..])
+        };
+        let c = node_of(&mut qmp, &host, "c");
+        let again = json!({"device": "disk", "job-id": "other"});
+        assert_eq!(qmp.fails("block-stream", again), busy(&c));
+        let snapshot = json!({"device": "disk", "snapshot-file": host.path("d")});
+        assert_eq!(qmp.fails("blockdev-snapshot-sync", snapshot), busy(&c));
+        assert_eq!(qmp.fails("block_resize", json!({"device": "disk", "size": 1 << 24})), busy(&c));
+        while_writing(&mut guest, || {
+            qmp.ok("job-pause", json!({"id": "disk"}));
+            assert_eq!(until(&mut qmp, "paused"), ["paused"]);
+            let at = qmp.ok("query-jobs", json!({}))[0]["current-progress"].clone();
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(qmp.ok("query-jobs", json!({}))[0]["current-progress"], at);
+            qmp.ok("job-resume", json!({"id": "disk"}));
+            assert_eq!(until(&mut qmp, "running"), ["running"]);
+            qmp.ok("block-job-cancel", json!({"device": "disk"}));
+        });
+        assert_eq!(until(&mut qmp, "concluded"), ["aborting", "BLOCK_JOB_CANCELLED", "concluded"]);
+        qmp.ok("job-dismiss", json!({"id": "disk"}));
+        until(&mut qmp, "null");
+        assert_eq!(drivers(&mut qmp).len(), 5, "the chain is as it was");
+        guest.verify();
+    }
+    // Without a limit, and put in force when asked.
+    qmp.ok("block-commit", json!({"device": "disk", "auto-finalize": false, "job-id": "j"}));
+    until(&mut qmp, "BLOCK_JOB_READY");
+    while_writing(&mut guest, || std::thread::sleep(Duration::from_millis(50)));
+    qmp.ok("job-complete", json!({"id": "j"}));
+    assert_eq!(until(&mut qmp, "BLOCK_JOB_PENDING"), ["waiting", "pending", "BLOCK_JOB_PENDING"]);
+    // The guest goes on meanwhile, and what it writes goes along.
+    while_writing(&mut guest, || std::thread::sleep(Duration::from_millis(50)));
+    qmp.ok("job-finalize", json!({"id": "j"}));
+    assert_eq!(until(&mut qmp, "null"), ["BLOCK_JOB_COMPLETED", "concluded", "null"]);
+    guest.verify();
+    host.stop(&mut guest);
+    host.is_disk(&guest, "raw", "base");
+}
+
+/// A commit of the active layer that ends without the guest's going over.
+#[test]
+fn a_ready_commit_can_be_left() {
+    let (mut host, mut qmp, mut guest) = tall("a_ready_commit_can_be_left");
+    for force in [false, true] {
+        qmp.ok("block-commit", json!({"device": "disk"}));
+        while_writing(&mut guest, || until(&mut qmp, "BLOCK_JOB_READY"));
+        while_writing(&mut guest, || {
+            qmp.ok("block-job-cancel", json!({"device": "disk", "force": force}));
+            let end = until(&mut qmp, "null");
+            match force {
+                true => {
+                    assert_eq!(end, ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+                }
+                false => assert_eq!(end[2], "BLOCK_JOB_COMPLETED"),
+            }
+        });
+        guest.verify();
+        assert_eq!(drivers(&mut qmp).len(), 5);
+    }
+    host.stop(&mut guest);
+    host.is_disk(&guest, "add-cow", "c");
+}
+
 #[test]
 fn the_active_layer_is_committed_to_raw() {
     active("add-cow", "raw");
@@ -220,4 +387,207 @@ fn the_active_layer_is_committed_to_other_formats() {
     active("add-cow", "qcow2");
     active("add-cow", "vhdx");
     active("qcow2", "qcow2");
+}
+
+/// What is served after a kill: the same as before, or what that says its disk has gone on in.
+struct Served {
+    image: PathBuf,
+    format: &'static str,
+}
+
+impl Served {
+    /// As an operator does it: the same command again, and what the refusal says if there is one.
+    fn restart(&mut self, host: &mut Host) {
+        loop {
+            let mut again = host.setup(self.format, self.image.to_str().unwrap()).prepare();
+            again.spawn();
+            let refusal = "goes on in ";
+            common::wait_until("an answer", || {
+                again.log().contains("serving ") || again.log().contains(refusal) || !again.lives()
+            });
+            let log = again.log();
+            let Some((_, rest)) = log.split_once(refusal) else {
+                assert!(log.contains("serving "), "{log}");
+                host.backend = again;
+                return;
+            };
+            self.image = PathBuf::from(rest.split_once(';').unwrap().0);
+            let name = self.image.file_name().unwrap().to_str().unwrap();
+            self.format = match name == "base" || name.ends_with(".raw") {
+                true => "raw",
+                false => "add-cow",
+            };
+            assert!(!again.wait_end().success());
+        }
+    }
+}
+
+/// Kills the daemon at any point of jobs, with a guest that lives on.
+fn killed(command: &str, rounds: u32, name: &str) {
+    let mut host = Host::start("add-cow", "raw");
+    let mut guest = host.guest(name);
+    let mut served = Served { image: host.path("disk"), format: "add-cow" };
+    let mut random = Random::new(name);
+    let mut over = 0;
+    for round in 0..rounds {
+        let mut qmp = host.qmp();
+        if served.format == "raw" {
+            let overlay = format!("k{round}");
+            guest.work(Duration::from_millis(10));
+            host.snapshot(&mut qmp, &overlay, "add-cow");
+            served = Served { image: host.path(&overlay), format: "add-cow" };
+        }
+        let before = served.image.clone();
+        guest.work(Duration::from_millis(10));
+        while_writing_until_killed(&mut guest, &mut host, |host| {
+            let start = std::time::Instant::now();
+            let end = Duration::from_micros(random.below(20_000 + 30_000 * u64::from(round % 6)));
+            qmp.send(command, &json!({"device": "disk", "job-id": "j"}));
+            while start.elapsed() < end {
+                if command == "block-commit" {
+                    // Refused until it is ready.
+                    qmp.send("block-job-complete", &json!({"device": "j"}));
+                }
+                std::thread::sleep(Duration::from_micros(random.below(4000)));
+            }
+            host.backend.kill();
+        });
+        served.restart(&mut host);
+        over += u32::from(served.image != before);
+        guest.disk.path = host.backend.socket.clone();
+        guest.disk.reconnect().unwrap_or_else(|err| {
+            panic!("round {round}, {}: {err}\n{}", served.image.display(), host.backend.log())
+        });
+        guest.settle();
+        guest.verify();
+        let image = served.image.display().to_string();
+        ok(host.dir.path(), &["info", "-U", "-f", served.format, "--backing-chain", &image]);
+        if served.format == "add-cow" {
+            ok(host.dir.path(), &["check", "-U", "-f", "add-cow", &image]);
+        }
+    }
+    eprintln!("{over} of {rounds} kills were after the point of no return");
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+    host.is_disk(&guest, served.format, served.image.to_str().unwrap());
+}
+
+/// Has the guest write until `work`, which kills its daemon, is done.
+fn while_writing_until_killed(guest: &mut Guest, host: &mut Host, work: impl FnOnce(&mut Host)) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                guest.work(Duration::from_millis(1));
+            }
+        });
+        work(host);
+        stop.store(true, Ordering::SeqCst);
+        worker.join().unwrap();
+    });
+}
+
+#[test]
+fn killed_in_the_middle_of_a_commit() {
+    killed("block-commit", 24, "killed_in_the_middle_of_a_commit");
+}
+
+#[test]
+fn killed_in_the_middle_of_a_stream() {
+    killed("block-stream", 24, "killed_in_the_middle_of_a_stream");
+}
+
+/// Chains that grow and shrink at random under a guest, with jobs that are paused, cancelled and left
+/// at any time.
+#[test]
+fn random_chains() {
+    let mut host = Host::start("add-cow", "raw");
+    let mut guest = host.guest("random_chains");
+    let mut qmp = host.qmp();
+    let mut random = Random::new("random_chains, jobs");
+    let mut done = [0; 3];
+    for step in 0..60 {
+        let chain = chain(&mut qmp);
+        if chain.len() < 2 || (chain.len() < 5 && random.one_in(3)) {
+            guest.work(Duration::from_millis(3));
+            host.snapshot(&mut qmp, &format!("r{step}"), "add-cow");
+            done[0] += 1;
+            continue;
+        }
+        let upper = random.below(chain.len() as u64 - 1) as usize;
+        let lower = upper + 1 + random.below((chain.len() - upper - 1) as u64) as usize;
+        let is_active = upper == 0;
+        let (command, mut arguments) = match random.below(2) {
+            0 => {
+                let base = &chain[lower];
+                (
+                    "block-commit",
+                    json!({"device": "disk", "top-node": chain[upper], "base-node": base}),
+                )
+            }
+            // Now and then all of it.
+            _ if lower == chain.len() - 1 && random.one_in(2) => {
+                ("block-stream", json!({"device": chain[upper]}))
+            }
+            _ => ("block-stream", json!({"device": chain[upper], "base-node": chain[lower]})),
+        };
+        arguments["job-id"] = "j".into();
+        arguments["speed"] = [0, 0, 4 << 20][random.below(3) as usize].into();
+        while_writing(&mut guest, || {
+            qmp.ok(command, arguments);
+            for _ in 0..random.below(4) {
+                std::thread::sleep(Duration::from_micros(random.below(10_000)));
+                // All of these may come too late.
+                let _ = match random.below(5) {
+                    0 => qmp.run("job-pause", json!({"id": "j"})),
+                    1 => qmp.run("job-resume", json!({"id": "j"})),
+                    2 => qmp.run("job-cancel", json!({"id": "j"})),
+                    3 => qmp.run("block-job-cancel", json!({"device": "j"})),
+                    _ => qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0})),
+                };
+            }
+            let _ = qmp.run("block-job-set-speed", json!({"device": "j", "speed": 0}));
+            let _ = qmp.run("job-resume", json!({"id": "j"}));
+            loop {
+                let event = qmp.next_event();
+                match (event["event"].as_str().unwrap(), event["data"]["status"].as_str()) {
+                    ("BLOCK_JOB_READY", _) if command == "block-commit" && is_active => {
+                        let _ = qmp.run("block-job-complete", json!({"device": "j"}));
+                    }
+                    // It was ready while it rested.
+                    (_, Some("ready")) => {
+                        let _ = qmp.run("block-job-complete", json!({"device": "j"}));
+                    }
+                    ("BLOCK_JOB_COMPLETED", _) => {
+                        assert_eq!(event["data"]["error"], Value::Null, "{event}");
+                        done[1] += 1;
+                    }
+                    ("BLOCK_JOB_CANCELLED", _) => done[2] += 1,
+                    (_, Some("null")) => return,
+                    _ => {}
+                }
+            }
+        });
+        guest.verify();
+    }
+    eprintln!("{} snapshots, {} jobs, {} of them cancelled", done[0], done[1] + done[2], done[2]);
+    while chain(&mut qmp).len() > 1 {
+        run(&mut qmp, "block-stream", json!({"device": "disk"}));
+    }
+    guest.verify();
+    host.stop(&mut guest);
+}
+
+/// The nodes of the disk, from the guest's down.
+fn chain(qmp: &mut Qmp) -> Vec<String> {
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    let nodes = nodes.as_array().unwrap();
+    let mut name = qmp.ok("query-block", json!({}))[0]["inserted"]["node-name"].clone();
+    let mut chain = Vec::new();
+    while let Some(node) = nodes.iter().find(|node| node["node-name"] == name) {
+        chain.push(name.as_str().unwrap().to_string());
+        let below = node["children"].as_array().unwrap().iter().find(|c| c["child"] == "backing");
+        name = below.map_or(Value::Null, |below| below["node-name"].clone());
+    }
+    chain
 }

@@ -1,4 +1,4 @@
-//! Live snapshots: taken while guests write, killed while they are taken.
+//! Live snapshots: taken while guests write, killed while they are taken, and committed again.
 //!
 //! The guest is our own front-end. Each sector holds the number of the write that wrote it, so a
 //! frozen image tells which writes it has. It must be the disk at one instant: all writes that had
@@ -315,7 +315,7 @@ fn many_snapshots_under_load() {
 
 #[test]
 fn many_snapshots_with_add_cow_under_load() {
-    under_load("raw", ImageFormat::AddCow, 100);
+    under_load("raw", ImageFormat::AddCow, 200);
 }
 
 /// Differencing images, which know their parent by a GUID that changes when it is written to.
@@ -352,8 +352,60 @@ fn under_load(base: &'static str, format: ImageFormat, count: usize) {
 
     // Opening a chain takes a stack frame for each of its images, and threads of tests have little.
     let check = std::thread::Builder::new().stack_size(64 << 20);
-    let base: ImageFormat = base.parse().unwrap();
-    check.spawn(move || check_all(&host, &guest, base, format, &moments)).unwrap().join().unwrap();
+    let below: ImageFormat = base.parse().unwrap();
+    let check = check.spawn(move || {
+        check_all(&host, &guest, below, format, &moments);
+        (host, guest)
+    });
+    let (host, guest) = check.unwrap().join().unwrap();
+    // Nothing is committed to the parent of a VHDX image while it is served.
+    if format != ImageFormat::Vhdx {
+        commit_all(host, guest, format, count);
+    }
+}
+
+/// Makes one file of the whole chain again, while the guest writes.
+fn commit_all(mut host: Host, mut guest: Guest, format: ImageFormat, count: usize) {
+    let top = host.path(&format!("s{}", count - 1));
+    host.backend = host.setup(format.name(), &top).start();
+    guest.disk = host.backend.open(SessionOptions::new(Personality::Qemu).queues(QUEUES));
+    let mut qmp = Qmp::connect(&host.control());
+    let stop = Arc::new(AtomicBool::new(false));
+    let worker = std::thread::spawn({
+        let stop = Arc::clone(&stop);
+        move || {
+            guest.work(&stop);
+            guest
+        }
+    });
+    let completed = |qmp: &mut Qmp| {
+        let data = qmp.event("BLOCK_JOB_COMPLETED");
+        assert_eq!(data["error"], serde_json::Value::Null, "{data}");
+        assert_eq!(data["len"], data["offset"]);
+    };
+    if format == ImageFormat::AddCow {
+        // All but two layers at once, then what is left of it.
+        let second = host.path(&format!("s{}", count - 2));
+        qmp.ok("block-commit", json!({"device": "disk", "top": second, "base": host.path("disk")}));
+        completed(&mut qmp);
+        let disk = qmp.ok("query-block", json!({}))[0]["inserted"].take();
+        assert_eq!(disk["backing_file_depth"], 1, "two images: {disk}");
+    }
+    qmp.ok("block-commit", json!({"device": "disk"}));
+    qmp.event("BLOCK_JOB_READY");
+    std::thread::sleep(Duration::from_millis(50));
+    qmp.ok("block-job-complete", json!({"device": "disk"}));
+    completed(&mut qmp);
+    let disk = qmp.ok("query-block", json!({}))[0]["inserted"].take();
+    assert_eq!(disk["backing_file_depth"], 0, "one image: {disk}");
+    std::thread::sleep(Duration::from_millis(50));
+    stop.store(true, Ordering::SeqCst);
+    let mut guest = worker.join().unwrap();
+    assert_eq!(guest.read_all(), guest.now(), "the disk after the commit of {count} overlays");
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+    let content = numbers(&std::fs::read(host.path("disk")).unwrap());
+    assert!(content == guest.now(), "one file again");
 }
 
 /// Demands that each frozen image is the disk at its instant, and the last overlay the disk as it is.

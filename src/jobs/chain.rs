@@ -41,8 +41,11 @@ pub(super) fn hold(kind: JobKind, steady: &[Node], changing: &[Node]) -> Result<
 pub(super) fn check_alone(graph: &Graph, nodes: &[Node]) -> Result<()> {
     for pair in nodes.windows(2) {
         let others = graph.parents(&pair[1]).into_iter();
-        let is_chain = |parent: &Parent| matches!(parent, Parent::Node(node, "backing") if node.is_same(&pair[0]));
-        if let Some(other) = others.into_iter().find(|parent| !is_chain(parent)) {
+        let is_in_the_way = |parent: &Parent| match parent {
+            Parent::Node(node, "backing") => !node.is_same(&pair[0]) && is_used(graph, node),
+            _ => true,
+        };
+        if let Some(other) = others.into_iter().find(is_in_the_way) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!(
@@ -53,6 +56,12 @@ pub(super) fn check_alone(graph: &Graph, nodes: &[Node]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether anybody reads through a node. What the operator has left standing on a layer, with no
+/// export or job on top, is not in the way of what happens to that.
+pub fn is_used(graph: &Graph, node: &Node) -> bool {
+    !graph.roots_reaching(std::slice::from_ref(node)).is_empty()
 }
 
 /// Has each layer above the last look at the driver below it anew, which may have been replaced:

@@ -30,7 +30,7 @@ use crate::block::graph::Parent;
 use crate::block::{Graph, Node, Quiesced, Root};
 use crate::error::{Error, Result, ResultExt};
 use crate::filters::Intercept;
-use crate::images::{Access, Layers, frozen};
+use crate::images::{Access, ImageFormat, Layers, frozen};
 use crate::io::{Fut, block_on};
 use crate::units::ByteRange;
 
@@ -73,7 +73,6 @@ struct Commit {
 pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spec) -> Result<()> {
     let CommitRequest { top, base, is_active, backing_file, on_error } = request;
     let graph = Arc::clone(layers.graph());
-    jobs.check_id(&spec.id)?;
     let nodes =
         chain::between(&top, Some(&base)).filter(|nodes| nodes.len() > 1).ok_or_else(|| {
             Error::invalid(format!("'{}' is not below '{}'", base.name(), top.name()))
@@ -81,13 +80,25 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     let overlays = if is_active { Vec::new() } else { overlays_of(&graph, &top) };
     let steady: Vec<_> = overlays.iter().chain([&top]).cloned().collect();
     let holds = chain::hold(JobKind::Commit, &steady, &nodes[1..])?;
+    jobs.check_id(&spec.id)?;
     chain::check_alone(&graph, &nodes)?;
     let name = chain::name_of(layers, &base)?;
     for overlay in &overlays {
         let name = backing_file.as_deref().unwrap_or(&name);
         chain::check_renaming(layers, overlay, Some(name))?;
     }
-    let base_access = chain::image_of(layers, &base)?.access;
+    let image = chain::image_of(layers, &base)?;
+    let above = chain::image_of(layers, &nodes[nodes.len() - 2])?;
+    if (image.format, above.format) == (ImageFormat::Vhdx, ImageFormat::Vhdx) {
+        return Err(Error::unsupported(format!(
+            "{}: is the parent of the VHDX image {}, which knows it by a GUID that changes with the \
+             first write: killed in the middle, the chain could not be opened any more. Convert the \
+             chain to one image instead (vublk convert)",
+            image.name(),
+            above.name()
+        )));
+    }
+    let base_access = image.access;
     let root = Root::new(format!("job '{}'", spec.id), top.clone());
     graph.add_root(&root)?;
     let quiesced = graph.quiesce(std::slice::from_ref(&base));

@@ -51,6 +51,8 @@ pub mod stream;
 mod thread;
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod tests;
 
 pub use context::{Context, Ending, Turn};

@@ -66,9 +66,9 @@ struct Stream {
 pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spec) -> Result<()> {
     let StreamRequest { top, base, backing_file, on_error } = request;
     let graph = Arc::clone(layers.graph());
-    jobs.check_id(&spec.id)?;
     let nodes = chain::between(&top, base.as_ref()).unwrap_or_default();
     let holds = chain::hold(JobKind::Stream, &nodes, &[])?;
+    jobs.check_id(&spec.id)?;
     let image = chain::image_of(layers, &top)?;
     if top.backing().is_some() {
         let name = match (&base, &backing_file) {

@@ -13,14 +13,14 @@ use crate::client::Qmp;
 use crate::common;
 
 /// qemu-storage-daemon with nothing but a monitor.
-struct Qsd {
+pub struct Qsd {
     child: Child,
-    socket: std::path::PathBuf,
+    pub socket: std::path::PathBuf,
     _dir: tempfile::TempDir,
 }
 
 impl Qsd {
-    fn start() -> Option<Qsd> {
+    pub fn start() -> Option<Qsd> {
         let dir = tempfile::Builder::new().prefix("vublk-").tempdir().expect("a directory");
         let socket = dir.path().join("qsd.sock");
         let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());

@@ -7,6 +7,7 @@ mod against_qsd;
 mod client;
 mod commands;
 mod create;
+mod jobs;
 mod malice;
 mod python;
 mod wire;

@@ -50,11 +50,18 @@ fn the_shell_drives_us() {
         .spawn()
         .expect("the shell runs");
     let lines = "query-status\njob-pause id=zz\nblock_resize node-name=image size=33554432\n\
+                 block-stream device=nope job-id=j\nblock-commit device=nope\n\
                  query-block\nquery-named-block-nodes\nquit\n";
     child.stdin.take().expect("a pipe").write_all(lines.as_bytes()).expect("it reads");
     let output = child.wait_with_output().expect("it ends");
     let text = String::from_utf8_lossy(&output.stdout);
-    for expected in ["\"running\": true", "Job not found", "\"virtual-size\": 33554432"] {
+    for expected in [
+        "\"running\": true",
+        "Job not found",
+        "\"virtual-size\": 33554432",
+        "Cannot find device='nope' nor node-name='nope'",
+        "Device 'nope' not found",
+    ] {
         assert!(text.contains(expected), "no {expected} in {text}");
     }
     assert!(served.backend.wait_end().success(), "it was told to quit");

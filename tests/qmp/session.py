@@ -71,6 +71,37 @@ async def main(path):
     disks = await other.execute("query-block")
     assert disks[0]["inserted"]["image"]["virtual-size"] == size + 19 * 65536
 
+    # A snapshot, and the way back: the other client hears of it.
+    async def states(listener, last):
+        seen = []
+        async for event in listener:
+            seen.append(event["data"].get("status", event["event"]))
+            if seen[-1] == last:
+                return seen
+
+    export = disks[0]["device"]
+    base = disks[0]["inserted"]["image"]["filename"]
+    for step, job in enumerate(("block-commit", "block-stream")):
+        overlay = f"{path}.overlay{step}"
+        await qmp.execute(
+            "blockdev-snapshot-sync",
+            {"device": export, "snapshot-file": overlay, "format": "add-cow"},
+        )
+        with other.listener() as listener:
+            await qmp.execute(job, {"device": export, "job-id": "j"})
+            if job == "block-commit":
+                seen = await asyncio.wait_for(states(listener, "BLOCK_JOB_READY"), 20)
+                assert seen == ["created", "running", "ready", "BLOCK_JOB_READY"], seen
+                jobs = await other.execute("query-block-jobs")
+                assert jobs[0]["device"] == "j" and jobs[0]["ready"], jobs
+                await qmp.execute("block-job-complete", {"device": "j"})
+            seen = await asyncio.wait_for(states(listener, "null"), 20)
+            assert seen[-4:] == ["pending", "BLOCK_JOB_COMPLETED", "concluded", "null"], seen
+        disks = await other.execute("query-block")
+        image = disks[0]["inserted"]["image"]
+        assert image["format"] == "raw", image
+        assert image["filename"] == (base if step == 0 else f"{overlay}.raw"), image
+
     # Events come to those who did not ask for what happened.
     with other.listener() as listener:
         await qmp.execute("block-export-del", {"id": disks[0]["device"]})

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::block_stream::{BlockdevOnError, check_filter_name, job_spec};
 use super::prelude::*;
 use crate::block::Node;
+use crate::block::graph::Parent;
 use crate::control::Class;
 use crate::jobs::commit::{CommitRequest, start};
 use crate::jobs::{JobKind, chain};
@@ -139,11 +140,9 @@ fn base(daemon: &Daemon, arguments: &BlockCommitArguments, top: &Node) -> QmpRes
 
 /// The active layer has no layers above it.
 fn check_root(daemon: &Daemon, top: &Node) -> QmpResult<()> {
-    let parents = daemon.disks().graph().parents(top);
-    let is_overlay = |parent: &crate::block::graph::Parent| {
-        matches!(parent, crate::block::graph::Parent::Node(_, "backing"))
-    };
-    match parents.iter().any(is_overlay) {
+    let graph = daemon.disks().graph();
+    let is_overlay = |parent: &Parent| matches!(parent, Parent::Node(node, "backing") if chain::is_used(graph, node));
+    match graph.parents(top).iter().any(is_overlay) {
         true => Err(QmpError::generic("Need a root block node")),
         false => Ok(()),
     }

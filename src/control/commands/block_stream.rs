@@ -156,7 +156,6 @@ pub(super) fn job_spec(
         None if daemon.disks().exports.get(device).is_some() => device.to_string(),
         None => String::new(),
     };
-    daemon.jobs().check_id(&id)?;
     let speed = u64::try_from(speed.unwrap_or(0))
         .map_err(|_| QmpError::generic("Parameter 'speed' expects a non-negative value"))?;
     Ok(Spec { speed, ..Spec::new(id, kind) })
