@@ -10,7 +10,7 @@ use super::*;
 use crate::block::driver::Driver;
 use crate::filters::write_log::{Order, Settings, Subject, open};
 use crate::formats::raw::Raw;
-use crate::io::{AlignedBuf, Buffers, File, Fut, OpenOptions, block_on};
+use crate::io::{AlignedBuf, Buffers, Fut, OpenOptions, block_on};
 use crate::write_log::sidecar::{ImageIdentity, Sidecar};
 use crate::write_log::{Kind, Log};
 
