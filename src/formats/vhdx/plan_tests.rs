@@ -180,7 +180,7 @@ fn many_threads_never_share_a_place() {
     let mut blocks = HashMap::new();
     for block in 0..BLOCKS {
         let place = place_of(&disk, block).unwrap_or_else(|| panic!("block {block} has no place"));
-        assert!(place % MIB == 0 && place >= 4 * MIB && place + MIB <= host.len());
+        assert!(place.is_multiple_of(MIB) && place >= 4 * MIB && place + MIB <= host.len());
         assert_eq!(blocks.insert(place, block), None, "place {place} of block {block}");
     }
 }
