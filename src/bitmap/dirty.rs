@@ -6,7 +6,7 @@
 //! Invariants:
 //! * A write is marked after it is on the disk and before anybody hears that it has completed. A
 //!   copy takes the mark before it reads. So what was read too early is marked again afterwards.
-//! * At most [`MAX_GRANULES`] bits, whatever the size of the disk: granules of large disks are
+//! * At most `MAX_GRANULES` bits, whatever the size of the disk: granules of large disks are
 //!   larger.
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
