@@ -211,12 +211,12 @@ fn an_overlay_with_a_name_stays_and_belongs_to_its_state() {
         "--overlay",
         "o.add-cow",
     ];
-    let err = fails(d, &args, 1);
+    let err = fails(d, &args, 78);
     assert!(err.contains("o.add-cow: is not an overlay of this state, but of json:"), "{err}");
     std::fs::write(d.join("something"), [1; 5000]).unwrap();
     let mut args = args;
     args[12] = "something";
-    assert!(fails(d, &args, 1).contains("is not an add-cow file"));
+    assert!(fails(d, &args, 78).contains("is not an add-cow file"));
     // It knows what it stands on, as any image does.
     ok(d, &["convert", "-f", "add-cow", "o.add-cow", "out.raw"]);
     assert!(std::fs::read(d.join("out.raw")).unwrap() == expected);
