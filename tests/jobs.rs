@@ -574,6 +574,8 @@ fn random_chains() {
     while chain(&mut qmp).len() > 1 {
         run(&mut qmp, "block-stream", json!({"device": "disk"}));
     }
+    // The last step may have left requests in flight.
+    guest.settle();
     guest.verify();
     host.stop(&mut guest);
 }

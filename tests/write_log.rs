@@ -538,7 +538,7 @@ fn qemu_appends_to_our_log() {
     let log = d.join("w.log");
     let image = d.join("disk.raw");
     let args = ["serve", "--socket-path", "s", "-f", "raw", "--log-writes", "w.log", "disk.raw"];
-    let err = fails(d, &args, 1);
+    let err = fails(d, &args, 78);
     assert!(err.contains("disk.raw was changed after recording ended"), "{err}");
     let append = ["--log-writes", log.to_str().unwrap(), "--log-append"];
     let mut backend = Setup::new(&append).image(&image).start();

@@ -245,6 +245,7 @@ impl Guest {
 
     /// Demands that every completed write is there. Nothing may be in flight.
     pub fn verify(&mut self) {
+        assert!(self.ops.iter().all(HashMap::is_empty), "in flight: {:?}", self.ops);
         for (at, word) in self.read_all().into_iter().enumerate() {
             assert_eq!(word, self.now(at), "sector {at}: not what was written last");
         }

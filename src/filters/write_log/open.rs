@@ -184,7 +184,7 @@ impl Opening<'_> {
                 Ok(Some(Found { log, sidecar: None, is_unfinished: false }))
             }
             (Err(err), Existing::Continue) => Err(Error::new(
-                ErrorKind::Busy,
+                ErrorKind::InvalidArgument,
                 format!(
                     "holds a log already, which cannot be continued: {err}. --log-append goes on \
                      with it all the same, --log-overwrite starts anew"

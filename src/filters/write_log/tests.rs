@@ -394,7 +394,7 @@ fn logs_of_others_are_refused_unless_somebody_insists() {
     let foreign = Bed { sidecar: SimFile::new("w.log.sidecar"), ..bed.after_kill() };
     let before = foreign.log.volatile();
     let err = foreign.try_open(Settings::default()).unwrap_err();
-    assert_eq!(err.kind(), ErrorKind::Busy);
+    assert_eq!(err.kind(), ErrorKind::InvalidArgument);
     let text = err.to_string();
     assert!(
         text.starts_with("w.log: holds a log already") && text.contains("--log-append"),
