@@ -149,7 +149,7 @@ impl Opening<'_> {
             Content::Nothing => Ok(None),
             Content::Other if overwrite => Ok(None),
             Content::Other => Err(Error::new(
-                ErrorKind::Busy,
+                ErrorKind::InvalidArgument,
                 "is neither empty nor a log of writes; overwriting it must be asked for \
                  (--log-overwrite)",
             )),
