@@ -42,6 +42,39 @@ struct Done {
     wake: OwnedFd,
 }
 
+impl Done {
+    fn new() -> Result<Done> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .context(|| "eventfd")?;
+        Ok(Done { events: Mutex::default(), signalled: AtomicBool::new(false), wake })
+    }
+
+    /// Adds an event and wakes its engine, on any thread.
+    fn post(&self, event: Event) {
+        self.events.lock().unwrap().push(event);
+        if !self.signalled.swap(true, Ordering::AcqRel) {
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Takes the signal back. Whoever does must look at the events afterwards, before it sleeps.
+    fn calm(&self) {
+        // In this order: a signal that came between would be drained, while the flag it leaves
+        // keeps all others from writing, and the engine would sleep for ever.
+        drain(self.wake.as_raw_fd());
+        // Not a store, which could sink below the look at the events.
+        self.signalled.swap(false, Ordering::AcqRel);
+    }
+
+    /// Moves all events to `out`, on the engine's thread.
+    fn take(&self, out: &mut Vec<Event>) {
+        if self.signalled.load(Ordering::Acquire) {
+            self.calm();
+        }
+        out.append(&mut self.events.lock().unwrap());
+    }
+}
+
 struct Job {
     op: Op,
     user: u64,
@@ -81,12 +114,9 @@ fn pool() -> &'static Pool {
 impl ThreadsEngine {
     /// Makes an engine for the calling thread.
     pub fn new() -> Result<ThreadsEngine> {
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .context(|| "eventfd")?;
-        let done = Done { events: Mutex::default(), signalled: AtomicBool::new(false), wake };
         Ok(ThreadsEngine {
             queued: Vec::new(),
-            done: Arc::new(done),
+            done: Arc::new(Done::new()?),
             watches: Vec::new(),
             fired: Vec::new(),
             enters: 0,
@@ -170,7 +200,7 @@ impl ThreadsEngine {
         if fds[0].revents != 0 {
             // Here too, as a thread may write after `reap` has seen its event: left readable it
             // would end every wait at once.
-            drain(self.done.wake.as_raw_fd());
+            self.done.calm();
         }
         let mut slots = fds[1..].iter();
         let fired = &mut self.fired;
@@ -187,10 +217,7 @@ impl ThreadsEngine {
 
     /// See [`super::Engine::reap`].
     pub fn reap(&mut self, out: &mut Vec<Event>) {
-        if self.done.signalled.swap(false, Ordering::AcqRel) {
-            drain(self.done.wake.as_raw_fd());
-        }
-        out.append(&mut self.done.events.lock().unwrap());
+        self.done.take(out);
         if self.fired.is_empty() && !self.watches.is_empty() && out.is_empty() {
             self.poll(0);
         }
@@ -226,10 +253,7 @@ fn errno() -> i32 {
 fn perform(job: Job) {
     // SAFETY: who pushed the job keeps its memory and file until the event is reaped.
     let result = unsafe { blocking(&job.op) };
-    job.done.events.lock().unwrap().push(Event { user: job.user, result });
-    if !job.done.signalled.swap(true, Ordering::AcqRel) {
-        let _ = rustix::io::write(&job.done.wake, &1u64.to_ne_bytes());
-    }
+    job.done.post(Event { user: job.user, result });
 }
 
 /// A thread of the pool.
@@ -276,6 +300,36 @@ mod tests {
     fn quick() -> Op {
         let (iovs, n_iovs) = (std::ptr::null(), 0);
         Op { code: OpCode::Sync, fd: -1, file_id: 0, offset: 0, len: 0, iovs, n_iovs }
+    }
+
+    #[test]
+    fn no_event_is_slept_through() {
+        const EVENTS: u64 = 300_000;
+        let done = Arc::new(Done::new().unwrap());
+        let posters: Vec<_> = (0..2)
+            .map(|_| {
+                let done = Arc::clone(&done);
+                std::thread::spawn(move || {
+                    for user in 0..EVENTS {
+                        done.post(Event { user, result: 0 });
+                    }
+                })
+            })
+            .collect();
+        let (mut seen, mut out) = (0, Vec::new());
+        while seen < 2 * EVENTS {
+            done.take(&mut out);
+            seen += out.drain(..).count() as u64;
+            // As the engine sleeps: unless something is there, until it is signalled.
+            if seen < 2 * EVENTS && done.events.lock().unwrap().is_empty() {
+                let mut fd =
+                    libc::pollfd { fd: done.wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                // SAFETY: one valid entry.
+                let n = unsafe { libc::poll(&mut fd, 1, 20_000) };
+                assert_eq!(n, 1, "asleep, with {} events to come", 2 * EVENTS - seen);
+            }
+        }
+        posters.into_iter().for_each(|poster| poster.join().unwrap());
     }
 
     #[test]
