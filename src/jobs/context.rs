@@ -31,7 +31,8 @@ pub struct Context {
     job: Arc<Job>,
 }
 
-/// The right to issue requests. Nobody's gate closes and no pause begins until it is dropped.
+/// The right to issue requests. Nobody's gate closes, no pause begins, and a job that is cancelled
+/// goes on until it is dropped.
 #[must_use]
 pub struct Turn {
     job: Arc<Job>,
@@ -74,7 +75,8 @@ impl Context {
             // Before the look, so that no change is missed.
             self.job.waiters().add(cx.waker());
             let mut state = self.job.state();
-            if state.paused || !state.may_issue() {
+            // A job that is cancelled begins nothing more, and is dropped while it waits here.
+            if state.cancelled || state.paused || !state.may_issue() {
                 self.job.settle(&mut state);
                 drop(state);
                 self.job.report_if_quiet();
@@ -267,8 +269,12 @@ impl<T> Answer<T> {
     }
 }
 
-/// Runs a body to its end, or drops it when the job is cancelled, and reports quiet to gates that
-/// close while the body waits for something else than a turn.
+/// Runs a body to its end, or drops it when the job is cancelled and has no turn, and reports quiet
+/// to gates that close while the body waits for something else than a turn.
+///
+/// A body that has a turn may have requests with the kernel. Those go on when their future is
+/// dropped, and what kept others away from where they land (locks, pins, the turn itself) would be
+/// gone: so they are waited for.
 pub(super) async fn drive(job: Arc<Job>) {
     {
         let mut state = job.state();
@@ -278,21 +284,27 @@ pub(super) async fn drive(job: Arc<Job>) {
         }
     }
     let context = Context::new(Arc::clone(&job));
+    let is_given_up = || {
+        let state = job.state();
+        state.cancelled && state.turns == 0
+    };
     let result = {
         let mut run = job.body.run(&context);
         poll_fn(|cx| {
             job.waiters().add(cx.waker());
-            if job.state().cancelled {
+            if is_given_up() {
                 return Poll::Ready(Err(cancelled()));
             }
             let poll = run.as_mut().poll(cx);
             job.report_if_quiet();
+            if poll.is_pending() && is_given_up() {
+                return Poll::Ready(Err(cancelled()));
+            }
             poll
         })
         .await
     };
-    // The future is dropped, and with it all turns. From here on nobody would look whether a gate
-    // waits for us.
+    // The future is dropped. From here on nobody would look whether a gate waits for us.
     let parties = std::mem::take(&mut job.state().parties);
     drop(parties);
     let ended = Arc::clone(&job);

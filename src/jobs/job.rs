@@ -56,7 +56,7 @@ impl JobKind {
 ///
 /// `run` is on the jobs thread, the others are on the main thread; never two at a time.
 pub trait Body: Send + Sync + 'static {
-    /// Does the work. Dropped at any await if the job is cancelled.
+    /// Does the work. Dropped at any await without a [`Turn`](super::Turn) if the job is cancelled.
     fn run<'a>(&'a self, context: &'a Context) -> Fut<'a, ()>;
 
     /// The work is done: puts it in force. The graph may be changed here; the job has no turn. The

@@ -31,9 +31,9 @@
 //!
 //! # Cancelling
 //!
-//! A cancelled body's future is dropped at the await where it is. Whatever it had in flight ends by
-//! itself (the reactor owns buffers and files), and [`Body::abort`] undoes on the main thread what
-//! must not stay.
+//! A cancelled body's future is dropped at the first await where it has no turn: what it has in
+//! flight it ends first, or a copy could land on what a guest has written there since. Then
+//! [`Body::abort`] undoes on the main thread what must not stay.
 
 pub mod chain;
 pub mod commit;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -464,4 +465,78 @@ fn other_threads_help_and_other_kinds_have_fewer_events() {
         // Long enough for the thread to end, or not: both must work.
         std::thread::sleep(Duration::from_millis(5 * (round - 1)));
     }
+}
+
+/// A request that the host takes its time for, as the test decides.
+#[derive(Default)]
+struct SlowRequest {
+    state: Mutex<(bool, Option<std::task::Waker>)>,
+    dropped_in_flight: AtomicBool,
+}
+
+impl SlowRequest {
+    fn end(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.0 = true;
+        state.1.take().unwrap().wake();
+    }
+
+    async fn perform(&self) {
+        struct InFlight<'a>(&'a SlowRequest);
+        impl Drop for InFlight<'_> {
+            fn drop(&mut self) {
+                let is_over = self.0.state.lock().unwrap().0;
+                self.0.dropped_in_flight.store(!is_over, Ordering::SeqCst);
+            }
+        }
+        let _in_flight = InFlight(self);
+        std::future::poll_fn(|cx| {
+            let mut state = self.state.lock().unwrap();
+            state.1 = Some(cx.waker().clone());
+            if state.0 { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
+
+/// Has one such request under way, and would have another.
+struct Patient {
+    request: &'static SlowRequest,
+    began: Sender<()>,
+}
+
+impl Body for Patient {
+    fn run<'a>(&'a self, context: &'a Context) -> Fut<'a, ()> {
+        Box::pin(async move {
+            for _ in 0..2 {
+                let _turn = context.turn().await;
+                self.began.send(()).unwrap();
+                self.request.perform().await;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What a request has with the kernel is not over when its future is dropped: it could land on what
+/// the guest, or the graph, has made of the place since.
+#[test]
+fn a_cancelled_job_ends_what_it_has_in_flight() {
+    let desk = Desk::new();
+    let request: &'static SlowRequest = Box::leak(Box::default());
+    let (began_to, began) = channel();
+    let root = Bench::new().from;
+    let spec = Spec { roots: vec![root.clone()], ..Spec::new("j", JobKind::Mirror) };
+    desk.jobs.start(spec, Patient { request, began: began_to }).unwrap();
+    began.recv().unwrap();
+    desk.verb(Verb::Cancel);
+    // The thread runs both in turn: when this one has run, the first has heard of its end.
+    let count: &'static AtomicU64 = Box::leak(Box::default());
+    desk.jobs.start(Spec::new("k", JobKind::Create), Elsewhere(count)).unwrap();
+    desk.until("concluded");
+    assert!(!request.dropped_in_flight.load(Ordering::SeqCst), "dropped in flight");
+    request.end();
+    assert_eq!(desk.until("null"), ["aborting", "CANCELLED", "concluded", "null"]);
+    assert!(!request.dropped_in_flight.load(Ordering::SeqCst), "dropped in flight");
+    assert!(began.try_recv().is_err(), "another request was begun");
 }
