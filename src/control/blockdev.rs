@@ -6,17 +6,22 @@
 //!
 //! A child is named, or described in place; then it goes with its parent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::block::{Graph, Node, Rights, graph};
+use crate::block::{Graph, Node, NodeOptions, Rights, graph};
 use crate::control::QmpError;
 use crate::control::disks::Disks;
 use crate::control::faults::{self, FaultOptions};
 use crate::control::qapi::{Flat, QmpResult};
+use crate::control::recordings::LogOptions;
 use crate::crash::{self, StateName};
+use crate::filters::write_log::Stand;
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
+use crate::images::recording::record_to;
 use crate::images::{Access, CacheMode, ImageFormat, Locking, crash_state};
+use crate::io::HostFile;
 use crate::qapi;
 
 /// How long a node waits for a file that is locked: a killed predecessor's locks stay until the
@@ -79,6 +84,17 @@ qapi! {
     }
 }
 qapi! {
+    /// A disk whose writes are recorded.
+    pub struct BlockdevOptionsBlklogwrites {
+        /// The disk.
+        pub file: BlockdevRef,
+        /// The log: a file or a device.
+        pub log: BlockdevRef,
+        /// How it is kept.
+        pub options: Flat<LogOptions>,
+    }
+}
+qapi! {
     /// A disk that a power cut could have left.
     pub struct BlockdevOptionsCrashState {
         /// The disk as it was when logging began; must be read-only.
@@ -113,6 +129,7 @@ qapi! {
     /// The options of each driver.
     pub union BlockdevDriverOptions by "driver" {
         AddCow(BlockdevOptionsGenericCOWFormat) = "add-cow",
+        Blklogwrites(BlockdevOptionsBlklogwrites) = "blklogwrites",
         CrashState(BlockdevOptionsCrashState) = "crash-state",
         Fault(BlockdevOptionsFault) = "fault",
         File(BlockdevOptionsFile) = "file",
@@ -164,6 +181,7 @@ impl BlockdevOptions {
             BlockdevDriverOptions::File(_)
             | BlockdevDriverOptions::HostDevice(_)
             | BlockdevDriverOptions::CrashState(_) => None,
+            BlockdevDriverOptions::Blklogwrites(filter) => Some(&filter.file),
             BlockdevDriverOptions::Fault(filter) => Some(&filter.file),
             BlockdevDriverOptions::Qcow2(format)
             | BlockdevDriverOptions::AddCow(format)
@@ -223,6 +241,9 @@ fn open(
     match &options.driver.0 {
         BlockdevDriverOptions::CrashState(state) => {
             open_crash_state(disks, options, state, &name, explicit)
+        }
+        BlockdevDriverOptions::Blklogwrites(filter) => {
+            open_log(disks, options, filter, &name, inherited, explicit)
         }
         BlockdevDriverOptions::Fault(filter) => {
             open_fault(disks, options, filter, &name, inherited, explicit)
@@ -370,13 +391,7 @@ fn open_crash_state(
     let base = child(disks, &state.base, Some(read))?;
     let base = disks.image_of(&base)?;
     let log_node = child(disks, &state.log, Some(read))?;
-    let Some(log) = disks.layers.of(&log_node).filter(|layer| layer.is_protocol) else {
-        return Err(QmpError::generic(format!(
-            "node '{}' is not a file: a log must be one (driver 'file' or 'host_device')",
-            log_node.name()
-        )));
-    };
-    let log = std::sync::Arc::clone(&log.image.file);
+    let log = log_file(disks, &log_node)?;
     let image = crash_state::image(name, &log, &base, false, &wanted)?;
     Ok(disks.layers.add_format(image, Some(log_node), explicit)?)
 }
@@ -396,6 +411,55 @@ fn open_fault(
     let node = disks.faults.make(Some(name), &below, settings);
     disks.layers.add_filter(node.clone(), explicit)?;
     Ok(node)
+}
+
+fn open_log(
+    disks: &mut Disks,
+    options: &BlockdevOptions,
+    filter: &BlockdevOptionsBlklogwrites,
+    name: &str,
+    inherited: Option<Inherited>,
+    explicit: bool,
+) -> QmpResult<Node> {
+    refuse_for_filters(options)?;
+    let settings = filter.options.read()?;
+    let inherited = filtered(options, inherited);
+    let file = child(disks, &filter.file, Some(inherited))?;
+    disks.graph().check_unused(&file)?;
+    let log = child(disks, &filter.log, Some(Inherited { keeps_space: true, ..inherited }))?;
+    disks.graph().check_unused(&log)?;
+    let image = disks.image_below(&file)?;
+    let log_file = writable_file(disks, &log)?;
+    let sidecar = filter.options.log_sidecar.as_ref().map(Path::new);
+    let stand = Arc::new(Stand::new(file.clone(), log));
+    let recording = record_to(&image, stand, &log_file, sidecar, settings)?;
+    recording.say(file.name());
+    // What is not discarded below must not be in the log.
+    let keeps_space = disks.layers.through_filters(&file).any(|node| node.keeps_space());
+    let options = NodeOptions { name: name.into(), read_only: false, keeps_space };
+    let node = disks.recordings.make_node(options, &file, &recording)?;
+    disks.layers.add_filter(node.clone(), explicit)?;
+    Ok(node)
+}
+
+/// The file of a node for a log.
+fn log_file(disks: &Disks, node: &Node) -> QmpResult<Arc<HostFile>> {
+    match disks.layers.of(node) {
+        Some(layer) if layer.is_protocol => Ok(Arc::clone(&layer.image.file)),
+        _ => Err(QmpError::generic(format!(
+            "node '{}' is not a file: a log must be one (driver 'file' or 'host_device')",
+            node.name()
+        ))),
+    }
+}
+
+/// The same for one that is written.
+fn writable_file(disks: &Disks, node: &Node) -> QmpResult<Arc<HostFile>> {
+    let file = log_file(disks, node)?;
+    if !disks.is_writable(node) {
+        return Err(QmpError::generic(format!("Block node is read-only: '{}'", node.name())));
+    }
+    Ok(file)
 }
 
 /// What the node below a filter inherits.
@@ -480,7 +544,7 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
     }
     match &options.driver.0 {
         BlockdevDriverOptions::File(file) | BlockdevDriverOptions::HostDevice(file)
-            if std::path::Path::new(&file.filename) != layer.image.file.path() =>
+            if Path::new(&file.filename) != layer.image.file.path() =>
         {
             return Err(cannot("filename"));
         }
@@ -524,7 +588,7 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
         )));
     }
     let _hold = disks.hold_graph(&node, "blockdev-reopen")?;
-    let graph = std::sync::Arc::clone(disks.graph());
+    let graph = Arc::clone(disks.graph());
     let quiesced = graph.quiesce(std::slice::from_ref(&node));
     let changed = change(disks, &node, access, moves.then_some(backing.as_ref()), &quiesced);
     let pause = graph.resume(quiesced);

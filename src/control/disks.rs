@@ -15,7 +15,7 @@ use crate::device::export::{CachePolicy, Export, ExportOptions};
 use crate::device::exports::{Exports, Served};
 use crate::device::server::ServerSocket;
 use crate::images::{Access, Image, Layers, frozen};
-use crate::io::EngineKind;
+use crate::io::{EngineKind, block_on};
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -130,6 +130,15 @@ impl Disks {
         }
     }
 
+    /// The node that is recorded: this one, or one that it filters; else the image below.
+    pub fn recorded(&self, node: &Node) -> QmpResult<Node> {
+        let mut below = self.layers.through_filters(node);
+        match below.find(|node| self.recordings.is_recorded(node)) {
+            Some(node) => Ok(node),
+            None => Ok(self.image_below(node)?.node),
+        }
+    }
+
     /// Keeps jobs away from a node while the graph around it is changed; refused if one is there.
     pub fn hold_graph(&self, node: &Node, command: &str) -> QmpResult<Hold> {
         Ok(node.hold(command, Rights::GRAPH, Rights::ALL.and(Rights::GRAPH))?)
@@ -169,6 +178,15 @@ impl Disks {
         drop(node.hold("an export", rights, Rights::ALL.and(Rights::GRAPH))?);
         let image = self.image_below(node)?;
         image.check_for_guest(request.block_size)?;
+        let unit = node.limits().request_alignment;
+        if unit > request.block_size {
+            return Err(QmpError::generic(format!(
+                "node '{}' takes requests in units of {unit} bytes, more than the block size of \
+                 {}; use logical-block-size={unit}",
+                node.name(),
+                request.block_size
+            )));
+        }
         if request.writable {
             frozen::check(&image.file)?;
         }
@@ -220,6 +238,16 @@ impl Disks {
     pub fn collect(&mut self) {
         self.layers.collect();
         self.faults.forget_removed(self.layers.graph());
+        let logs = self.recordings.forget_removed(self.layers.graph());
+        if !logs.is_empty() {
+            // What they have recorded is held by nobody now.
+            self.layers.collect();
+        }
+        for log in logs {
+            if let Err(err) = block_on(log.image_was_closed()) {
+                tracing::warn!("{}: may not be continued: {err}", log.log_name());
+            }
+        }
     }
 
     /// Ends an export that was taken out.
@@ -248,6 +276,7 @@ impl Disks {
         for export in &served {
             self.graph().remove_root(&export.root);
         }
-        (served, self.layers.close_all())
+        let closed = self.layers.close_all();
+        (served, closed.and(self.recordings.images_were_closed()))
     }
 }

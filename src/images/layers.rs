@@ -70,17 +70,21 @@ impl Layers {
         self.layers.iter().find(|layer| layer.image.node.is_same(node))
     }
 
-    /// The layer of a node, or of what it filters.
-    pub fn below_filters(&self, node: &Node) -> Option<&Layer> {
-        let mut node = node.clone();
-        loop {
-            if let Some(layer) = self.of(&node) {
-                return Some(layer);
+    /// The node, what it filters, and so on down to an image.
+    pub fn through_filters(&self, node: &Node) -> impl Iterator<Item = Node> {
+        std::iter::successors(Some(node.clone()), |node| {
+            if self.of(node).is_some() {
+                return None;
             }
             // Only a filter stands in no list, and its file is the node it filters.
             let children = node.driver().children();
-            node = children.into_iter().find(|(role, _)| *role == "file")?.1;
-        }
+            children.into_iter().find(|(role, _)| *role == "file").map(|(_, below)| below)
+        })
+    }
+
+    /// The layer of a node, or of what it filters.
+    pub fn below_filters(&self, node: &Node) -> Option<&Layer> {
+        self.through_filters(node).find_map(|node| self.of(&node))
     }
 
     /// The file of a node: its own, or that of what it filters.

@@ -51,39 +51,45 @@ pub struct Recording {
 /// Names the log and the way out. A log that is refused is not modified; one that did not exist
 /// does not exist.
 pub fn record(image: &Image, below: Arc<dyn Driver>, request: &RecordRequest) -> Result<Recording> {
-    if below.limits().read_only || image.access == Access::Read {
-        return Err(Error::invalid(format!(
-            "{}: is not written to, so there is nothing to record",
-            image.name()
-        )));
-    }
+    check_is_written(image, &*below)?;
     let (log, is_new) = open_log(request)?;
-    let recording = start(image, below, request, &log);
+    let RecordRequest { sidecar, settings, .. } = request;
+    let recording = record_to(image, below, &log, sidecar.as_deref(), *settings);
+    let recording = recording.and_then(|recording| {
+        recording.check_for_guest(request.block_size)?;
+        Ok(recording)
+    });
     if recording.is_err() && is_new {
         let _ = std::fs::remove_file(&request.log);
     }
     recording
 }
 
-fn start(
+/// The same with a log that is open, and locked as somebody locks it who writes to it.
+///
+/// # Errors
+/// Names the log and the way out.
+pub fn record_to(
     image: &Image,
     below: Arc<dyn Driver>,
-    request: &RecordRequest,
     log: &Arc<HostFile>,
+    sidecar: Option<&Path>,
+    settings: Settings,
 ) -> Result<Recording> {
-    let name = request.log.display();
+    check_is_written(image, &*below)?;
+    let name = log.name().to_string();
     if log.identity()? == image.file.identity()? {
         return Err(Error::invalid(format!("{name}: is the image that is to be recorded")));
     }
-    let sidecar = match &request.sidecar {
-        Some(path) => path.clone(),
+    let sidecar = match sidecar {
+        Some(path) => path.to_path_buf(),
         None if log.kind() == HostKind::BlockDevice => {
             return Err(Error::invalid(format!(
                 "{name}: is a device, and the log's sidecar needs a file; say which with \
                  --log-sidecar FILE"
             )));
         }
-        None => sidecar::default_path(&request.log),
+        None => sidecar::default_path(log.path()),
     };
     let (sidecar, _) = open_or_create(&sidecar, OpenOptions { write: true, ..Default::default() })
         .context(|| format!("{name}: its sidecar"))?;
@@ -97,17 +103,19 @@ fn start(
         file: Some(Arc::clone(&image.file)),
     };
     let log = Arc::clone(log) as Arc<dyn File>;
-    let opening = write_log::open(subject, log, Arc::new(sidecar), request.settings);
+    let opening = write_log::open(subject, log, Arc::new(sidecar), settings);
     let (filter, began) = block_on(opening)?;
-    let unit = filter.sector_size();
-    if unit > request.block_size {
+    Ok(Recording { filter: Arc::new(filter), began })
+}
+
+fn check_is_written(image: &Image, below: &dyn Driver) -> Result<()> {
+    if below.limits().read_only || image.access == Access::Read {
         return Err(Error::invalid(format!(
-            "{name}: log sectors of {unit} bytes are larger than the guest's blocks of {}; use \
-             --block-size {unit}, or a log with smaller sectors",
-            request.block_size
+            "{}: is not written to, so there is nothing to record",
+            image.name()
         )));
     }
-    Ok(Recording { filter: Arc::new(filter), began })
+    Ok(())
 }
 
 /// The image with the filter in front of it.
@@ -122,6 +130,18 @@ pub fn record_image(image: Image, request: &RecordRequest) -> Result<(Image, Rec
 }
 
 impl Recording {
+    /// Refuses blocks that are smaller than what is logged.
+    fn check_for_guest(&self, block_size: u64) -> Result<()> {
+        let (name, unit) = (self.filter.log_name(), self.filter.sector_size());
+        if unit > block_size {
+            return Err(Error::invalid(format!(
+                "{name}: log sectors of {unit} bytes are larger than the guest's blocks of \
+                 {block_size}; use --block-size {unit}, or a log with smaller sectors"
+            )));
+        }
+        Ok(())
+    }
+
     /// Tells the operator what is recorded where.
     pub fn say(&self, image: &str) {
         let log = self.filter.log_name();
@@ -165,4 +185,49 @@ fn open_or_create(path: &Path, options: OpenOptions) -> Result<(HostFile, bool)>
 /// The path as it is for everybody, as far as that can be found out.
 fn absolute(path: &Path) -> PathBuf {
     std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::images::{self, OpenRequest};
+    use crate::io::AlignedBuf;
+
+    /// A format may write to its file when it is closed, which is after the log has ended.
+    #[test]
+    fn an_image_that_was_changed_by_closing_it_is_still_the_logs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, log) = (dir.path().join("disk.raw"), dir.path().join("w.log"));
+        std::fs::write(&path, vec![0; 65536]).unwrap();
+        let change_file = |seconds| {
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            let then = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            file.set_modified(then).unwrap();
+        };
+        let image = images::open(&OpenRequest {
+            access: Access::Write,
+            format: Some(ImageFormat::Raw),
+            ..OpenRequest::read(&path)
+        });
+        let image = image.unwrap();
+        let request = RecordRequest {
+            log,
+            sidecar: None,
+            cache: CacheMode::Writeback,
+            locking: Locking::Off,
+            lock_wait: Duration::ZERO,
+            block_size: 512,
+            settings: Settings::default(),
+        };
+        let record = || record(&image, image.node.driver(), &request);
+        let filter = record().unwrap().filter;
+        block_on(filter.write(0, AlignedBuf::from_slice(&[1; 512], 512).buffers(), false)).unwrap();
+        block_on(filter.image_was_closed()).unwrap();
+        block_on(filter.end()).unwrap();
+        change_file(1000);
+        let err = record().unwrap_err().to_string();
+        assert!(err.contains("was changed after recording ended"), "{err}");
+        block_on(filter.image_was_closed()).unwrap();
+        assert_eq!(record().unwrap().began, Began::After { entries: 2, counted_in: 0 });
+    }
 }

@@ -1,7 +1,8 @@
 //! `x-vublk-log-start`, `-stop` and `-mark`: recording a guest's writes while it runs.
 
 use super::prelude::*;
-use crate::filters::write_log::{Existing, Settings};
+use crate::control::qapi::Flat;
+use crate::control::recordings::LogOptions;
 use crate::images::recording::RecordRequest;
 use crate::units::SECTOR_SIZE;
 
@@ -12,16 +13,8 @@ qapi! {
         pub device: String,
         /// The log: a file, made if need be, or a block device.
         pub log: String,
-        /// Size of the log's sectors, for a new log; 512 if absent.
-        pub log_sector_size: Option<u32>,
-        /// Add to the log whatever image it was of.
-        pub log_append: Option<bool>,
-        /// Start the log anew.
-        pub log_overwrite: Option<bool>,
-        /// Count entries in the superblock at least every so many of them.
-        pub log_super_update_interval: Option<u64>,
-        /// Its sidecar; beside the log if absent.
-        pub log_sidecar: Option<String>,
+        /// How it is kept.
+        pub options: Flat<LogOptions>,
     }
 }
 qapi! {
@@ -50,6 +43,7 @@ impl MainCommand for XVublkLogStart {
     type Returns = Nothing;
 
     fn run(daemon: &mut Daemon, arguments: LogStart) -> QmpResult<Nothing> {
+        let settings = arguments.options.read()?;
         let disks = daemon.disks_mut();
         let node = disks.find_any(&arguments.device)?;
         // Below filters: a flush that lies is not to be in the log.
@@ -61,31 +55,15 @@ impl MainCommand for XVublkLogStart {
         let blocks = on_it.map(|served| u64::from(served.export().options.block_size)).min();
         let request = RecordRequest {
             log: arguments.log.into(),
-            sidecar: arguments.log_sidecar.map(Into::into),
+            sidecar: arguments.options.log_sidecar.clone().map(Into::into),
             cache: image.cache,
             locking: image.locking,
             lock_wait: std::time::Duration::ZERO,
             block_size: blocks.unwrap_or(SECTOR_SIZE),
-            settings: Settings {
-                sector_size: arguments.log_sector_size,
-                existing: existing(arguments.log_append, arguments.log_overwrite)?,
-                interval: arguments
-                    .log_super_update_interval
-                    .unwrap_or(Settings::default().interval),
-                ..Settings::default()
-            },
+            settings,
         };
         disks.recordings.start(&graph, &image, &request)?;
         Ok(Nothing {})
-    }
-}
-
-fn existing(append: Option<bool>, overwrite: Option<bool>) -> QmpResult<Existing> {
-    match (append == Some(true), overwrite == Some(true)) {
-        (true, true) => Err(QmpError::generic("log-append and log-overwrite exclude each other")),
-        (true, false) => Ok(Existing::Append),
-        (false, true) => Ok(Existing::Overwrite),
-        (false, false) => Ok(Existing::Continue),
     }
 }
 
@@ -100,7 +78,7 @@ impl MainCommand for XVublkLogStop {
     fn run(daemon: &mut Daemon, arguments: LogStop) -> QmpResult<Nothing> {
         let disks = daemon.disks_mut();
         let node = disks.find_any(&arguments.device)?;
-        let node = disks.image_below(&node)?.node;
+        let node = disks.recorded(&node)?;
         let graph = std::sync::Arc::clone(disks.graph());
         disks.recordings.stop(&graph, &node)?;
         Ok(Nothing {})
@@ -118,7 +96,7 @@ impl MainCommand for XVublkLogMark {
     fn run(daemon: &mut Daemon, arguments: LogMark) -> QmpResult<Nothing> {
         let disks = daemon.disks();
         let node = disks.find_any(&arguments.device)?;
-        let node = disks.image_below(&node)?.node;
+        let node = disks.recorded(&node)?;
         disks.recordings.mark(&node, &arguments.mark)?;
         Ok(Nothing {})
     }

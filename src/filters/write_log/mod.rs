@@ -12,6 +12,7 @@
 //! copies     what is written, once for the disk and the log
 //! recorder   the log's files and its superblock
 //! open       starting a log, or going on with one
+//! stand      what it stands on, where it is a node of its own
 //! ```
 //!
 //! **The order** of entries is one in which the disk may have become durable, as the kernel's target
@@ -35,6 +36,7 @@ mod copies;
 mod in_place;
 pub mod open;
 mod recorder;
+mod stand;
 mod tail;
 
 use std::sync::Arc;
@@ -52,6 +54,10 @@ use crate::write_log::layout::{Flags, RawEntry};
 
 use open::Closed;
 pub use open::{Began, Existing, Settings, Subject, open};
+pub use stand::Stand;
+
+/// Name of the driver.
+pub const NAME: &str = "blklogwrites";
 
 /// Where a flush stands among the writes that were in flight with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,6 +79,8 @@ pub struct WriteLog {
     in_flight: Arc<RangeLock>,
     /// Whether anything but an end mark was added.
     has_grown: AtomicBool,
+    /// Whether it was ended in order.
+    has_ended: AtomicBool,
     closing: Closed,
 }
 
@@ -216,13 +224,24 @@ impl WriteLog {
     /// Ends the recording, for a disk that goes on without it. Nothing may be in flight.
     pub async fn end(&self) -> Result<()> {
         let has_grown = self.has_grown.swap(false, Ordering::Relaxed);
-        self.closing.end(&self.recorder, has_grown).await
+        self.closing.end(&self.recorder, has_grown).await?;
+        self.has_ended.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The image was closed after the log had ended, and may have been changed by that: what is known
+    /// of it is brought up to date, so that the log can be continued.
+    pub async fn image_was_closed(&self) -> Result<()> {
+        if !self.has_ended.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.closing.end(&self.recorder, false).await
     }
 }
 
 impl Driver for WriteLog {
     fn name(&self) -> &'static str {
-        "blklogwrites"
+        NAME
     }
 
     fn limits(&self) -> Limits {

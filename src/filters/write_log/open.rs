@@ -120,6 +120,7 @@ pub async fn open(
         order: settings.order,
         in_flight: Arc::new(RangeLock::new()),
         has_grown: is_new.into(),
+        has_ended: false.into(),
         closing: Closed { header, image: subject.file },
     };
     Ok((driver, began))
