@@ -6,10 +6,10 @@
 
 use std::fmt;
 
-use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned};
+use crate::block::driver::{BlockStatus, Driver, Limits, Pin, Plan, PlanExtent, PlanOp, Planned};
 use crate::block::{Keep, Node, Quiesced, StatusKind};
 use crate::error::{Error, Result};
-use crate::io::{Buffers, File, Fut};
+use crate::io::{Buffers, File, Fut, carrying};
 use crate::units::ByteRange;
 use std::sync::Arc;
 
@@ -64,6 +64,19 @@ pub struct Prepared<'a> {
     pub offset: u64,
     /// What makes the data visible; `None` if it is as soon as it is written.
     pub commit: Option<Box<dyn WriteCommit + 'a>>,
+    /// Keeps the place from being given to others: held until the host has written the data, even
+    /// if the request is dropped before. `None` if it stays what it is, or the file sees to that.
+    pub pin: Option<Pin>,
+}
+
+impl Prepared<'_> {
+    /// Performs an operation of the host's on the place.
+    pub async fn perform(&self, operation: impl Future<Output = Result<()>>) -> Result<()> {
+        match &self.pin {
+            Some(pin) => carrying(Arc::clone(&pin.0), operation).await,
+            None => operation.await,
+        }
+    }
 }
 
 /// Anything whose life keeps something as it is.
@@ -237,7 +250,8 @@ impl<F: Format> FormatDriver<F> {
             let place = self.format.prepare_write(want).await?;
             let len = place.range.len.min(want.len);
             debug_assert!(place.range.offset == offset && len > 0);
-            place.file.write(place.offset, buf.slice(done, len), false).await?;
+            let data = buf.slice(done, len);
+            place.perform(place.file.write(place.offset, data, false)).await?;
             if let Some(commit) = place.commit {
                 commit.commit().await?;
             }

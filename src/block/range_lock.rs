@@ -19,6 +19,10 @@
 //! * An entry leaves the queue when its guard, or the future that waits for it, is dropped; whoever
 //!   waited for it is woken.
 //!
+//! A guard that is dropped with a future does not wait for what that has with the host. Where that
+//! matters, because what lands late would spoil what the next holder does, the lock is held by
+//! [`RangeLock::alone_while`].
+//!
 //! Somebody who holds a lock and asks for another that an older waiter is in front of may wait for
 //! himself; users state the order in which they take their locks.
 
@@ -29,6 +33,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
+use crate::io::carrying;
 use crate::units::ByteRange;
 
 /// An asynchronous lock on byte ranges. Usable from any thread; wakes waiters on theirs.
@@ -132,6 +137,26 @@ impl RangeLock {
     pub fn try_exclusive_owned(self: &Arc<Self>, range: ByteRange) -> Option<OwnedRangeGuard> {
         let id = self.try_enter(range, true)?;
         Some(OwnedRangeGuard { lock: Arc::clone(self), id })
+    }
+
+    /// As [`RangeLock::exclusive`], with a guard that keeps the lock itself alive.
+    pub async fn exclusive_owned(self: &Arc<Self>, range: ByteRange) -> OwnedRangeGuard {
+        let guard = self.exclusive(range).await;
+        let id = guard.id;
+        // Its place in the queue goes over to the other.
+        std::mem::forget(guard);
+        OwnedRangeGuard { lock: Arc::clone(self), id }
+    }
+
+    /// Runs `work` while nobody else holds any byte of the range. What `work` has given to the host
+    /// holds it, too: if the future is dropped, until the host is done.
+    pub async fn alone_while<T>(
+        self: &Arc<Self>,
+        range: ByteRange,
+        work: impl Future<Output = T>,
+    ) -> T {
+        let guard = Arc::new(self.exclusive_owned(range).await);
+        carrying(guard, work).await
     }
 
     /// How many locks are held or waited for.

@@ -5,7 +5,7 @@
 //! guest's read, flush ───────────────────────────────► below, as if the filter were not there
 //! guest's write ─► shared place in the lock ─► below ─► mark what was written ─► complete
 //!                                                 └──► and to the copy, once that is asked for
-//! job             alone(range): no write of the guest's to it is under way, and none begins
+//! job             alone(range, …): no write of the guest's to it is under way, and none begins
 //! ```
 //!
 //! Jobs use it in one of two ways:
@@ -42,7 +42,7 @@ pub struct Intercept {
     below: Arc<dyn Driver>,
     /// What is below as a node, for the job's own requests.
     inner: Node,
-    in_flight: RangeLock,
+    in_flight: Arc<RangeLock>,
     dirty: DirtyMap,
     /// Where each write goes, too.
     copy: Mutex<Option<Node>>,
@@ -56,7 +56,7 @@ impl Intercept {
         Intercept {
             inner: Node::new(Arc::clone(&below), options),
             below,
-            in_flight: RangeLock::new(),
+            in_flight: Arc::default(),
             dirty,
             copy: Mutex::default(),
         }
@@ -77,9 +77,10 @@ impl Intercept {
         &self.dirty
     }
 
-    /// Waits until nobody writes to the range, and keeps it so.
-    pub async fn alone(&self, range: ByteRange) -> RangeGuard<'_> {
-        self.in_flight.exclusive(range).await
+    /// Waits until nobody writes to the range, and keeps it so while `work` is done: until the host
+    /// has done what `work` gave it, should the future be dropped.
+    pub async fn alone<T>(&self, range: ByteRange, work: impl Future<Output = T>) -> T {
+        self.in_flight.alone_while(range, work).await
     }
 
     /// From now on each write goes to `copy` as well before it completes. Writes that began before
@@ -104,7 +105,7 @@ impl Intercept {
     /// A place for a change that goes to the copy, too: alone, so that both get changes that
     /// overlap in the same order.
     async fn enter_alone(&self, range: ByteRange) -> Change<'_> {
-        Change { dirty: Some(&self.dirty), range, _place: self.alone(range).await }
+        Change { dirty: Some(&self.dirty), range, _place: self.in_flight.exclusive(range).await }
     }
 
     async fn write_through(&self, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
@@ -149,8 +150,7 @@ impl Intercept {
 
     /// Has the driver below do something that must not meet a change of the job's.
     async fn settled<T>(&self, work: impl AsyncFnOnce() -> Result<T>) -> Result<T> {
-        let _alone = self.alone(ALL).await;
-        work().await
+        self.alone(ALL, work()).await
     }
 }
 
@@ -256,5 +256,35 @@ impl Driver for Intercept {
 
     fn close<'a>(&'a self) -> Fut<'a, ()> {
         self.below.close()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::raw::Raw;
+    use crate::io::sim::{Sim, SimFile, SimTask};
+
+    #[test]
+    fn what_a_dropped_copy_left_with_the_host_undoes_nothing() {
+        for seed in 0..8 {
+            let file = SimFile::from_bytes("disk", vec![0; 4096]);
+            let raw = Raw::open(Arc::new(file.clone()), false).unwrap();
+            let intercept = Intercept::new(Arc::new(raw), "disk");
+            let memory = |value| AlignedBuf::from_slice(&[value; 512], 512);
+            let sim = Sim::new(seed);
+            sim.attach(&file);
+            let range = ByteRange { offset: 512, len: 512 };
+            let (copied, written) = (memory(1), memory(2));
+            let copy =
+                intercept.alone(range, intercept.inner().write(512, copied.buffers(), false));
+            let copy = async { copy.await.unwrap() };
+            sim.run_until(vec![Box::pin(copy) as SimTask<'_>], |_| sim.pending() > 0);
+            sim.detach(&file);
+            let guest = async { intercept.write(512, written.buffers(), false).await.unwrap() };
+            sim.run(vec![Box::pin(guest) as SimTask<'_>]);
+            sim.drain();
+            assert!(file.volatile()[512..1024] == [2; 512], "seed {seed}");
+        }
     }
 }

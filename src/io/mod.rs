@@ -12,10 +12,12 @@
 //!
 //! Invariants:
 //! * What the kernel may still touch is owned by the engine's slot until the completion arrives,
-//!   even if the future that asked for it is dropped.
+//!   even if the future that asked for it is dropped; and so is what keeps others away from where it
+//!   lands ([`carrying`]).
 //! * The engine is the only place where a thread of ours waits.
 
 pub mod buf;
+mod carry;
 pub mod clock;
 pub mod engine;
 pub mod exec;
@@ -28,6 +30,7 @@ pub mod shared_memory;
 pub mod sim;
 
 pub use buf::{AlignedBuf, BufferOwner, Buffers, Scattered};
+pub use carry::{Load, carrying};
 pub use engine::{Engine, EngineKind};
 pub use file::{Alignment, File, Fut, Hole};
 pub use host::{HostFile, HostKind, OpenOptions};

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, Waker};
 
+use super::carry::{self, Loads};
 use super::engine::{ASYNC, Engine, EngineKind, Event, MAX_IOVECS, Op, OpCode, WATCH, blocking};
 use super::exec::Executor;
 use super::host::OpenFile;
@@ -66,6 +67,8 @@ pub struct Reactor {
 struct Slots {
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// Operations in flight whose futures were dropped.
+    orphans: usize,
 }
 
 #[derive(Debug)]
@@ -88,6 +91,8 @@ enum Slot {
 struct Keep {
     _file: Arc<OpenFile>,
     _buf: Option<Buffers>,
+    /// What others must not do meanwhile.
+    _loads: Loads,
 }
 
 thread_local! {
@@ -197,6 +202,11 @@ impl Reactor {
         }
     }
 
+    /// Whether the host has something to do whose future was dropped.
+    fn has_orphans(&self) -> bool {
+        self.ops.borrow().orphans > 0
+    }
+
     /// Starts an operation whose memory and file the slot keeps.
     fn start(&self, op: &Op, keep: Keep) -> u32 {
         let mut ops = self.ops.borrow_mut();
@@ -217,21 +227,26 @@ impl Reactor {
     }
 
     fn complete(&self, index: u32, result: i32) {
-        let waker = {
+        let ended = {
             let mut ops = self.ops.borrow_mut();
             let slot = &mut ops.slots[index as usize];
-            match std::mem::replace(slot, Slot::Done(result)) {
-                Slot::InFlight { orphan: true, .. } => {
-                    *slot = Slot::Free;
-                    ops.free.push(index);
-                    None
-                }
-                Slot::InFlight { waker, .. } => waker,
-                other => unreachable!("event for a slot that is {other:?}"),
+            let ended = std::mem::replace(slot, Slot::Done(result));
+            if let Slot::InFlight { orphan: true, .. } = ended {
+                *slot = Slot::Free;
+                ops.free.push(index);
+                ops.orphans -= 1;
             }
+            ended
         };
-        if let Some(waker) = waker {
-            waker.wake();
+        match ended {
+            Slot::InFlight { waker, _keep, .. } => {
+                // With nothing borrowed: what was kept may wake somebody, too.
+                drop(_keep);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+            }
+            other => unreachable!("event for a slot that is {other:?}"),
         }
     }
 }
@@ -303,6 +318,7 @@ impl Drop for OpFuture {
             Slot::InFlight { orphan, waker, .. } => {
                 *orphan = true;
                 *waker = None;
+                ops.orphans += 1;
             }
             _ => {
                 *slot = Slot::Free;
@@ -328,8 +344,9 @@ pub fn prepare_thread() -> Result<()> {
     thread_reactor().map(|_| ())
 }
 
-/// Runs a future to its end on this thread, with a reactor of the thread's own. Tasks it spawned
-/// that are unfinished then stay until the next call on this thread.
+/// Runs a future to its end on this thread, with a reactor of the thread's own; then waits for the
+/// operations that it has dropped. Tasks it spawned that are unfinished stay until the next call on
+/// this thread.
 ///
 /// If the host gives neither an io_uring nor an eventfd (out of file descriptors, say), this call
 /// does without a reactor: operations are plain blocking calls.
@@ -357,6 +374,11 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     let mut sink = Vec::new();
     loop {
         if let Poll::Ready(out) = reactor.exec.poll_root(future.as_mut()) {
+            // What others wait for must not depend on this thread's next call.
+            while reactor.has_orphans() {
+                reactor.turn(true, &mut sink);
+                sink.clear();
+            }
             return out;
         }
         // At least one turn, even if the root is ready again: others want to run too.
@@ -418,7 +440,7 @@ async fn perform(file: &HostFile, op: Op, buf: Option<Buffers>) -> i32 {
         // SAFETY: `buf` and `file` live until the call is over.
         return unsafe { blocking(&op) };
     };
-    let keep = Keep { _file: file.share_fd(), _buf: buf };
+    let keep = Keep { _file: file.share_fd(), _buf: buf, _loads: carry::now() };
     let index = reactor.start(&op, keep);
     OpFuture { reactor, index, finished: false }.await
 }
@@ -570,7 +592,8 @@ mod tests {
             iovs: buf.iovecs().as_ptr(),
             n_iovs: 1,
         };
-        let keep = Keep { _file: Arc::new(OpenFile(reader.into())), _buf: Some(buf) };
+        let file = Arc::new(OpenFile(reader.into()));
+        let keep = Keep { _file: file, _buf: Some(buf), _loads: Loads::default() };
         let index = reactor.start(&op, keep);
         drop(OpFuture { reactor: Rc::clone(&reactor), index, finished: false });
         reactor.engine().submit();

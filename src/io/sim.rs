@@ -20,7 +20,8 @@
 //!   on the seed alone, so that a failure can be repeated.
 //!
 //! Dropping the future of an operation that was handed to a scheduler does not take it back, as
-//! with a real kernel: it is performed at some later step, with its memory kept alive until then.
+//! with a real kernel: it is performed at some later step, with its memory, and what it carries, kept
+//! alive until then.
 //!
 //! Invariants: a sector (512 bytes) is written whole or not at all; what completed before a flush
 //! was submitted is durable when the flush completes; nothing else need be.
@@ -37,6 +38,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use self::content::{Content, PAGE};
 use super::buf::Buffers;
+use super::carry::{self, Loads};
 use super::file::{Alignment, File, Fut, Hole};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{ByteRange, SECTOR_SIZE};
@@ -507,7 +509,12 @@ impl Future for Submitted<'_> {
                 return Poll::Ready(inner.state.lock().unwrap().perform(request));
             };
             let slot = Arc::new(Slot::default());
-            let pending = Pending { file: Arc::clone(inner), request, slot: Arc::clone(&slot) };
+            let pending = Pending {
+                file: Arc::clone(inner),
+                request,
+                slot: Arc::clone(&slot),
+                _loads: carry::now(),
+            };
             scheduler.pending.lock().unwrap().push(pending);
             self.slot = Some(slot);
         }
@@ -593,6 +600,8 @@ struct Pending {
     file: Arc<Inner>,
     request: Request,
     slot: Arc<Slot>,
+    /// Kept until it is performed.
+    _loads: Loads,
 }
 
 impl Pending {

@@ -210,26 +210,50 @@ impl<'a> FillUp<'a> {
         let most = if zeroes { ZERO_CHUNK } else { CHUNK };
         let part = ByteRange { offset: start, len: (end - start).min(most) };
         let done = part.end().min(range.end()) - range.offset;
-        let failed = |(operation, err)| Failed::new(operation, err, done);
-        let _alone = self.top.alone(part).await;
-        if zeroes {
-            // What the guest has written since is the guest's.
-            let (run, held) = self.missing(part).await.map_err(failed_read)?;
-            if held == Held::Zero && run.is_aligned(self.align) {
-                let zeroed = node.write_zeroes(run, true).await;
-                zeroed
-                    .context(|| format!("zeroing {run} of {}", node.name()))
-                    .map_err(|err| failed((Operation::Write, err)))?;
-                return Ok(Step { done: run.end() - range.offset, copied: 0 });
+        let fill = self.fill(part, zeroes);
+        let filled = self
+            .top
+            .alone(part, fill)
+            .await
+            .map_err(|(operation, err)| Failed::new(operation, err, done))?;
+        match filled {
+            Filled::Copied(filled) => {
+                let done = filled.end().min(range.end()) - range.offset;
+                Ok(Step { done, copied: filled.len })
             }
-            let part = ByteRange { offset: part.offset, len: part.len.min(CHUNK) };
-            copy(node, node, part).await.map_err(failed)?;
-            return Ok(Step { done: part.end().min(range.end()) - range.offset, copied: part.len });
+            Filled::Zeroed(filled) => Ok(Step { done: filled.end() - range.offset, copied: 0 }),
         }
-        // What is read is the guest's where the guest has written, and nobody writes meanwhile.
-        copy(node, node, part).await.map_err(failed)?;
-        Ok(Step { done, copied: part.len })
     }
+
+    /// Fills a part of the top with what it reads as. Nobody else writes to it meanwhile.
+    async fn fill(&self, part: ByteRange, zeroes: bool) -> Result<Filled, (Operation, Error)> {
+        let node = self.top.inner();
+        if !zeroes {
+            // What is read is the guest's where the guest has written.
+            copy(node, node, part).await?;
+            return Ok(Filled::Copied(part));
+        }
+        // What the guest has written since is the guest's.
+        let missing = self.missing(part).await.map_err(|err| (Operation::Read, err))?;
+        if let (run, Held::Zero) = missing
+            && run.is_aligned(self.align)
+        {
+            let zeroed = node.write_zeroes(run, true).await;
+            zeroed
+                .context(|| format!("zeroing {run} of {}", node.name()))
+                .map_err(|err| (Operation::Write, err))?;
+            return Ok(Filled::Zeroed(run));
+        }
+        let part = ByteRange { offset: part.offset, len: part.len.min(CHUNK) };
+        copy(node, node, part).await?;
+        Ok(Filled::Copied(part))
+    }
+}
+
+/// What was done to a part of the top.
+enum Filled {
+    Copied(ByteRange),
+    Zeroed(ByteRange),
 }
 
 impl Copier for FillUp<'_> {

@@ -24,8 +24,8 @@
 //!
 //! Flushes run one at a time; whoever waited while one began and ended is served by it.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::layout::{HEADER_LEN, bitmap_len};
 use super::pages::{BLOCK_LEN, DirtyPage, PAGE_LEN};
@@ -53,7 +53,7 @@ pub(super) struct Durability {
     /// Whether the keep was rotated for a flush that has not completed.
     rotated: AtomicBool,
     /// Held by the flush that runs.
-    turn: RangeLock,
+    turn: Arc<RangeLock>,
     /// Flushes begun, and the number of the last that has completed.
     begun: AtomicU64,
     completed: AtomicU64,
@@ -74,7 +74,7 @@ impl Durability {
             changed: AtomicBool::new(false),
             flushing: AtomicBool::new(false),
             rotated: AtomicBool::new(false),
-            turn: RangeLock::new(),
+            turn: Arc::default(),
             begun: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             file_len: AtomicU64::new(file_len),
@@ -220,24 +220,27 @@ impl Shared {
         self.check_writable()?;
         let durability = &self.durability;
         let before = durability.begun.load(Ordering::SeqCst);
-        let _turn = durability.turn.exclusive(ALL).await;
-        self.check_writable()?;
-        if durability.completed.load(Ordering::SeqCst) > before {
-            // Somebody else's began after we were called.
-            return Ok(());
-        }
-        let number = durability.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        match self.flush_now().await {
-            Ok(()) => {
-                durability.completed.store(number, Ordering::SeqCst);
-                Ok(())
+        let in_turn = async {
+            self.check_writable()?;
+            if durability.completed.load(Ordering::SeqCst) > before {
+                // Somebody else's began after we were called.
+                return Ok(());
             }
-            Err(err) => {
-                let err = err.context(format!("{}: flush", self.name()));
-                durability.set_poison(self.name(), &err);
-                Err(err)
+            let number = durability.begun.fetch_add(1, Ordering::SeqCst) + 1;
+            match self.flush_now().await {
+                Ok(()) => {
+                    durability.completed.store(number, Ordering::SeqCst);
+                    Ok(())
+                }
+                Err(err) => {
+                    let err = err.context(format!("{}: flush", self.name()));
+                    durability.set_poison(self.name(), &err);
+                    Err(err)
+                }
             }
-        }
+        };
+        // A copy that lands after its future was dropped must not undo a later one.
+        durability.turn.alone_while(ALL, in_turn).await
     }
 
     async fn flush_now(&self) -> Result<()> {

@@ -479,6 +479,8 @@ impl Shared {
             file: Arc::clone(&self.data),
             offset: range.offset,
             commit: Some(Box::new(commit)),
+            // A sector's place is its own for good.
+            pin: None,
         })
     }
 

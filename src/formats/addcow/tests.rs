@@ -3,7 +3,7 @@
 use super::*;
 use crate::block::{FormatDriver, NodeOptions, keep::tests::state_dir};
 use crate::formats::raw::Raw;
-use crate::io::sim::{Fault, Rng, SimFile, SimOp};
+use crate::io::sim::{Fault, Rng, Sim, SimFile, SimOp, SimTask};
 use crate::io::{Buffers, HostFile, block_on};
 use std::path::Path;
 
@@ -454,6 +454,31 @@ fn a_flush_that_was_dropped_is_made_up_for() {
         sim.block_on(write(&disk, 1024, &[2; 512])).unwrap();
         sim.block_on(disk.flush()).unwrap();
         assert_eq!(file.durable()[2560] & 0b110, 0b110, "dropped after {stop} steps");
+    }
+}
+
+#[test]
+fn what_a_dropped_flush_left_with_the_host_undoes_nothing() {
+    for (seed, at) in (0..16).flat_map(|seed| (1..7).map(move |at| (seed, at))) {
+        let file = SimFile::from_bytes("x.add-cow", new_file(1 << 20, true));
+        let image = SimFile::from_bytes("disk.raw", vec![0; 1 << 20]);
+        let backing = || backing_of(Some(&numbered(0x80, 16)));
+        let disk = open_disk(&file, &image, backing(), None);
+        block_on(write(&disk, 0, &numbered(1, 1))).unwrap();
+        let sim = Sim::new(seed);
+        sim.attach(&file);
+        let flush = async { disk.flush().await.unwrap() };
+        sim.run_until(vec![Box::pin(flush) as SimTask<'_>], |step| step == at);
+        sim.detach(&file);
+        let later = async {
+            write(&disk, 512, &numbered(2, 1)).await.unwrap();
+            disk.flush().await.unwrap();
+        };
+        sim.run(vec![Box::pin(later) as SimTask<'_>]);
+        sim.drain();
+        let again = open_disk(&file.after_kill(), &image.after_kill(), backing(), None);
+        let found = block_on(read(&again, 0, 1024));
+        assert!(found == numbered(1, 2), "seed {seed}, dropped at step {at}");
     }
 }
 

@@ -100,7 +100,7 @@ impl Qcow2 {
             return Ok(None);
         }
         let file = Place::new(&self.disk, token, false);
-        Ok(Some(Prepared { range: run, file, offset, commit: None }))
+        Ok(Some(Prepared { range: run, file, offset, commit: None, pin: None }))
     }
 
     /// Whether a mapping got when `revocations` were counted may be written through without more.
@@ -183,7 +183,8 @@ impl Qcow2 {
             place: Arc::clone(&place),
             _guards: (meta, slot, guest),
         };
-        Ok(Some(Prepared { range: run, file: place, offset, commit: Some(Box::new(commit)) }))
+        let commit = Some(Box::new(commit) as Box<_>);
+        Ok(Some(Prepared { range: run, file: place, offset, commit, pin: None }))
     }
 
     /// Whether overwriting these shared clusters takes away somebody's last reference.

@@ -7,8 +7,8 @@
 use super::testing::*;
 use super::*;
 use crate::block::Driver;
-use crate::io::block_on;
 use crate::io::sim::{Rng, Sim, SimFile, SimTask};
+use crate::io::{File, block_on};
 use crate::units::MIB;
 
 const BLOCKS: u64 = 4;
@@ -209,4 +209,83 @@ fn crowds_of_requests_dropped_at_once() {
             goes_on(&driver, &file, node.as_ref(), found, &format!("seed {seed}, round {round}"));
         }
     }
+}
+
+/// Polls a request until the host has been given something to do, and drops it then. What the host
+/// was given is still to be done.
+fn dropped_with_the_host(sim: &Sim, file: &SimFile, request: SimTask<'_>) {
+    sim.attach(file);
+    let is_done = sim.run_until(vec![request], |_| sim.pending() > 0);
+    assert!(!is_done && sim.pending() == 1);
+    sim.detach(file);
+}
+
+/// The host may carry out what a dropped request gave it at any later time: until then the place it
+/// goes to belongs to nobody else.
+#[test]
+fn a_place_is_not_used_again_under_a_dropped_request() {
+    let into = |request: Request| {
+        let what = format!("{request:?}");
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(SIZE).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        block_on(write(&driver, 0, &vec![OLD; MIB as usize], false)).unwrap();
+        block_on(driver.flush()).unwrap();
+        let sim = Sim::new(0);
+        dropped_with_the_host(&sim, &file, Box::pin(request.run(&driver)));
+        block_on(async {
+            driver.write_zeroes(ByteRange { offset: 0, len: MIB }, true).await.unwrap();
+            driver.flush().await.unwrap();
+            for block in 1..3 {
+                let mine = vec![block as u8; MIB as usize];
+                write(&driver, block * MIB, &mine, false).await.unwrap();
+            }
+        });
+        sim.drain();
+        for block in 1..3 {
+            let found = block_on(read(&driver, block * MIB, MIB));
+            assert!(found.iter().all(|byte| *byte == block as u8), "{what}: in block {block}");
+        }
+        // It is used again when the host is done.
+        let len = File::len(&file).unwrap();
+        block_on(driver.flush()).unwrap();
+        block_on(write(&driver, 3 * MIB, &[3; 512], false)).unwrap();
+        assert_eq!(File::len(&file).unwrap(), len, "{what}: the place is lost");
+    };
+    into(Request::Write { offset: 4096, len: 4096, fua: false });
+    into(Request::Zero(ByteRange { offset: 4096, len: 4096 }, true));
+    into(Request::Discard(ByteRange { offset: 4096, len: 4096 }));
+}
+
+/// The same of what a commit writes: an old page of the BAT, or an old entry of the log, must not
+/// land on what later commits have written.
+#[test]
+fn what_a_dropped_commit_left_with_the_host_undoes_nothing() {
+    let mut drops = 0;
+    for at in 0.. {
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(SIZE).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        block_on(write(&driver, 0, &[OLD; 512], false)).unwrap();
+        let sim = Sim::new(at);
+        sim.attach(&file);
+        let close = async { driver.close().await.unwrap() };
+        let is_done = sim.run_until(vec![Box::pin(close) as SimTask<'_>], |step| step == at);
+        drops += sim.pending();
+        sim.detach(&file);
+        let later = async {
+            write(&driver, MIB, &[NEW; 512], false).await.unwrap();
+            driver.close().await.unwrap();
+        };
+        sim.run(vec![Box::pin(later) as SimTask<'_>]);
+        sim.drain();
+        let again = open_image(&file.after_kill(), None, None)
+            .unwrap_or_else(|err| panic!("dropped at step {at}: {err}"));
+        for (offset, value) in [(0, OLD), (MIB, NEW)] {
+            let found = block_on(read(&again, offset, 512));
+            assert!(found == [value; 512], "dropped at step {at}: at {offset}");
+        }
+        if is_done {
+            break;
+        }
+    }
+    assert!(drops > 10, "{drops}");
 }

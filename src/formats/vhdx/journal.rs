@@ -27,7 +27,8 @@
 //! * An entry never overwrites what the last entry on disk still needs. At every instant the log
 //!   has a valid sequence of entries, or the header says that it is empty.
 //! * A commit whose future is dropped is finished by the next one, with the same bytes at the same
-//!   place.
+//!   place. The turn is held until the host has done what it was given: an old page that lands late
+//!   would undo what was applied since.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -339,25 +340,29 @@ impl Vhdx {
     pub(super) async fn commit(&self) -> Result<()> {
         self.check_writable()?;
         let before = self.begun.load(Ordering::SeqCst);
-        let _turn = self.turn.exclusive(ALL).await;
-        self.check_writable()?;
-        if self.completed.load(Ordering::SeqCst) > before {
-            // Somebody else's began after we were called.
-            return Ok(());
-        }
-        let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        self.poisoning(self.commit_now().await)?;
-        self.completed.store(number, Ordering::SeqCst);
-        self.reclaim().await;
-        Ok(())
+        let in_turn = async {
+            self.check_writable()?;
+            if self.completed.load(Ordering::SeqCst) > before {
+                // Somebody else's began after we were called.
+                return Ok(());
+            }
+            let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
+            self.poisoning(self.commit_now().await)?;
+            self.completed.store(number, Ordering::SeqCst);
+            self.reclaim().await;
+            Ok(())
+        };
+        self.turn.alone_while(ALL, in_turn).await
     }
 
     /// Commits, and puts all pages in their place.
     pub(super) async fn checkpoint(&self) -> Result<()> {
         self.check_writable()?;
-        let _turn = self.turn.exclusive(ALL).await;
-        self.poisoning(self.commit_now().await)?;
-        self.poisoning(self.apply().await)
+        let in_turn = async {
+            self.poisoning(self.commit_now().await)?;
+            self.poisoning(self.apply().await)
+        };
+        self.turn.alone_while(ALL, in_turn).await
     }
 
     /// Refuses further writes if the result is a failure.

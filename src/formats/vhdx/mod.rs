@@ -42,6 +42,8 @@
 //! * Nothing is changed before both headers say so on disk with new GUIDs.
 //! * Between two commits the file's metadata does not change at all; what a commit wrote is in the
 //!   log or in place, at every instant.
+//! * What the host was given by a request that was dropped spoils nothing, however late it lands: it
+//!   holds the pin of its place, or the turn of its commit.
 //! * An entry of the BAT changes only if it still is what the change was based on.
 //! * Locks are taken in this order: a block, its chunk, the length of the file; then the turn of a
 //!   commit, then the header. The journal's own lock is never held across an await.
@@ -207,15 +209,15 @@ pub struct Vhdx {
     /// Held by who redoes what was kept, resizes, or closes: a guest may come back at any time.
     framing: RangeLock,
     /// Held by who changes the headers.
-    header_turn: RangeLock,
+    header_turn: Arc<RangeLock>,
     /// Payload blocks whose entries change from or to "absent", by number.
     blocks: RangeLock,
     /// Chunks whose sector bitmap is being made, by number.
     chunks: RangeLock,
     /// Held by who makes the file longer.
-    growing: RangeLock,
+    growing: Arc<RangeLock>,
     /// Held by the commit that runs.
-    turn: RangeLock,
+    turn: Arc<RangeLock>,
     /// Commits begun, and the number of the last that was completed.
     begun: AtomicU64,
     completed: AtomicU64,
@@ -340,11 +342,11 @@ impl Vhdx {
             started: AtomicBool::new(false),
             starting: RangeLock::new(),
             framing: RangeLock::new(),
-            header_turn: RangeLock::new(),
+            header_turn: Arc::default(),
             blocks: RangeLock::new(),
             chunks: RangeLock::new(),
-            growing: RangeLock::new(),
-            turn: RangeLock::new(),
+            growing: Arc::default(),
+            turn: Arc::default(),
             begun: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             changes: AtomicU64::new(0),

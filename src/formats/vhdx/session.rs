@@ -88,13 +88,15 @@ impl Vhdx {
 
     /// Changes both headers; durable on return.
     pub(super) async fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
-        let _alone = self.header_turn.exclusive(ALL).await;
-        let mut slots = *self.headers.lock().unwrap();
-        let mut header = slots.current;
-        change(&mut header);
-        slots.update(&self.file, header).await?;
-        *self.headers.lock().unwrap() = slots;
-        Ok(())
+        let update = async {
+            let mut slots = *self.headers.lock().unwrap();
+            let mut header = slots.current;
+            change(&mut header);
+            slots.update(&self.file, header).await?;
+            *self.headers.lock().unwrap() = slots;
+            Ok(())
+        };
+        self.header_turn.alone_while(ALL, update).await
     }
 
     /// Redoes what the guest of this session saw completed, or drops it for a new guest.
@@ -216,13 +218,16 @@ impl Vhdx {
     pub(super) async fn empty_log(&self) -> Result<()> {
         self.checkpoint().await?;
         self.reclaim().await;
-        if self.uses_log() {
-            let _turn = self.turn.exclusive(ALL).await;
+        if !self.uses_log() {
+            return Ok(());
+        }
+        let update = async {
             let updated = self.update_header(|header| header.log_guid = Guid::ZERO).await;
             self.poisoning(updated)?;
             self.forget_log();
-        }
-        Ok(())
+            Ok(())
+        };
+        self.turn.alone_while(ALL, update).await
     }
 
     /// Makes the file as long as it need be: it grew ahead of its use. Only while the log is empty,

@@ -30,7 +30,7 @@ use super::space::{Place, Space};
 use super::{ALL, Vhdx};
 use crate::block::{Plan, PlanExtent, Planned, Prepared, WriteCommit, driver::Pin};
 use crate::error::{Error, Result, ResultExt};
-use crate::io::Fut;
+use crate::io::{Fut, carrying};
 use crate::units::{ByteRange, MIB};
 
 impl Vhdx {
@@ -107,8 +107,9 @@ impl Vhdx {
                     block,
                     entry,
                     bitmap,
-                    _pin: pin,
+                    _pin: Arc::clone(&pin),
                 })),
+                pin: Some(Pin(pin as Arc<_>)),
             });
         }
     }
@@ -255,23 +256,30 @@ impl Vhdx {
         let context = || format!("{}: making room for a block at {}", self.name(), place.offset);
         if self.file_len.load(Ordering::Acquire) < end {
             // One after the other, or a later and shorter length could win.
-            let _alone = self.growing.exclusive(ALL).await;
-            if self.file_len.load(Ordering::Acquire) < end {
-                let ahead = end + self.growth(end);
-                let len = match self.file.set_len(ahead).await {
-                    Err(_) if ahead > end => {
-                        self.file.set_len(end).await.context(context)?;
-                        end
-                    }
-                    result => result.context(context).map(|()| ahead)?,
-                };
-                self.file_len.store(len, Ordering::Release);
-            }
+            let grown = self.growing.alone_while(ALL, self.grow(end)).await;
+            grown.context(context)?;
         }
         if !place.is_zeroed {
             let range = ByteRange { offset: place.offset, len };
             self.file.write_zeroes(range, true).await.context(context)?;
         }
+        Ok(())
+    }
+
+    /// Makes the file reach to `end` at least. The caller holds `growing`.
+    async fn grow(&self, end: u64) -> Result<()> {
+        if self.file_len.load(Ordering::Acquire) >= end {
+            return Ok(());
+        }
+        let ahead = end + self.growth(end);
+        let len = match self.file.set_len(ahead).await {
+            Err(_) if ahead > end => {
+                self.file.set_len(end).await?;
+                end
+            }
+            result => result.map(|()| ahead)?,
+        };
+        self.file_len.store(len, Ordering::Release);
         Ok(())
     }
 
@@ -421,7 +429,7 @@ impl Vhdx {
         while !at.is_empty() {
             let place = self.place(at).await?;
             let target = ByteRange { offset: place.offset, len: place.range.len };
-            self.file.write_zeroes(target, may_unmap).await?;
+            place.perform(self.file.write_zeroes(target, may_unmap)).await?;
             if let Some(commit) = place.commit {
                 commit.commit().await?;
             }
@@ -432,11 +440,12 @@ impl Vhdx {
 
     /// Gives the host's space of a part of a block back.
     async fn discard_part(&self, block: u64, part: ByteRange) -> Result<bool> {
-        let _pin = self.pins.pin();
+        let pin = self.pins.pin();
         let entry = self.entry_at(self.geometry().payload_index(block)).await?;
         if let payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT = bat::state(entry) {
             let offset = bat::offset(entry) + self.geometry().within_block(part.offset);
-            self.file.discard(ByteRange { offset, len: part.len }).await?;
+            let place = ByteRange { offset, len: part.len };
+            carrying(pin as Arc<_>, self.file.discard(place)).await?;
         }
         Ok(false)
     }
