@@ -15,7 +15,7 @@
 //! * A **commit** (and whatever keeps a copy elsewhere) takes what is marked from the [`DirtyMap`]
 //!   and copies it. When it is about to end, it has each write go to the copy as well
 //!   ([`Intercept::mirror_to`]), so that a guest that writes faster than the job copies cannot keep
-//!   it from ending.
+//!   it from ending. From then on it copies each range while it is alone there, too.
 //!
 //! Invariants:
 //! * The lock is held for the time of a request or of one copied piece, never across anything that
@@ -84,7 +84,8 @@ impl Intercept {
     }
 
     /// From now on each write goes to `copy` as well before it completes. Writes that began before
-    /// are marked.
+    /// are marked. Who else writes to `copy` what it has read here must be
+    /// [`alone`](Intercept::alone) meanwhile.
     pub fn mirror_to(&self, copy: Node) {
         *self.copy.lock().unwrap() = Some(copy);
     }

@@ -179,6 +179,7 @@ impl Commit {
         }
         // The guest cannot get ahead any more.
         intercept.mirror_to(self.base.clone());
+        let copy = CopyDown::beside(intercept, &self.top, &self.base);
         while !map.is_clean() {
             pace.copy_dirty(&copy, map, &mut done).await?;
         }

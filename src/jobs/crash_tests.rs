@@ -169,12 +169,33 @@ async fn stream(intercept: &Intercept, done: &Cell<bool>) {
     done.set(true);
 }
 
+/// When a guest's writes begin to go to the base as well.
+#[derive(Clone, Copy, PartialEq)]
+enum Mirror {
+    Never,
+    /// After all has been copied once.
+    Late,
+    /// Before anything has.
+    Early,
+}
+
 /// The work of a commit of the active layer.
-async fn commit(disk: &Node, base: &Node, intercept: &Intercept, at_work: &Cell<u64>, late: bool) {
-    let down = CopyDown::new(disk, base);
-    copy(&down, ByteRange { offset: 0, len: SECTORS * SECTOR }).await;
-    if late {
-        intercept.mirror_to(base.clone());
+async fn commit(
+    disk: &Node,
+    base: &Node,
+    intercept: &Intercept,
+    at_work: &Cell<u64>,
+    mirror: Mirror,
+) {
+    let mut down = CopyDown::new(disk, base);
+    for now in [Mirror::Early, Mirror::Late] {
+        if mirror == now {
+            intercept.mirror_to(base.clone());
+            down = CopyDown::beside(intercept, disk, base);
+        }
+        if now == Mirror::Early {
+            copy(&down, ByteRange { offset: 0, len: SECTORS * SECTOR }).await;
+        }
     }
     while at_work.get() > 0 {
         while let Some(mut taken) = intercept.dirty().take(0, u64::MAX) {
@@ -208,7 +229,10 @@ fn run(seed: u64, is_stream: bool) -> usize {
         .collect();
     tasks.push(match is_stream {
         true => Box::pin(stream(&intercept, &done)),
-        false => Box::pin(commit(&disk, &base, &intercept, &at_work, seed.is_multiple_of(2))),
+        false => {
+            let mirror = [Mirror::Never, Mirror::Late, Mirror::Early][seed as usize % 3];
+            Box::pin(commit(&disk, &base, &intercept, &at_work, mirror))
+        }
     });
     let mut rng = Rng::new(!seed);
     let mut cuts = 0;
@@ -259,7 +283,36 @@ fn no_power_cut_in_a_stream_shows_what_is_not_there() {
 
 #[test]
 fn no_power_cut_in_a_commit_shows_what_is_not_there() {
-    let cuts: usize = (0..40).map(|seed| run(seed, false)).sum();
+    let cuts: usize = (0..60).map(|seed| run(seed, false)).sum();
     eprintln!("commit: {cuts} power cuts");
     assert!(cuts > 500, "too few cuts to mean anything: {cuts}");
+}
+
+#[test]
+fn copies_and_mirrored_writes_leave_the_same_on_both_disks() {
+    const LEN: u64 = 16 * SECTOR;
+    for seed in 0..50 {
+        let files = ["top", "base"].map(|name| SimFile::from_bytes(name, vec![0; LEN as usize]));
+        let raw = |file: &SimFile| Arc::new(Raw::open(Arc::new(file.clone()), false).unwrap());
+        let node = |driver: Arc<dyn Driver>| Node::new(driver, NodeOptions::default());
+        let mirror = Arc::new(Intercept::new(raw(&files[0]), "top"));
+        let (disk, base) = (node(Arc::clone(&mirror) as Arc<dyn Driver>), node(raw(&files[1])));
+        mirror.mirror_to(base.clone());
+        let sim = Sim::new(seed);
+        files.iter().for_each(|file| sim.attach(file));
+        let guest = async {
+            for value in 1..40 {
+                let buf = AlignedBuf::from_slice(&[value; 4 * SECTOR as usize], 4096);
+                disk.write(u64::from(value % 5) * SECTOR, buf.buffers(), false).await.unwrap();
+            }
+        };
+        let job = async {
+            let down = CopyDown::beside(&mirror, &disk, &base);
+            for _ in 0..20 {
+                copy(&down, ByteRange { offset: 0, len: LEN }).await;
+            }
+        };
+        sim.run(vec![Box::pin(guest), Box::pin(job)]);
+        assert!(files[0].volatile() == files[1].volatile(), "seed {seed}");
+    }
 }

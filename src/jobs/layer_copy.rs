@@ -107,22 +107,40 @@ pub type Stepping<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Step, Faile
 
 /// A copy from the layers above a base down into it.
 #[derive(Clone, Debug)]
-pub struct CopyDown {
+pub struct CopyDown<'a> {
     top: Node,
     base: Node,
     /// What requests to the base, and reads of the top, must be multiples of.
     align: u64,
+    /// Where a guest's writes pass that go to both meanwhile.
+    mirror: Option<&'a Intercept>,
 }
 
-impl CopyDown {
+impl<'a> CopyDown<'a> {
     /// From `top`, which stands on `base` (with others between, perhaps), which is writable and at
-    /// least as large.
-    pub fn new(top: &Node, base: &Node) -> CopyDown {
+    /// least as large. Nobody else writes to the base.
+    pub fn new(top: &Node, base: &Node) -> CopyDown<'a> {
         let align = top.limits().request_alignment.max(base.limits().request_alignment);
-        CopyDown { top: top.clone(), base: base.clone(), align }
+        CopyDown { top: top.clone(), base: base.clone(), align, mirror: None }
+    }
+
+    /// The same while what a guest writes to `top` goes to `base`, too: it waits while the piece is
+    /// copied that it writes to.
+    pub fn beside(mirror: &'a Intercept, top: &Node, base: &Node) -> CopyDown<'a> {
+        CopyDown { mirror: Some(mirror), ..CopyDown::new(top, base) }
     }
 
     async fn do_step(&self, range: ByteRange) -> Result<Step, Failed> {
+        let Some(mirror) = self.mirror else { return self.copy_start(range).await };
+        // Else what was read before a write could reach the base after it, and stay.
+        let range = ByteRange { len: range.len.min(CHUNK), ..range };
+        let end = align_up(range.end(), self.align).unwrap_or(range.end());
+        let whole = ByteRange::between(align_down(range.offset, self.align), end);
+        mirror.alone(whole, self.copy_start(range)).await
+    }
+
+    /// Copies the start of a range, or finds that there is nothing to copy.
+    async fn copy_start(&self, range: ByteRange) -> Result<Step, Failed> {
         let held = held_above(&self.top, Some(&self.base), range).await;
         let (run, held) =
             held.map_err(|err| Failed::new(Operation::Read, err, range.len.min(CHUNK)))?;
@@ -154,7 +172,7 @@ impl CopyDown {
     }
 }
 
-impl Copier for CopyDown {
+impl Copier for CopyDown<'_> {
     fn step<'a>(&'a self, range: ByteRange) -> Stepping<'a> {
         Box::pin(self.do_step(range))
     }
