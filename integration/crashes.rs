@@ -4,6 +4,9 @@
 //! returned. One that is mounted without barriers, or whose flushes lie, does not, and then the
 //! explorer must find that, shrink it, and print a command that shows it again.
 //!
+//! What only the file system's own driver can recover (the journals of XFS and btrfs), a guest is
+//! shown state by state, while it runs.
+//!
 //! `VUBLK_EXPLORER` names the program that explores; with it (`.ci/run release` gives it the release
 //! binary) the recorded workload is as large as the states are many: 300 files, some 20,000 states.
 //! Without it the debug binary explores a smaller one. `VUBLK_TEST_ORACLE=all` looks for the files
@@ -169,6 +172,9 @@ case $2 in 'synced '*) k=${2#synced } ;; *) exit 0 ;; esac
   }'
 "#;
 
+/// Around how many of the last files all states are looked at for what must be there.
+const ORACLE_FILES: u32 = 1;
+
 #[test]
 fn every_crash_of_ext4_is_survived() {
     need_guests!("every_crash_of_ext4_is_survived");
@@ -203,6 +209,11 @@ fn every_crash_of_ext4_is_survived() {
     let which = if all { &after[..] } else { &flushes[..] };
     let checked = recorded.assert_good("ext4, what was synced is there", &oracle, which);
     assert!(checked > u64::from(files), "not every mark was looked at: {checked}");
+    // And not only just after a flush: all subsets and torn writes around the last files.
+    let start = format!("synced {}", files - ORACLE_FILES);
+    let part = ["--start-mark", &start, "--states", "flush,reorder,torn"];
+    let checked = recorded.assert_good("ext4, what was synced is always there", &oracle, &part);
+    assert!(checked > 20 * u64::from(ORACLE_FILES), "hardly any states: {checked}");
     // The oracle is no good if it cannot fail: a state of long ago, and the last mark.
     let forgetful = format!("sh '{}' {{}} 'synced {files}'", text(&script));
     let (code, report) =
@@ -210,6 +221,184 @@ fn every_crash_of_ext4_is_survived() {
     assert_eq!(code, Some(1), "{report:#}");
     let printed = report["failures"][0]["output"].as_str().expect("what it printed");
     assert!(printed.contains("is missing or short"), "{printed}");
+}
+
+// ---- a guest that is shown one state after the other ------------------------------------------
+
+/// Size of a disk that all file systems are content with.
+const MOUNTED: u64 = 320 * MIB;
+/// How many files are synced on it.
+const MOUNTED_FILES: u32 = 5;
+
+/// How a guest makes a file system, and how it looks for damage in one that is clean.
+fn tools(kind: &str) -> (&'static str, &'static str) {
+    match kind {
+        "ext4" => ("mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0", "e2fsck -fn"),
+        "xfs" => ("mkfs.xfs -q", "xfs_repair -n"),
+        "btrfs" => ("mkfs.btrfs -q", "btrfs check"),
+        other => panic!("no tools for {other}"),
+    }
+}
+
+/// What a file holds, in both jobs.
+const CONTENT: &str = r#"content() { echo "file $1 $block"; }; block=$(printf %04000d 0)"#;
+
+/// Creates files, syncs each, says so, and renames it.
+fn synced_job(kind: &str) -> String {
+    let (make, _) = tools(kind);
+    format!(
+        r#"
+kill $explainer
+{CONTENT}
+{make} /dev/vda
+sync
+say made; hear
+mount -t {kind} /dev/vda /mnt
+mkdir /mnt/d
+sync
+for k in $(seq {MOUNTED_FILES}); do
+  content $k >/mnt/d/new.$k
+  dd of=/mnt/d/new.$k conv=notrunc,fsync </dev/null 2>/dev/null
+  say synced $k; hear
+  mv /mnt/d/new.$k /mnt/d/file.$k
+  [ $((k % 3)) != 0 ] || rm /mnt/d/file.$((k - 2))
+done
+umount /mnt
+"#
+    )
+}
+
+/// Mounts what the disk is at the moment, each time the host says which file was synced last; looks
+/// for the files up to that one, by either of their names; and looks for damage.
+fn carousel_job(kind: &str) -> String {
+    let (_, check) = tools(kind);
+    format!(
+        r#"
+kill $explainer
+{CONTENT}
+found() {{ [ -f $1 ] && [ "$(cat $1)" = "$(content $2)" ]; }}
+look() {{
+  mount -t {kind} /dev/vda /mnt || {{ echo cannot be mounted; return; }}
+  for j in $(seq $1); do
+    # Whether it was removed depends on how far the next ones are.
+    if [ $((j % 3)) = 1 ] && [ $((j + 2)) -le $1 ]; then continue; fi
+    found /mnt/d/file.$j $j || found /mnt/d/new.$j $j || echo file $j is not what was synced
+  done
+  umount /mnt
+  {check} /dev/vda >/tmp/check 2>&1 || {{ echo {check} says:; tail -n 5 /tmp/check; }}
+}}
+while hear; [ "$heard" != end ]; do
+  blockdev --flushbufs /dev/vda
+  look $heard >/tmp/look 2>&1
+  say verdict $(tr '\n' ' ' </tmp/look)
+done
+"#
+    )
+}
+
+/// A state for each flush, and with what came after it missing in part: all but its first write, and
+/// its last one alone. Each with the last file that its guest had been told is durable.
+fn states(log: &std::path::Path) -> Vec<(String, u32)> {
+    let list = common::vublk(&["log", "list", "--output", "json", text(log)]);
+    let list: Vec<Value> = serde_json::from_str(&list).expect("a list");
+    let mut states = Vec::new();
+    let mut is_made = false;
+    // Since the last flush: where it ended, how many writes, the last file that was synced.
+    let (mut start, mut writes, mut synced) = (0, 0, 0);
+    for entry in &list {
+        let number = entry["entry"].as_u64().expect("a number");
+        if let Some(mark) = entry["mark"].as_str() {
+            is_made |= mark == "made";
+            synced = mark.strip_prefix("synced ").map_or(synced, |k| k.parse().expect("a number"));
+            continue;
+        }
+        if entry["flags"] != json!(["FLUSH"]) {
+            writes += 1;
+            continue;
+        }
+        if is_made {
+            states.push((format!("E{start}"), synced));
+            if writes > 1 {
+                states.push((format!("E{start}:s=0{}", "1".repeat(writes - 1)), synced));
+                states.push((format!("E{start}:s={}1", "0".repeat(writes - 1)), synced));
+            }
+        }
+        (start, writes) = (number + 1, 0);
+    }
+    states.push((format!("E{start}"), synced));
+    states
+}
+
+/// Records a guest's work on a file system, and shows another guest what a power cut could have left,
+/// one state after the other.
+fn assert_recovered_by_a_guest(kind: &str) {
+    let recorded = Recorded::new(MOUNTED);
+    let mut backend = recorded.serve(MOUNTED);
+    let boot = Boot::new(&recorded.scratch, "files", synced_job(kind));
+    let mut guest = boot.deadline(Duration::from_secs(120)).start(&backend);
+    let mut qmp = backend.qmp(guest.end());
+    guest.expect("made");
+    mark(&guest, &mut qmp, "made");
+    guest.tell("go on");
+    for file in 1..=MOUNTED_FILES {
+        assert_eq!(guest.expect("synced"), file.to_string());
+        mark(&guest, &mut qmp, &format!("synced {file}"));
+        guest.tell("go on");
+    }
+    guest.finish();
+    backend.assert_stops();
+
+    let states = states(&recorded.log);
+    assert!(states.len() > MOUNTED_FILES as usize, "hardly any states: {states:?}");
+    let disk = Disk::raw(&recorded.base).crash_state(&recorded.log, &states[0].0).controlled();
+    let mut backend = Backend::start(&recorded.scratch, &disk);
+    let boot = Boot::new(&recorded.scratch, "carousel", carousel_job(kind));
+    let mut guest = boot.deadline(Duration::from_secs(300)).start(&backend);
+    let mut qmp = backend.qmp(guest.end());
+    guest.expect("up");
+    let mut show = |state: &str, synced: u32| {
+        let state = json!({"device": "disk", "state": state});
+        qmp.run("x-vublk-crash-present", state, guest.end());
+        guest.tell(&synced.to_string());
+        guest.expect_while("verdict", || backend.assert_alive())
+    };
+    let begun = Instant::now();
+    for (state, synced) in &states {
+        assert_eq!(show(state, *synced), "", "{kind}, {state}");
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    announce(&format!(
+        "{kind}, one guest: {} states in {seconds:.1} s: {:.1} states/s",
+        states.len(),
+        states.len() as f64 / seconds
+    ));
+    // It can tell: what was not yet there at the first state is missed.
+    let verdict = show(&states[0].0, 1);
+    assert!(verdict.contains("file 1 is not what was synced"), "{verdict}");
+    guest.tell("end");
+    guest.finish();
+    backend.assert_stops();
+}
+
+#[test]
+fn a_guest_goes_through_crashes_of_ext4() {
+    need_guests!("a_guest_goes_through_crashes_of_ext4");
+    need_vublk!("a_guest_goes_through_crashes_of_ext4", "knows no crash states");
+    assert_recovered_by_a_guest("ext4");
+}
+
+#[test]
+fn a_guest_goes_through_crashes_of_xfs() {
+    need_guests!("a_guest_goes_through_crashes_of_xfs");
+    need_vublk!("a_guest_goes_through_crashes_of_xfs", "knows no crash states");
+    assert_recovered_by_a_guest("xfs");
+}
+
+#[test]
+fn a_guest_goes_through_crashes_of_btrfs() {
+    need_guests!("a_guest_goes_through_crashes_of_btrfs");
+    need_vublk!("a_guest_goes_through_crashes_of_btrfs", "knows no crash states");
+    assert_recovered_by_a_guest("btrfs");
 }
 
 // ---- disks that do not --------------------------------------------------------------------------

@@ -88,6 +88,14 @@ impl Disk {
         self
     }
 
+    /// Not the image, but a state of a log of it; what is written to that is forgotten at the end.
+    pub fn crash_state(mut self, log: &Path, state: &str) -> Disk {
+        self.options.extend(["--log", text(log), "--state", state].map(String::from));
+        // What comes next is the image.
+        self.options.push("--base".into());
+        self
+    }
+
     /// Serves up to this many queues.
     pub fn queues(mut self, queues: u32) -> Disk {
         self.queues = queues;
