@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::block::{Driver, Graph, Node, NodeOptions, Root, graph};
 use crate::control::QmpError;
-use crate::control::qapi::QmpResult;
+use crate::control::qapi::{Flat, QmpResult};
 use crate::filters::fault::{
     DelayRule, ErrorRule, Fault, FaultOp, Scope, Settings, VolatileSettings,
 };
@@ -38,17 +38,15 @@ qapi! {
     }
 }
 qapi! {
-    /// Requests that fail.
-    pub struct FaultErrorOptions {
-        /// Of this kind; of any if absent.
+    /// Which requests a rule applies to.
+    pub struct FaultScopeOptions {
+        /// Those of this kind; of any if absent.
         pub iotype: Option<FaultIOType>,
-        /// With this error number; 5 (EIO) if absent.
-        pub errno: Option<u32>,
-        /// That touch the disk from this byte on.
+        /// Those that touch the disk from this byte on.
         pub offset: Option<u64>,
         /// So many bytes; to the end of the disk if absent.
         pub length: Option<u64>,
-        /// The first so many pass.
+        /// But for the first so many.
         pub after: Option<u64>,
         /// One of so many, at random; all if absent.
         pub one_in: Option<u64>,
@@ -57,24 +55,23 @@ qapi! {
     }
 }
 qapi! {
+    /// Requests that fail.
+    pub struct FaultErrorOptions {
+        /// Which.
+        pub scope: Flat<FaultScopeOptions>,
+        /// With this error number; 5 (EIO) if absent.
+        pub errno: Option<u32>,
+    }
+}
+qapi! {
     /// Requests that wait before they begin.
     pub struct FaultDelayOptions {
-        /// Of this kind; of any if absent.
-        pub iotype: Option<FaultIOType>,
+        /// Which.
+        pub scope: Flat<FaultScopeOptions>,
         /// How long, in microseconds.
         pub delay_us: u64,
         /// How long at most: then it is a random time between the two.
         pub delay_max_us: Option<u64>,
-        /// That touch the disk from this byte on.
-        pub offset: Option<u64>,
-        /// So many bytes; to the end of the disk if absent.
-        pub length: Option<u64>,
-        /// The first so many do not wait.
-        pub after: Option<u64>,
-        /// One of so many, at random; all if absent.
-        pub one_in: Option<u64>,
-        /// Only one request.
-        pub once: Option<bool>,
     }
 }
 qapi! {
@@ -104,18 +101,8 @@ qapi! {
     }
 }
 
-/// The members of a rule that say which requests it applies to.
-struct ScopeOptions {
-    iotype: Option<FaultIOType>,
-    offset: Option<u64>,
-    length: Option<u64>,
-    after: Option<u64>,
-    one_in: Option<u64>,
-    once: Option<bool>,
-}
-
-impl ScopeOptions {
-    fn read(self) -> QmpResult<Scope> {
+impl FaultScopeOptions {
+    fn read(&self) -> QmpResult<Scope> {
         let range = match (self.offset, self.length) {
             (None, None) => None,
             (offset, length) => {
@@ -150,28 +137,24 @@ fn expects(parameter: &str, what: &str) -> QmpError {
 
 impl FaultErrorOptions {
     fn read(&self) -> QmpResult<ErrorRule> {
-        let FaultErrorOptions { iotype, errno, offset, length, after, one_in, once } = self.clone();
-        let errno = i32::try_from(errno.unwrap_or(libc::EIO as u32)).unwrap_or(0);
+        let errno = i32::try_from(self.errno.unwrap_or(libc::EIO as u32)).unwrap_or(0);
         if !(1..=4095).contains(&errno) {
             return Err(expects("errno", "an error number from 1 to 4095"));
         }
-        let scope = ScopeOptions { iotype, offset, length, after, one_in, once }.read()?;
-        Ok(ErrorRule { scope, errno })
+        Ok(ErrorRule { scope: self.scope.read()?, errno })
     }
 }
 
 impl FaultDelayOptions {
     fn read(&self) -> QmpResult<DelayRule> {
-        let FaultDelayOptions { iotype, offset, length, after, one_in, once, .. } = self.clone();
         let least = self.delay_us;
         let most = self.delay_max_us.unwrap_or(least);
         if most < least || most > MAX_DELAY_US {
             let what = format!("at least delay-us, and at most {MAX_DELAY_US} (an hour)");
             return Err(expects("delay-max-us", &what));
         }
-        let scope = ScopeOptions { iotype, offset, length, after, one_in, once }.read()?;
         let (least, most) = (Duration::from_micros(least), Duration::from_micros(most));
-        Ok(DelayRule { scope, least, most })
+        Ok(DelayRule { scope: self.scope.read()?, least, most })
     }
 }
 
