@@ -388,6 +388,32 @@ fn discards_of_any_length_are_zeros_and_holes() {
     assert!(stored <= 64, "{stored} blocks");
 }
 
+/// Small and large entries, one over the other, at places that fit no page.
+#[test]
+fn entries_of_any_length_are_replayed_in_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut log = LogBuilder::new(512);
+    let mut model = vec![0; 8 << 20];
+    for i in 0..60usize {
+        let len = [512, 300 << 10, 1 << 20, 4096, (3 << 20) + 512, 70 << 10][i % 6];
+        let at = i * 1_234_944 % (model.len() - len) / 512 * 512;
+        let data: Vec<u8> = (0..len).map(|n| (n / 512 * 7 + i) as u8).collect();
+        model[at..at + len].copy_from_slice(&data);
+        log = log.write(at as u64, &data);
+    }
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    std::fs::write(d.join("model.raw"), &model).unwrap();
+    for format in ["raw", "qcow2", "vhdx"] {
+        ok(d, &["create", "-q", "-f", format, format, "8M"]);
+        // Again, over what is there already.
+        for _ in 0..2 {
+            ok(d, &["log", "replay", "w.log", "-f", format, "--replay", format]);
+            ok(d, &["compare", "-f", "raw", "-F", format, "model.raw", format]);
+        }
+    }
+}
+
 #[test]
 fn an_empty_log_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();

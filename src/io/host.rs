@@ -297,6 +297,48 @@ impl HostFile {
         Ok(())
     }
 
+    /// Copies bytes of another file to `offset`, within the host: shares them where it can, and has
+    /// one copy fewer than a read and a write otherwise. Blocks. Returns how many were copied, from
+    /// the first on; fewer than `range.len` where the host cannot, and then a read and a write are
+    /// what is left.
+    ///
+    /// # Errors
+    /// As the host's, for a disk that is full, say.
+    pub fn copy_from(&self, offset: u64, from: &HostFile, range: ByteRange) -> Result<u64> {
+        use rustix::io::Errno;
+        if self.direct || from.direct {
+            return Ok(0);
+        }
+        let mut done = 0;
+        while done < range.len {
+            let (mut source, mut target) = (range.offset + done, offset + done);
+            let left = (range.len - done).try_into().unwrap_or(usize::MAX);
+            let copy = rustix::fs::copy_file_range(
+                &from.fd,
+                Some(&mut source),
+                &self.fd,
+                Some(&mut target),
+                left,
+            );
+            match copy {
+                Ok(0) => break,
+                Ok(count) => done += count as u64,
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                // Not between these two files, or not by this host.
+                Err(
+                    Errno::XDEV
+                    | Errno::INVAL
+                    | Errno::OPNOTSUPP
+                    | Errno::NOSYS
+                    | Errno::PERM
+                    | Errno::TXTBSY,
+                ) => break,
+                Err(err) => return Err(err.into()),
+            }
+        }
+        Ok(done)
+    }
+
     #[cold]
     fn suspend_inline(&self) {
         let streak = self.inline_slow_streak.fetch_add(1, Ordering::Relaxed);

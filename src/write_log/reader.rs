@@ -27,6 +27,9 @@ use crate::write_log::layout::{
 const HEADER_WINDOW: u64 = 64 << 10;
 /// How much a walk reads at a time whose caller wants the data, too.
 const DATA_WINDOW: u64 = 1 << 20;
+/// The most data that such a walk reads with its header: where entries are larger, most of a window
+/// would be read in vain.
+const SMALL_DATA: u64 = DATA_WINDOW / 4;
 
 /// An open log.
 ///
@@ -216,6 +219,7 @@ impl Log {
             log: self,
             number: 0,
             position: self.sector_size(),
+            wants_data: false,
             window: Window { reach: HEADER_WINDOW, ..Window::default() },
             header: Vec::new(),
             mark: Mark(Vec::new()),
@@ -263,6 +267,8 @@ pub struct Walk<'a> {
     number: u64,
     /// Where it lies in the file, in bytes.
     position: u64,
+    /// Whether the caller wants data of small entries as well.
+    wants_data: bool,
     window: Window,
     /// The header that was read last.
     header: Vec<u8>,
@@ -287,12 +293,20 @@ impl Walk<'_> {
             .await
             .map_err(|err| err.context(format!("{}: entry {number}", self.log.name())))?;
         (self.number, self.position) = (number + 1, entry.end_position());
+        if self.wants_data {
+            // As this one was, so the next will be.
+            self.window.reach = match entry.data() {
+                Some(data) if data.len > SMALL_DATA => self.log.sector_size().max(4096),
+                _ => DATA_WINDOW,
+            };
+        }
         Ok(Some(entry))
     }
 
     /// The same walk, for a caller who wants the data as well: reads more at a time, for
     /// [`Walk::buffered`].
     pub fn with_data(mut self) -> Self {
+        self.wants_data = true;
         self.window.reach = DATA_WINDOW;
         self
     }

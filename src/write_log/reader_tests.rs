@@ -8,7 +8,7 @@ use super::*;
 use crate::ErrorKind;
 use crate::io::block_on;
 use crate::io::sim::SimFile;
-use crate::write_log::LogBuilder;
+use crate::write_log::{LogBuilder, Start};
 
 /// A file of the sample data, decompressed; `None`, visibly, where the data is not there.
 pub(crate) fn sample(name: &str) -> Option<Vec<u8>> {
@@ -301,4 +301,29 @@ fn logs_larger_than_the_window_and_files_with_demands_are_read() {
     let index = block_on(Index::read(&log)).unwrap();
     let same: Vec<_> = plain.iter().map(|(entry, _)| *entry).collect();
     assert_eq!(index.entries(), same);
+}
+
+#[test]
+fn a_walk_with_data_has_that_of_small_entries_in_memory() {
+    let mut builder = LogBuilder::new(512);
+    let lengths = [512, 2 << 20, 1 << 20, 512, 1 << 20, 4096, 4096, 65536, 512, 3 << 20];
+    for (i, len) in (0..).zip(lengths) {
+        builder = builder.write(0, &vec![i; len]);
+    }
+    let log = open(builder.finish()).unwrap();
+    let mut walk = block_on(log.walk_from(&Start::Entry(0))).unwrap().with_data();
+    let mut small_ones = 0;
+    for (i, len) in (0..).zip(lengths) {
+        let entry = block_on(walk.next()).unwrap().unwrap();
+        assert_eq!(entry.target.len, len as u64);
+        if let Some(data) = walk.buffered(entry.data().unwrap()) {
+            let mut bytes = vec![0; len];
+            data.copy_to_slice(&mut bytes);
+            assert!(bytes.iter().all(|byte| *byte == i), "entry {i}");
+            small_ones += 1;
+        }
+    }
+    // The first after a large one may not be there, the others are.
+    assert!(small_ones >= 4, "{small_ones}");
+    assert!(block_on(walk.next()).unwrap().is_none());
 }

@@ -1,7 +1,7 @@
 //! Applying entries of a log to a disk.
 //!
-//! Small entries come out of the window that the walk has in memory anyway; large ones are read in
-//! pieces. Several writes are in flight at a time, but never two that overlap: the order of the
+//! Small entries come out of the window that the walk has in memory anyway; large ones the host
+//! copies from file to file, or else they are read in pieces. Several writes are in flight at a time, but never two that overlap: the order of the
 //! entries is the order on the disk.
 
 use std::cell::RefCell;
@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::block::Node;
+use crate::block::driver::{Plan, PlanExtent, PlanOp, Planned};
 use crate::cli::lanes::Lanes;
 use crate::error::{Result, ResultExt};
 use crate::io::{AlignedBuf, Buffers, File};
@@ -87,7 +88,7 @@ impl Replayer {
             let write = async move { node.write(at, bytes, false).await.context(context) };
             return self.lanes.push(write).await;
         }
-        let mut done = 0;
+        let mut done = self.copy_within_host(entry, data)?;
         while done < data.len {
             let len = (data.len - done).min(PIECE);
             let (node, log) = (self.node.clone(), Arc::clone(&self.log));
@@ -110,6 +111,25 @@ impl Replayer {
             done += len;
         }
         Ok(())
+    }
+
+    /// Has the host copy an entry's data, where the disk is a file of its. Returns how much of it is
+    /// done.
+    fn copy_within_host(&self, entry: &Entry, data: ByteRange) -> Result<u64> {
+        let Some(log) = self.log.as_host() else { return Ok(0) };
+        let driver = self.node.driver();
+        let mut plan = Plan::default();
+        if driver.plan(PlanOp::Write { fua: false }, entry.target, &mut plan) == Planned::NotNow {
+            return Ok(0);
+        }
+        match plan.extents[..] {
+            [PlanExtent::File { file, offset, len }]
+                if len == data.len && plan.commit.is_none() && !self.node.is_poisoned() =>
+            {
+                file.copy_from(offset, log, data).context(context_of(&self.node, entry))
+            }
+            _ => Ok(0),
+        }
     }
 }
 
