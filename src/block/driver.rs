@@ -284,6 +284,18 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
+    /// Whether this is a filter: its one child, `file`, is the disk that it shows. For changes of the
+    /// graph that child is its backing.
+    fn is_filter(&self) -> bool {
+        false
+    }
+
+    /// Whether the node that plans lead to has another driver by now, so that nothing is planned any
+    /// more: [`Driver::on_backing`] with the same node mends that.
+    fn is_behind(&self) -> bool {
+        false
+    }
+
     /// The same layer, of the same state, on another backing: for drivers whose plans lead through
     /// their backing, so that it cannot change under them. `None`: [`Driver::set_backing`] does it
     /// in place. The one that is replaced must not be used any more.

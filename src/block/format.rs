@@ -146,6 +146,11 @@ pub trait Format: Send + Sync + fmt::Debug {
         None
     }
 
+    /// See [`Driver::is_behind`].
+    fn is_behind(&self) -> bool {
+        false
+    }
+
     /// See [`Driver::on_backing`].
     fn on_backing(&self, backing: Option<Node>) -> Result<Option<Self>>
     where
@@ -352,6 +357,10 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn children(&self) -> Vec<(&'static str, Node)> {
         self.format.backing().map(|node| ("backing", node)).into_iter().collect()
+    }
+
+    fn is_behind(&self) -> bool {
+        self.format.is_behind()
     }
 
     fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {

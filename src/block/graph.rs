@@ -280,12 +280,50 @@ impl Graph {
         Gate::quiesce_all(roots.iter().map(Root::gate))
     }
 
+    /// The filters before a node, the one that is farthest from it first.
+    pub fn filters_on(&self, node: &Node) -> Vec<Node> {
+        let mut filters = Vec::new();
+        for parent in self.parents(node) {
+            if let Parent::Node(filter, _) = parent
+                && filter.driver().is_filter()
+            {
+                filters.extend(self.filters_on(&filter));
+                filters.push(filter);
+            }
+        }
+        filters
+    }
+
+    /// The roots that stand on a node, or on filters before it.
+    pub fn roots_on(&self, node: &Node) -> Vec<Root> {
+        let stands = |root: &Root| {
+            let (filters, below) = root.node().skip_filters();
+            below.is_same(node) || filters.iter().any(|filter| filter.is_same(node))
+        };
+        self.roots().into_iter().filter(stands).collect()
+    }
+
     /// Opens the gates again. Returns how long the guests were kept waiting.
     pub fn resume(&self, quiesced: Quiesced) -> Duration {
+        self.catch_up(&quiesced);
         let pause = quiesced.elapsed();
         drop(quiesced);
         self.pauses.lock().unwrap().note(pause);
         pause
+    }
+
+    /// Where a driver was replaced, has the layers above plan with the new one.
+    fn catch_up(&self, quiesced: &Quiesced) {
+        // One that is renewed leaves the one above it behind, so at most once for each layer.
+        let nodes = self.nodes();
+        for _ in 0..nodes.len() {
+            let Some(node) = nodes.iter().find(|node| node.driver().is_behind()) else { return };
+            if let Err(err) = node.set_backing(node.backing(), quiesced) {
+                // It is slow, and right.
+                tracing::warn!("node '{}' plans nothing any more: {err}", node.name());
+                return;
+            }
+        }
     }
 
     /// How long changes have kept guests waiting so far.
@@ -335,10 +373,10 @@ impl Graph {
             .filter(|parent| !matches!(parent, Parent::Node(node, _) if node.is_same(to)))
             .collect();
         for (done, parent) in parents.iter().enumerate() {
-            if let Err(err) = move_parent(parent, to, quiesced) {
+            if let Err(err) = self.move_parent(parent, to, quiesced) {
                 for parent in &parents[..done] {
                     // It stood there a moment ago, so it can stand there again.
-                    if let Err(err) = move_parent(parent, from, quiesced) {
+                    if let Err(err) = self.move_parent(parent, from, quiesced) {
                         tracing::error!("{parent} cannot be put back on {}: {err}", from.name());
                     }
                 }
@@ -346,6 +384,23 @@ impl Graph {
             }
         }
         Ok(())
+    }
+
+    /// Has a parent stand on `to`, a root's session with it.
+    fn move_parent(&self, parent: &Parent, to: &Node, quiesced: &Quiesced) -> Result<()> {
+        match parent {
+            Parent::Root(root) => root.replace_node(to.clone(), quiesced).map(drop),
+            Parent::Node(node, "backing") => node.set_backing(Some(to.clone()), quiesced),
+            Parent::Node(node, _) if node.driver().is_filter() => {
+                node.set_backing(Some(to.clone()), quiesced)?;
+                let roots = self.roots_on(node);
+                roots.iter().try_for_each(|root| root.renew_session(quiesced))
+            }
+            Parent::Node(node, role) => Err(Error::unsupported(format!(
+                "the {role} of node '{}' cannot be replaced",
+                node.name()
+            ))),
+        }
     }
 
     /// Takes out a node of the operator's. The caller closes it, and what is returned with it:
@@ -392,17 +447,6 @@ impl Graph {
             self.content().entries.retain(|entry| !entry.node.is_same(&node));
             gone.push(node);
         }
-    }
-}
-
-fn move_parent(parent: &Parent, to: &Node, quiesced: &Quiesced) -> Result<()> {
-    match parent {
-        Parent::Root(root) => root.replace_node(to.clone(), quiesced).map(drop),
-        Parent::Node(node, "backing") => node.set_backing(Some(to.clone()), quiesced),
-        Parent::Node(node, role) => Err(Error::unsupported(format!(
-            "the {role} of node '{}' cannot be replaced",
-            node.name()
-        ))),
     }
 }
 

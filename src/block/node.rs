@@ -341,9 +341,21 @@ impl Node {
         }
     }
 
-    /// The backing node of the driver, if it has one.
+    /// The backing node of the driver, if it has one; of a filter, the node that it filters.
     pub fn backing(&self) -> Option<Node> {
-        self.driver().children().into_iter().find(|(role, _)| *role == "backing").map(|(_, n)| n)
+        let driver = self.driver();
+        let wanted = if driver.is_filter() { "file" } else { "backing" };
+        driver.children().into_iter().find(|(role, _)| *role == wanted).map(|(_, n)| n)
+    }
+
+    /// The filters from this node down, and the node below them; no filters where it is none.
+    pub fn skip_filters(&self) -> (Vec<Node>, Node) {
+        let mut filters = Vec::new();
+        let mut node = self.clone();
+        while let Some(below) = node.driver().is_filter().then(|| node.backing()).flatten() {
+            filters.push(std::mem::replace(&mut node, below));
+        }
+        (filters, node)
     }
 
     /// Changes the size, with the gate closed.

@@ -344,12 +344,12 @@ fn open_format(
             let node = by_name(disks.graph(), name)?;
             // Not where a job changes what is shown.
             drop(node.hold("a node", Rights::CONSISTENT_READ, Rights::ALL.and(Rights::GRAPH))?);
-            BackingChoice::Image(Box::new(disks.image_of(&node)?))
+            BackingChoice::Image(Box::new(disks.image_to_stand_on(&node)?))
         }
         Some(BlockdevRefOrNull::Definition(options)) => {
             let read = Inherited { read_only: Some(true), ..inherited };
             let node = open(disks, options, Some(read), options.node_name.is_some())?;
-            BackingChoice::Image(Box::new(disks.image_of(&node)?))
+            BackingChoice::Image(Box::new(disks.image_to_stand_on(&node)?))
         }
     };
     let wants = if inherited.read_only == Some(true) { Access::Read } else { Access::Write };

@@ -106,6 +106,12 @@ impl Disks {
         self.find(Some(name), Some(name))
     }
 
+    /// What a command that changes chains of images means by an export or a node: the image, below the
+    /// filters before it, which stay where they are.
+    pub fn find_image(&self, device: Option<&str>, node_name: Option<&str>) -> QmpResult<Node> {
+        Ok(self.find(device, node_name)?.skip_filters().1)
+    }
+
     /// The image behind a node.
     pub fn image_of(&self, node: &Node) -> QmpResult<Image> {
         let layer = self.layers.of(node).map(|layer| layer.image.clone());
@@ -128,6 +134,12 @@ impl Disks {
             Some(layer) => Ok(layer.image.clone()),
             None => self.image_of(node),
         }
+    }
+
+    /// The same, to stand on: what is seen of it is what the node shows.
+    pub fn image_to_stand_on(&self, node: &Node) -> QmpResult<Image> {
+        let image = self.image_of(&node.skip_filters().1)?;
+        Ok(Image { node: node.clone(), ..image })
     }
 
     /// The node that is recorded: this one, or one that it filters; else the image below.

@@ -138,7 +138,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Of an overlay that is there: `blockdev-snapshot`.
     pub fn of_node(disks: &mut Disks, node: &str, overlay: &str) -> QmpResult<Box<dyn Action>> {
-        let node = disks.find_any(node)?;
+        let node = disks.find_image(Some(node), Some(node))?;
         let overlay = disks.graph().find(overlay).ok_or_else(|| {
             QmpError::generic(format!("Cannot find device='{overlay}' nor node-name='{overlay}'"))
         })?;
@@ -158,7 +158,7 @@ impl Snapshot {
 
     /// Of an overlay that is made now, or opened: `blockdev-snapshot-sync`.
     pub fn of_file(disks: &mut Disks, request: &OverlayRequest) -> QmpResult<Box<dyn Action>> {
-        let node = disks.find(request.device.as_deref(), request.node_name.as_deref())?;
+        let node = disks.find_image(request.device.as_deref(), request.node_name.as_deref())?;
         if request.node_name.is_some() && request.snapshot_node_name.is_none() {
             return Err(QmpError::generic("New overlay node-name missing"));
         }
@@ -264,6 +264,11 @@ impl Action for Snapshot {
                 },
             )?;
         }
+        // What they keep from the disk is part of it.
+        for filter in self.graph.filters_on(&self.node) {
+            block_on(filter.driver().prepare_for_overlay())
+                .context(|| format!("filter '{}' before the snapshot", filter.name()))?;
+        }
         let frozen = disks.layers.set_access(&self.node, Access::Read, quiesced);
         let moved = frozen.and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced));
         match moved {
@@ -282,19 +287,8 @@ impl Action for Snapshot {
     }
 
     fn undo(&mut self, disks: &mut Disks, quiesced: &Quiesced) {
-        // The overlay stands on the node, and is left out of what is moved: its own backing.
-        for parent in disks.graph().parents(&self.overlay) {
-            let moved = match &parent {
-                crate::block::graph::Parent::Root(root) => {
-                    root.replace_node(self.node.clone(), quiesced).map(drop)
-                }
-                crate::block::graph::Parent::Node(node, _) => {
-                    node.set_backing(Some(self.node.clone()), quiesced)
-                }
-            };
-            if let Err(err) = moved {
-                tracing::error!("{parent} cannot be put back on '{}': {err}", self.node.name());
-            }
+        if let Err(err) = self.graph.replace(&self.overlay, &self.node, quiesced) {
+            tracing::error!("a snapshot that failed is not undone in full: {err}");
         }
         self.restore(disks, quiesced);
         self.is_done = false;

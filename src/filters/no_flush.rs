@@ -78,6 +78,10 @@ impl Driver for NoFlush {
         self.below.children()
     }
 
+    fn is_behind(&self) -> bool {
+        self.below.is_behind()
+    }
+
     fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
         let below = self.below.on_backing(backing)?;
         Ok(below.map(|below| Arc::new(NoFlush { below }) as Arc<dyn Driver>))

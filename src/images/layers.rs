@@ -242,7 +242,7 @@ impl Layers {
         }
         let image_of_protocol = Image { node: protocol, ..alone };
         self.layers.push(Layer { image: image_of_protocol, is_protocol: true });
-        for root in self.graph.roots().iter().filter(|root| root.node().is_same(node)) {
+        for root in self.graph.roots_on(node) {
             // A raw file keeps nothing, so this cannot fail; it says that nothing is kept.
             root.renew_session(quiesced)?;
         }
@@ -253,14 +253,27 @@ impl Layers {
         Ok(())
     }
 
-    /// Makes a node read-only, or writable again. The gates of all that reach it are closed.
+    /// Makes a node (or what it filters, and all filters on the way) read-only, or writable again.
+    /// The gates of all that reach it are closed.
     ///
     /// # Errors
     /// If its file cannot be opened or locked for writing. Then it stays as it was.
     pub fn set_access(&mut self, node: &Node, access: Access, quiesced: &Quiesced) -> Result<()> {
-        let Some(at) = self.layers.iter().position(|l| l.image.node.is_same(node)) else {
+        let (filters, node) = node.skip_filters();
+        let Some(at) = self.layers.iter().position(|l| l.image.node.is_same(&node)) else {
             return Err(Error::unsupported(format!("node '{}' is not an image", node.name())));
         };
+        self.set_image_access(at, access, quiesced)?;
+        for filter in filters.iter().rev() {
+            filter.set_read_only(access == Access::Read, quiesced);
+            // It has the limits of the node below.
+            filter.set_backing(filter.backing(), quiesced)?;
+        }
+        Ok(())
+    }
+
+    fn set_image_access(&mut self, at: usize, access: Access, quiesced: &Quiesced) -> Result<()> {
+        let node = self.layers[at].image.node.clone();
         let image = self.layers[at].image.clone();
         if image.access == access {
             return Ok(());
@@ -350,14 +363,17 @@ impl Layers {
             let driver = if layer.is_protocol {
                 (blockdev::protocol_driver(&new.file, false)?, None)
             } else {
-                let below = node.backing().and_then(|below| self.of(&below));
+                let below = node.backing().and_then(|below| {
+                    let image = self.of(&below.skip_filters().1)?.image.clone();
+                    Some(Image { node: below, ..image })
+                });
                 let request = FormatRequest {
                     node_name: node.name().to_string(),
                     format: layer.image.format,
                     access: Access::Write,
                     keeps_space: node.keeps_space(),
                     backing: match below {
-                        Some(layer) => BackingChoice::Image(Box::new(layer.image.clone())),
+                        Some(image) => BackingChoice::Image(Box::new(image)),
                         None => BackingChoice::Nothing,
                     },
                     allow_dirs: self.allow_dirs.clone(),

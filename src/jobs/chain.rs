@@ -42,7 +42,8 @@ pub(super) fn check_alone(graph: &Graph, nodes: &[Node]) -> Result<()> {
     for pair in nodes.windows(2) {
         let others = graph.parents(&pair[1]).into_iter();
         let is_in_the_way = |parent: &Parent| match parent {
-            Parent::Node(node, "backing") => !node.is_same(&pair[0]) && is_used(graph, node),
+            Parent::Node(node, _) if node.is_same(&pair[0]) => false,
+            Parent::Node(node, "backing") => is_used(graph, node),
             _ => true,
         };
         if let Some(other) = others.into_iter().find(is_in_the_way) {
@@ -114,9 +115,9 @@ pub(super) fn rename_backing(
     renamed
 }
 
-/// The image of a node.
+/// The image of a node, or of what it filters.
 pub(super) fn image_of(layers: &Layers, node: &Node) -> Result<images::Image> {
-    let layer = layers.of(node).map(|layer| layer.image.clone());
+    let layer = layers.of(&node.skip_filters().1).map(|layer| layer.image.clone());
     layer.ok_or_else(|| Error::unsupported(format!("node '{}' is not an image", node.name())))
 }
 

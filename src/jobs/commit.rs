@@ -127,8 +127,10 @@ fn prepare(layers: &mut Layers, nodes: &[Node], quiesced: &Quiesced) -> Result<(
     let (top, base) = (&nodes[0], &nodes[nodes.len() - 1]);
     layers.set_access(base, Access::Write, quiesced)?;
     if base.size() < top.size() {
-        block_on(base.resize(top.size(), quiesced))
+        let (filters, image) = base.skip_filters();
+        block_on(image.resize(top.size(), quiesced))
             .context(|| format!("making node '{}' as large as '{}'", base.name(), top.name()))?;
+        chain::relink(&[filters, vec![image]].concat(), quiesced)?;
     }
     chain::relink(nodes, quiesced)
 }
@@ -139,13 +141,14 @@ fn restore_access(layers: &mut Layers, node: &Node, access: Access, quiesced: &Q
     }
 }
 
-/// The nodes that stand on a node.
+/// The images that stand on a node, or on filters before it.
 fn overlays_of(graph: &Graph, node: &Node) -> Vec<Node> {
-    let overlay = |parent| match parent {
-        Parent::Node(node, "backing") => Some(node),
-        _ => None,
+    let overlays = |parent| match parent {
+        Parent::Node(node, "backing") => vec![node],
+        Parent::Node(node, _) if node.driver().is_filter() => overlays_of(graph, &node),
+        _ => Vec::new(),
     };
-    graph.parents(node).into_iter().filter_map(overlay).collect()
+    graph.parents(node).into_iter().flat_map(overlays).collect()
 }
 
 impl Commit {

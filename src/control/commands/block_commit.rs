@@ -51,7 +51,8 @@ impl MainCommand for BlockCommit {
 
     fn run(daemon: &mut Daemon, arguments: BlockCommitArguments) -> QmpResult<Nothing> {
         let disks = daemon.disks();
-        let device = disks.find_any(&arguments.device).map_err(|_| {
+        let name = Some(arguments.device.as_str());
+        let device = disks.find_image(name, name).map_err(|_| {
             QmpError::new(Class::DeviceNotFound, format!("Device '{}' not found", arguments.device))
         })?;
         let exclusive =
@@ -111,7 +112,7 @@ fn not_in_chain(node: &Node) -> QmpError {
 fn top(daemon: &Daemon, arguments: &BlockCommitArguments, device: &Node) -> QmpResult<Node> {
     let disks = daemon.disks();
     if let Some(name) = &arguments.top_node {
-        let node = disks.find(None, Some(name))?;
+        let node = disks.find_image(None, Some(name))?;
         return match chain::between(device, Some(&node)) {
             Some(_) => Ok(node),
             None => Err(not_in_chain(&node)),

@@ -80,7 +80,8 @@ impl MainCommand for BlockStream {
                 )));
             }
         }
-        let top = daemon.disks().find_any(&arguments.device)?;
+        let device = Some(arguments.device.as_str());
+        let top = daemon.disks().find_image(device, device)?;
         let base = base(daemon, &arguments, &top)?;
         if base.is_none() && arguments.backing_file.is_some() {
             return Err(QmpError::generic(

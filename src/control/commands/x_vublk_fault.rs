@@ -113,7 +113,7 @@ impl MainCommand for XVublkFaultClear {
         if graph.is_explicit(&faulty.node) {
             return Ok(Nothing {});
         }
-        let below = faulty.filter.below().clone();
+        let below = faulty.filter.below();
         let roots: Vec<Root> =
             (graph.roots().into_iter()).filter(|root| root.node().is_same(&faulty.node)).collect();
         let moved = faults::move_roots(&graph, &roots, &faulty.node, &below);

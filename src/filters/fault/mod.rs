@@ -46,13 +46,22 @@ pub const NAME: &str = "fault";
 /// The filter; see the [module](self).
 #[derive(Debug)]
 pub struct Fault {
-    /// Its own name, for messages.
-    name: String,
+    state: Arc<State>,
+    /// As in the state: plans take no lock.
     below: Node,
-    /// The driver of `below`, which plans borrow from.
+    /// Its driver, which plans borrow from.
     driver: Arc<dyn Driver>,
     /// The node's when `driver` was loaded.
     generation: u64,
+}
+
+/// The filter itself, whatever it stands on.
+#[derive(Debug)]
+struct State {
+    /// Its own name, for messages.
+    name: String,
+    /// Changed only while nothing is in flight; whoever made the filter holds the first of its drivers.
+    below: RwLock<Node>,
     rules: Rules,
     /// Changed only while nothing is in flight; the lock is for the few who look meanwhile.
     volatile: RwLock<Option<Arc<Volatile>>>,
@@ -61,18 +70,23 @@ pub struct Fault {
 impl Fault {
     /// A filter called `name` before a node.
     pub fn new(name: impl Into<String>, below: Node, settings: Settings) -> Fault {
-        // Before the driver: if that is replaced in between, the generation is already old.
-        let generation = below.generation();
-        let fault = Fault {
+        let state = State {
             name: name.into(),
-            driver: below.driver(),
-            generation,
-            below,
+            below: RwLock::new(below),
             rules: Rules::default(),
             volatile: RwLock::default(),
         };
+        let fault = Fault::on(Arc::new(state));
         fault.put(settings);
         fault
+    }
+
+    /// On what the state says.
+    fn on(state: Arc<State>) -> Fault {
+        let below = state.below.read().unwrap().clone();
+        // Before the driver: if that is replaced in between, the generation is already old.
+        let generation = below.generation();
+        Fault { driver: below.driver(), generation, below, state }
     }
 
     /// Other faults from now on. Nothing may be in flight. What was kept from the disk is written,
@@ -87,20 +101,20 @@ impl Fault {
     }
 
     fn put(&self, settings: Settings) {
-        let unit = self.below.limits().request_alignment.max(SECTOR_SIZE);
+        let unit = self.below().limits().request_alignment.max(SECTOR_SIZE);
         let volatile = settings.volatile.map(|_| Arc::new(Volatile::new(unit)));
-        *self.volatile.write().unwrap() = volatile;
-        self.rules.set(settings);
+        *self.state.volatile.write().unwrap() = volatile;
+        self.state.rules.set(settings);
     }
 
     /// The faults that are in force.
     pub fn settings(&self) -> Settings {
-        self.rules.settings()
+        self.state.rules.settings()
     }
 
     /// What was done so far.
     pub fn injected(&self) -> Injected {
-        self.rules.injected()
+        self.state.rules.injected()
     }
 
     /// How many bytes a kill would lose now.
@@ -109,25 +123,25 @@ impl Fault {
     }
 
     /// The node that it stands on.
-    pub fn below(&self) -> &Node {
-        &self.below
+    pub fn below(&self) -> Node {
+        self.state.below.read().unwrap().clone()
     }
 
     fn volatile(&self) -> Option<Arc<Volatile>> {
-        self.volatile.read().unwrap().clone()
+        self.state.volatile.read().unwrap().clone()
     }
 
     /// Writes what was kept from the disk.
     pub async fn write_back(&self) -> Result<()> {
         match self.volatile() {
-            Some(volatile) => volatile.write_back(&self.below).await,
+            Some(volatile) => volatile.write_back(&self.below()).await,
             None => Ok(()),
         }
     }
 
     /// Lets a request through, after a while or not at all.
     async fn pass(&self, op: FaultOp, range: ByteRange) -> Result<()> {
-        let fate = self.rules.decide(op, range);
+        let fate = self.state.rules.decide(op, range);
         if let Some(delay) = fate.delay {
             clock::sleep(delay).await;
         }
@@ -137,28 +151,28 @@ impl Fault {
             _ => format!("{} of {range}", op.name()),
         };
         Err(Error::from_errno(errno)
-            .context(format!("node '{}': injected fault: {what}", self.name)))
+            .context(format!("node '{}': injected fault: {what}", self.state.name)))
     }
 
     async fn do_read(&self, offset: u64, buf: Buffers) -> Result<()> {
         self.pass(FaultOp::Read, ByteRange { offset, len: buf.len() }).await?;
         match self.volatile() {
-            Some(volatile) => volatile.read(&self.below, offset, buf).await,
-            None => self.below.read(offset, buf).await,
+            Some(volatile) => volatile.read(&self.below(), offset, buf).await,
+            None => self.below().read(offset, buf).await,
         }
     }
 
     async fn do_write(&self, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
         let range = ByteRange { offset, len: buf.len() };
         self.pass(FaultOp::Write, range).await?;
-        let fua = fua && !self.rules.lies();
+        let fua = fua && !self.state.rules.lies();
         let Some(volatile) = self.volatile() else {
-            return self.below.write(offset, buf, fua).await;
+            return self.below().write(offset, buf, fua).await;
         };
         let unit = self.limits().request_alignment;
         let reached = match fua {
             true => Reached::All,
-            false => self.rules.reaches(range.len / unit),
+            false => self.state.rules.reaches(range.len / unit),
         };
         let reached = match reached {
             Reached::Nothing => ByteRange { offset, len: 0 },
@@ -166,26 +180,27 @@ impl Fault {
             Reached::First(units) => ByteRange { offset, len: units * unit },
             Reached::Last(units) => ByteRange::between(range.end() - units * unit, range.end()),
         };
-        volatile.write(&self.below, offset, &buf, reached, fua).await?;
-        let most = self.rules.settings().volatile.map_or(0, |settings| settings.size);
+        volatile.write(&self.below(), offset, &buf, reached, fua).await?;
+        let most = self.state.rules.settings().volatile.map_or(0, |settings| settings.size);
         if volatile.len() > most {
-            volatile.write_back(&self.below).await?;
+            volatile.write_back(&self.below()).await?;
         }
         Ok(())
     }
 
     async fn do_flush(&self) -> Result<()> {
         self.pass(FaultOp::Flush, ByteRange::default()).await?;
-        if self.rules.lies() {
+        if self.state.rules.lies() {
             return Ok(());
         }
         self.write_back().await?;
-        self.below.flush().await
+        self.below().flush().await
     }
 
     async fn do_zero(&self, range: ByteRange, may_unmap: bool) -> Result<()> {
         self.pass(FaultOp::WriteZeroes, range).await?;
-        let zero = self.below.write_zeroes(range, may_unmap);
+        let below = self.below();
+        let zero = below.write_zeroes(range, may_unmap);
         match self.volatile() {
             Some(volatile) => volatile.replace(range, zero).await,
             None => zero.await,
@@ -194,20 +209,21 @@ impl Fault {
 
     async fn do_discard(&self, range: ByteRange) -> Result<()> {
         self.pass(FaultOp::Discard, range).await?;
-        let discard = self.below.discard(range);
+        let below = self.below();
+        let discard = below.discard(range);
         match self.volatile() {
             // Where discards are ignored, what was written must stay.
-            Some(_) if self.below.keeps_space() => Ok(()),
+            Some(_) if below.keeps_space() => Ok(()),
             Some(volatile) => volatile.replace(range, discard).await,
             None => discard.await,
         }
     }
 
     async fn status(&self, range: ByteRange) -> Result<BlockStatus> {
-        let Some(volatile) = self.volatile() else { return self.below.block_status(range).await };
+        let Some(volatile) = self.volatile() else { return self.below().block_status(range).await };
         let (run, kept) = volatile.run(range);
         if !kept {
-            return self.below.block_status(run).await;
+            return self.below().block_status(run).await;
         }
         Ok(BlockStatus {
             range: run,
@@ -225,9 +241,9 @@ impl Driver for Fault {
     }
 
     fn limits(&self) -> Limits {
-        let below = self.below.limits();
+        let below = self.below().limits();
         Limits {
-            size: self.below.driver().limits().size,
+            size: self.below().driver().limits().size,
             request_alignment: below.request_alignment.max(SECTOR_SIZE),
             ..below
         }
@@ -237,21 +253,21 @@ impl Driver for Fault {
         let is_touched = match op {
             PlanOp::Read => {
                 let is_kept = || self.volatile().is_some_and(|volatile| !volatile.is_clear(range));
-                self.rules.touches(FaultOp::Read, range) || is_kept()
+                self.state.rules.touches(FaultOp::Read, range) || is_kept()
             }
             PlanOp::Write { fua } => {
                 // A write that is to be durable may lie as a flush may.
-                self.rules.touches(FaultOp::Write, range)
-                    || (fua && self.rules.touches(FaultOp::Flush, ByteRange::default()))
+                self.state.rules.touches(FaultOp::Write, range)
+                    || (fua && self.state.rules.touches(FaultOp::Flush, ByteRange::default()))
                     || self.below.is_poisoned()
             }
             PlanOp::Flush => {
-                self.rules.touches(FaultOp::Flush, range)
+                self.state.rules.touches(FaultOp::Flush, range)
                     || self.below.is_poisoned()
                     || self.below.owes_flush()
             }
         };
-        if is_touched || self.below.generation() != self.generation {
+        if is_touched || self.is_behind() {
             return Planned::NotNow;
         }
         self.driver.plan(op, range, plan)
@@ -284,16 +300,32 @@ impl Driver for Fault {
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         Box::pin(async move {
             self.write_back().await?;
-            self.below.driver().resize(size).await
+            self.below().driver().resize(size).await
         })
     }
 
     fn refresh(&self) -> Result<()> {
-        self.below.driver().refresh()
+        self.below().driver().refresh()
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {
-        vec![("file", self.below.clone())]
+        vec![("file", self.below())]
+    }
+
+    fn is_filter(&self) -> bool {
+        true
+    }
+
+    fn is_behind(&self) -> bool {
+        self.below.generation() != self.generation
+    }
+
+    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
+        let Some(below) = backing else {
+            return Err(Error::unsupported("a filter cannot stand on nothing"));
+        };
+        *self.state.below.write().unwrap() = below;
+        Ok(Some(Arc::new(Fault::on(Arc::clone(&self.state)))))
     }
 
     fn details(&self) -> serde_json::Value {
@@ -307,16 +339,20 @@ impl Driver for Fault {
         })
     }
 
+    /// The snapshot is of what the guest has written, wherever it is.
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(async move { self.below.driver().prepare_for_overlay().await })
+        Box::pin(async move {
+            self.write_back().await?;
+            self.below().driver().prepare_for_overlay().await
+        })
     }
 
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
-        Box::pin(async move { self.below.driver().resume(nonce).await })
+        Box::pin(async move { self.below().driver().resume(nonce).await })
     }
 
     fn begin_session(&self, nonce: u128) -> Result<()> {
-        self.below.driver().begin_session(nonce)
+        self.below().driver().begin_session(nonce)
     }
 
     fn keep(&self) -> Option<&Keep> {

@@ -308,8 +308,13 @@ impl AddCow {
 }
 
 impl Link {
+    /// Whether the node has another driver by now.
+    fn is_behind(&self) -> bool {
+        self.node.generation() != self.generation
+    }
+
     fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
-        if self.node.generation() != self.generation {
+        if self.is_behind() {
             return Planned::NotNow;
         }
         let inside = range.intersect(&ByteRange { offset: 0, len: self.size });
@@ -691,6 +696,10 @@ impl Format for AddCow {
             Below::Link(link) => Some(link.node.clone()),
             _ => None,
         }
+    }
+
+    fn is_behind(&self) -> bool {
+        matches!(&self.below, Below::Link(link) if link.is_behind())
     }
 
     fn on_backing(&self, backing: Option<Node>) -> Result<Option<AddCow>> {
