@@ -24,18 +24,15 @@
 use std::sync::{Arc, Mutex};
 
 use super::layer_copy::{CopyDown, Held, copy_all, held_above};
-use super::pace::Pace;
+use super::pace::{Pace, REST};
 use super::{Body, Context, Ending, JobKind, Jobs, OnError, Operation, Spec, chain};
 use crate::block::graph::Parent;
 use crate::block::{Graph, Node, Quiesced, Root};
 use crate::error::{Error, Result, ResultExt};
 use crate::filters::Intercept;
 use crate::images::{Access, ImageFormat, Layers, frozen};
-use crate::io::{Fut, block_on};
+use crate::io::{Fut, block_on, clock};
 use crate::units::ByteRange;
-
-/// How long a job that has nothing to do rests before it looks again.
-const REST: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// What to commit.
 #[derive(Debug)]
@@ -162,7 +159,7 @@ impl Commit {
         let pace = Pace::new(context, self.on_error);
         context.set_total(self.top.size());
         pace.copy(&copy, ByteRange { offset: 0, len: self.top.size() }).await?;
-        pace.finish()?;
+        pace.copy_left_out(&copy).await?;
         let _turn = context.turn().await;
         self.base.flush().await
     }
@@ -174,7 +171,9 @@ impl Commit {
         let map = intercept.dirty();
         self.mark_held(context, intercept).await?;
         let mut done = 0;
-        pace.copy_dirty(&copy, map, &mut done).await?;
+        while !pace.copy_dirty(&copy, map, &mut done).await? {
+            clock::sleep(REST).await;
+        }
         context.ready();
         while context.ending().is_none() {
             pace.copy_dirty(&copy, map, &mut done).await?;
@@ -184,9 +183,10 @@ impl Commit {
         intercept.mirror_to(self.base.clone());
         let copy = CopyDown::beside(intercept, &self.top, &self.base);
         while !map.is_clean() {
-            pace.copy_dirty(&copy, map, &mut done).await?;
+            if !pace.copy_dirty(&copy, map, &mut done).await? {
+                clock::sleep(REST).await;
+            }
         }
-        pace.finish()?;
         // So that little is left to be flushed while the guest waits.
         let _turn = context.turn().await;
         self.base.flush().await

@@ -8,7 +8,8 @@ pub enum OnError {
     /// End the job with the error.
     #[default]
     Report,
-    /// Go on without what could not be copied.
+    /// Go on without what could not be copied. A commit comes back to it until it can be; a stream
+    /// fails in the end, and all is as it was.
     Ignore,
     /// Pause the job where space has run out, else end it.
     Enospc,
