@@ -10,7 +10,8 @@ use serde_json::Value;
 
 mod common;
 
-use common::{fails, have, ok, ok_or, tool_ok, vublk};
+use common::{Setup, fails, have, ok, ok_or, tool_ok, vublk};
+use vublk::frontend::Request;
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
@@ -679,4 +680,42 @@ fn reset_forgets_what_was_written() {
     assert!(ok(d, &["check", "top"]).contains("0/40"));
     assert!(fails(d, &["reset", "-f", "raw", "base"], 1).contains("raw images are not emptied"));
     assert!(std::fs::read(d.join("base")).unwrap() == numbered(1, 40));
+}
+
+/// A start that is refused leaves nothing in the state directory; what a killed process left stays.
+#[test]
+fn a_refused_start_leaves_the_state_directory_as_it_was() {
+    for format in ["add-cow", "qcow2", "vhdx"] {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        let state = tempfile::Builder::new().prefix("vublk-").tempdir_in("/dev/shm").unwrap();
+        let files = || std::fs::read_dir(state.path()).unwrap().count();
+        if format == "add-cow" {
+            std::fs::write(d.join("base"), [1; 40 * 512]).unwrap();
+            ok(d, &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"]);
+        } else {
+            ok(d, &["create", "-q", "-f", format, "disk", "4M"]);
+        }
+        // No place for its socket: the image is open by then.
+        let state_dir = state.path().to_str().unwrap();
+        let serve = ["serve", "--socket-path", "nowhere/s", "--state-dir", state_dir, "-f", format];
+        fails(d, &[&serve[..], &["disk"]].concat(), 78);
+        assert_eq!(files(), 0, "{format}");
+        let image = d.join("disk");
+        let setup = Setup::new(&["--state-dir", state_dir]).format(format, &image);
+        let mut backend = setup.start();
+        let mut disk = backend.qemu();
+        disk.execute(0, &Request::write(0, vec![7; 512])).unwrap().ok().unwrap();
+        backend.kill();
+        assert_eq!(files(), 1, "{format}");
+        fails(d, &[&serve[..], &["disk"]].concat(), 78);
+        assert_eq!(files(), 1, "{format}");
+        backend.spawn();
+        disk.reconnect().unwrap();
+        let read = disk.execute(0, &Request::read(0, 512)).unwrap();
+        assert_eq!(read.data, [7; 512], "{format}");
+        disk.stop().unwrap();
+        assert!(backend.terminate().success());
+        assert_eq!(files(), 0, "{format}");
+    }
 }

@@ -46,7 +46,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
@@ -157,8 +157,14 @@ impl Keep {
 
     fn open_file(path: &Path, image: (u64, u64), format: &str, capacity: u64) -> Result<Keep> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file: File = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))?.into();
-        lock(&file)?;
+        let file = loop {
+            let file: File = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))?.into();
+            lock(&file)?;
+            // Who held it may have removed it: then nobody would find what is kept in it.
+            if is_at(&file, path) {
+                break file;
+            }
+        };
         // The header must never fail to be written once a session runs.
         rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, HEADER_LEN)?;
         let mut name = [0; 32];
@@ -471,6 +477,15 @@ impl Keep {
         }
     }
 
+    /// Removes a file that holds no session, and so nothing that anybody could want: an image that was
+    /// opened and not served after all leaves nothing behind.
+    fn remove_if_unused(&mut self) {
+        let holds_a_session = self.state.get_mut().is_ok_and(|state| state.nonce.is_some());
+        if !holds_a_session && is_at(&self.file, &self.path) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
@@ -508,6 +523,21 @@ impl Keep {
         }
         let active = usize::from(halves[1].generation > halves[0].generation);
         Some((State { nonce: Some(nonce), halves, active, reserved: 0, memory: None }, capacity))
+    }
+}
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        self.remove_if_unused();
+    }
+}
+
+/// Whether the file is the one at this path.
+fn is_at(file: &File, path: &Path) -> bool {
+    let id = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+    match (file.metadata(), std::fs::symlink_metadata(path)) {
+        (Ok(file), Ok(there)) => id(file) == id(there),
+        _ => false,
     }
 }
 
@@ -660,6 +690,41 @@ pub(crate) mod tests {
         assert_eq!(records(&keep, 2), Some(vec![]));
         keep.discard().unwrap();
         assert!(!keep.path().exists());
+    }
+
+    #[test]
+    fn a_keep_without_a_session_leaves_no_file() {
+        let dir = state_dir();
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        drop(open(dir.path()));
+        assert_eq!(files(), 0);
+        let keep = open(dir.path());
+        keep.begin(1).unwrap();
+        drop(keep);
+        // As a killed process leaves it, with records or without.
+        assert_eq!(files(), 1);
+        drop(open(dir.path()));
+        assert_eq!(open(dir.path()).session(), Some(1));
+        open(dir.path()).discard().unwrap();
+        assert_eq!(files(), 0);
+    }
+
+    /// Who waits for a process that ends in order gets a keep that is found again.
+    #[test]
+    fn a_keep_that_was_waited_for_is_in_its_place() {
+        let dir = state_dir();
+        let first = open(dir.path());
+        let second = std::thread::scope(|scope| {
+            let waits = scope.spawn(|| open(dir.path()));
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            first.discard().unwrap();
+            drop(first);
+            waits.join().unwrap()
+        });
+        second.begin(2).unwrap();
+        drop(second);
+        assert!(Keep::is_there(dir.path(), (7, 42), "test"));
+        assert_eq!(open(dir.path()).session(), Some(2));
     }
 
     #[test]
