@@ -352,6 +352,43 @@ fn jobs_are_told_what_to_do() {
     host.is_disk(&guest, "raw", "base");
 }
 
+/// The node by which a job is seen has the name that was asked for, as long as the job lasts.
+#[test]
+fn a_job_is_seen_under_the_name_of_its_filter() {
+    let (mut host, mut qmp, mut guest) = tall("a_job_is_seen_under_the_name_of_its_filter");
+    let drv = |qmp: &mut Qmp| {
+        let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+        let node = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "jf").cloned();
+        node.map_or(Value::Null, |node| node["drv"].clone())
+    };
+    let (disk, b) = (node_of(&mut qmp, &host, "disk"), node_of(&mut qmp, &host, "b"));
+    let slow = json!({"device": "disk", "job-id": "j", "filter-node-name": "jf", "speed": 65536});
+    let mut below = slow.clone();
+    (below["top-node"], below["base-node"]) = (b.into(), disk.into());
+    for (command, arguments, driver) in [
+        ("block-stream", &slow, "copy-on-read"),
+        ("block-commit", &slow, "mirror_top"),
+        ("block-commit", &below, "commit_top"),
+    ] {
+        qmp.ok(command, arguments.clone());
+        until(&mut qmp, "running");
+        assert_eq!(drv(&mut qmp), driver);
+        let err = qmp.fails("blockdev-del", json!({"node-name": "jf"}));
+        assert!(err.starts_with("Node jf is in use: block job: "), "{err}");
+        let duplicate = json!({"device": "disk", "job-id": "k", "filter-node-name": "jf"});
+        assert!(qmp.fails(command, duplicate).contains("Duplicate nodes with node-name='jf'"));
+        qmp.ok("job-cancel", json!({"id": "j"}));
+        until(&mut qmp, "null");
+        assert_eq!(drv(&mut qmp), Value::Null);
+    }
+    let filter = json!({"device": "disk", "filter-node-name": "jf"});
+    while_writing(&mut guest, || run_active(&mut qmp, filter));
+    assert_eq!(drv(&mut qmp), Value::Null);
+    guest.verify();
+    host.stop(&mut guest);
+    host.is_disk(&guest, "raw", "base");
+}
+
 /// A commit of the active layer that ends without the guest's going over.
 #[test]
 fn a_ready_commit_can_be_left() {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use super::JobKind;
 use crate::block::graph::Parent;
 use crate::block::node::Hold;
-use crate::block::{Driver, Graph, Node, Quiesced, Rights};
+use crate::block::{Driver, Graph, Node, NodeOptions, Quiesced, Rights};
 use crate::error::{Error, ErrorKind, Result};
-use crate::filters::Intercept;
+use crate::filters::{Intercept, JobTop};
 use crate::images::{self, Access, ImageFormat, Layers};
 
 /// The nodes from `top` down to `base`, both included; to the bottom without a base. `None` if `base`
@@ -34,6 +34,21 @@ pub(super) fn hold(kind: JobKind, steady: &[Node], changing: &[Node]) -> Result<
     let changing = changing.iter().map(|node| (node, unread));
     let hold = |(node, shared): (&Node, Rights)| node.hold(&holder, Rights::GRAPH, shared);
     steady.chain(changing).map(hold).collect()
+}
+
+/// Shows a job as a node of this name on the disk that it works on, for as long as the hold lasts.
+pub(super) fn show(
+    layers: &mut Layers,
+    kind: JobKind,
+    driver: &'static str,
+    name: Option<String>,
+    below: &Node,
+) -> Result<Option<Hold>> {
+    let Some(name) = name else { return Ok(None) };
+    let options = NodeOptions { name, read_only: true, ..NodeOptions::default() };
+    let node = Node::new(Arc::new(JobTop::new(driver, below.clone())), options);
+    layers.add_filter(node.clone(), false)?;
+    node.hold(format!("block job: {}", kind.name()), Rights::NONE, Rights::ALL).map(Some)
 }
 
 /// Checks that each node below the first is read by the one above it and by nobody else: a commit

@@ -47,6 +47,8 @@ pub struct CommitRequest {
     pub backing_file: Option<String>,
     /// What happens when a read or write fails.
     pub on_error: OnError,
+    /// The name of the node by which the job is to be seen.
+    pub filter_name: Option<String>,
 }
 
 /// The job.
@@ -68,7 +70,7 @@ struct Commit {
 /// If a node is in use by somebody who is in the way, the base cannot be written, or an overlay
 /// cannot be made to name the base. Everything is as it was then.
 pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spec) -> Result<()> {
-    let CommitRequest { top, base, is_active, backing_file, on_error } = request;
+    let CommitRequest { top, base, is_active, backing_file, on_error, filter_name } = request;
     let graph = Arc::clone(layers.graph());
     let nodes =
         chain::between(&top, Some(&base)).filter(|nodes| nodes.len() > 1).ok_or_else(|| {
@@ -76,7 +78,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
         })?;
     let overlays = if is_active { Vec::new() } else { overlays_of(&graph, &top) };
     let steady: Vec<_> = overlays.iter().chain([&top]).cloned().collect();
-    let holds = chain::hold(JobKind::Commit, &steady, &nodes[1..])?;
+    let mut holds = chain::hold(JobKind::Commit, &steady, &nodes[1..])?;
     jobs.check_id(&spec.id)?;
     chain::check_alone(&graph, &nodes)?;
     let name = chain::name_of(layers, &base)?;
@@ -113,6 +115,8 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
         graph.remove_root(&root);
         return Err(err);
     }
+    let driver = if is_active { "mirror_top" } else { "commit_top" };
+    holds.extend(chain::show(layers, JobKind::Commit, driver, filter_name, &top)?);
     let intercept = Mutex::new(intercept);
     let spec = Spec { roots: vec![root.clone()], holds, ..spec };
     let body = Commit { top, base, root, on_error, backing_file, base_access, intercept };

@@ -41,6 +41,8 @@ pub struct StreamRequest {
     pub backing_file: Option<String>,
     /// What happens when a read or write fails.
     pub on_error: OnError,
+    /// The name of the node by which the job is to be seen.
+    pub filter_name: Option<String>,
 }
 
 /// The job.
@@ -64,10 +66,10 @@ struct Stream {
 /// If a node is in use by somebody who is in the way, the top cannot be written, or it cannot be
 /// made to name the base. Everything is as it was then.
 pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spec) -> Result<()> {
-    let StreamRequest { top, base, backing_file, on_error } = request;
+    let StreamRequest { top, base, backing_file, on_error, filter_name } = request;
     let graph = Arc::clone(layers.graph());
     let nodes = chain::between(&top, base.as_ref()).unwrap_or_default();
-    let holds = chain::hold(JobKind::Stream, &nodes, &[])?;
+    let mut holds = chain::hold(JobKind::Stream, &nodes, &[])?;
     jobs.check_id(&spec.id)?;
     let image = chain::image_of(layers, &top)?;
     if top.backing().is_some() {
@@ -88,6 +90,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spe
         graph.remove_root(&root);
         return Err(err);
     }
+    holds.extend(chain::show(layers, JobKind::Stream, "copy-on-read", filter_name, &top)?);
     let body = Stream {
         drops_top: base.is_none() && image.format == ImageFormat::AddCow,
         top,

@@ -32,7 +32,7 @@ qapi! {
         pub speed: Option<i64>,
         /// What happens when a read or write fails.
         pub on_error: Option<BlockdevOnError>,
-        /// A name for the filter that the job puts before the disk.
+        /// A name for the node by which the job is seen.
         pub filter_node_name: Option<String>,
         /// Whether the job is put in force without being asked.
         pub auto_finalize: Option<bool>,
@@ -97,6 +97,7 @@ impl MainCommand for BlockCommit {
             is_active,
             backing_file: arguments.backing_file,
             on_error: arguments.on_error.map_or_else(Default::default, Into::into),
+            filter_name: arguments.filter_node_name,
         };
         let jobs = daemon.jobs().clone();
         start(&jobs, &mut daemon.disks_mut().layers, request, spec)?;

@@ -49,7 +49,7 @@ qapi! {
         pub speed: Option<i64>,
         /// What happens when a read or write fails.
         pub on_error: Option<BlockdevOnError>,
-        /// A name for the filter that the job puts before the disk.
+        /// A name for the node by which the job is seen.
         pub filter_node_name: Option<String>,
         /// Whether the job is put in force without being asked.
         pub auto_finalize: Option<bool>,
@@ -104,6 +104,7 @@ impl MainCommand for BlockStream {
             base,
             backing_file: arguments.backing_file,
             on_error: arguments.on_error.map_or_else(Default::default, Into::into),
+            filter_name: arguments.filter_node_name,
         };
         let jobs = daemon.jobs().clone();
         start(&jobs, &mut daemon.disks_mut().layers, request, spec)?;
@@ -162,7 +163,7 @@ pub(super) fn job_spec(
     Ok(Spec { speed, ..Spec::new(id, kind) })
 }
 
-/// The filter of a job is no node of its own here, but its name must be free as if it were.
+/// Checks the name of the node by which a job is to be seen.
 pub(super) fn check_filter_name(
     daemon: &Daemon,
     name: Option<&str>,
