@@ -62,13 +62,20 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
     let mut request =
         OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
     request.backing = !args.unchecked;
-    let image = images::open(&request)?;
+    let mut image = images::open(&request)?;
     let name = image.name().to_string();
-    if image.format != ImageFormat::AddCow {
+    if !matches!(image.format, ImageFormat::AddCow | ImageFormat::Qcow2) {
         return Err(Error::unsupported(format!(
-            "{name}: {} images are not rebased here; use qemu-img rebase",
+            "{name}: is {}, and only add-cow and qcow2 images can be put on another backing file",
             image.format
         )));
+    }
+    let is_live = !args.unchecked || image.format == ImageFormat::Qcow2;
+    if args.unchecked && is_live {
+        // Its header is changed by its driver, which was not asked for so far.
+        drop(image);
+        request.backing = true;
+        image = images::open_alone(&request)?;
     }
     images::check_new_backing(&image, new)?;
     if !args.unchecked {
@@ -81,7 +88,7 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
             .context(|| format!("{name}: copying what the new backing file does not have"))?;
     }
     images::set_backing(&image, new, args.backing_format)?;
-    if !args.unchecked {
+    if is_live {
         block_on(image.node.close())?;
     }
     if !args.quiet {

@@ -36,7 +36,7 @@ pub use check::{CheckReport, Checked, Repair, check, check_path};
 pub use create::{CreateRequest, Created, create};
 pub use layers::{Layer, Layers};
 pub use open::{
-    Access, CacheMode, Image, Locking, OpenRequest, Opening, StateDir, open, open_chain,
+    Access, CacheMode, Image, Locking, OpenRequest, Opening, StateDir, open, open_alone, open_chain,
 };
 
 use crate::error::Error;

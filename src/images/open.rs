@@ -457,11 +457,24 @@ impl Opening<'_> {
 
 /// Opens an image over another, whatever its own header names.
 pub(super) fn open_over(request: &OpenRequest, backing: Image) -> Result<Image> {
+    open_on(request, Some(backing))
+}
+
+/// Opens an image on nothing, whatever its own header names: for a change of that header. What it
+/// leaves to its backing reads as zeros.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_alone(request: &OpenRequest) -> Result<Image> {
+    open_on(request, None)
+}
+
+fn open_on(request: &OpenRequest, backing: Option<Image>) -> Result<Image> {
     let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
     let mut chain = Chain::default();
     let (file, format, guessed) = open_locked(request, &mut chain, None)?;
     let mut opening = Opening::new(request, file, &gate, &mut chain);
-    opening.overridden = Some(Some(backing));
+    opening.overridden = Some(backing);
     build(opening, format, guessed)
 }
 

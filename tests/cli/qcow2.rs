@@ -413,3 +413,70 @@ fn snapshots_are_shown() {
         assert_eq!(json(&ok(d, args)), json(&tool_ok(d, "qemu-img", args)));
     }
 }
+
+/// Puts overlays on another backing file, as `qemu-img rebase` does: the disk stays, whatever the two
+/// hold and however long they are; with `-u` only the name changes.
+#[test]
+fn rebase_keeps_the_disk_as_qemu_img_has_it() {
+    if !have("qemu-img") || !have("qemu-io") {
+        return crate::common::skip("qemu-img or qemu-io is not installed");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let mut random = Random::new("rebase_keeps_the_disk_as_qemu_img_has_it");
+    const SIZE: u64 = 4 << 20;
+    for round in 0..6 {
+        for (name, len) in [("old", SIZE), ("new", SIZE - 512 * random.below(2000))] {
+            random_file(&d.join(name), len, &mut random);
+        }
+        // Where they are alike, nothing need be copied.
+        let old = std::fs::read(d.join("old")).unwrap();
+        File::options()
+            .write(true)
+            .open(d.join("new"))
+            .unwrap()
+            .write_all_at(&old[..1 << 20], 0)
+            .unwrap();
+        let cluster = ["512", "4096", "65536"][round % 3];
+        let options = format!("cluster_size={cluster}");
+        tool_ok(
+            d,
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-o", &options, "-b", "old", "-F", "raw", "top"],
+        );
+        scribble(d, "top", SIZE, &mut random);
+        ok(d, &["convert", "-q", "-f", "qcow2", "-O", "raw", "top", "before"]);
+        ok(d, &["rebase", "-q", "-f", "qcow2", "-b", "new", "-F", "raw", "top"]);
+        tool_ok(d, "qemu-img", &["check", "-q", "top"]);
+        let info = json(&tool_ok(d, "qemu-img", &["info", "--output=json", "top"]));
+        assert_eq!(
+            (&info["backing-filename"], &info["backing-filename-format"]),
+            (&"new".into(), &"raw".into())
+        );
+        tool_ok(d, "qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", "top", "before"]);
+        // And on nothing.
+        ok(d, &["rebase", "-q", "-f", "qcow2", "-b", "", "top"]);
+        tool_ok(d, "qemu-img", &["check", "-q", "top"]);
+        tool_ok(d, "qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", "top", "before"]);
+        let info = json(&tool_ok(d, "qemu-img", &["info", "--output=json", "top"]));
+        assert_eq!(info["backing-filename"], Value::Null);
+    }
+    // The name only: as qemu-img does it, whether or not what is named is there.
+    let overlay = ["create", "-q", "-f", "qcow2", "-b", "old", "-F", "raw"];
+    tool_ok(d, "qemu-img", &[&overlay[..], &["ours"]].concat());
+    tool_ok(d, "qemu-img", &[&overlay[..], &["theirs"]].concat());
+    for (name, format) in [("new", "raw"), ("elsewhere/moved", "qcow2"), ("old", "raw")] {
+        let rebase = ["rebase", "-q", "-u", "-f", "qcow2", "-b", name, "-F", format];
+        ok(d, &[&rebase[..], &["ours"]].concat());
+        tool_ok(d, "qemu-img", &[&rebase[..], &["theirs"]].concat());
+        let named = |image| {
+            let mut info = json(&tool_ok(d, "qemu-img", &["info", "--output=json", image]));
+            (info["backing-filename"].take(), info["backing-filename-format"].take())
+        };
+        assert_eq!(named("ours"), named("theirs"));
+    }
+    tool_ok(d, "qemu-img", &["check", "-q", "ours"]);
+    tool_ok(d, "qemu-img", &["compare", "-q", "ours", "theirs"]);
+    let err = fails(d, &["rebase", "-f", "qcow2", "-b", "ours", "-F", "qcow2", "ours"], 1);
+    assert!(err.contains("cannot be its own backing file"), "{err}");
+}
