@@ -175,15 +175,15 @@ impl Backend {
         self.child.wait().expect("a killed back-end ends");
     }
 
-    /// Asks it to stop, and returns how it ended. Panics if it takes longer than ten seconds.
+    /// Asks it to stop, and returns how it ended. Panics if it takes longer than a minute.
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(status) = self.child.try_wait().expect("a status") {
                 return status;
             }
-            assert!(Instant::now() < end, "the back-end did not stop on SIGTERM within 10 s");
+            assert!(Instant::now() < end, "the back-end did not stop on SIGTERM within a minute");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -211,14 +211,14 @@ impl Backend {
     /// Waits until the socket is there. It is looked at, not connected to: a connection would be
     /// a client.
     pub fn await_socket(&mut self) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             self.assert_alive();
             let found = std::fs::symlink_metadata(&self.socket);
             if found.is_ok_and(|found| found.file_type().is_socket()) {
                 return;
             }
-            assert!(Instant::now() < end, "no socket {} after 10 s", self.socket.display());
+            assert!(Instant::now() < end, "no socket {} after a minute", self.socket.display());
             std::thread::sleep(Duration::from_millis(5));
         }
     }

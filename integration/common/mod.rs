@@ -52,7 +52,7 @@ macro_rules! need_vublk {
 }
 
 /// How long one boot may take from QEMU's start to its end.
-pub const BOOT_DEADLINE_S: u64 = 60;
+pub const BOOT_DEADLINE_S: u64 = 300;
 
 /// Guests that run at the same time, whatever the number of test threads.
 const SLOTS: usize = 2;

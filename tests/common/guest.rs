@@ -220,7 +220,7 @@ impl Guest {
 
     /// Waits for all that is in flight.
     pub fn settle(&mut self) {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(60);
         while self.ops.iter().any(|ops| !ops.is_empty()) {
             assert!(Instant::now() < end, "these never end: {:?}", self.ops);
             for queue in 0..self.ops.len() {
