@@ -213,7 +213,8 @@ impl Vhdx {
             match self.try_publish(edits, with)? {
                 Published::Done(outcome) => return Ok(outcome),
                 Published::Absent(page) => self.load(page).await?,
-                Published::Full => self.commit().await?,
+                // All the way, so that what is left to do does not all fall to one FLUSH later.
+                Published::Full => self.commit_and(true).await?,
             }
         }
     }
@@ -338,6 +339,11 @@ impl Vhdx {
 
     /// Makes everything completed so far durable, mapping included.
     pub(super) async fn commit(&self) -> Result<()> {
+        self.commit_and(false).await
+    }
+
+    /// Commits, and (`apply`) puts what was committed in its place.
+    async fn commit_and(&self, apply: bool) -> Result<()> {
         self.check_writable()?;
         let before = self.begun.load(Ordering::SeqCst);
         let in_turn = async {
@@ -348,6 +354,9 @@ impl Vhdx {
             }
             let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
             self.poisoning(self.commit_now().await)?;
+            if apply {
+                self.poisoning(self.apply().await)?;
+            }
             self.completed.store(number, Ordering::SeqCst);
             self.reclaim().await;
             Ok(())
@@ -687,5 +696,44 @@ impl Journal {
             || self.batch.as_ref().is_some_and(|batch| {
                 batch.pages.binary_search_by_key(&page, |(page, _)| *page).is_ok()
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use crate::block::Driver;
+    use crate::io::block_on;
+    use crate::io::sim::{SimFile, SimOp};
+    use crate::units::MIB;
+
+    /// What one page of the BAT tells of, in blocks of 1 MiB.
+    const PER_PAGE: u64 = 512 * MIB;
+
+    /// However much was allocated without a flush, and wherever, the next one finds little to do: what
+    /// one entry holds. What earlier flushes have left in the log is bounded by the log.
+    #[test]
+    fn a_flush_has_little_to_do_however_much_came_before() {
+        const PAGES: u64 = 1200;
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(PAGES * PER_PAGE).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        let most = driver.format().max_dirty() as u64;
+        let mut written = 0;
+        for (pages, writes) in [(1, 8), (3 * most + most / 2, 8), (10, most + 8), (most, most + 8)]
+        {
+            for _ in 0..pages {
+                // Each changes another page of the BAT, and none beside the one before.
+                let (page, block) = (written * 7 % PAGES, written / PAGES);
+                written += 1;
+                let offset = page * PER_PAGE + block * MIB;
+                block_on(write(&driver, offset, &[1; 512], false)).unwrap();
+            }
+            let count = |op| file.count(op);
+            let before = [SimOp::Write, SimOp::Flush].map(count);
+            block_on(driver.flush()).unwrap();
+            let after = [SimOp::Write, SimOp::Flush].map(count);
+            let done = [after[0] - before[0], after[1] - before[1]];
+            assert!(done[0] <= writes && done[1] <= 5, "after {pages} pages: {done:?}");
+        }
     }
 }
