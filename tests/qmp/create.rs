@@ -106,6 +106,68 @@ fn images_on_nodes_and_in_one_step() {
     assert!(names.iter().all(|name| !name.to_str().unwrap().starts_with('.')), "{names:?}");
 }
 
+#[test]
+fn differencing_images_in_one_step_and_on_nodes() {
+    let served = Served::start(&[]);
+    let mut qmp = served.client();
+    let dir = served.control.parent().unwrap();
+    let path = |name: &str| dir.join(name).to_str().unwrap().to_string();
+    let data: Vec<u8> = (0..3u32 << 20).map(|at| (at >> 9) as u8).collect();
+    std::fs::write(dir.join("base.raw"), &data).unwrap();
+    common::ok(dir, &["convert", "-q", "-f", "raw", "-O", "vhdx", "base.raw", "base.vhdx"]);
+    let wanted = |file: Value| {
+        json!({"driver": "vhdx", "file": file, "size": data.len(), "block-size": 1 << 20,
+               "backing-file": "base.vhdx", "backing-fmt": "vhdx"})
+    };
+    let one_step = wanted(json!({"driver": "file", "filename": path("one.vhdx")}));
+    assert_eq!(trace(&mut qmp, &create(&one_step), "concluded"), TRACE);
+    qmp.ok(DISMISS);
+    let file = json!({"driver": "file", "filename": path("two.vhdx"), "size": 0});
+    assert_eq!(trace(&mut qmp, &create(&file), "concluded"), TRACE);
+    qmp.ok(DISMISS);
+    let node = json!({"driver": "file", "node-name": "f", "filename": path("two.vhdx")});
+    qmp.ok(json!({"execute": "blockdev-add", "arguments": node}).to_string());
+    assert_eq!(trace(&mut qmp, &create(&wanted(json!("f"))), "concluded"), TRACE);
+    qmp.ok(DISMISS);
+    qmp.ok(r#"{"execute": "blockdev-del", "arguments": {"node-name": "f"}}"#);
+    for name in ["one.vhdx", "two.vhdx"] {
+        let info = common::ok(dir, &["info", "--output=json", name]);
+        let info: Value = serde_json::from_str(&info).unwrap();
+        let details = &info["format-specific"]["data"];
+        assert_eq!(
+            (&info["backing-filename"], &details["type"]),
+            (&json!("base.vhdx"), &json!("differencing"))
+        );
+        assert_eq!(details["parent-locator"]["relative_path"], ".\\base.vhdx");
+        assert_eq!(details["parent-locator"]["absolute_win32_path"], path("base.vhdx"));
+        common::ok(dir, &["convert", "-q", "-f", "vhdx", "-O", "raw", name, "out.raw"]);
+        assert!(std::fs::read(dir.join("out.raw")).unwrap() == data, "{name}");
+        if let Some((len, sum)) = common::libvhdi::reads(dir, &[name, "base.vhdx"]) {
+            let ours = common::tool_ok(dir, "sha256sum", &["base.raw"]);
+            assert_eq!((len, sum.as_str()), (data.len() as u64, ours.split(' ').next().unwrap()));
+        }
+    }
+    // A parent of another format, or none of which the format is said, is refused with the way out.
+    let refused = |qmp: &mut Qmp, options: &[(&str, Value)], words: &str| {
+        let mut wanted = wanted(json!({"driver": "file", "filename": path("no.vhdx")}));
+        for (key, value) in options {
+            match value {
+                Value::Null => drop(wanted.as_object_mut().unwrap().remove(*key)),
+                value => wanted[*key] = value.clone(),
+            }
+        }
+        trace(qmp, &create(&wanted), "concluded");
+        let jobs = qmp.ok(r#"{"execute": "query-jobs"}"#);
+        let error = jobs[0]["error"].as_str().unwrap();
+        assert!(error.contains(words), "{error}");
+        qmp.ok(DISMISS);
+        assert!(!dir.join("no.vhdx").exists());
+    };
+    refused(&mut qmp, &[("backing-fmt", json!("raw"))], "can stand on VHDX images only");
+    refused(&mut qmp, &[("backing-fmt", Value::Null)], "without its format");
+    refused(&mut qmp, &[("backing-file", json!("nothing.vhdx"))], "nothing.vhdx");
+}
+
 /// Has somebody else look at an image.
 fn check(path: &str, format: &str) {
     let Ok(output) = Command::new("qemu-img").args(["info", "-f", format, path]).output() else {

@@ -63,6 +63,10 @@ qapi! {
         pub block_size: Option<u64>,
         /// What it allocates.
         pub subformat: Option<BlockdevVhdxSubformat>,
+        /// The image below, relative to the directory of this one; makes a differencing image.
+        pub backing_file: Option<String>,
+        /// Its format, which must be vhdx.
+        pub backing_fmt: Option<String>,
         /// Call absent blocks zeros.
         pub block_state_zero: Option<bool>,
     }
@@ -162,6 +166,8 @@ fn wanted(options: BlockdevCreateDriverOptions) -> (CreateRequest, Option<Blockd
                 ("block_size", vhdx.block_size.map(|n| n.to_string())),
                 ("subformat", vhdx.subformat.map(|subformat| subformat.to_string())),
                 ("block_state_zero", zero),
+                ("backing_file", vhdx.backing_file),
+                ("backing_fmt", vhdx.backing_fmt),
             ]);
             (request(PathBuf::new(), ImageFormat::Vhdx, vhdx.size, options), Some(vhdx.file))
         }
