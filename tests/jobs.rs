@@ -424,6 +424,7 @@ fn the_active_layer_is_committed_to_other_formats() {
     active("add-cow", "qcow2");
     active("add-cow", "vhdx");
     active("qcow2", "qcow2");
+    active("vhdx", "vhdx");
 }
 
 /// What is served after a kill: the same as before, or what that says its disk has gone on in.

@@ -127,6 +127,44 @@ fn differencing_images_name_their_parent_both_ways() {
 }
 
 #[test]
+fn an_overlay_is_committed_to_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let data: Vec<u8> = (0..8u32 << 20).map(|at| (at >> 9) as u8).collect();
+    std::fs::write(d.join("base.raw"), &data).unwrap();
+    ok(d, &["convert", "-q", "-f", "raw", "-O", "vhdx", "base.raw", "base.vhdx"]);
+    for (below, above) in [("base.vhdx", "mid.vhdx"), ("mid.vhdx", "top.vhdx")] {
+        ok(d, &["create", "-q", "-f", "vhdx", "-b", below, "-F", "vhdx", above]);
+    }
+    let shown = we_read(d, "top.vhdx");
+    // Nothing in it, so nothing changes. It is not emptied.
+    assert!(fails(d, &["commit", "top.vhdx"], 1).contains("say -d"));
+    ok(d, &["commit", "-q", "-d", "top.vhdx"]);
+    assert_eq!(we_read(d, "top.vhdx"), shown);
+    let mut other = data;
+    other[3 << 20..][..5 << 10].fill(0xee);
+    std::fs::write(d.join("other.raw"), &other).unwrap();
+    ok(d, &["convert", "-q", "-n", "-f", "raw", "-O", "vhdx", "other.raw", "top.vhdx"]);
+    let shown_before = shown;
+    let shown = we_read(d, "top.vhdx");
+    assert_ne!(shown, shown_before);
+    ok(d, &["commit", "-q", "-d", "top.vhdx"]);
+    assert_eq!([we_read(d, "top.vhdx"), we_read(d, "mid.vhdx")], [shown.clone(), shown.clone()]);
+    ok(d, &["commit", "-q", "-b", "base.vhdx", "top.vhdx"]);
+    for name in ["top.vhdx", "mid.vhdx", "base.vhdx"] {
+        assert_eq!(we_read(d, name), shown, "{name}");
+        ok(d, &["check", "-q", name]);
+    }
+    let details = |name: &str| {
+        json(&ok(d, &["info", "--output=json", name]))["format-specific"]["data"].clone()
+    };
+    let locator = details("mid.vhdx")["parent-locator"].clone();
+    let linkage = format!("{{{}}}", details("base.vhdx")["data-write-guid"].as_str().unwrap());
+    assert_eq!(locator["parent_linkage"], linkage.as_str());
+    assert_eq!(locator["parent_linkage2"], "{00000000-0000-0000-0000-000000000000}");
+}
+
+#[test]
 fn creation_refuses_what_makes_no_sense() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();

@@ -323,6 +323,25 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
+    /// What overlays know this image by, as it is or `once_changed`; `None` if they know it by nothing
+    /// that changes.
+    fn identity(&self, once_changed: bool) -> Option<u128> {
+        let _ = once_changed;
+        None
+    }
+
+    /// The backing is about to change, where this layer hides it, and to have `identity` then (see
+    /// [`Driver::identity`]). From now on this layer knows it as it is and as it will be, and by nothing
+    /// else; so when the change is over this is called again, with what it has then. Durable on return.
+    /// Nothing may be in flight.
+    ///
+    /// # Errors
+    /// If this layer cannot; then nothing has changed, and the backing must not.
+    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
+        let _ = identity;
+        Box::pin(async { Ok(()) })
+    }
+
     /// Has the image's own metadata name another backing file and its format, or none; durable on
     /// return, and at any instant the old name or the new one. What it names shows the same where
     /// this layer leaves it to its backing; whoever asks sees to that. The node below stays.

@@ -171,6 +171,18 @@ pub trait Format: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
+    /// See [`Driver::identity`].
+    fn identity(&self, once_changed: bool) -> Option<u128> {
+        let _ = once_changed;
+        None
+    }
+
+    /// See [`Driver::follow_backing`].
+    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
+        let _ = identity;
+        Box::pin(async { Ok(()) })
+    }
+
     /// See [`Driver::rename_backing`].
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
         let _ = backing;
@@ -374,6 +386,14 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
         self.format.prepare_for_overlay()
+    }
+
+    fn identity(&self, once_changed: bool) -> Option<u128> {
+        self.format.identity(once_changed)
+    }
+
+    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
+        self.format.follow_backing(identity)
     }
 
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {

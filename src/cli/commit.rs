@@ -8,8 +8,9 @@ use crate::block::{Gate, Graph, Node};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, Access, CacheMode, ImageFormat, Layers, OpenRequest, StateDir};
+use crate::images::{self, CacheMode, ImageFormat, Layers, OpenRequest, StateDir};
 use crate::io::block_on;
+use crate::jobs::chain;
 use crate::jobs::layer_copy::{Copier, CopyDown};
 use crate::units::ByteRange;
 
@@ -61,19 +62,17 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
     let base = find_base(&layers, &top, args.base.as_deref(), &name)?;
     // Nobody else uses these nodes.
     let quiesced = Gate::new().quiesce();
-    layers.set_access(&base, Access::Write, &quiesced)?;
-    block_on(async {
-        if base.size() < top.size() {
-            base.resize(top.size(), &quiesced).await?;
-        }
-        copy(args, &top, &base).await?;
-        base.flush().await?;
-        if empties {
-            top.driver().make_empty().await?;
-        }
-        Ok::<_, Error>(())
-    })
-    .context(|| format!("committing {name} (which is as it was)"))?;
+    let nodes = chain::between(&top, Some(&base)).unwrap_or_default();
+    let commit = |layers: &mut Layers| {
+        chain::open_base(layers, &nodes, &quiesced)?;
+        block_on(async {
+            copy(args, &top, &base).await?;
+            base.flush().await
+        })?;
+        chain::follow(layers, &nodes, false, &quiesced)?;
+        if empties { block_on(top.driver().make_empty()) } else { Ok(()) }
+    };
+    commit(&mut layers).context(|| format!("committing {name} (which is as it was)"))?;
     layers.close_all()?;
     if !args.quiet {
         output::print("Image committed.\n")?;

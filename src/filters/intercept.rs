@@ -234,6 +234,14 @@ impl Driver for Intercept {
         self.below.details()
     }
 
+    fn identity(&self, once_changed: bool) -> Option<u128> {
+        self.below.identity(once_changed)
+    }
+
+    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
+        self.below.follow_backing(identity)
+    }
+
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
         self.below.prepare_for_overlay()
     }

@@ -7,9 +7,10 @@ use super::JobKind;
 use crate::block::graph::Parent;
 use crate::block::node::Hold;
 use crate::block::{Driver, Graph, Node, NodeOptions, Quiesced, Rights};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::{Intercept, JobTop};
 use crate::images::{self, Access, ImageFormat, Layers};
+use crate::io::block_on;
 
 /// The nodes from `top` down to `base`, both included; to the bottom without a base. `None` if `base`
 /// is not below `top`.
@@ -87,6 +88,53 @@ pub(super) fn relink(nodes: &[Node], quiesced: &Quiesced) -> Result<()> {
         pair[0].set_backing(Some(pair[1].clone()), quiesced)?;
     }
     Ok(())
+}
+
+/// Makes the last of the nodes ready to be written, where those above hide it: as large as the first,
+/// and known to the one above it by whatever it is known by when it has changed.
+///
+/// # Errors
+/// Says what is in the way; then the base is opened for writing, and nothing has changed.
+pub fn open_base(layers: &mut Layers, nodes: &[Node], quiesced: &Quiesced) -> Result<()> {
+    let (top, base) = (&nodes[0], &nodes[nodes.len() - 1]);
+    layers.set_access(base, Access::Write, quiesced)?;
+    if base.size() < top.size() {
+        let (filters, image) = base.skip_filters();
+        if image.driver().identity(true).is_some() {
+            return Err(Error::unsupported(format!(
+                "node '{}' has {} bytes, and '{}' {}: images of this format must have the size of their \
+                 parents. Give both the same (vublk resize)",
+                base.name(),
+                base.size(),
+                top.name(),
+                top.size()
+            )));
+        }
+        block_on(image.resize(top.size(), quiesced))
+            .context(|| format!("making node '{}' as large as '{}'", base.name(), top.name()))?;
+        relink(&[filters, vec![image]].concat(), quiesced)?;
+    }
+    follow(layers, nodes, true, quiesced)?;
+    relink(nodes, quiesced)
+}
+
+/// Has the layer above the last of the nodes know that as it is, and as it is once it has changed if that
+/// is still to come.
+pub fn follow(
+    layers: &mut Layers,
+    nodes: &[Node],
+    will_change: bool,
+    quiesced: &Quiesced,
+) -> Result<()> {
+    let [overlays @ .., base] = nodes else { return Ok(()) };
+    let above = overlays.iter().rfind(|node| !node.driver().is_filter());
+    let identity = base.skip_filters().1.driver().identity(will_change);
+    let (Some(above), Some(identity)) = (above, identity) else { return Ok(()) };
+    let access = image_of(layers, above)?.access;
+    layers.set_access(above, Access::Write, quiesced)?;
+    let followed = block_on(above.driver().follow_backing(identity));
+    layers.set_access(above, access, quiesced)?;
+    followed
 }
 
 /// Puts a filter in front of a node's driver.

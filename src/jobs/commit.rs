@@ -12,7 +12,8 @@
 //! # Crashes
 //!
 //! The base is changed only where a layer above it hides it, so until the very end whoever opens the
-//! chain reads the same as before, whatever was copied.
+//! chain reads the same as before, whatever was copied. A layer that knows the base by something that
+//! changes with its content knows what it will be, too, before anything is changed ([`chain::follow`]).
 //!
 //! * **Below the top**: the base is flushed; then the overlay's header names it instead of the top, at
 //!   one instant; then the graph follows. Either name shows the same disk.
@@ -28,9 +29,9 @@ use super::pace::{Pace, REST};
 use super::{Body, Context, Ending, JobKind, Jobs, OnError, Operation, Spec, chain};
 use crate::block::graph::Parent;
 use crate::block::{Graph, Node, Quiesced, Root};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, Result};
 use crate::filters::Intercept;
-use crate::images::{Access, ImageFormat, Layers, frozen};
+use crate::images::{Access, Layers, frozen};
 use crate::io::{Fut, block_on, clock};
 use crate::units::ByteRange;
 
@@ -87,21 +88,11 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
         chain::check_renaming(layers, overlay, Some(name))?;
     }
     let image = chain::image_of(layers, &base)?;
-    let above = chain::image_of(layers, &nodes[nodes.len() - 2])?;
-    if (image.format, above.format) == (ImageFormat::Vhdx, ImageFormat::Vhdx) {
-        return Err(Error::unsupported(format!(
-            "{}: is the parent of the VHDX image {}, which knows it by a GUID that changes with the \
-             first write: killed in the middle, the chain could not be opened any more. Convert the \
-             chain to one image instead (vublk convert)",
-            image.name(),
-            above.name()
-        )));
-    }
     let base_access = image.access;
     let root = Root::new(format!("job '{}'", spec.id), top.clone());
     graph.add_root(&root)?;
     let quiesced = graph.quiesce(std::slice::from_ref(&base));
-    let prepared = prepare(layers, &nodes, &quiesced);
+    let prepared = chain::open_base(layers, &nodes, &quiesced);
     let intercept = match &prepared {
         Ok(()) if is_active => Some(chain::intercept(&top, &quiesced)),
         Ok(()) => None,
@@ -121,19 +112,6 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     let spec = Spec { roots: vec![root.clone()], holds, ..spec };
     let body = Commit { top, base, root, on_error, backing_file, base_access, intercept };
     jobs.start(spec, body)
-}
-
-/// Makes the base ready to be written.
-fn prepare(layers: &mut Layers, nodes: &[Node], quiesced: &Quiesced) -> Result<()> {
-    let (top, base) = (&nodes[0], &nodes[nodes.len() - 1]);
-    layers.set_access(base, Access::Write, quiesced)?;
-    if base.size() < top.size() {
-        let (filters, image) = base.skip_filters();
-        block_on(image.resize(top.size(), quiesced))
-            .context(|| format!("making node '{}' as large as '{}'", base.name(), top.name()))?;
-        chain::relink(&[filters, vec![image]].concat(), quiesced)?;
-    }
-    chain::relink(nodes, quiesced)
 }
 
 fn restore_access(layers: &mut Layers, node: &Node, access: Access, quiesced: &Quiesced) {
@@ -247,6 +225,9 @@ impl Commit {
             }
             self.base.flush().await
         })?;
+        // Whoever opens the top knows the base by what it is now.
+        let nodes = chain::between(&self.top, Some(&self.base)).unwrap_or_default();
+        chain::follow(layers, &nodes, false, quiesced)?;
         match ending {
             Ending::Complete => {
                 self.release(quiesced);

@@ -339,6 +339,14 @@ impl Driver for Fault {
         })
     }
 
+    fn identity(&self, once_changed: bool) -> Option<u128> {
+        self.below().driver().identity(once_changed)
+    }
+
+    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
+        Box::pin(async move { self.below().driver().follow_backing(identity).await })
+    }
+
     /// The snapshot is of what the guest has written, wherever it is.
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
         Box::pin(async move {

@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::layout::{Guid, MAX_LOCATOR_ENTRIES, RawLocatorEntry, RawLocatorHeader, guid};
 use crate::error::{Error, Result};
+use crate::units::ByteRange;
 
 /// What a parent locator says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -91,6 +92,20 @@ impl Locator {
         bytes
     }
 
+    /// Where in the metadata item, which was parsed, the value of a key is.
+    pub fn place_of(bytes: &[u8], key: &str) -> Option<ByteRange> {
+        let (header, rest) = RawLocatorHeader::ref_from_prefix(bytes).ok()?;
+        let count = header.entry_count.get().into();
+        let (raw, _) = <[RawLocatorEntry]>::ref_from_prefix_with_elems(rest, count).ok()?;
+        let is_it = |entry: &&RawLocatorEntry| {
+            text(bytes, entry.key_offset.get(), entry.key_length.get())
+                .is_ok_and(|text| text == key)
+        };
+        let entry = raw.iter().find(is_it)?;
+        let (offset, len) = (entry.value_offset.get().into(), entry.value_length.get().into());
+        Some(ByteRange { offset, len })
+    }
+
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.entries.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
@@ -170,6 +185,9 @@ mod tests {
         let bytes = written.encode();
         assert_eq!(bytes.len(), 194);
         assert_eq!(Locator::parse(&bytes).unwrap(), written);
+        let place = Locator::place_of(&bytes, LINKAGE.0).unwrap();
+        assert_eq!((place.len, &bytes[place.offset as usize..][..4]), (76, &b"{\0a\0"[..]));
+        assert_eq!(Locator::place_of(&bytes, "parent_linkage2"), None);
     }
 
     #[test]

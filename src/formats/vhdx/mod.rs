@@ -34,6 +34,7 @@
 //! * `read`, `write`: looking up, mapping, clearing. `pins`: who still uses a place in the file.
 //! * [`scan`], `space`: which places are free, and when one that was freed may be used again.
 //! * `journal`: changed pages on their way through the log to their place; power cuts and kills.
+//! * `linkage`: a parent that changes under its child.
 //! * `session`: what frames it: headers before the first write, redo after a kill, an empty log at
 //!   the end.
 //!
@@ -75,6 +76,7 @@ pub mod header;
 mod hostile_tests;
 mod journal;
 pub mod layout;
+mod linkage;
 pub mod locator;
 pub mod log;
 pub mod metadata;
@@ -114,6 +116,7 @@ use self::cache::PageCache;
 use self::geometry::Geometry;
 use self::header::HeaderSlots;
 use self::journal::Journal;
+use self::layout::Guid;
 use self::pins::Pins;
 use self::space::Space;
 use crate::block::format::plan_file;
@@ -198,6 +201,8 @@ pub struct Vhdx {
     cache: PageCache,
     pins: Pins,
     headers: Mutex<HeaderSlots>,
+    /// What children will know the image by once it has changed.
+    next_data_guid: Mutex<Guid>,
     journal: Mutex<Journal>,
     /// Known once something is written.
     space: Mutex<Option<Space>>,
@@ -245,11 +250,8 @@ impl Structure {
                 return Err(Error::invalid("the image has a parent, but none was given"));
             }
         };
-        let details = parent.driver().details();
-        let found = details["data-write-guid"].as_str().and_then(layout::Guid::parse);
-        let Some(found) = found else {
-            return Err(Error::unsupported("the parent is not a VHDX image"));
-        };
+        let found = data_guid_of(parent)?;
+        let details = parent.skip_filters().1.driver().details();
         if !locator.linkages().any(|linkage| linkage == found) {
             let wanted: Vec<_> = locator.linkages().map(|guid| guid.to_string()).collect();
             return Err(Error::corrupt(format!(
@@ -266,6 +268,13 @@ impl Structure {
         }
         Ok(())
     }
+}
+
+/// What children know an image by.
+fn data_guid_of(parent: &Node) -> Result<Guid> {
+    let details = parent.skip_filters().1.driver().details();
+    let found = details["data-write-guid"].as_str().and_then(Guid::parse);
+    found.ok_or_else(|| Error::unsupported("the parent is not a VHDX image"))
 }
 
 impl Vhdx {
@@ -337,6 +346,7 @@ impl Vhdx {
             keep: options.keep,
             session: AtomicBool::new(false),
             headers: Mutex::new(headers),
+            next_data_guid: Mutex::new(Guid::random()),
             journal: Mutex::default(),
             space: Mutex::new(None),
             started: AtomicBool::new(false),
@@ -504,6 +514,18 @@ impl Format for Vhdx {
                 false => self.start_session().await,
             }
         })
+    }
+
+    fn identity(&self, once_changed: bool) -> Option<u128> {
+        let guid = match once_changed {
+            true => self.next_data_guid(),
+            false => self.headers.lock().unwrap().current.data_write_guid,
+        };
+        Some(u128::from_le_bytes(guid.0))
+    }
+
+    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
+        Box::pin(self.follow_parent(Guid(identity.to_le_bytes())))
     }
 
     fn begin_session(&self, nonce: u128) -> Result<()> {

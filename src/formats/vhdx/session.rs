@@ -50,20 +50,23 @@ impl Vhdx {
             return Ok(());
         }
         self.find_space().await?;
+        // As was said to children that follow.
+        let data_guid = *self.next_data_guid.lock().unwrap();
         let updated = self
             .update_header(|header| {
                 header.file_write_guid = Guid::random();
-                header.data_write_guid = Guid::random();
+                header.data_write_guid = data_guid;
             })
             .await;
         self.poisoning(updated)?;
+        *self.next_data_guid.lock().unwrap() = Guid::random();
         self.started.store(true, Ordering::Release);
         Ok(())
     }
 
     /// Prepares for changes that belong to an earlier session: what children know the image by
     /// stays as that session made it, as after a replay of the log.
-    async fn start_redo(&self) -> Result<()> {
+    pub(super) async fn start_redo(&self) -> Result<()> {
         self.check_writable()?;
         let _alone = self.starting.exclusive(ALL).await;
         let updated = self.update_header(|header| header.file_write_guid = Guid::random()).await;
