@@ -19,7 +19,8 @@ use crate::block::{Driver, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::NoFlush;
 use crate::formats::raw::Raw;
-use crate::images::open::{self, Opening, lock, open_host, protocol_name};
+use crate::images::lock::lock;
+use crate::images::open::{self, Opening, open_host, protocol_name};
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest, StateDir};
 use crate::io::{File, HostFile, OpenOptions};
 

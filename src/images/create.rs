@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2;
-use crate::images::open::lock_for_writing;
+use crate::images::lock::lock_for_writing;
 use crate::images::{Image, ImageFormat, OpenRequest, add_cow, open};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;

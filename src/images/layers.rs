@@ -18,7 +18,8 @@ use std::time::Duration;
 use crate::block::{Graph, Node, Quiesced, graph};
 use crate::error::{Error, Result};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
-use crate::images::open::{lock_rights, protocol_name};
+use crate::images::lock::lock_rights;
+use crate::images::open::protocol_name;
 use crate::images::{Access, Image, ImageFormat, StateDir, frozen};
 use crate::io::{File, HostFile, Rights, block_on};
 

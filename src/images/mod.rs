@@ -16,15 +16,20 @@
 
 mod add_cow;
 pub mod blockdev;
+mod cache_mode;
 pub mod check;
 pub mod crash_state;
 pub mod create;
+mod drivers;
 pub mod frozen;
 pub mod info;
+mod kept;
 pub mod layers;
+mod lock;
 pub mod open;
 pub mod probe;
 pub mod recording;
+mod request;
 pub mod resize;
 mod users;
 
@@ -32,12 +37,13 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use add_cow::{check_new_backing, set_backing};
+pub use cache_mode::CacheMode;
 pub use check::{CheckReport, Checked, Repair, check, check_path};
 pub use create::{CreateRequest, Created, create};
 pub use layers::{Layer, Layers};
-pub use open::{
-    Access, CacheMode, Image, Locking, OpenRequest, Opening, StateDir, open, open_alone, open_chain,
-};
+pub use lock::Locking;
+pub use open::{Image, Opening, open, open_alone, open_chain};
+pub use request::{Access, OpenRequest, StateDir};
 
 use crate::error::Error;
 

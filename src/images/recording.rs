@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::block::{Driver, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::{self, Began, Settings, Subject, WriteLog};
-use crate::images::open::lock;
+use crate::images::lock::lock;
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest};
 use crate::io::{File, HostFile, HostKind, OpenOptions, block_on};
 use crate::write_log::sidecar::{self, ImageIdentity};

@@ -1,0 +1,130 @@
+//! The driver of each format, for an image whose file is open and locked.
+
+use std::sync::Arc;
+
+use crate::block::{Driver, FormatDriver, Node};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::filters::GuessGuard;
+use crate::formats::qcow2;
+use crate::formats::raw::Raw;
+use crate::formats::vhdx;
+use crate::images::open::Opening;
+use crate::images::probe;
+use crate::images::request::{Access, OpenRequest};
+use crate::io::{File, block_on};
+
+pub(super) fn open_raw(opening: &Opening<'_>, guessed: bool) -> Result<Arc<dyn Driver>> {
+    let read_only = opening.request.access == Access::Read;
+    let file = &opening.file;
+    let raw = Raw::open(Arc::clone(file) as Arc<dyn File>, read_only)
+        .context(|| file.name().to_string())?;
+    if !guessed || read_only {
+        return Ok(Arc::new(raw));
+    }
+    tracing::warn!(
+        "{}: no format was given, and it was taken for raw; writes that would make its first \
+         sector look like another format will fail. Say -f raw to allow them",
+        file.name()
+    );
+    let recognise = |head: &[u8]| probe::by_magic(head).map(|format| format.to_string());
+    Ok(Arc::new(GuessGuard::new(Arc::new(raw), file.name(), recognise)))
+}
+
+pub(super) fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
+    let request = opening.request;
+    let file = Arc::clone(&opening.file) as Arc<dyn File>;
+    if !request.backing {
+        return Ok(Arc::new(block_on(qcow2::Metadata::open(file))?));
+    }
+    let name = opening.file.name().to_string();
+    let read_only = request.access == Access::Read;
+    let header = block_on(qcow2::Header::read(&file))?;
+    // Before any other file is touched on its behalf.
+    header.check_supported(read_only).context(|| name.clone())?;
+    let named = header.backing.as_ref().map(|b| (b.file.as_str(), b.format.as_deref()));
+    let options = qcow2::OpenOptions {
+        read_only,
+        overrides_backing: opening.overridden.is_some(),
+        backing: opening.backing(named)?,
+        keep: if read_only { None } else { opening.keep("qcow2")? },
+    };
+    Ok(Arc::new(FormatDriver::new(block_on(qcow2::Qcow2::open(file, options))?)))
+}
+
+pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
+    let request = opening.request;
+    let file = Arc::clone(&opening.file) as Arc<dyn File>;
+    let structure = match request.salvage {
+        true => salvage_vhdx(request, &file)?,
+        false => block_on(vhdx::Structure::read(&file))?,
+    };
+    let mut backing = None;
+    // An overlay that is opened on nothing is put on its parent before a guest uses it.
+    let is_without = matches!(opening.overridden, Some(None));
+    if request.backing {
+        let paths = structure.metadata.parent.as_ref().map(vhdx::locator::Locator::paths);
+        backing = open_vhdx_parent(opening, &paths.unwrap_or_default())?;
+        if !is_without {
+            structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
+        }
+    }
+    let read_only = request.access == Access::Read;
+    let options = vhdx::OpenOptions {
+        read_only,
+        backing,
+        keep: if read_only { None } else { opening.keep("vhdx")? },
+        lenient: !request.backing || request.salvage,
+        alone: request.backing && is_without,
+        ..vhdx::OpenOptions::default()
+    };
+    Ok(Arc::new(FormatDriver::new(block_on(vhdx::Vhdx::open(structure, options))?)))
+}
+
+/// Reads the structures of a damaged image, and says what is missing.
+fn salvage_vhdx(request: &OpenRequest, file: &Arc<dyn File>) -> Result<vhdx::Structure> {
+    if request.access == Access::Write {
+        return Err(Error::invalid(format!(
+            "{}: a damaged image can be salvaged by reading it only",
+            file.name()
+        )));
+    }
+    let structure = block_on(vhdx::salvage::read(file))?;
+    let Some(report) = structure.salvaged.as_ref().filter(|report| !report.is_empty()) else {
+        tracing::warn!("{}: is not damaged; there is nothing to salvage", file.name());
+        return Ok(structure);
+    };
+    for note in &report.notes {
+        tracing::warn!("{}: {note}", file.name());
+    }
+    const SHOWN: usize = 8;
+    let mut parts: Vec<_> =
+        report.missing.iter().take(SHOWN).map(|range| range.to_string()).collect();
+    if report.missing.len() > SHOWN {
+        parts.push("… (vublk info --salvage lists more)".into());
+    }
+    tracing::warn!(
+        "{}: {} bytes of the disk are missing and read as zeros: {}",
+        file.name(),
+        report.missing_bytes,
+        parts.join(", ")
+    );
+    Ok(structure)
+}
+
+/// Opens the parent that the operator says, or else the first that is there of those that the image
+/// names.
+fn open_vhdx_parent(opening: &mut Opening<'_>, paths: &[String]) -> Result<Option<Node>> {
+    if opening.overridden.is_some() {
+        return opening.backing(None);
+    }
+    let mut missing = None;
+    for path in paths {
+        match opening.backing(Some((path, Some("vhdx")))) {
+            Err(err) if err.kind() == ErrorKind::NotFound => {
+                missing = missing.or(Some(err));
+            }
+            found => return found,
+        }
+    }
+    missing.map_or(Ok(None), Err)
+}

@@ -1,0 +1,160 @@
+//! Locks on the files of images, as QEMU takes them.
+//!
+//! A writer holds consistent read, write and resize, and shares consistent read and write unchanged; a
+//! reader (a backing file, too) holds consistent read and shares the same. So readers coexist, a
+//! writer is alone, and QEMU's virtio-blk devices, which do not share write either, refuse our images
+//! as we refuse theirs. Whoever is in the way is named where it can be seen.
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::images::request::{Access, OpenRequest};
+use crate::images::{ImageFormat, users};
+use crate::io::{File, HostFile, Rights};
+
+/// How an image is guarded against others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// As a user of the content: nobody else may write, and with [`Access::Write`] only readers
+    /// that do not mind may be there.
+    #[default]
+    Guard,
+    /// As a reader of the metadata only, like `qemu-img info`: a raw image has none and is not
+    /// locked, others must not be written meanwhile.
+    Inspect,
+    /// As a reader who takes what comes while others write (`-U`).
+    Share,
+    /// Not at all.
+    Off,
+}
+
+/// What a writer holds.
+const WRITER: Rights = Rights::CONSISTENT_READ.and(Rights::WRITE).and(Rights::RESIZE);
+
+/// What everybody who relies on the content lets others hold.
+const SHARED: Rights = Rights::CONSISTENT_READ.and(Rights::WRITE_UNCHANGED);
+
+/// What is held and what is shared with others; `None` without locks.
+pub(super) fn lock_rights(locking: Locking, access: Access) -> Option<(Rights, Rights)> {
+    match (locking, access) {
+        (Locking::Off, _) => None,
+        (Locking::Inspect, _) => Some((Rights::NONE, SHARED)),
+        (Locking::Share, _) => Some((Rights::CONSISTENT_READ, Rights::ALL)),
+        (Locking::Guard, Access::Read) => Some((Rights::CONSISTENT_READ, SHARED)),
+        (Locking::Guard, Access::Write) => Some((WRITER, SHARED)),
+    }
+}
+
+/// Takes the locks that the request asks for. `format` matters to [`Locking::Inspect`] only.
+pub(super) fn lock(file: &HostFile, request: &OpenRequest, format: ImageFormat) -> Result<()> {
+    if request.locking == Locking::Inspect && format == ImageFormat::Raw {
+        return Ok(());
+    }
+    let Some((held, shared)) = lock_rights(request.locking, request.access) else {
+        return Ok(());
+    };
+    let advice = if request.access == Access::Read && request.locking != Locking::Share {
+        "; -U reads it all the same"
+    } else {
+        ""
+    };
+    lock_host(file, held, shared, request.lock_wait, advice)
+}
+
+/// Locks a host file as the sole writer: what creating and overwriting an image needs.
+pub fn lock_for_writing(file: &HostFile) -> Result<()> {
+    lock_host(file, WRITER, SHARED, Duration::ZERO, "")
+}
+
+/// How long a lock that no living process holds is waited for.
+const ORPHANED_LOCK_WAIT: Duration = Duration::from_secs(15);
+
+fn lock_host(
+    file: &HostFile,
+    held: Rights,
+    shared: Rights,
+    wait: Duration,
+    advice: &str,
+) -> Result<()> {
+    let mut deadline = Instant::now() + wait;
+    let mut is_orphaned = false;
+    loop {
+        match file.lock(held, shared) {
+            Err(err) if err.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            // A lock that no process holds is one that the kernel has not yet let go of: it does
+            // so when the last I/O of the dead process has ended, which the disk decides.
+            Err(err)
+                if err.kind() == ErrorKind::Busy
+                    && !wait.is_zero()
+                    && !std::mem::replace(&mut is_orphaned, true)
+                    && users::of(file).is_empty() =>
+            {
+                tracing::info!(
+                    "{}: locked, and no process can be seen that has it open; waiting up to {} s for \
+                     the host to end the I/O of one that died",
+                    file.name(),
+                    ORPHANED_LOCK_WAIT.as_secs()
+                );
+                deadline = Instant::now() + ORPHANED_LOCK_WAIT;
+            }
+            Err(err) if err.kind() == ErrorKind::Busy => {
+                let users = users::of(file);
+                let open_in = if users.is_empty() {
+                    String::new()
+                } else {
+                    format!("; it is open in {}", users.join(", "))
+                };
+                return Err(Error::new(ErrorKind::Busy, format!("{err}{open_in}{advice}")));
+            }
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::images::open;
+
+    fn file_of(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn locks_of_each_role() {
+        let file = file_of(&[0; 4096]);
+        let writer = OpenRequest::write(file.path()).format(Some(ImageFormat::Raw));
+        let reader = OpenRequest::read(file.path());
+        let held = open(&writer).unwrap();
+        let err = open(&writer).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Busy);
+        let err = open(&reader).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Busy);
+        assert!(err.to_string().contains("-U reads it all the same"), "{err}");
+        open(&reader.clone().locking(Locking::Share)).unwrap();
+        open(&reader.clone().locking(Locking::Inspect)).unwrap();
+        drop(held);
+        let first = open(&reader).unwrap();
+        let second = open(&reader).unwrap();
+        open(&writer).unwrap_err();
+        drop((first, second));
+        open(&writer).unwrap();
+    }
+
+    #[test]
+    fn a_lock_can_be_waited_for() {
+        let file = file_of(&[0; 4096]);
+        let writer = OpenRequest::write(file.path());
+        let held = open(&writer).unwrap();
+        let freed = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(held);
+        });
+        open(&OpenRequest { lock_wait: Duration::from_secs(10), ..writer }).unwrap();
+        freed.join().unwrap();
+    }
+}
