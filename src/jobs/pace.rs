@@ -1,7 +1,7 @@
 //! How a job copies: piece by piece, each in a turn of its own, within the speed limit, and with what
 //! the operator wants to happen when one fails.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use super::layer_copy::{Copier, Step};
@@ -21,6 +21,8 @@ pub const REST: Duration = Duration::from_millis(100);
 pub struct Pace<'a> {
     context: &'a Context,
     on_error: OnError,
+    /// Bytes copied that the speed limit has not been asked about.
+    unpaid: Cell<u64>,
     /// What was left out because of an error that was ignored, with the first such error.
     left_out: RefCell<Option<(Error, Vec<ByteRange>)>>,
 }
@@ -28,24 +30,33 @@ pub struct Pace<'a> {
 impl<'a> Pace<'a> {
     /// Of a job with this policy.
     pub fn new(context: &'a Context, on_error: OnError) -> Pace<'a> {
-        Pace { context, on_error, left_out: RefCell::default() }
+        Pace { context, on_error, unpaid: Cell::new(0), left_out: RefCell::default() }
     }
 
-    /// Does one step. What was ignored counts as done.
-    async fn step(&self, copier: &dyn Copier, range: ByteRange) -> Result<u64> {
+    /// Does one step, and has it counted while it still has its turn: a job that is paused stands
+    /// still for whoever looks. What was ignored counts as done.
+    async fn step(
+        &self,
+        copier: &dyn Copier,
+        range: ByteRange,
+        count: impl Fn(u64),
+    ) -> Result<u64> {
         loop {
+            if self.unpaid.get() > 0 {
+                self.context.throttle(self.unpaid.take()).await;
+            }
             let turn = self.context.turn().await;
             let result = copier.step(range).await;
-            drop(turn);
             let failed = match result {
                 Ok(Step { done, copied }) => {
-                    if copied > 0 {
-                        self.context.throttle(copied).await;
-                    }
-                    return Ok(done.min(range.len));
+                    self.unpaid.set(copied);
+                    let done = done.min(range.len);
+                    count(done);
+                    return Ok(done);
                 }
                 Err(failed) => failed,
             };
+            drop(turn);
             match self.context.on_error(self.on_error, failed.operation, &failed.error) {
                 Action::Report => return Err(failed.error),
                 Action::Ignore => {
@@ -53,6 +64,7 @@ impl<'a> Pace<'a> {
                     let mut left_out = self.left_out.borrow_mut();
                     let (_, ranges) = left_out.get_or_insert((failed.error, Vec::new()));
                     ranges.push(ByteRange { offset: range.offset, len });
+                    count(len);
                     return Ok(len);
                 }
                 Action::Stop => {}
@@ -64,8 +76,7 @@ impl<'a> Pace<'a> {
     pub async fn copy(&self, copier: &dyn Copier, range: ByteRange) -> Result<()> {
         let mut at = range;
         while !at.is_empty() {
-            let done = self.step(copier, at).await?;
-            self.context.advance(done);
+            let done = self.step(copier, at, |done| self.context.advance(done)).await?;
             at = ByteRange::between(at.offset + done, at.end());
         }
         Ok(())
@@ -80,7 +91,7 @@ impl<'a> Pace<'a> {
             for range in ranges {
                 let mut at = range;
                 while !at.is_empty() {
-                    let done = self.step(copier, at).await?;
+                    let done = self.step(copier, at, |_| ()).await?;
                     at = ByteRange::between(at.offset + done, at.end());
                 }
             }
@@ -100,10 +111,11 @@ impl<'a> Pace<'a> {
             while !taken.range().is_empty() {
                 let left = map.bytes() + taken.range().len;
                 self.context.set_total(*done + left);
-                let step = self.step(copier, taken.range()).await?;
+                let before = *done;
+                let count = |step| self.context.set_current(before + step);
+                let step = self.step(copier, taken.range(), count).await?;
                 taken.advance(step);
                 *done += step;
-                self.context.set_current(*done);
             }
             from = taken.range().end();
         }
