@@ -146,6 +146,18 @@ mod tests {
     }
 
     #[test]
+    fn what_this_process_holds_itself_is_not_waited_for() {
+        let file = file_of(&[0; 4096]);
+        let writer = OpenRequest::write(file.path());
+        let held = open(&writer).unwrap();
+        let busy = open(&OpenRequest { lock_wait: Duration::from_millis(1), ..writer.clone() });
+        let err = busy.unwrap_err().to_string();
+        assert!(err.contains("it is open in this process"), "{err}");
+        drop(held);
+        open(&writer).unwrap();
+    }
+
+    #[test]
     fn a_lock_can_be_waited_for() {
         let file = file_of(&[0; 4096]);
         let writer = OpenRequest::write(file.path());

@@ -11,25 +11,31 @@ use crate::io::HostFile;
 /// The most processes that are named.
 const MAX_NAMED: usize = 3;
 
-/// The other processes that have this file open, as `name (pid 1234)`; empty if none can be seen.
+/// Who has this file open besides the caller, as `name (pid 1234)`, or `this process` if it has it
+/// open once more; empty if nobody can be seen.
 pub fn of(file: &HostFile) -> Vec<String> {
     let Ok(wanted) = std::fs::metadata(file.path()) else { return Vec::new() };
     let own = std::process::id().to_string();
     let mut users = Vec::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let pid = process.file_name().to_string_lossy().into_owned();
-        if pid == own || !pid.bytes().all(|b| b.is_ascii_digit()) {
+        if !pid.bytes().all(|b| b.is_ascii_digit()) {
             continue;
         }
         let descriptors = std::fs::read_dir(process.path().join("fd")).into_iter().flatten();
-        let is_user = descriptors.flatten().any(|fd| {
+        let mut to_the_file = descriptors.flatten().filter(|fd| {
             // Follows the link to the open file itself.
             std::fs::metadata(fd.path())
                 .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
         });
-        if is_user {
+        // One descriptor of ours is the caller's.
+        let not_others = usize::from(pid == own);
+        if to_the_file.nth(not_others).is_some() {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            users.push(format!("{} (pid {pid})", name.trim_end()));
+            users.push(match pid == own {
+                true => "this process".to_string(),
+                false => format!("{} (pid {pid})", name.trim_end()),
+            });
             if users.len() == MAX_NAMED {
                 break;
             }
