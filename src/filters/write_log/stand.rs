@@ -16,7 +16,7 @@ use crate::filters::write_log::NAME;
 use crate::io::{Buffers, Fut};
 use crate::units::ByteRange;
 
-/// See the [module](self).
+/// A write log as a node of its own: what it stands on, and how it is put in front of that.
 #[derive(Debug)]
 pub struct Stand {
     file: Node,
