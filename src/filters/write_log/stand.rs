@@ -16,7 +16,7 @@ use crate::filters::write_log::NAME;
 use crate::io::{Buffers, Fut};
 use crate::units::ByteRange;
 
-/// A write log as a node of its own: what it stands on, and how it is put in front of that.
+/// What a write log records that is a node of its own: the node below, with all its checks.
 #[derive(Debug)]
 pub struct Stand {
     file: Node,
