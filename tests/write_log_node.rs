@@ -118,8 +118,9 @@ fn what_a_guest_writes_is_in_the_log_across_kills_and_restarts() {
         let nodes = bed.qmp().ok("query-named-block-nodes", json!({}));
         let log = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "l0").unwrap();
         assert_eq!((&log["drv"], &log["file"]), (&json!("blklogwrites"), &json!(bed.path("disk"))));
-        // Another guest will come, which is promised only what was flushed.
-        disk.execute(0, &Request::flush()).unwrap().ok().unwrap();
+        // New space that was not flushed: another guest will come, and the log has it.
+        let unflushed = Request::write(5 << 20, vec![77; 65536]);
+        disk.execute(0, &unflushed).unwrap().ok().unwrap();
         backend.kill();
         drop(disk);
         // The same command goes on with it.

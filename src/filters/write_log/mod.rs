@@ -29,7 +29,8 @@
 //!   is what the disk holds.
 //! * A request completes only when its entry is whole, and all before it (`tail`).
 //! * The superblock covers what is durable, and after a flush all that the flush promised.
-//! * What was completed is found again after `kill -9`, by the CRCs in the sidecar (`open`).
+//! * What was completed is found again after `kill -9`, by the CRCs in the sidecar (`open`), and the
+//!   disk has it, whoever the guest is then.
 
 mod batch;
 mod copies;
@@ -75,6 +76,8 @@ pub struct WriteLog {
     below: Arc<dyn Driver>,
     recorder: Recorder,
     order: Order,
+    /// Whether there were entries when it was opened.
+    goes_on: bool,
     /// Held by each request until it has its place in the log.
     in_flight: Arc<RangeLock>,
     /// Whether anything but an end mark was added.
@@ -321,8 +324,20 @@ impl Driver for WriteLog {
         self.below.details()
     }
 
+    /// What the log says of the disk stays true: where a new guest would begin with what was flushed,
+    /// it begins with all that was logged.
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
-        self.below.resume(nonce)
+        Box::pin(async move {
+            let kept = self.below.keep().filter(|_| self.goes_on).and_then(Keep::found);
+            let (None, Some(kept)) = (nonce, kept) else { return self.below.resume(nonce).await };
+            tracing::info!(
+                "{}: the disk keeps what an earlier guest had not flushed",
+                self.log_name()
+            );
+            self.below.resume(Some(kept)).await?;
+            // The session that comes knows nothing of it.
+            self.below.flush().await
+        })
     }
 
     fn begin_session(&self, nonce: u128) -> Result<()> {

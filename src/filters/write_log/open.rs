@@ -118,6 +118,7 @@ pub async fn open(
         below: subject.below,
         recorder: Recorder::new(start),
         order: settings.order,
+        goes_on: !is_new,
         in_flight: Arc::new(RangeLock::new()),
         has_grown: is_new.into(),
         has_ended: false.into(),
