@@ -479,8 +479,10 @@ fn guest_migrates_through_a_file_under_load() {
     ping(&mut source, &mut backend, 1);
     let end = source.end();
     let mut qmp = source.qmp();
-    // Slow at first, so that the save is under way while the guest reads.
-    qmp.run("migrate-set-parameters", json!({"max-bandwidth": 8 * MIB}), end);
+    // Slow at first, and with a pause too short to end in, so that the save is under way while the
+    // guest reads, however slow that is.
+    let slow = json!({"max-bandwidth": 2 * MIB, "downtime-limit": 1});
+    qmp.run("migrate-set-parameters", slow, end);
     qmp.run("migrate", json!({"uri": format!("file:{}", text(&state))}), end);
     while qmp.run("query-migrate", json!({}), end)["ram"]["transferred"].as_u64() < Some(4 * MIB) {
         assert!(Instant::now() < end, "the save does not begin");
