@@ -24,7 +24,12 @@ pub fn sector(word: u64) -> Vec<u8> {
 pub fn words(bytes: &[u8]) -> Vec<u64> {
     let word = |sector: &[u8]| {
         let word = &sector[..8];
-        assert!(sector.chunks(8).all(|other| other == word), "a torn sector");
+        let torn = sector.chunks(8).position(|other| other != word);
+        assert!(
+            torn.is_none(),
+            "a torn sector: {word:x?}, and from word {torn:?} on {:x?}",
+            torn.map(|at| &sector[at * 8..])
+        );
         u64::from_le_bytes(word.try_into().unwrap())
     };
     bytes.chunks(SECTOR as usize).map(word).collect()
