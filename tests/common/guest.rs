@@ -22,17 +22,25 @@ pub fn sector(word: u64) -> Vec<u8> {
 
 /// The words of whole sectors; a torn one is a failure.
 pub fn words(bytes: &[u8]) -> Vec<u64> {
-    let word = |sector: &[u8]| {
-        let word = &sector[..8];
-        let torn = sector.chunks(8).position(|other| other != word);
-        assert!(
-            torn.is_none(),
-            "a torn sector: {word:x?}, and from word {torn:?} on {:x?}",
-            torn.map(|at| &sector[at * 8..])
-        );
-        u64::from_le_bytes(word.try_into().unwrap())
-    };
-    bytes.chunks(SECTOR as usize).map(word).collect()
+    bytes
+        .chunks(SECTOR as usize)
+        .map(|sector| whole(sector).unwrap_or_else(|err| panic!("{err}")))
+        .collect()
+}
+
+/// The word that a sector is full of; else what is in it.
+fn whole(sector: &[u8]) -> Result<u64, String> {
+    let all: Vec<u64> = parts(sector).collect();
+    match all.iter().position(|word| *word != all[0]) {
+        None => Ok(all[0]),
+        Some(at) => {
+            Err(format!("a torn sector: {:x}, and from word {at} on {:x?}", all[0], &all[at..]))
+        }
+    }
+}
+
+fn parts(sector: &[u8]) -> impl Iterator<Item = u64> {
+    sector.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()))
 }
 
 /// A run of sectors.
@@ -235,14 +243,14 @@ impl Guest {
         }
     }
 
-    /// The whole disk, as words.
-    fn read_all(&mut self) -> Vec<u64> {
+    /// The whole disk.
+    fn read_all(&mut self) -> Vec<u8> {
         let mut all = Vec::new();
         let mut offset = 0;
         let size = self.sectors.len() as u64 * SECTOR;
         while offset < size {
             let len = (size - offset).min(1 << 20);
-            all.extend(words(&self.disk.read(0, offset, len as u32).unwrap()));
+            all.extend(self.disk.read(0, offset, len as u32).unwrap());
             offset += len;
         }
         all
@@ -251,7 +259,7 @@ impl Guest {
     /// Demands that every completed write is there. Nothing may be in flight.
     pub fn verify(&mut self) {
         assert!(self.ops.iter().all(HashMap::is_empty), "in flight: {:?}", self.ops);
-        for (at, word) in self.read_all().into_iter().enumerate() {
+        for (at, word) in words(&self.read_all()).into_iter().enumerate() {
             assert_eq!(word, self.now(at), "sector {at}: not what was written last");
         }
     }
@@ -263,15 +271,43 @@ impl Guest {
 
     /// Another guest on the same disk: demands that what was flushed is there, and starts from what
     /// it finds.
+    ///
+    /// A process that is killed may leave a sector torn where a write was in flight: the kernel stops
+    /// copying where the next page of the guest's memory is not mapped yet, and in the buffers of this
+    /// guest, where data follows a header, that is in the middle of a sector. It is written anew.
     pub fn replace(&mut self, disk: Session) {
         self.disk = disk;
         self.ops.iter_mut().for_each(HashMap::clear);
         self.busy.fill(false);
-        for (at, word) in self.read_all().into_iter().enumerate() {
-            let possible = self.is_possible(at, word);
-            let known = &mut self.sectors[at];
-            assert!(possible, "sector {at}: {word:x} instead of one of {known:x?}");
-            *known = vec![(word, self.completed)];
+        let mut torn = Vec::new();
+        for (at, sector) in self.read_all().chunks(SECTOR as usize).enumerate() {
+            match whole(sector) {
+                Ok(word) => {
+                    let possible = self.is_possible(at, word);
+                    let known = &mut self.sectors[at];
+                    assert!(possible, "sector {at}: {word:x} instead of one of {known:x?}");
+                    *known = vec![(word, self.completed)];
+                }
+                Err(err) => {
+                    let known = &self.sectors[at];
+                    let in_flight = known.iter().any(|(_, done)| *done == IN_FLIGHT);
+                    let possible = parts(sector).all(|word| self.is_possible(at, word));
+                    assert!(
+                        in_flight && possible,
+                        "sector {at}: {err}, instead of one of {known:x?}"
+                    );
+                    eprintln!("sector {at}, with a write in flight: {err}");
+                    torn.push(at as u64 / self.unit * self.unit);
+                }
+            }
+        }
+        for start in torn {
+            self.next_word += 1;
+            let run = Run { start, len: self.unit };
+            let data = sector(self.next_word).repeat(self.unit as usize);
+            self.disk.write(0, start * SECTOR, &data).unwrap();
+            self.disk.flush(0).unwrap();
+            self.sectors[run.sectors()].fill(vec![(self.next_word, self.completed)]);
         }
     }
 }
