@@ -382,6 +382,11 @@ fn a_job_is_seen_under_the_name_of_its_filter() {
         assert_eq!(drv(&mut qmp), Value::Null);
     }
     let filter = json!({"device": "disk", "filter-node-name": "jf"});
+    // A start that is refused leaves nothing: somebody else reads the base.
+    let reader = vublk::images::open(&vublk::images::OpenRequest::read(host.path("base"))).unwrap();
+    assert!(qmp.fails("block-commit", filter.clone()).contains("base"));
+    assert_eq!(drv(&mut qmp), Value::Null);
+    drop(reader);
     while_writing(&mut guest, || run_active(&mut qmp, filter));
     assert_eq!(drv(&mut qmp), Value::Null);
     guest.verify();

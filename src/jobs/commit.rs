@@ -91,8 +91,13 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     let base_access = image.access;
     let root = Root::new(format!("job '{}'", spec.id), top.clone());
     graph.add_root(&root)?;
+    let driver = if is_active { "mirror_top" } else { "commit_top" };
+    let shown = chain::show(layers, JobKind::Commit, driver, filter_name, &top);
     let quiesced = graph.quiesce(std::slice::from_ref(&base));
-    let prepared = chain::open_base(layers, &nodes, &quiesced);
+    let prepared = shown.and_then(|shown| {
+        holds.extend(shown);
+        chain::open_base(layers, &nodes, &quiesced)
+    });
     let intercept = match &prepared {
         Ok(()) if is_active => Some(chain::intercept(&top, &quiesced)),
         Ok(()) => None,
@@ -104,10 +109,10 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     graph.resume(quiesced);
     if let Err(err) = prepared {
         graph.remove_root(&root);
+        drop(holds);
+        layers.collect();
         return Err(err);
     }
-    let driver = if is_active { "mirror_top" } else { "commit_top" };
-    holds.extend(chain::show(layers, JobKind::Commit, driver, filter_name, &top)?);
     let intercept = Mutex::new(intercept);
     let spec = Spec { roots: vec![root.clone()], holds, ..spec };
     let body = Commit { top, base, root, on_error, backing_file, base_access, intercept };

@@ -82,15 +82,20 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spe
     }
     let root = Root::new(format!("job '{}'", spec.id), top.clone());
     graph.add_root(&root)?;
+    let shown = chain::show(layers, JobKind::Stream, "copy-on-read", filter_name, &top);
     let quiesced = graph.quiesce(std::slice::from_ref(&top));
-    let opened = layers.set_access(&top, Access::Write, &quiesced);
+    let opened = shown.and_then(|shown| {
+        holds.extend(shown);
+        layers.set_access(&top, Access::Write, &quiesced)
+    });
     let intercept = opened.is_ok().then(|| chain::intercept(&top, &quiesced));
     graph.resume(quiesced);
     if let Err(err) = opened {
         graph.remove_root(&root);
+        drop(holds);
+        layers.collect();
         return Err(err);
     }
-    holds.extend(chain::show(layers, JobKind::Stream, "copy-on-read", filter_name, &top)?);
     let body = Stream {
         drops_top: base.is_none() && image.format == ImageFormat::AddCow,
         top,
