@@ -1,77 +1,29 @@
 //! Snapshots and jobs on disks with a filter before them: the filter stays where it is, and chains
 //! change below it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 mod common;
 
-use common::guest::{Guest, SECTOR, sector, words};
-use common::{Backend, Qmp, Random, Setup, ok};
+use common::guest::{SECTOR, sector};
+use common::host::base_word;
+use common::{Host, Qmp, Random, ok};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, Request, SessionOptions};
 
 const DISK: u64 = 4 << 20;
 
-fn base_word(at: u64) -> u64 {
-    0xba5e_0000_0000_0000 | at
-}
-
-/// A guest on `disk`, with a filter before it.
-struct Host {
-    backend: Backend,
-    dir: tempfile::TempDir,
-    state: tempfile::TempDir,
-}
-
-impl Host {
-    fn start(format: &'static str, faults: &str) -> Host {
-        let dir = tempfile::Builder::new().prefix("vublk-").tempdir().unwrap();
-        let state = tempfile::Builder::new().prefix("vublk-").tempdir_in("/dev/shm").unwrap();
-        let data: Vec<u8> = (0..DISK / SECTOR).flat_map(|at| sector(base_word(at))).collect();
-        std::fs::write(dir.path().join("base"), data).unwrap();
-        if format != "raw" {
-            ok(dir.path(), &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"]);
-        } else {
-            std::fs::rename(dir.path().join("base"), dir.path().join("disk")).unwrap();
-        }
-        let mut host = Host { backend: Setup::new(&[]).prepare(), dir, state };
-        host.backend = host.setup(format, "disk", faults).start();
-        host
+/// A daemon with `disk`, on a base if it is not raw, and a filter before it.
+fn start(format: &'static str, faults: &str) -> Host {
+    let mut host = Host::with_base(DISK);
+    let dir = host.dir.path();
+    match format {
+        "raw" => std::fs::rename(dir.join("base"), dir.join("disk")).unwrap(),
+        _ => drop(ok(dir, &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"])),
     }
-
-    fn setup(&self, format: &'static str, image: &str, faults: &str) -> Setup {
-        let (state, control) = (self.state.path().to_str().unwrap(), self.path("qmp.sock"));
-        let mut args = vec!["--state-dir", state, "--control", control.to_str().unwrap()];
-        if !faults.is_empty() {
-            args.extend(["--fault", faults]);
-        }
-        Setup::new(&args).format(format, &self.path(image))
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn qmp(&self) -> Qmp {
-        Qmp::connect(&self.path("qmp.sock"))
-    }
-
-    fn guest(&self, name: &str) -> Guest {
-        let disk = self.backend.open(SessionOptions::new(Personality::Qemu).queues(2));
-        Guest::new(disk, Random::new(name), (0..DISK / SECTOR).map(base_word))
-    }
-
-    fn content(&self, format: &str, image: &str) -> Vec<u64> {
-        ok(self.dir.path(), &["convert", "-q", "-U", "-f", format, "-O", "raw", image, "out"]);
-        words(&std::fs::read(self.path("out")).unwrap())
-    }
-
-    fn is_disk(&self, guest: &Guest, format: &str, image: &str) {
-        for (at, word) in self.content(format, image).into_iter().enumerate() {
-            assert_eq!(word, guest.now(at), "sector {at} of {image}");
-        }
-    }
+    host.backend = host.setup(format, "disk", &["--fault", faults]).start();
+    host
 }
 
 /// What is served, from the top: drivers, and the file of each.
@@ -112,22 +64,16 @@ fn ended(qmp: &mut Qmp) {
     }
 }
 
-fn snapshot(host: &Host, qmp: &mut Qmp, name: &str, format: &str) {
-    let file = host.path(name);
-    let arguments = json!({"device": "disk", "snapshot-file": file, "format": format});
-    qmp.ok("blockdev-snapshot-sync", arguments);
-}
-
 #[test]
 fn chains_grow_and_shrink_below_a_filter() {
     for format in ["add-cow", "qcow2"] {
-        let mut host = Host::start(format, "inject-delay.0.delay-us=0,inject-delay.0.one-in=50");
+        let mut host = start(format, "inject-delay.0.delay-us=0,inject-delay.0.one-in=50");
         let mut guest = host.guest("chains_grow_and_shrink_below_a_filter");
         let mut qmp = host.qmp();
         guest.work(Duration::from_millis(20));
         guest.settle();
         let at_snapshot: Vec<_> = (0..(DISK / SECTOR) as usize).map(|at| guest.now(at)).collect();
-        snapshot(&host, &mut qmp, "a", format);
+        host.snapshot(&mut qmp, "a", format);
         let of = |driver: &str, file: &str| format!("{driver} {file}");
         let chain_with = |files: &[&str]| -> Vec<String> {
             let mut all = vec![of("fault", files[0])];
@@ -142,7 +88,7 @@ fn chains_grow_and_shrink_below_a_filter() {
         guest.settle();
         guest.verify();
         assert!(host.content(format, "disk") == at_snapshot, "the snapshot is what it was");
-        snapshot(&host, &mut qmp, "b", format);
+        host.snapshot(&mut qmp, "b", format);
         guest.work(Duration::from_millis(20));
         // A layer below the top, then all of it, and then up again.
         let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
@@ -164,7 +110,7 @@ fn chains_grow_and_shrink_below_a_filter() {
         assert_eq!(shown(&chain(&mut qmp)), chain_with(&["base"]));
         guest.settle();
         guest.verify();
-        snapshot(&host, &mut qmp, "c", format);
+        host.snapshot(&mut qmp, "c", format);
         guest.work(Duration::from_millis(20));
         qmp.ok("block-stream", json!({"device": "disk", "job-id": "j"}));
         guest.work(Duration::from_millis(20));
@@ -179,18 +125,16 @@ fn chains_grow_and_shrink_below_a_filter() {
         guest.work(Duration::from_millis(5));
         guest.settle();
         guest.verify();
-        guest.disk.stop().unwrap();
-        assert!(host.backend.terminate().success(), "{}", host.backend.log());
+        host.stop(&mut guest);
         let (driver, file) = alone.split_once(' ').unwrap();
         host.is_disk(&guest, driver, file);
-        assert_eq!(std::fs::read_dir(host.state.path()).unwrap().count(), 0);
     }
 }
 
 /// What a volatile cache keeps from the disk is part of its snapshot.
 #[test]
 fn a_snapshot_has_what_the_filter_kept_from_the_disk() {
-    let mut host = Host::start("raw", "volatile-cache.size=64M");
+    let mut host = start("raw", "volatile-cache.size=64M");
     let mut disk = host.backend.open(SessionOptions::new(Personality::Qemu));
     let mut qmp = host.qmp();
     let mut random = Random::new("a_snapshot_has_what_the_filter_kept");
@@ -203,7 +147,7 @@ fn a_snapshot_has_what_the_filter_kept_from_the_disk() {
     };
     (1..100).for_each(|word| write(&mut model, word));
     assert_ne!(qmp.ok("x-vublk-query-faults", json!({}))[0]["bytes-at-risk"], 0);
-    snapshot(&host, &mut qmp, "a", "qcow2");
+    host.snapshot(&mut qmp, "a", "qcow2");
     let at_snapshot = model.clone();
     assert!(host.content("raw", "disk") == at_snapshot);
     (100..200).for_each(|word| write(&mut model, word));
@@ -218,21 +162,22 @@ fn a_snapshot_has_what_the_filter_kept_from_the_disk() {
 fn killed_after_a_snapshot_below_a_filter_nothing_completed_is_lost() {
     for format in ["add-cow", "qcow2"] {
         let faults = "inject-delay.0.delay-us=0,inject-delay.0.one-in=50";
-        let mut host = Host::start(format, faults);
+        let mut host = start(format, faults);
         let mut guest = host.guest("killed_after_a_snapshot_below_a_filter");
         for round in 0..4 {
             let mut qmp = host.qmp();
             let name = format!("k{round}");
             guest.work(Duration::from_millis(10));
-            snapshot(&host, &mut qmp, &name, format);
+            host.snapshot(&mut qmp, &name, format);
             guest.work(Duration::from_millis(10));
             host.backend.kill();
-            host.backend = host.setup(format, &name, faults).start();
+            host.backend = host.setup(format, &name, &["--fault", faults]).start();
             guest.disk.path = host.backend.socket.clone();
             guest.disk.reconnect().unwrap();
             guest.settle();
             guest.verify();
         }
+        // What was kept of the frozen layers stays, without records, until the host's next start.
         guest.disk.stop().unwrap();
         assert!(host.backend.terminate().success(), "{}", host.backend.log());
         host.is_disk(&guest, format, "k3");
@@ -242,7 +187,7 @@ fn killed_after_a_snapshot_below_a_filter_nothing_completed_is_lost() {
 /// A transaction that fails leaves the filter on the disk that it was on.
 #[test]
 fn an_undone_snapshot_leaves_the_filter_where_it_was() {
-    let mut host = Host::start("qcow2", "inject-delay.0.delay-us=0,inject-delay.0.one-in=50");
+    let mut host = start("qcow2", "inject-delay.0.delay-us=0,inject-delay.0.one-in=50");
     let mut guest = host.guest("an_undone_snapshot_leaves_the_filter");
     let mut qmp = host.qmp();
     guest.work(Duration::from_millis(10));
@@ -258,7 +203,6 @@ fn an_undone_snapshot_leaves_the_filter_where_it_was() {
     guest.work(Duration::from_millis(10));
     guest.settle();
     guest.verify();
-    guest.disk.stop().unwrap();
-    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+    host.stop(&mut guest);
     host.is_disk(&guest, "qcow2", "disk");
 }

@@ -7,89 +7,25 @@ use std::time::Duration;
 
 mod common;
 
-use common::guest::{Guest, SECTOR, sector, words};
-use common::{Backend, Qmp, Random, Setup, ok};
+use common::guest::{Guest, SECTOR, words};
+use common::host::base_word;
+use common::{Host, Qmp, Random, ok};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, SessionOptions};
 
 const DISK: u64 = (6 << 20) + 7 * SECTOR;
-const QUEUES: u16 = 2;
 
-/// What the base holds.
-fn base_word(at: u64) -> u64 {
-    0xba5e_0000_0000_0000 | at
-}
-
-/// A daemon with one disk, an overlay over a base that is full of data, and a control socket.
-struct Host {
-    backend: Backend,
-    dir: tempfile::TempDir,
-    state: tempfile::TempDir,
-}
-
-impl Host {
-    /// `disk` of format `top`, on `base` of format `below`.
-    fn start(top: &'static str, below: &str) -> Host {
-        let dir = tempfile::Builder::new().prefix("vublk-jobs-").tempdir().unwrap();
-        let state = tempfile::Builder::new().prefix("vublk-jobs-").tempdir_in("/dev/shm").unwrap();
-        let data: Vec<u8> = (0..DISK / SECTOR).flat_map(|at| sector(base_word(at))).collect();
-        std::fs::write(dir.path().join("base"), data).unwrap();
-        if below != "raw" {
-            ok(dir.path(), &["convert", "-q", "-f", "raw", "-O", below, "base", "converted"]);
-            std::fs::rename(dir.path().join("converted"), dir.path().join("base")).unwrap();
-        }
-        ok(dir.path(), &["create", "-q", "-f", top, "-b", "base", "-F", below, "disk"]);
-        let mut host = Host { backend: Setup::new(&[]).prepare(), dir, state };
-        host.backend = host.setup(top, "disk").start();
-        host
+/// A daemon with `disk` of format `top`, on `base` of format `below`.
+fn start(top: &'static str, below: &str) -> Host {
+    let mut host = Host::with_base(DISK);
+    let dir = host.dir.path();
+    if below != "raw" {
+        ok(dir, &["convert", "-q", "-f", "raw", "-O", below, "base", "converted"]);
+        std::fs::rename(dir.join("converted"), dir.join("base")).unwrap();
     }
-
-    fn setup(&self, format: &'static str, image: &str) -> Setup {
-        let (state, control) = (self.state.path().to_str().unwrap(), self.path("control.sock"));
-        let args = ["--state-dir", state, "--control", control.to_str().unwrap()];
-        Setup::new(&args).format(format, &self.path(image))
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn qmp(&self) -> Qmp {
-        Qmp::connect(&self.path("control.sock"))
-    }
-
-    fn guest(&self, name: &str) -> Guest {
-        let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
-        let disk = self.backend.open(options);
-        Guest::new(disk, Random::new(name), (0..DISK / SECTOR).map(base_word))
-    }
-
-    /// Ends it in order; nothing may be kept any more.
-    fn stop(&mut self, guest: &mut Guest) {
-        guest.disk.stop().unwrap();
-        assert!(self.backend.terminate().success(), "{}", self.backend.log());
-        let left: Vec<_> = std::fs::read_dir(self.state.path()).unwrap().collect();
-        assert!(left.is_empty(), "{left:?}");
-    }
-
-    /// Demands that an image is the guest's disk, and sound.
-    fn is_disk(&self, guest: &Guest, format: &str, image: &str) {
-        if format != "raw" {
-            ok(self.dir.path(), &["check", "-f", format, image]);
-        }
-        ok(self.dir.path(), &["convert", "-q", "-f", format, "-O", "raw", image, "out"]);
-        let content = words(&std::fs::read(self.path("out")).unwrap());
-        assert_eq!(content.len() as u64, DISK / SECTOR);
-        for (at, word) in content.into_iter().enumerate() {
-            assert_eq!(word, guest.now(at), "sector {at} of {image}");
-        }
-    }
-
-    fn snapshot(&self, qmp: &mut Qmp, name: &str, format: &str) {
-        let file = self.path(name);
-        let arguments = json!({"device": "disk", "snapshot-file": file, "format": format});
-        qmp.ok("blockdev-snapshot-sync", arguments);
-    }
+    ok(dir, &["create", "-q", "-f", top, "-b", "base", "-F", below, "disk"]);
+    host.backend = host.setup(top, "disk", &[]).start();
+    host
 }
 
 /// Has the guest write for as long as `work` takes.
@@ -175,7 +111,7 @@ fn drivers(qmp: &mut Qmp) -> Vec<String> {
 
 #[test]
 fn an_add_cow_disk_is_streamed_until_its_raw_file_stands_alone() {
-    let mut host = Host::start("add-cow", "raw");
+    let mut host = start("add-cow", "raw");
     let mut guest = host.guest("an_add_cow_disk_is_streamed");
     let mut qmp = host.qmp();
     guest.work(Duration::from_millis(50));
@@ -188,14 +124,14 @@ fn an_add_cow_disk_is_streamed_until_its_raw_file_stands_alone() {
     // The add-cow file is still the same disk, and needs no base; but it is not given to a guest.
     std::fs::remove_file(host.path("base")).unwrap();
     host.is_disk(&guest, "add-cow", "disk");
-    let mut old = host.setup("add-cow", "disk").prepare();
+    let mut old = host.setup("add-cow", "disk", &[]).prepare();
     old.spawn();
     assert!(!old.wait_end().success());
     assert!(old.log().contains("goes on in"), "{}", old.log());
 }
 
 fn active(top: &'static str, below: &'static str) {
-    let mut host = Host::start(top, below);
+    let mut host = start(top, below);
     let mut guest = host.guest(&format!("active, {top} on {below}"));
     let mut qmp = host.qmp();
     guest.work(Duration::from_millis(50));
@@ -204,10 +140,10 @@ fn active(top: &'static str, below: &'static str) {
     guest.verify();
     host.stop(&mut guest);
     host.is_disk(&guest, below, "base");
-    host.backend = host.setup(below, "base").start();
-    guest.replace(host.backend.open(SessionOptions::new(Personality::Qemu).queues(QUEUES)));
+    host.backend = host.setup(below, "base", &[]).start();
+    guest.replace(host.backend.open(SessionOptions::new(Personality::Qemu).queues(2)));
     host.stop(&mut guest);
-    let mut old = host.setup(top, "disk").prepare();
+    let mut old = host.setup(top, "disk", &[]).prepare();
     old.spawn();
     assert!(!old.wait_end().success());
     assert!(old.log().contains("goes on in"), "{}", old.log());
@@ -233,7 +169,7 @@ fn names(host: &Host, image: &str) -> Option<String> {
 
 /// base ◄ disk ◄ a ◄ b ◄ c, and a guest that has written between the snapshots.
 fn tall(name: &str) -> (Host, Qmp, Guest) {
-    let host = Host::start("add-cow", "raw");
+    let host = start("add-cow", "raw");
     let mut guest = host.guest(name);
     let mut qmp = host.qmp();
     for overlay in ["a", "b", "c"] {
@@ -442,7 +378,7 @@ impl Served {
     /// As an operator does it: the same command again, and what the refusal says if there is one.
     fn restart(&mut self, host: &mut Host) {
         loop {
-            let mut again = host.setup(self.format, self.image.to_str().unwrap()).prepare();
+            let mut again = host.setup(self.format, &self.image, &[]).prepare();
             again.spawn();
             let refusal = "goes on in ";
             common::wait_until("an answer", || {
@@ -467,7 +403,7 @@ impl Served {
 
 /// Kills the daemon at any point of jobs, with a guest that lives on.
 fn killed(command: &str, rounds: u32, name: &str) {
-    let mut host = Host::start("add-cow", "raw");
+    let mut host = start("add-cow", "raw");
     let mut guest = host.guest(name);
     let mut served = Served { image: host.path("disk"), format: "add-cow" };
     let mut random = Random::new(name);
@@ -544,7 +480,7 @@ fn killed_in_the_middle_of_a_stream() {
 /// at any time.
 #[test]
 fn random_chains() {
-    let mut host = Host::start("add-cow", "raw");
+    let mut host = start("add-cow", "raw");
     let mut guest = host.guest("random_chains");
     let mut qmp = host.qmp();
     let mut random = Random::new("random_chains, jobs");

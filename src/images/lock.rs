@@ -117,12 +117,7 @@ fn lock_host(
 mod tests {
     use super::*;
     use crate::images::open;
-
-    fn file_of(bytes: &[u8]) -> tempfile::NamedTempFile {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), bytes).unwrap();
-        file
-    }
+    use crate::images::open::tests::file_of;
 
     #[test]
     fn locks_of_each_role() {

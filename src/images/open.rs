@@ -440,10 +440,11 @@ pub fn full_backing_name(from: &Path, reference: &str) -> PathBuf {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn file_of(bytes: &[u8]) -> tempfile::NamedTempFile {
+    /// A file with these bytes.
+    pub fn file_of(bytes: &[u8]) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
         file

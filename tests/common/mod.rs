@@ -8,6 +8,7 @@ pub mod backend;
 pub mod command;
 pub mod driver;
 pub mod guest;
+pub mod host;
 pub mod libvhdi;
 pub mod qmp;
 pub mod random;
@@ -17,6 +18,7 @@ pub use self::{
     backend::{Backend, Setup},
     command::{fails, have, ok, ok_or, tool, tool_ok, vublk},
     driver::{Done, Driver},
+    host::Host,
     qmp::Qmp,
     random::Random,
 };
