@@ -33,6 +33,8 @@ use crate::units::ByteRange;
 
 /// How much of the log is read at once, in bytes.
 const WINDOW: u64 = 256 << 10;
+/// How much of it is in memory at most, in bytes.
+const MOST: u64 = 4 << 20;
 
 /// A valid entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,8 +285,14 @@ impl<'a> LogReader<'a> {
             && offset + LOG_SECTOR <= self.window_start + self.window.len() as u64;
         if !inside {
             let len = WINDOW.min(self.log.len - offset);
-            self.window = disk::read(self.file, self.log.offset + offset, len).await?;
-            self.window_start = offset;
+            // What an entry is checked by is read from its start to its end, twice.
+            let goes_on = offset == self.window_start + self.window.len() as u64;
+            if !goes_on || self.window.len() as u64 + len > MOST {
+                self.window.clear();
+                self.window_start = offset;
+            }
+            let read = disk::read(self.file, self.log.offset + offset, len).await?;
+            self.window.extend_from_slice(&read);
         }
         let from = (offset - self.window_start) as usize;
         Ok(&self.window[from..from + LOG_SECTOR as usize])
