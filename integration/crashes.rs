@@ -66,7 +66,8 @@ impl Recorded {
         (output.status.code(), report)
     }
 
-    /// Explores, and asserts that all states are good. Says how many there were.
+    /// Explores, and asserts that all states are good. Says how many there were, duplicates not
+    /// counted.
     #[track_caller]
     fn assert_good(&self, what: &str, check: &str, options: &[&str]) -> u64 {
         let (code, report) = self.explore(check, options);
@@ -74,13 +75,14 @@ impl Recorded {
         assert_eq!((code, &report["finished"]), (Some(0), &true.into()), "{what}");
         let number = |name: &str| report[name].as_f64().expect("a number");
         announce(&format!(
-            "{what}: {} states, {} of them checked, in {:.1} s: {:.0} checked/s",
+            "{what}: {} states, {} of them checked and {} alike, in {:.1} s: {:.0} checked/s",
             number("states"),
             number("checked"),
+            number("alike"),
             number("seconds"),
             number("checked") / number("seconds"),
         ));
-        report["checked"].as_u64().expect("a number")
+        (number("checked") + number("alike")) as u64
     }
 
     /// Explores until a state is not good, and asserts that the report is what somebody needs who has

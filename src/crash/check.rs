@@ -89,6 +89,14 @@ impl Checker {
         }
     }
 
+    /// Whether the verdict depends on nothing but what it reads of that file, and on the last mark.
+    pub fn reads_the_file_alone(&self) -> bool {
+        match self {
+            Checker::Ext4 => true,
+            Checker::Command(line) => line.contains(PATH) && !line.contains(STATE),
+        }
+    }
+
     /// Checks the disk at `path`, which is the state `state`, left by a power cut after `mark`; what is printed goes nowhere, or
     /// to `output`.
     ///

@@ -27,6 +27,8 @@ pub struct StateDisk {
     base: Node,
     view: View,
     written: HashMap<u64, Page>,
+    /// What was read of the state itself, in sectors and in the order of the reads.
+    looked_at: Vec<ByteRange>,
 }
 
 /// Sectors that were written.
@@ -40,7 +42,13 @@ struct Page {
 impl StateDisk {
     /// The base, until a state is shown.
     pub fn new(history: Arc<History>, base: Node) -> StateDisk {
-        StateDisk { history, base, view: View::default(), written: HashMap::new() }
+        StateDisk {
+            history,
+            base,
+            view: View::default(),
+            written: HashMap::new(),
+            looked_at: Vec::new(),
+        }
     }
 
     /// Size in bytes.
@@ -53,8 +61,9 @@ impl StateDisk {
         &self.history
     }
 
-    /// Is the state `name` from now on, fresh. Returns what may read differently now, as ranges of
-    /// whole pages in the order of the disk.
+    /// Is the state `name` from now on, fresh. Returns what may read differently now, and all that
+    /// differs between states of the same epoch, as ranges of whole pages in the order of the disk:
+    /// who forgets these reads anew whatever a verdict can depend on.
     ///
     /// # Errors
     /// If the log has no such state.
@@ -63,6 +72,7 @@ impl StateDisk {
         changed
             .extend(self.written.keys().map(|page| ByteRange { offset: page * PAGE, len: PAGE }));
         self.written.clear();
+        self.looked_at.clear();
         changed.sort_by_key(|range| range.offset);
         let mut pages: Vec<ByteRange> = Vec::new();
         for range in changed {
@@ -78,8 +88,13 @@ impl StateDisk {
         Ok(pages)
     }
 
+    /// What was read of the state since it is shown, but for what had been written before.
+    pub fn looked_at(&self) -> &[ByteRange] {
+        &self.looked_at
+    }
+
     /// Reads a range; less at the end of the disk.
-    pub fn read(&self, range: ByteRange) -> Result<Vec<u8>> {
+    pub fn read(&mut self, range: ByteRange) -> Result<Vec<u8>> {
         let range = range.intersect(&ByteRange { offset: 0, len: self.size() });
         if range.is_empty() {
             return Ok(Vec::new());
@@ -91,6 +106,7 @@ impl StateDisk {
         block_on(self.read_below(around, &buf.buffers()))?;
         let bytes = buf.as_slice();
         self.lay_written_over(around, bytes);
+        self.note_what_is_not_written(around);
         let skipped = (range.offset - around.offset) as usize;
         Ok(bytes[skipped..skipped + range.len as usize].to_vec())
     }
@@ -136,6 +152,25 @@ impl StateDisk {
             at = run.end();
         }
         Ok(())
+    }
+
+    fn note_what_is_not_written(&mut self, range: ByteRange) {
+        if self.written.is_empty() {
+            return self.note(range);
+        }
+        for offset in (range.offset..range.end()).step_by(SECTOR_SIZE as usize) {
+            let bit = 1 << (offset % PAGE / SECTOR_SIZE);
+            if self.written.get(&(offset / PAGE)).is_none_or(|page| page.valid & bit == 0) {
+                self.note(ByteRange { offset, len: SECTOR_SIZE });
+            }
+        }
+    }
+
+    fn note(&mut self, range: ByteRange) {
+        match self.looked_at.last_mut() {
+            Some(last) if last.end() == range.offset => last.len += range.len,
+            _ => self.looked_at.push(range),
+        }
     }
 
     fn lay_written_over(&self, range: ByteRange, bytes: &mut [u8]) {

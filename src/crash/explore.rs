@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! this thread    epochs ─► states ─► fingerprint ─► seen before? ─► queue ─► results ─► report
-//! workers        show the state in a file of their own ─► checker ─► verdict
+//! workers        answered before? ─► show the state in a file of their own ─► checker ─► verdict
 //! ```
 //!
 //! States come in an order that depends on the log and the options alone, so "all before the n-th
@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::block::Node;
+use crate::crash::answers::Answers;
 use crate::crash::check::{Checker, Verdict};
 use crate::crash::copy::CopiedFile;
 use crate::crash::disk::StateDisk;
@@ -30,6 +31,7 @@ use crate::crash::report::{Failure, Report};
 use crate::crash::shrink;
 use crate::error::{Error, Result};
 use crate::io::{HostFile, OpenOptions, block_on};
+use crate::units::ByteRange;
 use crate::write_log::sidecar::Sidecar;
 
 /// How often the report is saved and the operator is told.
@@ -50,6 +52,9 @@ pub struct Plan {
     pub workers: usize,
     /// How long a checker may take.
     pub limit: Duration,
+    /// Check states, too, whose verdict is known from a state that was the same where the checker
+    /// looked.
+    pub check_alike: bool,
     /// End after so many failures.
     pub stop_after: Option<u64>,
     /// Where the report is kept.
@@ -83,6 +88,17 @@ pub enum Shown {
 struct Task {
     ordinal: u64,
     name: StateName,
+    /// See [`Run::promised`].
+    promised: u64,
+    /// What is known of its epoch; nothing if every state is to be checked.
+    answers: Option<Arc<Mutex<Answers>>>,
+}
+
+/// What a worker has to say of a state.
+enum Answer {
+    Checked(Verdict),
+    /// It is as good as one that was checked.
+    Alike,
 }
 
 /// A state that is not counted yet, because one before it is not done.
@@ -91,6 +107,8 @@ enum Pending {
     Waiting(StateName),
     /// The same disk as another one.
     Duplicate,
+    /// As good as another one.
+    Alike,
     /// Not to be checked.
     Counted,
     /// Checked.
@@ -187,6 +205,14 @@ impl Shown {
         Ok(mark.map(|(_, text)| text.to_string()).unwrap_or_default())
     }
 
+    /// What a checker has read of the state, if that is known.
+    fn looked_at(&self) -> Option<Vec<ByteRange>> {
+        match self {
+            Shown::Fuse(file) => Some(file.looked_at()),
+            Shown::Copy(_) => None,
+        }
+    }
+
     fn show(&mut self, name: &StateName) -> Result<()> {
         match self {
             Shown::Fuse(file) => file.show(name),
@@ -239,7 +265,7 @@ pub fn explore(
     let before = report.seconds;
     let workers = if plan.checker.is_some() { stage.files.len() } else { 0 };
     let (tasks, queue) = sync_channel(workers * 4 + 1);
-    let (verdicts, results) = channel();
+    let (answers, results) = channel();
     let (queue, ending) = (Mutex::new(queue), AtomicBool::new(false));
     let mut run = Run {
         history,
@@ -258,16 +284,16 @@ pub fn explore(
     };
     std::thread::scope(|scope| -> Result<()> {
         for file in stage.files.iter_mut().take(workers) {
-            let (queue, ending, verdicts) = (&queue, &ending, verdicts.clone());
-            scope.spawn(move || work(file, plan, queue, ending, &verdicts));
+            let (queue, ending, answers) = (&queue, &ending, answers.clone());
+            scope.spawn(move || work(file, plan, queue, ending, &answers));
         }
-        drop(verdicts);
+        drop(answers);
         let generated = run.generate(base);
         ending.store(run.given < run.report.states, Ordering::Relaxed);
         run.tasks = None;
         // The workers end what they have in hand.
-        while let Ok((ordinal, verdict)) = run.results.recv() {
-            run.take(ordinal, verdict);
+        while let Ok((ordinal, answer)) = run.results.recv() {
+            run.take(ordinal, answer);
             run.say_now_and_then()?;
             if run.is_interrupted() || run.is_stopped() {
                 ending.store(true, Ordering::Relaxed);
@@ -302,7 +328,7 @@ fn work(
     plan: &Plan,
     queue: &Mutex<Receiver<Task>>,
     ending: &AtomicBool,
-    verdicts: &Sender<(u64, Result<Verdict>)>,
+    answers: &Sender<(u64, Result<Answer>)>,
 ) {
     let Some(checker) = &plan.checker else { return };
     loop {
@@ -311,11 +337,26 @@ fn work(
         if ending.load(Ordering::Relaxed) {
             continue;
         }
-        let verdict = file.check(&task.name, checker, plan.limit);
-        if verdicts.send((task.ordinal, verdict)).is_err() {
+        let answer = answer(file, &task, checker, plan.limit);
+        if answers.send((task.ordinal, answer)).is_err() {
             return;
         }
     }
+}
+
+fn answer(file: &mut Shown, task: &Task, checker: &Checker, limit: Duration) -> Result<Answer> {
+    let Some(answers) = &task.answers else {
+        return file.check(&task.name, checker, limit).map(Answer::Checked);
+    };
+    let answers = || answers.lock().unwrap_or_else(PoisonError::into_inner);
+    if answers().has(&task.name, task.promised) {
+        return Ok(Answer::Alike);
+    }
+    let verdict = file.check(&task.name, checker, limit)?;
+    if let (Verdict::Good, Some(read)) = (&verdict, file.looked_at()) {
+        answers().learn(&task.name, task.promised, &read);
+    }
+    Ok(Answer::Checked(verdict))
 }
 
 /// An exploration that is under way.
@@ -326,7 +367,7 @@ struct Run<'a> {
     watch: &'a mut dyn Watch,
     /// `None` when all is given out.
     tasks: Option<SyncSender<Task>>,
-    results: Receiver<(u64, Result<Verdict>)>,
+    results: Receiver<(u64, Result<Answer>)>,
     started: Instant,
     /// Seconds spent by earlier runs.
     before: f64,
@@ -348,10 +389,15 @@ impl Run<'_> {
         let mut seen = HashSet::new();
         let resumed = self.report.done;
         for epoch in epochs(&history, self.plan) {
-            let print = prints.epoch(&epoch)?;
+            let print = Arc::new(prints.epoch(&epoch)?);
+            let answers = self.wants_answers().then(|| Answers::new(Arc::clone(&print)));
+            let answers = answers.map(|answers| Arc::new(Mutex::new(answers)));
             let flow = enumerate::visit(&history, &epoch, &self.plan.reach, &mut |name| {
-                let content = (print.of(&name), self.promised(&epoch, &name));
-                self.meet(name, seen.insert(content), resumed)
+                let promised = self.promised(&epoch, &name);
+                let is_new = seen.insert((print.of(&name), promised));
+                let ordinal = self.given;
+                let task = Task { ordinal, name, promised, answers: answers.clone() };
+                self.meet(task, is_new, resumed)
             });
             match flow {
                 ControlFlow::Continue(()) => {}
@@ -359,6 +405,12 @@ impl Run<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether an answer of the checker is one for other states, too.
+    fn wants_answers(&self) -> bool {
+        let checker = self.plan.checker.as_ref();
+        !self.plan.check_alike && checker.is_some_and(Checker::reads_the_file_alone)
     }
 
     /// What the checker is told besides the disk: the number of the last mark, which may promise more
@@ -373,8 +425,8 @@ impl Run<'_> {
     }
 
     /// The next state: known, done earlier, or to be checked.
-    fn meet(&mut self, name: StateName, is_new: bool, resumed: u64) -> ControlFlow<Result<()>> {
-        let ordinal = self.given;
+    fn meet(&mut self, task: Task, is_new: bool, resumed: u64) -> ControlFlow<Result<()>> {
+        let ordinal = task.ordinal;
         self.given += 1;
         if ordinal < resumed {
             return ControlFlow::Continue(());
@@ -382,15 +434,16 @@ impl Run<'_> {
         let pending = match (&self.tasks, &self.plan.checker) {
             _ if !is_new => Pending::Duplicate,
             (Some(tasks), Some(_)) => {
+                let name = task.name.clone();
                 // Fails only if all workers have ended, which they do not before us.
-                let _ = tasks.send(Task { ordinal, name: name.clone() });
+                let _ = tasks.send(task);
                 Pending::Waiting(name)
             }
             _ => Pending::Counted,
         };
         self.pending.insert(ordinal, pending);
-        while let Ok((ordinal, verdict)) = self.results.try_recv() {
-            self.take(ordinal, verdict);
+        while let Ok((ordinal, answer)) = self.results.try_recv() {
+            self.take(ordinal, answer);
         }
         self.count_done();
         // Asking costs a system call, and a state may cost less.
@@ -404,10 +457,11 @@ impl Run<'_> {
         ControlFlow::Continue(())
     }
 
-    fn take(&mut self, ordinal: u64, verdict: Result<Verdict>) {
+    fn take(&mut self, ordinal: u64, answer: Result<Answer>) {
         let Some(pending) = self.pending.get_mut(&ordinal) else { return };
-        match (verdict, &*pending) {
-            (Ok(Verdict::Bad(how)), Pending::Waiting(name)) => {
+        match (answer, &*pending) {
+            (Ok(Answer::Alike), _) => *pending = Pending::Alike,
+            (Ok(Answer::Checked(Verdict::Bad(how))), Pending::Waiting(name)) => {
                 *pending = Pending::Bad(Box::new(Failure::new(self.history, name, &how)));
             }
             (Ok(_), _) => *pending = Pending::Good,
@@ -427,6 +481,7 @@ impl Run<'_> {
             let ordinal = *first.key();
             match first.remove() {
                 Pending::Duplicate => self.report.duplicates += 1,
+                Pending::Alike => self.report.alike += 1,
                 Pending::Good => self.report.checked += 1,
                 Pending::Bad(failure) => {
                     self.report.checked += 1;

@@ -20,7 +20,7 @@
 //! costs an addition for each of its writes and for each way in which they overlap, however long they
 //! are.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use twox_hash::xxhash3_128::Hasher;
 
@@ -90,7 +90,7 @@ pub struct Prints {
     /// What each write adds by the runs that no other touches.
     alone: Vec<u128>,
     /// The same, run by run, for writes that are torn.
-    runs: Vec<Vec<(u64, u128)>>,
+    runs: Vec<Vec<(ByteRange, u128)>>,
     /// Runs that several writes touch, by these.
     shared: Vec<Overlap>,
     /// The ranges of the writes.
@@ -98,9 +98,9 @@ pub struct Prints {
 }
 
 /// A run that several writes touch.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Shared {
-    offset: u64,
+    run: ByteRange,
     /// What is there without any of them.
     before: u128,
     /// The writes and what each leaves there, in order.
@@ -183,7 +183,7 @@ impl<'a> Fingerprints<'a> {
                 std::collections::hash_map::Entry::Occupied(shared) => shared.into_mut(),
                 std::collections::hash_map::Entry::Vacant(place) => {
                     let before = self.hash_of(touch.run)?;
-                    place.insert(Shared { offset, before, after: Vec::new() })
+                    place.insert(Shared { run: touch.run, before, after: Vec::new() })
                 }
             };
             shared.after.push((touch.write, touch.after));
@@ -201,7 +201,7 @@ impl<'a> Fingerprints<'a> {
                 [(write, after)] => {
                     let difference = after.wrapping_sub(shared.before);
                     prints.alone[write] = prints.alone[write].wrapping_add(difference);
-                    prints.runs[write].push((shared.offset, difference));
+                    prints.runs[write].push((shared.run, difference));
                 }
                 _ => {
                     let writes = shared.after.iter().map(|(write, _)| *write).collect();
@@ -352,7 +352,7 @@ impl Prints {
                 None => sum = sum.wrapping_add(self.alone[write]),
                 Some(_) => {
                     let runs = self.runs[write].iter();
-                    for (_, add) in runs.filter(|(offset, _)| self.reaches(name, write, *offset)) {
+                    for (_, add) in runs.filter(|(run, _)| self.reaches(name, write, run.offset)) {
                         sum = sum.wrapping_add(*add);
                     }
                 }
@@ -366,13 +366,50 @@ impl Prints {
             }
             for shared in &overlap.runs {
                 let mut last_first = shared.after.iter().rev();
-                let last = last_first.find(|(write, _)| self.reaches(name, *write, shared.offset));
+                let last =
+                    last_first.find(|(write, _)| self.reaches(name, *write, shared.run.offset));
                 if let Some((_, after)) = last {
                     sum = sum.wrapping_add(*after).wrapping_sub(shared.before);
                 }
             }
         }
         sum
+    }
+
+    /// What the epoch's writes touch, in the order of the disk. No two overlap.
+    pub fn runs(&self) -> Vec<ByteRange> {
+        let alone = self.runs.iter().flatten().map(|(run, _)| *run);
+        let shared = self.shared.iter().flat_map(|overlap| &overlap.runs).map(|shared| shared.run);
+        let mut runs: Vec<_> = alone.chain(shared).collect();
+        runs.sort_unstable_by_key(|run| run.offset);
+        runs
+    }
+
+    /// Those of a part of the disk: the [runs](Prints::runs) that begin at these offsets.
+    pub fn within(&self, part: &HashSet<u64>) -> Prints {
+        let is_part = |run: &ByteRange| part.contains(&run.offset);
+        let of_write = |all: &Vec<(ByteRange, u128)>| -> Vec<(ByteRange, u128)> {
+            all.iter().filter(|(run, _)| is_part(run)).copied().collect()
+        };
+        let runs: Vec<_> = self.runs.iter().map(of_write).collect();
+        let sum = |runs: &Vec<(ByteRange, u128)>| {
+            runs.iter().fold(0u128, |sum, (_, add)| sum.wrapping_add(*add))
+        };
+        let of_overlap = |all: &Overlap| {
+            let mut overlap = Overlap::default();
+            all.runs
+                .iter()
+                .filter(|shared| is_part(&shared.run))
+                .for_each(|s| overlap.add(s.clone()));
+            overlap
+        };
+        Prints {
+            sum: 0,
+            alone: runs.iter().map(sum).collect(),
+            runs,
+            shared: self.shared.iter().map(of_overlap).filter(|o| !o.runs.is_empty()).collect(),
+            targets: self.targets.clone(),
+        }
     }
 
     /// Whether what a write left at `offset` is part of the state.

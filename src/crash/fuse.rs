@@ -29,6 +29,8 @@ use crate::units::ByteRange;
 
 /// Attributes never change.
 const FOREVER: Duration = Duration::from_secs(1 << 30);
+/// How much the kernel may read that nobody has asked for, in bytes.
+const MAX_READAHEAD: u32 = 1;
 /// Inode of the first worker's file.
 const FIRST: u64 = 2;
 
@@ -127,6 +129,12 @@ impl StateFile {
         Arc::clone(lock(&self.disk).history())
     }
 
+    /// What was read of the state since it is shown; more may have been, but nothing that differs
+    /// between states of its epoch.
+    pub fn looked_at(&self) -> Vec<ByteRange> {
+        lock(&self.disk).looked_at().to_vec()
+    }
+
     /// Makes it the state `name`, fresh.
     ///
     /// # Errors
@@ -196,6 +204,8 @@ impl Filesystem for States {
         // them a range at a time, or not at all if the next state comes first. A kernel that cannot do
         // that hands us each write.
         let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
+        // What is read ahead counts as looked at, and would have to be checked for nothing.
+        let _ = config.set_max_readahead(MAX_READAHEAD);
         Ok(())
     }
 
@@ -258,7 +268,7 @@ impl Filesystem for States {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(disk) = self.disk(inode) else { return reply.error(Errno::ENOENT) };
+        let Some(mut disk) = self.disk(inode) else { return reply.error(Errno::ENOENT) };
         match disk.read(ByteRange { offset, len: u64::from(size) }) {
             Ok(bytes) => reply.data(&bytes),
             Err(err) => {

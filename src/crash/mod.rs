@@ -11,6 +11,7 @@
 //! view         one state at a time; going on to the next costs what differs
 //! fingerprint  tells which states are the same disk, without reading them
 //! enumerate    which states of an epoch are worth a look
+//! answers      which states need no check, because nothing differs that a checker looked at
 //! disk         one state at a time, as a disk that can be written to
 //! state        one state as a read-only node
 //! fuse copy    the same as a plain file
@@ -29,6 +30,7 @@
 //! * Two states with the same fingerprint have the same content (as far as 128 bits can tell). The
 //!   reverse may fail where the base was not worth reading; then a state is checked twice.
 
+pub mod answers;
 pub mod check;
 pub mod copy;
 pub mod disk;
@@ -45,6 +47,7 @@ pub mod simulated;
 pub mod state;
 pub mod view;
 
+pub use answers::Answers;
 pub use fingerprint::{Fingerprints, Prints};
 pub use history::{Epoch, History};
 pub use name::{Kept, StateName, Tear};

@@ -50,6 +50,9 @@ pub struct Report {
     pub checked: u64,
     /// How many were the same disk as another one.
     pub duplicates: u64,
+    /// How many differed from a checked one only where the checker did not look.
+    #[serde(default)]
+    pub alike: u64,
     /// How many were not good.
     pub failed: u64,
     /// Time spent, in seconds.
@@ -242,6 +245,7 @@ impl Report {
             done: 0,
             checked: 0,
             duplicates: 0,
+            alike: 0,
             failed: 0,
             seconds: 0.0,
             finished: false,
@@ -292,12 +296,14 @@ impl Report {
         let checked = self.checked as f64 / self.seconds.max(0.001);
         let _ = writeln!(
             text,
-            "{} of {} states{end}: {} checked, {} duplicates, {} failed; {:.1} s, {:.0} states/s, \
+            "{} of {} states{end}: {} checked, {} duplicates, {} alike, {} failed; {:.1} s, {:.0} \
+             states/s, \
              {checked:.0} checked/s",
             self.done,
             self.states,
             self.checked,
             self.duplicates,
+            self.alike,
             self.failed,
             self.seconds,
             self.covered_per_second(),
@@ -320,6 +326,7 @@ impl Report {
             ("done", self.done),
             ("checked", self.checked),
             ("duplicates", self.duplicates),
+            ("alike", self.alike),
             ("failed", self.failed),
         ] {
             suite.add_property(Property::new(name, number.to_string()));

@@ -343,3 +343,60 @@ fn a_missing_fua_write_tells_that_the_power_failed_before_later_marks() {
     assert_eq!(last("E3:s=111"), "forced", "the mark at the end of a log promises nothing");
     assert_eq!(last("E3:s=011"), "forced");
 }
+
+/// A checker that goes where what it reads sends it. What it reads is all that it knows.
+fn wander(disk: &[u8]) -> (Vec<ByteRange>, bool) {
+    let (mut read, mut at, mut known) = (Vec::new(), 0, 7);
+    for _ in 0..6 {
+        let range = ByteRange { offset: at, len: 1024.min(SIZE - at) };
+        read.push(range);
+        let bytes = &disk[range.offset as usize..range.end() as usize];
+        known = bytes.iter().fold(known, |known: u64, byte| {
+            (known ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        at = known / 512 % (SIZE / 512) * 512;
+    }
+    (read, !known.is_multiple_of(4))
+}
+
+#[test]
+fn a_state_that_is_alike_has_the_same_verdict() {
+    let mut alike = 0;
+    for seed in 0..60 {
+        let mut rng = Rng::new(seed);
+        let base: Vec<u8> = (0..SIZE / 512).flat_map(|_| [rng.below(3) as u8; 512]).collect();
+        let (history, disk) = (history(&random_log(&mut rng, 80)), node(base.clone()));
+        let mut prints = Fingerprints::new(&history, &disk);
+        for epoch in history.epochs() {
+            let mut answers = Answers::new(Arc::new(prints.epoch(&epoch).unwrap()));
+            for _ in 0..20 {
+                let name = random_state(&mut rng, &history, &epoch);
+                let (read, is_good) = wander(&model(&base, &history, &name));
+                if answers.has(&name, 0) {
+                    assert!(is_good, "seed {seed}: {name}");
+                    alike += 1;
+                } else if is_good {
+                    answers.learn(&name, 0, &read);
+                    assert!(answers.has(&name, 0), "seed {seed}: {name}");
+                    assert!(!answers.has(&name, 1), "another promise is another question");
+                }
+            }
+        }
+    }
+    assert!(alike > 1000, "hardly any are alike: {alike}");
+}
+
+#[test]
+fn what_a_checker_has_written_itself_is_not_looked_at() {
+    let log = LogBuilder::new(512).write(512, &[1; 1024]);
+    let history = Arc::new(history(&log));
+    let mut disk = disk::StateDisk::new(history, node(vec![0; SIZE as usize]));
+    disk.show(&"E0:s=1".parse().unwrap()).unwrap();
+    let range = |offset, len| ByteRange { offset, len };
+    disk.read(range(0, 100)).unwrap();
+    disk.write(1024, &[2; 1024]).unwrap();
+    disk.read(range(512, 2048)).unwrap();
+    assert_eq!(disk.looked_at(), [range(0, 1024), range(2048, 512)]);
+    disk.show(&"E0".parse().unwrap()).unwrap();
+    assert_eq!(disk.looked_at(), []);
+}

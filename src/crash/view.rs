@@ -25,8 +25,8 @@ pub struct View {
 }
 
 impl View {
-    /// Shows the state `name` from now on. Returns the ranges of the disk that may have changed, in
-    /// no order.
+    /// Shows the state `name` from now on. Returns the ranges of the disk that may have changed, and
+    /// all that the writes of its epoch touch whether they are part of it or not, in no order.
     ///
     /// # Errors
     /// If the log has no such state; then the view shows what it did.
@@ -47,7 +47,7 @@ impl View {
             self.entries += 1;
         }
         self.rebuild_epoch(history, &epoch, &name);
-        changed.extend(self.epoch.ranges());
+        changed.extend(epoch.writes.iter().map(|number| history.entry(*number).target));
         Ok(changed)
     }
 

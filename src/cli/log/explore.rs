@@ -76,6 +76,10 @@ pub struct ExploreArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
+    /// Check states, too, that differ from a good one only where the checker did not look; for a
+    /// checker that does not always do the same on the same disk
+    #[arg(long, requires = "check")]
+    check_alike: bool,
     /// End after N states that are not good
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     stop_after: Option<u64>,
@@ -151,6 +155,7 @@ fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
         checker: args.check.clone(),
         workers: args.jobs.map_or(cpus, usize::from),
         limit: Duration::from_secs(args.timeout),
+        check_alike: args.check_alike,
         stop_after: args.stop_after,
         results: args.results.clone(),
         again: again(args, history),
@@ -317,11 +322,12 @@ impl Watch for Teller {
         let mut stderr = std::io::stderr().lock();
         let _ = write!(
             stderr,
-            "    {}/{} states, {:.0}/s, {} duplicates, {} failed, {:.0} s left    \r",
+            "    {}/{} states, {:.0}/s, {} duplicates, {} alike, {} failed, {:.0} s left    \r",
             report.done,
             report.states,
             rate,
             report.duplicates,
+            report.alike,
             report.failed,
             left / rate
         );
