@@ -372,6 +372,8 @@ fn the_active_layer_is_committed_to_other_formats() {
 struct Served {
     image: PathBuf,
     format: &'static str,
+    /// The formats of overlays and of the image below them all.
+    formats: (&'static str, &'static str),
 }
 
 impl Served {
@@ -392,9 +394,10 @@ impl Served {
             };
             self.image = PathBuf::from(rest.split_once(';').unwrap().0);
             let name = self.image.file_name().unwrap().to_str().unwrap();
-            self.format = match name == "base" || name.ends_with(".raw") {
-                true => "raw",
-                false => "add-cow",
+            self.format = match name {
+                "base" => self.formats.1,
+                name if name.ends_with(".raw") => "raw",
+                _ => self.formats.0,
             };
             assert!(!again.wait_end().success());
         }
@@ -402,19 +405,21 @@ impl Served {
 }
 
 /// Kills the daemon at any point of jobs, with a guest that lives on.
-fn killed(command: &str, rounds: u32, name: &str) {
-    let mut host = start("add-cow", "raw");
+fn killed(command: &str, top: &'static str, below: &'static str, rounds: u32) {
+    let name = format!("killed_in_the_middle_of_a_{command}_{top}_{below}");
+    let name = name.as_str();
+    let mut host = start(top, below);
     let mut guest = host.guest(name);
-    let mut served = Served { image: host.path("disk"), format: "add-cow" };
+    let mut served = Served { image: host.path("disk"), format: top, formats: (top, below) };
     let mut random = Random::new(name);
     let mut over = 0;
     for round in 0..rounds {
         let mut qmp = host.qmp();
-        if served.format == "raw" {
+        if chain(&mut qmp).len() == 1 {
             let overlay = format!("k{round}");
             guest.work(Duration::from_millis(10));
-            host.snapshot(&mut qmp, &overlay, "add-cow");
-            served = Served { image: host.path(&overlay), format: "add-cow" };
+            host.snapshot(&mut qmp, &overlay, top);
+            served = Served { image: host.path(&overlay), format: top, ..served };
         }
         let before = served.image.clone();
         guest.work(Duration::from_millis(10));
@@ -445,7 +450,7 @@ fn killed(command: &str, rounds: u32, name: &str) {
             ok(host.dir.path(), &["check", "-U", "-f", "add-cow", &image]);
         }
     }
-    eprintln!("{over} of {rounds} kills were after the point of no return");
+    eprintln!("{name}: {over} of {rounds} kills were after the point of no return");
     guest.disk.stop().unwrap();
     assert!(host.backend.terminate().success(), "{}", host.backend.log());
     host.is_disk(&guest, served.format, served.image.to_str().unwrap());
@@ -468,12 +473,16 @@ fn while_writing_until_killed(guest: &mut Guest, host: &mut Host, work: impl FnO
 
 #[test]
 fn killed_in_the_middle_of_a_commit() {
-    killed("block-commit", 24, "killed_in_the_middle_of_a_commit");
+    killed("block-commit", "add-cow", "raw", 24);
+    killed("block-commit", "vhdx", "vhdx", 24);
+    killed("block-commit", "qcow2", "qcow2", 12);
 }
 
 #[test]
 fn killed_in_the_middle_of_a_stream() {
-    killed("block-stream", 24, "killed_in_the_middle_of_a_stream");
+    killed("block-stream", "add-cow", "raw", 24);
+    killed("block-stream", "vhdx", "vhdx", 12);
+    killed("block-stream", "qcow2", "qcow2", 12);
 }
 
 /// Chains that grow and shrink at random under a guest, with jobs that are paused, cancelled and left
