@@ -201,3 +201,21 @@ fn completions_and_manual_pages_are_made() {
         assert!(d.join("pages").join(page).exists(), "{page}");
     }
 }
+
+#[test]
+fn the_machine_is_measured_without_a_back_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = json(&ok(dir.path(), &["bench", "--machine", "--output", "json"]));
+    let us = |what: &str| machine[what].as_f64().unwrap();
+    assert!(us("system-call-us") > 0.0, "{machine}");
+    // There and back is four system calls, at the least.
+    assert!(us("same-cpu-us") > us("system-call-us"), "{machine}");
+    let text = ok(dir.path(), &["bench", "--machine"]);
+    assert!(text.contains("us on one CPU"), "{text}");
+    for misuse in [&["bench"][..], &["bench", "--machine", "--socket-path", "s"]] {
+        let output = vublk(dir.path(), misuse);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(error.contains("--socket-path <PATH>"), "{error}");
+    }
+}

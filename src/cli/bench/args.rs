@@ -1,6 +1,6 @@
 //! The options of `vublk bench`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -69,8 +69,12 @@ pub enum Output {
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
     /// Socket of the back-end
-    #[arg(long, value_name = "PATH")]
-    pub socket_path: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "machine")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Measure no back-end, but what this machine takes for a system call and for waking a thread
+    #[arg(long, conflicts_with_all = ["socket_path", "start"])]
+    pub machine: bool,
 
     /// Requests to send
     #[arg(long, value_enum, default_value_t, value_name = "MIX")]
@@ -199,6 +203,11 @@ pub struct BenchArgs {
 }
 
 impl BenchArgs {
+    /// Socket of the back-end.
+    pub fn socket(&self) -> &Path {
+        self.socket_path.as_deref().expect("the command line demands it")
+    }
+
     /// Whether anything is written.
     pub fn writes(&self) -> bool {
         match self.rw {

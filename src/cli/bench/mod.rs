@@ -10,10 +10,12 @@
 //! ```
 //!
 //! Modules: [`args`] the options, [`load`] the threads, [`verify`] the pattern that proves
-//! integrity, [`start`] the back-end as a child process, [`report`] what is printed.
+//! integrity, [`start`] the back-end as a child process, [`machine`] what no back-end can do
+//! without, [`report`] what is printed.
 
 pub mod args;
 pub mod load;
+pub mod machine;
 pub mod report;
 pub mod start;
 pub mod verify;
@@ -33,6 +35,14 @@ use start::Child;
 
 /// Runs the command.
 pub fn run(args: &BenchArgs) -> Result<()> {
+    if args.machine {
+        let machine = machine::Machine::measure()?;
+        match args.output {
+            Output::Human => print!("{}", machine.table()),
+            Output::Json => println!("{}", machine.json()?),
+        }
+        return Ok(());
+    }
     args.check()?;
     if let Some(command) = args.start.as_deref().filter(|_| args.start_rounds > 0) {
         let rounds = start::measure(args, command)?;
@@ -40,12 +50,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let (child, wire) = match &args.start {
         Some(command) => {
-            let (child, wire) = Child::spawn(command, &args.socket_path)?;
+            let (child, wire) = Child::spawn(command, args.socket())?;
             (Some(child), wire)
         }
         None => {
             let deadline = Instant::now() + args.timeout;
-            (None, Wire::connect_retry(&args.socket_path, Duration::from_millis(1), deadline)?)
+            (None, Wire::connect_retry(args.socket(), Duration::from_millis(1), deadline)?)
         }
     };
     let report = measure(args, wire, child.as_ref())?;
@@ -65,7 +75,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 /// Connects, loads and measures.
 fn measure(args: &BenchArgs, wire: Wire, child: Option<&Child>) -> Result<Report> {
     let client = Client::new(wire, args.timeout);
-    let mut session = Session::negotiate(client, &args.socket_path, session_options(args))?;
+    let mut session = Session::negotiate(client, args.socket(), session_options(args))?;
     session.start()?;
     let pid = match args.pid.or(child.map(Child::pid)) {
         Some(pid) => Some(pid),

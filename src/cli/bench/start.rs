@@ -122,9 +122,9 @@ impl Drop for Child {
 pub fn measure(args: &BenchArgs, command: &str) -> Result<Vec<Round>> {
     let mut rounds = Vec::new();
     for _ in 0..args.start_rounds {
-        let (child, wire) = Child::spawn(command, &args.socket_path)?;
+        let (child, wire) = Child::spawn(command, args.socket())?;
         let client = Client::new(wire, args.timeout);
-        let mut session = Session::negotiate(client, &args.socket_path, session_options(args))?;
+        let mut session = Session::negotiate(client, args.socket(), session_options(args))?;
         session.start()?;
         session.read(0, args.offset, args.block_size)?;
         rounds.push(Round { socket: child.socket, first_read: child.begin.elapsed() });
