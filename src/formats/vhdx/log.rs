@@ -79,13 +79,6 @@ pub struct PageSource {
 }
 
 impl PageSource {
-    /// Puts the page together.
-    pub async fn read(&self, file: &Arc<dyn File>) -> Result<Vec<u8>> {
-        let mut page = disk::read(file, self.sector, LOG_SECTOR).await?;
-        self.complete(&mut page);
-        Ok(page)
-    }
-
     /// Makes a page of its data sector.
     fn complete(&self, sector: &mut [u8]) {
         sector[..8].copy_from_slice(&self.leading);
@@ -441,7 +434,8 @@ mod tests {
             for (change, (offset, page)) in changes.iter().zip(&listed) {
                 let Change::Page { offset: at, source } = change else { panic!("{change:?}") };
                 assert_eq!(at, offset);
-                assert_eq!(source.read(&file).await.unwrap(), *page);
+                let read = PageSource::read_all(&[*source], &file).await.unwrap();
+                assert_eq!(read, [*page]);
             }
         });
     }

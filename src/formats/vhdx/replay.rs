@@ -163,6 +163,15 @@ impl Replay {
         Ok(())
     }
 
+    /// Where the pages come from that lie side by side from `page` on and start before `end`, as
+    /// many as are read at once.
+    fn pages_from(&self, page: u64, end: u64) -> Vec<PageSource> {
+        let pages = self.pages.range(page..end).take(AT_ONCE);
+        let places = (page..).step_by(PAGE as usize);
+        let run = pages.zip(places).take_while(|((at, _), place)| *at == place);
+        run.map(|((_, source), _)| *source).collect()
+    }
+
     /// The first place at or after `offset` that differs from the file, if it is before `end`.
     fn next_change(&self, offset: u64, end: u64) -> Option<u64> {
         let page = self.pages.range(offset..end).next().map(|(at, _)| *at);
@@ -206,9 +215,10 @@ impl Replayed {
             let page = align_down(at, PAGE);
             let to;
             let part = |to: u64| buf.slice(at - offset, to - at);
-            if let Some(source) = self.replay.pages.get(&page) {
-                to = end.min(page + PAGE);
-                let content = source.read(&self.file).await?;
+            let sources = self.replay.pages_from(page, end);
+            if !sources.is_empty() {
+                to = end.min(page + sources.len() as u64 * PAGE);
+                let content = PageSource::read_all(&sources, &self.file).await?.concat();
                 part(to).copy_from_slice(&content[(at - page) as usize..(to - page) as usize]);
             } else if let Some(zeros_end) = self.replay.zeros_at(at) {
                 let next = self.replay.pages.range(at..end).next().map_or(end, |(at, _)| *at);
