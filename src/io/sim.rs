@@ -36,7 +36,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
-use self::content::{Content, PAGE};
+use self::content::Content;
 use super::buf::Buffers;
 use super::carry::{self, Loads};
 use super::file::{Alignment, File, Fut, Hole};
@@ -577,15 +577,12 @@ impl File for SimFile {
 
     fn hole_at(&self, offset: u64) -> Result<Hole> {
         let state = self.inner.state.lock().unwrap();
-        let (content, mut end) = (&state.volatile, offset as usize);
-        if end >= content.len() {
+        let (content, start) = (&state.volatile, offset as usize);
+        if start >= content.len() {
             return Err(Error::new(ErrorKind::OutOfRange, "offset beyond the end of the file"));
         }
-        let is_hole = content.is_zero_page(end);
-        while end < content.len() && content.is_zero_page(end) == is_hole {
-            end = (end / PAGE + 1) * PAGE;
-        }
-        let range = ByteRange::between(offset, end.min(content.len()) as u64);
+        let is_hole = content.is_zero_page(start);
+        let range = ByteRange::between(offset, content.run_end(start) as u64);
         Ok(Hole { range, is_hole })
     }
 }

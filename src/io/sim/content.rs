@@ -1,22 +1,28 @@
 //! The content of a simulated disk: pages that copies share until one of them is changed.
 //!
 //! A test that cuts the power thousands of times makes a copy of the disk each time and changes
-//! little of it. So a copy is a list of pointers, and pages that hold nothing but zeros are none.
+//! little of it. So a copy is a list of pointers, and pages that hold nothing but zeros are none. Nor
+//! are whole groups of them, because damage can make a file of a terabyte that is almost all hole.
 
 use std::sync::Arc;
 
 /// Length of a page. Holes are told in units of it.
 pub const PAGE: usize = 4096;
 
+/// Pages of a group: 2 MiB.
+const GROUP: usize = 512;
+
 type Page = [u8; PAGE];
+/// `None`: zeros.
+type Group = [Option<Arc<Page>>; GROUP];
 
 static ZEROS: Page = [0; PAGE];
 
 /// Bytes; cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Content {
-    /// `None`: zeros. What is behind the end within the last page is zeros, too.
-    pages: Vec<Option<Arc<Page>>>,
+    /// `None`: zeros. What is behind the end within the last group is zeros, too.
+    groups: Vec<Option<Arc<Group>>>,
     len: usize,
 }
 
@@ -29,13 +35,24 @@ impl Content {
     /// Cuts it off, or makes it longer with zeros.
     pub fn resize(&mut self, len: usize) {
         if len < self.len {
-            let inside = len % PAGE;
-            if let Some(Some(page)) = self.pages.get_mut(len / PAGE).filter(|_| inside > 0) {
-                Arc::make_mut(page)[inside..].fill(0);
-            }
+            let group_end = len.next_multiple_of(GROUP * PAGE).min(self.len);
+            self.zero(len, group_end - len);
         }
-        self.pages.resize(len.div_ceil(PAGE), None);
+        self.groups.resize(len.div_ceil(GROUP * PAGE), None);
         self.len = len;
+    }
+
+    fn page(&self, offset: usize) -> Option<&Page> {
+        let number = offset / PAGE;
+        self.groups[number / GROUP].as_ref()?[number % GROUP].as_deref()
+    }
+
+    /// The place of a page.
+    fn page_mut(&mut self, offset: usize) -> &mut Option<Arc<Page>> {
+        let number = offset / PAGE;
+        let empty = || Arc::new([const { None }; GROUP]);
+        let group = self.groups[number / GROUP].get_or_insert_with(empty);
+        &mut Arc::make_mut(group)[number % GROUP]
     }
 
     fn make_room(&mut self, end: usize) {
@@ -49,14 +66,14 @@ impl Content {
         self.make_room(offset + bytes.len());
         for (at, range) in pieces(offset, bytes.len()) {
             let part = &bytes[range];
-            let page = &mut self.pages[at / PAGE];
+            if self.page(at).is_none() && *part == ZEROS[..part.len()] {
+                continue;
+            }
+            let page = self.page_mut(at);
             match part.len() == PAGE {
                 true if part == ZEROS => *page = None,
                 true => *page = Some(Arc::new(part.try_into().expect("a page"))),
                 false => {
-                    if page.is_none() && *part == ZEROS[..part.len()] {
-                        continue;
-                    }
                     let page = Arc::make_mut(page.get_or_insert_with(|| Arc::new(ZEROS)));
                     page[at % PAGE..][..part.len()].copy_from_slice(part);
                 }
@@ -67,13 +84,19 @@ impl Content {
     /// As if zeros were written.
     pub fn zero(&mut self, offset: usize, len: usize) {
         self.make_room(offset + len);
-        for (at, range) in pieces(offset, len) {
-            let page = &mut self.pages[at / PAGE];
-            match page {
-                _ if range.len() == PAGE => *page = None,
-                Some(page) => Arc::make_mut(page)[at % PAGE..][..range.len()].fill(0),
-                None => {}
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let piece = (PAGE - at % PAGE).min(end - at);
+            if self.page(at).is_none() {
+                at = self.run_end(at).min(end);
+                continue;
             }
+            let page = self.page_mut(at);
+            match page {
+                Some(page) if piece < PAGE => Arc::make_mut(page)[at % PAGE..][..piece].fill(0),
+                _ => *page = None,
+            }
+            at += piece;
         }
     }
 
@@ -81,7 +104,7 @@ impl Content {
     pub fn read(&self, offset: usize, end: usize, mut f: impl FnMut(&[u8])) {
         assert!(end <= self.len, "{end} of {}", self.len);
         for (at, range) in pieces(offset, end - offset) {
-            let page = self.pages[at / PAGE].as_deref().unwrap_or(&ZEROS);
+            let page = self.page(at).unwrap_or(&ZEROS);
             f(&page[at % PAGE..][..range.len()]);
         }
     }
@@ -95,7 +118,18 @@ impl Content {
 
     /// Whether the page around `offset` is zeros.
     pub fn is_zero_page(&self, offset: usize) -> bool {
-        self.pages[offset / PAGE].as_deref().is_none_or(|page| *page == ZEROS)
+        self.page(offset).is_none_or(|page| *page == ZEROS)
+    }
+
+    /// Up to where pages are zeros like that around `offset`, or are not like it; the end at most.
+    pub fn run_end(&self, offset: usize) -> usize {
+        let is_zero = self.is_zero_page(offset);
+        let mut at = offset;
+        while at < self.len && self.is_zero_page(at) == is_zero {
+            let is_hole = self.groups[at / PAGE / GROUP].is_none();
+            at = (at + 1).next_multiple_of(if is_hole { GROUP * PAGE } else { PAGE });
+        }
+        at.min(self.len)
     }
 }
 
@@ -153,5 +187,20 @@ mod tests {
             }
         }
         assert!(Content::from(&model[..]).to_vec() == model);
+    }
+
+    #[test]
+    fn a_terabyte_of_holes_costs_next_to_nothing() {
+        let (far, len) = (1 << 40, (1 << 40) + 10 * PAGE);
+        let mut content = Content::default();
+        content.resize(len);
+        content.write(far, &[7; PAGE + 1]);
+        content.zero(PAGE, far - PAGE);
+        assert!(content.run_end(0) == far && content.run_end(far) == far + 2 * PAGE);
+        assert!(content.groups.iter().flatten().count() == 1 && content.clone().len() == len);
+        content.resize(far + 1);
+        content.resize(len);
+        assert_eq!(content.run_end(far), far + PAGE);
+        content.read(far, far + 2, |part| assert_eq!(part, [7, 0]));
     }
 }
