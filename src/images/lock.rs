@@ -66,8 +66,9 @@ pub fn lock_for_writing(file: &HostFile) -> Result<()> {
     lock_host(file, WRITER, SHARED, Duration::ZERO, "")
 }
 
-/// How long a lock that no living process holds is waited for.
-const ORPHANED_LOCK_WAIT: Duration = Duration::from_secs(15);
+/// How long a lock that no living process holds is waited for, by who may wait for others and by who
+/// may not: what is looked at after a crash was in use a moment ago.
+const ORPHANED_LOCK_WAIT: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(3)];
 
 fn lock_host(
     file: &HostFile,
@@ -78,6 +79,7 @@ fn lock_host(
 ) -> Result<()> {
     let mut deadline = Instant::now() + wait;
     let mut is_orphaned = false;
+    let orphaned_wait = ORPHANED_LOCK_WAIT[usize::from(wait.is_zero())];
     loop {
         match file.lock(held, shared) {
             Err(err) if err.kind() == ErrorKind::Busy && Instant::now() < deadline => {
@@ -87,7 +89,6 @@ fn lock_host(
             // so when the last I/O of the dead process has ended, which the disk decides.
             Err(err)
                 if err.kind() == ErrorKind::Busy
-                    && !wait.is_zero()
                     && !std::mem::replace(&mut is_orphaned, true)
                     && users::of(file).is_empty() =>
             {
@@ -95,9 +96,9 @@ fn lock_host(
                     "{}: locked, and no process can be seen that has it open; waiting up to {} s for \
                      the host to end the I/O of one that died",
                     file.name(),
-                    ORPHANED_LOCK_WAIT.as_secs()
+                    orphaned_wait.as_secs()
                 );
-                deadline = Instant::now() + ORPHANED_LOCK_WAIT;
+                deadline = Instant::now() + orphaned_wait;
             }
             Err(err) if err.kind() == ErrorKind::Busy => {
                 let users = users::of(file);
@@ -150,6 +151,36 @@ mod tests {
         assert!(err.contains("it is open in this process"), "{err}");
         drop(held);
         open(&writer).unwrap();
+    }
+
+    /// As after a kill, when the kernel has I/O left to end: here the file is in a message that nobody
+    /// receives.
+    #[test]
+    fn a_lock_that_no_process_holds_is_waited_for() {
+        use rustix::net::{
+            AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+            SocketType, sendmsg, socketpair,
+        };
+        use std::os::fd::AsFd;
+        let file = file_of(&[0; 4096]);
+        let writer = OpenRequest::write(file.path());
+        let held = HostFile::open(file.path(), crate::io::OpenOptions::default()).unwrap();
+        held.lock(WRITER, SHARED).unwrap();
+        let (unix, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
+        let (ours, theirs) = socketpair(unix, SocketType::STREAM, flags, None).unwrap();
+        let files = [held.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut message = SendAncillaryBuffer::new(&mut space);
+        assert!(message.push(SendAncillaryMessage::ScmRights(&files)));
+        let data = [std::io::IoSlice::new(b"x")];
+        sendmsg(&ours, &data, &mut message, SendFlags::empty()).unwrap();
+        drop(held);
+        let freed = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(theirs);
+        });
+        open(&writer).unwrap();
+        freed.join().unwrap();
     }
 
     #[test]

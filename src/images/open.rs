@@ -80,6 +80,16 @@ impl Image {
                 },
             )));
         }
+        // The host's limit, or the format's?
+        let files = [Some(&self.file), self.image_file.as_ref()].into_iter().flatten();
+        let of_host = files.map(|file| file.alignment().request).max().unwrap_or(1);
+        if limits.request_alignment > block_size.max(of_host) {
+            return Err(Error::unsupported(format!(
+                "{name}: the disk has sectors of {0} bytes, which a guest with blocks of \
+                 {block_size} would write in part; use --block-size {0}",
+                limits.request_alignment
+            )));
+        }
         if limits.request_alignment > block_size {
             return Err(Error::unsupported(format!(
                 "{name}: the host takes direct I/O only in units of {0} bytes, more than the \
@@ -531,6 +541,23 @@ pub(super) mod tests {
         assert!(err.contains("vublk resize") && err.ends_with(" 1024)"), "{err}");
         let err = check(512, 4096).unwrap_err().to_string();
         assert!(err.ends_with("or use --block-size 512"), "{err}");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("4k.vhdx");
+        let format = ImageFormat::Vhdx;
+        crate::images::create(&crate::images::CreateRequest {
+            path: path.clone(),
+            format,
+            size: Some(8 << 20),
+            options: vec![("logical_sector_size".into(), "4096".into())],
+            backing: None,
+            backing_format: None,
+            backing_unchecked: false,
+        })
+        .unwrap();
+        let image = open(&OpenRequest::read(&path).format(Some(format))).unwrap();
+        image.check_for_guest(4096).unwrap();
+        let err = image.check_for_guest(512).unwrap_err().to_string();
+        assert!(err.contains("sectors of 4096 bytes") && !err.contains("--cache"), "{err}");
     }
 
     #[test]
