@@ -250,6 +250,10 @@ fn check_explains_and_repairs() {
     assert!(std::fs::read(d.join("a.vhdx")).unwrap() == before);
     let line = fails(d, &["map", "a.vhdx"], 1);
     assert!(line.contains("foreign data"), "{line}");
+    // Salvaged, with a word on what may be another's.
+    let info = json(&ok(d, &["info", "--salvage", "--output=json", "a.vhdx"]));
+    let doubtful = &info["format-specific"]["data"]["salvage"]["doubtful"];
+    assert_eq!(doubtful.as_array().map(Vec::len), Some(1), "{info}");
     // Truncated.
     std::fs::OpenOptions::new()
         .write(true)

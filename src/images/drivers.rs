@@ -96,19 +96,34 @@ fn salvage_vhdx(request: &OpenRequest, file: &Arc<dyn File>) -> Result<vhdx::Str
     for note in &report.notes {
         tracing::warn!("{}: {note}", file.name());
     }
-    const SHOWN: usize = 8;
-    let mut parts: Vec<_> =
-        report.missing.iter().take(SHOWN).map(|range| range.to_string()).collect();
-    if report.missing.len() > SHOWN {
-        parts.push("… (vublk info --salvage lists more)".into());
+    if report.missing.bytes > 0 {
+        tracing::warn!(
+            "{}: {} bytes of the disk are missing and read as zeros: {}",
+            file.name(),
+            report.missing.bytes,
+            list_of(&report.missing)
+        );
     }
-    tracing::warn!(
-        "{}: {} bytes of the disk are missing and read as zeros: {}",
-        file.name(),
-        report.missing_bytes,
-        parts.join(", ")
-    );
+    if report.doubtful.bytes > 0 {
+        tracing::warn!(
+            "{}: {} bytes of the disk may be another block's, because blocks share a place in the \
+             file; compare them with a backup: {}",
+            file.name(),
+            report.doubtful.bytes,
+            list_of(&report.doubtful)
+        );
+    }
     Ok(structure)
+}
+
+/// The first parts of the disk of a list.
+fn list_of(parts: &vhdx::salvage::Parts) -> String {
+    const SHOWN: usize = 8;
+    let mut list: Vec<_> = parts.listed.iter().take(SHOWN).map(|range| range.to_string()).collect();
+    if parts.listed.len() > SHOWN {
+        list.push("… (vublk info --salvage lists more)".into());
+    }
+    list.join(", ")
 }
 
 /// Opens the parent that the operator says, or else the first that is there of those that the image

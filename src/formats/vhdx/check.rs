@@ -227,21 +227,15 @@ impl Walk<'_> {
     /// What can be said when all entries were seen.
     fn finish(mut self, found: &mut Found) -> Result<()> {
         self.used.sort_unstable();
-        let mut before: Option<UsedBlock> = None;
-        for block in &self.used {
-            let range = Used::range(&self.checker, block);
-            let end = before.map_or(0, |before| Used::range(&self.checker, &before).end());
-            if let Some(before) = before.filter(|_| range.offset < end) {
-                found.say(Finding::overlap(&self.checker, &before, block));
-            }
-            if range.end() > end {
-                before = Some(*block);
-            }
-        }
+        scan::overlaps(&self.checker, &self.used, |first, second| {
+            found.say(Finding::overlap(&self.checker, first, second));
+            Ok(())
+        })?;
         for chunk in self.partial.difference(&self.bitmaps) {
             found.say(Finding::missing_bitmap(&self.checker.geometry, *chunk));
         }
-        let last = before.map_or(0, |block| Used::range(&self.checker, &block).end());
+        let ends = self.used.iter().map(|block| Used::range(&self.checker, block).end());
+        let last = ends.max().unwrap_or(0);
         let reserved = self.checker.reserved.iter().map(|range| range.end()).max().unwrap_or(0);
         found.image_end = last.max(reserved).min(self.file_len);
         Ok(())

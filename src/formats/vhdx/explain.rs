@@ -213,8 +213,8 @@ impl Finding {
             format!("{} and {}", name(first), name(second)),
             "at least one of the two shows the other's data, and a write to one changes both. \
              Versions of QEMU before 8.1 made such images",
-            "nothing: whose data it is cannot be known. Compare both places with a backup; copies \
-             of the other parts are good",
+            "nothing: whose data it is cannot be known. The image can be copied with `vublk convert \
+             --salvage`, which says what to compare with a backup; all other parts are good",
         )
     }
 

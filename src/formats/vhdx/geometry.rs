@@ -101,6 +101,13 @@ impl Geometry {
         ByteRange::between(start, (start + self.block_size()).min(self.disk_size))
     }
 
+    /// The part of the disk that a chunk's blocks hold.
+    pub fn chunk_range(&self, chunk: u64) -> ByteRange {
+        let first = self.block_range(chunk << self.chunk_shift);
+        let last = ((chunk + 1) << self.chunk_shift).min(self.payload_blocks()) - 1;
+        ByteRange::between(first.offset, self.block_range(last).end())
+    }
+
     /// Index in the BAT of a payload block.
     pub fn payload_index(&self, block: u64) -> u64 {
         block + (block >> self.chunk_shift)

@@ -588,14 +588,15 @@ impl Structure {
             "data-write-guid": header.data_write_guid.to_string(),
         });
         if let Some(report) = &self.salvaged {
-            let missing: Vec<_> = report
-                .missing
-                .iter()
-                .map(|range| serde_json::json!({ "start": range.offset, "length": range.len }))
-                .collect();
+            let list = |parts: &salvage::Parts| -> Vec<_> {
+                let part = |range: &ByteRange| serde_json::json!({ "start": range.offset, "length": range.len });
+                parts.listed.iter().map(part).collect()
+            };
             details["salvage"] = serde_json::json!({
-                "missing-bytes": report.missing_bytes,
-                "missing": missing,
+                "missing-bytes": report.missing.bytes,
+                "missing": list(&report.missing),
+                "doubtful-bytes": report.doubtful.bytes,
+                "doubtful": list(&report.doubtful),
                 "notes": report.notes,
             });
         }

@@ -7,8 +7,9 @@
 //!              say "zeros"                 a log to be ignored is empty
 //! ```
 //!
-//! What is missing reads as zeros, and [`Report`] says which parts of the disk that is. Nothing is
-//! ever written: the layers refuse it.
+//! What is missing reads as zeros, and [`Report`] says which parts of the disk that is; and which
+//! parts may show the data of another block, because two blocks share a place in the file. Nothing
+//! is ever written: the layers refuse it.
 //!
 //! The headers, a region table and the metadata must be there: without them nobody knows what the
 //! blocks are.
@@ -16,6 +17,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::Structure;
 use super::bat::{self, Checker};
 use super::disk;
 use super::geometry::{Geometry, Slot};
@@ -23,10 +25,10 @@ use super::header::HeaderSlots;
 use super::layout::{
     FILE_SIGNATURE, Guid, HEADER_LEN, HEADER_OFFSETS, MAX_DISK_SIZE, PAGE, payload,
 };
-use super::{Structure, scan};
+use super::scan::{self, UsedBlock};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{Alignment, Buffers, File, Fut, Hole};
-use crate::units::{ByteRange, align_down};
+use crate::units::{ByteRange, MIB, align_down};
 
 /// How long a file is taken to be: no image needs more.
 const PADDED_LEN: u64 = MAX_DISK_SIZE + (MAX_DISK_SIZE >> 8);
@@ -38,27 +40,51 @@ const MAX_LISTED: usize = 1000;
 pub struct Report {
     /// What is wrong with the file as a whole, in sentences.
     pub notes: Vec<String>,
-    /// Parts of the disk that read as zeros because their content is not there, in order; no more
-    /// than can be listed.
-    pub missing: Vec<ByteRange>,
-    /// How many bytes of the disk that are.
-    pub missing_bytes: u64,
+    /// Parts of the disk that read as zeros because their content is not there.
+    pub missing: Parts,
+    /// Parts of the disk that may show another block's data.
+    pub doubtful: Parts,
+}
+
+/// Parts of the disk, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parts {
+    /// No more than can be listed.
+    pub listed: Vec<ByteRange>,
+    /// How many bytes they have together.
+    pub bytes: u64,
+}
+
+impl Parts {
+    /// Adds one that does not begin before the last.
+    fn add(&mut self, range: ByteRange) {
+        self.bytes += range.len;
+        let is_full = self.listed.len() >= MAX_LISTED;
+        match self.listed.last_mut() {
+            Some(last) if last.end() == range.offset => last.len += range.len,
+            _ if is_full => {}
+            _ => self.listed.push(range),
+        }
+    }
+
+    /// Of ranges in any order, which may overlap.
+    fn of(mut ranges: Vec<ByteRange>) -> Parts {
+        ranges.sort_unstable_by_key(|range| range.offset);
+        let (mut parts, mut end) = (Parts::default(), 0);
+        for range in ranges {
+            if range.end() > end {
+                parts.add(ByteRange::between(range.offset.max(end), range.end()));
+                end = range.end();
+            }
+        }
+        parts
+    }
 }
 
 impl Report {
     /// Whether all of the image is there.
     pub fn is_empty(&self) -> bool {
-        self.notes.is_empty() && self.missing_bytes == 0
-    }
-
-    fn add(&mut self, range: ByteRange) {
-        self.missing_bytes += range.len;
-        let is_full = self.missing.len() >= MAX_LISTED;
-        match self.missing.last_mut() {
-            Some(last) if last.end() == range.offset => last.len += range.len,
-            _ if is_full => {}
-            _ => self.missing.push(range),
-        }
+        self.notes.is_empty() && self.missing.bytes == 0 && self.doubtful.bytes == 0
     }
 }
 
@@ -131,26 +157,52 @@ async fn look_for_missing(
     file_len: u64,
     report: &mut Report,
 ) -> Result<()> {
-    let mut bad = 0u64;
+    let (mut bad, mut idle) = (0u64, 0u64);
+    let mut used = Vec::new();
+    let missing = &mut report.missing;
     let mut visit = |index, entry| {
-        let Slot::Payload(block) = geometry.slot(index) else { return Ok(()) };
-        if block >= geometry.payload_blocks() || index >= first_unknown {
+        if index >= first_unknown {
             return Ok(());
         }
-        let disk = geometry.block_range(block);
-        if file.checker.explain(index, entry, PADDED_LEN).is_err() {
+        let is_good = file.checker.is_good(index, entry, PADDED_LEN);
+        let disk = match geometry.slot(index) {
+            Slot::Payload(block) if block < geometry.payload_blocks() => {
+                geometry.block_range(block)
+            }
+            // Nothing of the disk is there.
+            _ if !is_good => {
+                idle += 1;
+                return Ok(());
+            }
+            Slot::Payload(_) => return Ok(()),
+            Slot::Bitmap(_) => ByteRange::default(),
+        };
+        if !is_good {
             bad += 1;
-            report.add(disk);
+            missing.add(disk);
         } else if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
-            let there = file_len.saturating_sub(bat::offset(entry)).min(disk.len);
+            let there = file_len.saturating_sub(bat::offset(entry));
             if there < disk.len {
-                report.add(ByteRange::between(disk.offset + there, disk.end()));
+                missing.add(ByteRange::between(disk.offset + there, disk.end()));
+            }
+            // What is not in the file is nobody's.
+            if there > 0
+                && let (Ok(mib), Ok(index)) =
+                    (u32::try_from(bat::offset(entry) / MIB), u32::try_from(index))
+            {
+                used.push(UsedBlock { mib, index });
             }
         }
         Ok(())
     };
     let entries = geometry.bat_entries();
     scan::walk(&file.file, file.bat, entries, u64::MAX, &mut visit).await?;
+    report.doubtful = look_for_shared(&file.checker, used)?;
+    if idle > 0 {
+        report.notes.push(format!(
+            "{idle} entries of the BAT make no sense, but are for nothing that the disk shows"
+        ));
+    }
     if bad > 0 {
         report
             .notes
@@ -162,9 +214,25 @@ async fn look_for_missing(
     });
     if let Some(block) = unknown {
         let start = geometry.block_range(block).offset;
-        report.add(ByteRange::between(start, geometry.disk_size));
+        report.missing.add(ByteRange::between(start, geometry.disk_size));
     }
     Ok(())
+}
+
+/// Finds the parts of the disk whose blocks share their place in the file with others.
+fn look_for_shared(checker: &Checker, mut used: Vec<UsedBlock>) -> Result<Parts> {
+    used.sort_unstable();
+    let geometry = checker.geometry;
+    let disk = |block: &UsedBlock| match geometry.slot(block.index.into()) {
+        Slot::Payload(block) => geometry.block_range(block),
+        Slot::Bitmap(chunk) => geometry.chunk_range(chunk),
+    };
+    let mut shared = Vec::new();
+    scan::overlaps(checker, &used, |first, second| {
+        shared.extend([disk(first), disk(second)]);
+        Ok(())
+    })?;
+    Ok(Parts::of(shared))
 }
 
 fn refuse<'a>(file: &dyn File) -> Fut<'a, ()> {
@@ -363,7 +431,6 @@ mod tests {
     use crate::block::{Driver, FormatDriver};
     use crate::io::sim::SimFile;
     use crate::io::{AlignedBuf, block_on};
-    use crate::units::MIB;
 
     /// A fixed image of 8 MiB in blocks of 1 MiB, full of 0x55.
     fn image() -> Vec<u8> {
@@ -408,8 +475,8 @@ mod tests {
             content.truncate(len as usize);
             let (report, disk) = salvaged(content);
             let missing = ByteRange::between(len - 4 * MIB, 8 * MIB);
-            assert_eq!(report.missing, [missing]);
-            assert_eq!(report.missing_bytes, missing.len);
+            assert_eq!(report.missing.listed, [missing]);
+            assert_eq!(report.missing.bytes, missing.len);
             assert!(has_only(&disk, &[missing]), "{len}");
         }
     }
@@ -420,7 +487,7 @@ mod tests {
         // Three entries are left, but not what they stand for.
         content.truncate((3 << 20) + 24);
         let (report, disk) = salvaged(content);
-        assert_eq!(report.missing, [ByteRange { offset: 0, len: 8 * MIB }]);
+        assert_eq!(report.missing.listed, [ByteRange { offset: 0, len: 8 * MIB }]);
         assert!(report.notes.iter().any(|note| note.contains("within its BAT")), "{report:?}");
         assert!(disk.iter().all(|byte| *byte == 0));
     }
@@ -433,9 +500,44 @@ mod tests {
         content[(3 << 20) + 5 * 8..][..8].copy_from_slice(&(3u64 << 20 | 6).to_le_bytes());
         let (report, disk) = salvaged(content);
         let missing = [1, 3, 5].map(|block| ByteRange { offset: block * MIB, len: MIB });
-        assert_eq!(report.missing, missing);
+        assert_eq!(report.missing.listed, missing);
         assert!(report.notes[0].starts_with("3 entries of the BAT make no sense"));
         assert!(has_only(&disk, &missing));
+    }
+
+    #[test]
+    fn blocks_that_share_a_place_are_doubtful() {
+        let mut content = image();
+        content[(3 << 20) + 5 * 8..][..8].copy_from_slice(&(6u64 << 20 | 6).to_le_bytes());
+        let (report, disk) = salvaged(content.clone());
+        let shared = [2, 5].map(|block| ByteRange { offset: block * MIB, len: MIB });
+        assert_eq!(report.doubtful, Parts { listed: shared.to_vec(), bytes: 2 * MIB });
+        assert_eq!(report.missing, Parts::default());
+        assert!(has_only(&disk, &[]) && !report.is_empty());
+        // Three in one place, two of them side by side.
+        content[(3 << 20) + 6 * 8..][..8].copy_from_slice(&(6u64 << 20 | 6).to_le_bytes());
+        let (report, _) = salvaged(content);
+        let shared = [shared[0], ByteRange { offset: 5 * MIB, len: 2 * MIB }];
+        assert_eq!(report.doubtful, Parts { listed: shared.to_vec(), bytes: 3 * MIB });
+    }
+
+    #[test]
+    fn bad_entries_of_no_block_are_told() {
+        // 17 blocks of 256 MiB: the entry after the first 16 is a sector bitmap's.
+        let sim = SimFile::from_bytes("new.vhdx", Vec::new());
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let options = CreateOptions { block_size: 256 * MIB, ..CreateOptions::new(17 * 256 * MIB) };
+        block_on(create(&file, &options)).unwrap();
+        assert!(block_on(read(&file)).unwrap().salvaged.unwrap().is_empty());
+        let mut content = sim.volatile();
+        content[(3 << 20) + 16 * 8] = 6;
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+        let report = block_on(read(&file)).unwrap().salvaged.unwrap();
+        assert!(
+            report.notes[0].starts_with("1 entries of the BAT make no sense, but"),
+            "{report:?}"
+        );
+        assert_eq!(report.missing.bytes, 0);
     }
 
     #[test]
@@ -448,7 +550,7 @@ mod tests {
         block_on(Structure::read(&file)).unwrap_err();
         let (report, disk) = salvaged(sim.volatile());
         assert!(report.notes[0].starts_with("the log was ignored"), "{report:?}");
-        assert!(report.missing.is_empty() && has_only(&disk, &[]));
+        assert!(report.missing.listed.is_empty() && has_only(&disk, &[]));
     }
 
     #[test]

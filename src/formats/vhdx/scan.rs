@@ -63,7 +63,7 @@ pub async fn scan(
         return Ok(None);
     }
     used.blocks.sort_unstable();
-    check_overlaps(checker, &used.blocks)?;
+    refuse_overlaps(checker, &used.blocks)?;
     Ok(Some(used))
 }
 
@@ -130,16 +130,36 @@ impl Used {
     }
 }
 
-fn check_overlaps(checker: &Checker, sorted: &[UsedBlock]) -> Result<()> {
-    for pair in sorted.windows(2) {
-        let (first, second) = (Used::range(checker, &pair[0]), Used::range(checker, &pair[1]));
-        if first.overlaps(&second) {
-            return Err(Error::corrupt(format!(
-                "BAT entries {} and {} give the same part of the file to two blocks ({first}, \
-                 {second}); at least one of them shows foreign data",
-                pair[0].index, pair[1].index
-            )));
+/// Shows `visit` two blocks for each that begins before an earlier one has ended. Each block that
+/// shares its place is shown at least once.
+pub(super) fn overlaps(
+    checker: &Checker,
+    sorted: &[UsedBlock],
+    mut visit: impl FnMut(&UsedBlock, &UsedBlock) -> Result<()>,
+) -> Result<()> {
+    // A bitmap may end before the block that it lies in.
+    let mut before: Option<(&UsedBlock, u64)> = None;
+    for block in sorted {
+        let range = Used::range(checker, block);
+        if let Some((before, end)) = before
+            && range.offset < end
+        {
+            visit(before, block)?;
+        }
+        if before.is_none_or(|(_, end)| range.end() > end) {
+            before = Some((block, range.end()));
         }
     }
     Ok(())
+}
+
+fn refuse_overlaps(checker: &Checker, sorted: &[UsedBlock]) -> Result<()> {
+    overlaps(checker, sorted, |first, second| {
+        let (a, b) = (Used::range(checker, first), Used::range(checker, second));
+        Err(Error::corrupt(format!(
+            "BAT entries {} and {} give the same part of the file to two blocks ({a}, {b}); at \
+             least one of them shows foreign data",
+            first.index, second.index
+        )))
+    })
 }
