@@ -601,4 +601,67 @@ fn recording_is_refused_where_it_cannot_be_right() {
     let err = refused(&["--log-writes", "notes", "disk.raw"]);
     assert!(err.contains("neither empty nor a log of writes"), "{err}");
     assert_eq!(std::fs::read(d.join("notes")).unwrap(), b"some text");
+    assert!(!d.join("new.log.sidecar").exists(), "a refused log has left its sidecar");
+
+    // Nor is a file lost that is named as the sidecar by mistake.
+    let disk = std::fs::read(d.join("disk.raw")).unwrap();
+    std::fs::hard_link(d.join("disk.raw"), d.join("link.raw")).unwrap();
+    for (sidecar, why) in [
+        ("disk.raw", "disk.raw is disk.raw itself"),
+        ("link.raw", "link.raw is disk.raw itself"),
+        ("new.log", "new.log is new.log itself"),
+        ("notes", "notes is neither empty nor the sidecar of a log"),
+    ] {
+        let err = refused(&["--log-writes", "new.log", "--log-sidecar", sidecar, "disk.raw"]);
+        assert!(err.contains(why), "{err}");
+        assert!(!d.join("new.log").exists());
+    }
+    assert!(std::fs::read(d.join("disk.raw")).unwrap() == disk, "the disk is lost");
+    assert_eq!(std::fs::read(d.join("notes")).unwrap(), b"some text");
+
+    // ext4 begins with 1024 zeros, and iso9660 with 32 KiB of them.
+    for at in [1024, 32768, (3 << 20) - 512] {
+        let mut file_system = vec![0; 3 << 20];
+        file_system[at] = 0x53;
+        std::fs::write(d.join("fs"), &file_system).unwrap();
+        let err = refused(&["--log-writes", "fs", "disk.raw"]);
+        assert!(err.contains("neither empty nor a log of writes"), "{err}");
+        assert!(std::fs::read(d.join("fs")).unwrap() == file_system);
+    }
+}
+
+/// A process that was killed is followed by one that goes on with its log, unless somebody wrote to
+/// the disk in between: that is in no log.
+#[test]
+fn a_disk_that_was_changed_after_a_kill_is_not_recorded_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let (image, log) = (d.join("disk.raw"), d.join("w.log"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let setup = Setup::new(&["--log-writes", log.to_str().unwrap()]).image(&image);
+    let mut backend = setup.start();
+    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+    disk.execute(0, &Request::write(4096, vec![1; 4096])).unwrap().ok().unwrap();
+    backend.kill();
+    drop(disk);
+    // As if the log had been written so long before the disk.
+    let age = |seconds| {
+        let then = std::time::SystemTime::now() - std::time::Duration::from_secs(seconds);
+        for file in [&log, &d.join("w.log.sidecar")] {
+            let file = std::fs::File::options().write(true).open(file).unwrap();
+            file.set_modified(then).unwrap();
+        }
+    };
+    let touched = std::fs::File::options().write(true).open(&image).unwrap();
+    touched.set_modified(std::time::SystemTime::now()).unwrap();
+    age(60);
+    let args = ["serve", "--socket-path", "s", "-f", "raw", "--log-writes", "w.log", "disk.raw"];
+    let err = fails(d, &args, 78);
+    assert!(err.contains("was changed after the last entry") && err.contains("--log-append"));
+    // What was in flight at the kill may be that much later.
+    age(5);
+    let mut again = Setup::new(&["--log-writes", log.to_str().unwrap()]).image(&image).start();
+    common::wait_until("a disk", || again.log().contains("serving "));
+    assert!(again.terminate().success(), "{}", again.log());
+    assert_eq!(kinds(d, "w.log"), ["WRITE"]);
 }

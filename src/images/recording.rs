@@ -14,8 +14,8 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::{self, Began, Settings, Subject, WriteLog};
 use crate::images::lock::lock;
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest};
-use crate::io::{File, HostFile, HostKind, OpenOptions, block_on};
-use crate::write_log::sidecar::{self, ImageIdentity};
+use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
+use crate::write_log::sidecar::{self, ImageIdentity, Record};
 
 /// What to record into, and how.
 #[derive(Clone, Debug)]
@@ -54,13 +54,18 @@ pub fn record(image: &Image, below: Arc<dyn Driver>, request: &RecordRequest) ->
     check_is_written(image, &*below)?;
     let (log, is_new) = open_log(request)?;
     let RecordRequest { sidecar, settings, .. } = request;
+    let sidecar_path = sidecar.clone().unwrap_or_else(|| sidecar::default_path(&request.log));
+    let had_sidecar = sidecar_path.exists();
     let recording = record_to(image, below, &log, sidecar.as_deref(), *settings);
     let recording = recording.and_then(|recording| {
         recording.check_for_guest(request.block_size)?;
         Ok(recording)
     });
-    if recording.is_err() && is_new {
-        let _ = std::fs::remove_file(&request.log);
+    if recording.is_err() {
+        let unwanted = [(is_new, &request.log), (!had_sidecar, &sidecar_path)];
+        for (_, path) in unwanted.into_iter().filter(|(is_new, _)| *is_new) {
+            let _ = std::fs::remove_file(path);
+        }
     }
     recording
 }
@@ -91,8 +96,9 @@ pub fn record_to(
         }
         None => sidecar::default_path(log.path()),
     };
-    let (sidecar, _) = open_or_create(&sidecar, OpenOptions { write: true, ..Default::default() })
-        .context(|| format!("{name}: its sidecar"))?;
+    let (sidecar, is_new) =
+        open_sidecar(&sidecar, image, log).context(|| format!("{name}: its sidecar"))?;
+    let unwanted = is_new.then(|| sidecar.path().to_path_buf());
     let subject = Subject {
         below,
         image: ImageIdentity {
@@ -101,11 +107,50 @@ pub fn record_to(
             path: absolute(image.file.path()),
         },
         file: Some(Arc::clone(&image.file)),
+        is_raw: image.format == ImageFormat::Raw,
     };
     let log = Arc::clone(log) as Arc<dyn File>;
     let opening = write_log::open(subject, log, Arc::new(sidecar), settings);
-    let (filter, began) = block_on(opening)?;
+    let opened = block_on(opening);
+    if let (Err(_), Some(path)) = (&opened, unwanted) {
+        let _ = std::fs::remove_file(path);
+    }
+    let (filter, began) = opened?;
     Ok(Recording { filter: Arc::new(filter), began })
+}
+
+/// Opens the file that is to be a log's sidecar. True if it was made.
+///
+/// # Errors
+/// If it is part of the disk or the log, or holds anything but a sidecar: it would be lost.
+fn open_sidecar(path: &Path, image: &Image, log: &HostFile) -> Result<(HostFile, bool)> {
+    let (file, is_new) = open_or_create(path, OpenOptions { write: true, ..Default::default() })?;
+    if is_new {
+        return Ok((file, true));
+    }
+    let identity = file.identity()?;
+    let chain = std::iter::successors(Some(image), |image| image.backing.as_deref());
+    let files = chain.flat_map(|image| [Some(&image.file), image.image_file.as_ref()]).flatten();
+    for other in files.map(|file| &**file).chain([log]) {
+        if other.identity()? == identity {
+            let (path, other) = (path.display(), other.name());
+            return Err(Error::invalid(format!("{path} is {other} itself; it needs another file")));
+        }
+    }
+    let len = file.len()?.min(Record::position(0));
+    let mut head = AlignedBuf::zeroed(len as usize, 4096);
+    if len > 0 {
+        block_on(file.read(0, head.buffers()))?;
+    }
+    let head = head.as_slice();
+    // Zeros are what a power cut has left of one that was just begun.
+    let is_begun = file.len()? <= Record::position(0) && head.iter().all(|byte| *byte == 0);
+    if head.starts_with(&sidecar::MAGIC) || is_begun {
+        return Ok((file, false));
+    }
+    let path = path.display();
+    let message = format!("{path} is neither empty nor the sidecar of a log; name another file");
+    Err(Error::invalid(message))
 }
 
 fn check_is_written(image: &Image, below: &dyn Driver) -> Result<()> {

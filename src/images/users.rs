@@ -5,6 +5,7 @@
 //! done once something has failed.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use crate::io::HostFile;
 
@@ -14,7 +15,7 @@ const MAX_NAMED: usize = 3;
 /// Who has this file open besides the caller, as `name (pid 1234)`, or `this process` if it has it
 /// open once more; empty if nobody can be seen.
 pub fn of(file: &HostFile) -> Vec<String> {
-    let Ok(wanted) = std::fs::metadata(file.path()) else { return Vec::new() };
+    let Ok(wanted) = file.identity() else { return Vec::new() };
     let own = std::process::id().to_string();
     let mut users = Vec::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -22,12 +23,9 @@ pub fn of(file: &HostFile) -> Vec<String> {
         if !pid.bytes().all(|b| b.is_ascii_digit()) {
             continue;
         }
-        let descriptors = std::fs::read_dir(process.path().join("fd")).into_iter().flatten();
-        let mut to_the_file = descriptors.flatten().filter(|fd| {
-            // Follows the link to the open file itself.
-            std::fs::metadata(fd.path())
-                .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
-        });
+        let descriptors = std::fs::read_dir(process.path().join("fdinfo")).into_iter().flatten();
+        let mut to_the_file =
+            descriptors.flatten().filter(|fd| is_open(&process.path(), &fd.path(), wanted));
         // One descriptor of ours is the caller's.
         let not_others = usize::from(pid == own);
         if to_the_file.nth(not_others).is_some() {
@@ -42,4 +40,19 @@ pub fn of(file: &HostFile) -> Vec<String> {
         }
     }
     users
+}
+
+/// Whether a descriptor of a process is of the file with this device and inode number.
+fn is_open(process: &Path, info: &Path, wanted: (u64, u64)) -> bool {
+    // What strangers have open may be on a file system that does not answer, and is not asked
+    // before the number of its inode is the right one, which the kernel knows by itself.
+    let Ok(text) = std::fs::read_to_string(info) else { return false };
+    let inode = text.lines().find_map(|line| line.strip_prefix("ino:"));
+    if inode.is_some_and(|inode| inode.trim().parse() != Ok(wanted.1)) {
+        return false;
+    }
+    let Some(number) = info.file_name() else { return false };
+    // Follows the link to the open file itself.
+    std::fs::metadata(process.join("fd").join(number))
+        .is_ok_and(|meta| (meta.dev(), meta.ino()) == wanted)
 }

@@ -61,6 +61,8 @@ pub struct HostFile {
     inline: Inline,
     /// Whether a plain call can read from the page cache without waiting.
     reads_nowait: bool,
+    /// See [`HostFile::modified_before_ns`].
+    modified_before_ns: i64,
     /// Until when (in [`coarse_now_ms`]) inline calls are suspended because one was slow.
     inline_suspended_until_ms: AtomicU64,
     /// Slow inline calls in a row; each doubles the suspension.
@@ -176,6 +178,7 @@ impl HostFile {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             inline,
             reads_nowait,
+            modified_before_ns: modified_ns(&stat),
             inline_suspended_until_ms: AtomicU64::new(0),
             inline_slow_streak: AtomicU32::new(0),
         })
@@ -200,6 +203,7 @@ impl HostFile {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             inline,
             reads_nowait,
+            modified_before_ns: self.modified_before_ns,
             inline_suspended_until_ms: AtomicU64::new(0),
             inline_slow_streak: AtomicU32::new(0),
         })
@@ -384,11 +388,15 @@ impl HostFile {
     pub fn modified_ns(&self) -> i64 {
         match self.kind {
             HostKind::BlockDevice => 0,
-            HostKind::Regular => rustix::fs::fstat(&self.fd).map_or(0, |stat| {
-                stat.st_mtime
-                    .saturating_mul(1_000_000_000)
-                    .saturating_add(stat.st_mtime_nsec as i64)
-            }),
+            HostKind::Regular => rustix::fs::fstat(&self.fd).map_or(0, |stat| modified_ns(&stat)),
+        }
+    }
+
+    /// The same, as it was when it was opened here.
+    pub fn modified_before_ns(&self) -> i64 {
+        match self.kind {
+            HostKind::BlockDevice => 0,
+            HostKind::Regular => self.modified_before_ns,
         }
     }
 
@@ -513,6 +521,10 @@ fn direct_alignment(fd: BorrowedFd<'_>, kind: HostKind) -> Result<Alignment> {
         request: u64::from(stx.stx_dio_offset_align),
         memory: stx.stx_dio_mem_align as usize,
     })
+}
+
+fn modified_ns(stat: &rustix::fs::Stat) -> i64 {
+    stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec as i64)
 }
 
 /// Has reads leave the file's access time alone, which nobody asks of an image and each read looks

@@ -26,6 +26,7 @@ use crate::filters::write_log::recorder::{Recorder, Start};
 use crate::filters::write_log::tail::Place;
 use crate::filters::write_log::{Order, WriteLog};
 use crate::io::{AlignedBuf, File, HostFile};
+use crate::units::{MIB, align_down};
 use crate::write_log::layout::{
     DEFAULT_SECTOR_SIZE, END_MARK, Flags, MAGIC, RawEntry, header_sector, is_sector_size,
 };
@@ -80,6 +81,8 @@ pub struct Subject {
     pub image: ImageIdentity,
     /// The file, to tell whether it was changed while nobody recorded.
     pub file: Option<Arc<HostFile>>,
+    /// Whether all that is in the file is the disk.
+    pub is_raw: bool,
 }
 
 /// How recording began.
@@ -211,6 +214,10 @@ impl Opening<'_> {
             Some(then) if then != 0 && self.changed_ns() != 0 && then != self.changed_ns() => {
                 refuse(format!("{} was changed after recording ended", image.path.display()))
             }
+            None if self.is_changed_since(log) => refuse(format!(
+                "{} was changed after the last entry, while nobody recorded",
+                image.path.display()
+            )),
             None if header.boot_id != boot_id() => refuse(
                 "the host went down while it was recorded, so the disk may not be what the log \
                  ends with"
@@ -220,6 +227,19 @@ impl Opening<'_> {
         }
     }
 
+    /// Whether a raw image was written to after its log, by more than what was in flight when the
+    /// recording process was killed. (Other formats change their files without a guest.)
+    fn is_changed_since(&self, log: &Log) -> bool {
+        /// What is in flight is on the disk by then, in nanoseconds.
+        const IN_FLIGHT: i64 = 15_000_000_000;
+        let file = self.subject.file.as_ref().filter(|_| self.subject.is_raw);
+        let changed = file.map_or(0, |file| file.modified_before_ns());
+        let logged = [log.file(), self.sidecar]
+            .map(|file| file.as_host().map_or(i64::MAX, |file| file.modified_before_ns()));
+        let last = logged[0].max(logged[1]);
+        last != 0 && changed.saturating_sub(IN_FLIGHT) > last
+    }
+
     /// When the image was last changed.
     fn changed_ns(&self) -> i64 {
         self.subject.file.as_ref().map_or(0, |file| file.modified_ns())
@@ -227,19 +247,29 @@ impl Opening<'_> {
 
     /// What the log's file begins with.
     async fn look(&self) -> Result<Content> {
-        let unit = self.log.alignment().request.max(512);
-        let len = self.log.len()?.min(unit);
-        if len == 0 {
-            return Ok(Content::Nothing);
+        let head = self.read(0).await?;
+        if head.starts_with(&MAGIC.to_le_bytes()) {
+            return Ok(Content::Log);
         }
-        let mut head = AlignedBuf::zeroed(len as usize, self.log.alignment().memory.max(512));
-        self.log.read(0, head.buffers()).await?;
-        let head = head.as_slice();
-        Ok(match head {
-            _ if head.iter().all(|byte| *byte == 0) => Content::Nothing,
-            _ if head.starts_with(&MAGIC.to_le_bytes()) => Content::Log,
-            _ => Content::Other,
-        })
+        // A file system may begin with zeros. It has something in the first MiB, or in the last.
+        let tail = self.read(self.log.len()?.saturating_sub(MIB)).await?;
+        let is_nothing = head.iter().chain(&tail).all(|byte| *byte == 0);
+        Ok(if is_nothing { Content::Nothing } else { Content::Other })
+    }
+
+    /// A MiB of the log's file from about `offset` on, or what there is.
+    async fn read(&self, offset: u64) -> Result<Vec<u8>> {
+        let alignment = self.log.alignment();
+        let unit = alignment.request.max(1);
+        let offset = align_down(offset, unit);
+        let len = (self.log.len()? - offset).min(2 * MIB);
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        let len = if len > unit { align_down(len, unit) } else { len };
+        let mut bytes = AlignedBuf::zeroed(len as usize, alignment.memory.max(512));
+        self.log.read(offset, bytes.buffers()).await?;
+        Ok(bytes.as_slice().to_vec())
     }
 
     /// Starts a new log.

@@ -49,7 +49,7 @@ impl Bed {
     fn subject(&self) -> Subject {
         let image = ImageIdentity { file: (1, 2), born_ns: 3, path: "/disks/disk".into() };
         let raw = Raw::open(Arc::new(self.disk.clone()), false).unwrap();
-        Subject { below: Arc::new(raw), image, file: None }
+        Subject { below: Arc::new(raw), image, file: None, is_raw: true }
     }
 
     fn try_open(&self, settings: Settings) -> Result<(WriteLog, Began)> {

@@ -38,6 +38,7 @@ impl Bed {
             below: Arc::new(Raw::open(disk, false).unwrap()),
             image: ImageIdentity::default(),
             file: None,
+            is_raw: true,
         };
         let (filter, _) = block_on(open(subject, log, sidecar, settings)).unwrap();
         Bed { memory, filter: Arc::new(filter) }
