@@ -197,6 +197,59 @@ fn a_checker_is_told_the_last_mark() {
     assert_eq!(failure["mark-after"], "it's 2 (entry 7)");
 }
 
+/// A killed exploration goes, mount and all, while its checker still has a disk with changes in the
+/// kernel's cache.
+#[test]
+fn a_killed_exploration_leaves_nothing_behind() {
+    if !Path::new("/dev/fuse").exists() {
+        common::skip("no FUSE here");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    let check = "exec 3<>{} && printf changed >&3 && touch begun && exec sleep 1";
+    let args = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--check", check];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(args)
+        .current_dir(d)
+        .env("TMPDIR", d)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    common::wait_until("a checker", || d.join("begun").exists());
+    child.kill().unwrap();
+    common::wait_until("its end", || child.try_wait().unwrap().is_some());
+    // By its name: nobody answers who asks for more.
+    let mount = format!("vublk-states-{}", child.id());
+    let is_there = || std::fs::read_dir(d).unwrap().any(|e| *e.unwrap().file_name() == *mount);
+    assert!(is_there());
+    // The next one takes the mount away.
+    let again = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--check", "true {}"])
+        .current_dir(d)
+        .env("TMPDIR", d)
+        .output()
+        .unwrap();
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    assert!(!is_there());
+}
+
+#[test]
+fn results_of_another_log_are_not_taken_for_this_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    let explore = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--results", "r"];
+    ok(d, &[&explore[..], &["--check", "true {}"]].concat());
+    ok(d, &[&explore[..], &["--check", "true {}"]].concat());
+    let error = fails(d, &[&explore[..], &["--check", "true {}", "--check-alike"]].concat(), 1);
+    assert!(error.contains("holds the results of another exploration ("), "{error}");
+    small_disk(d, 1);
+    let error = fails(d, &[&explore[..], &["--check", "true {}"]].concat(), 1);
+    assert!(error.contains("as log or base were changed since"), "{error}");
+}
+
 #[test]
 fn what_cannot_be_explored_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -207,6 +260,12 @@ fn what_cannot_be_explored_is_refused() {
     assert!(error.contains("the checker cannot be run: /no/such/checker /"), "{error}");
     let error = with(&["--check", "true {}", "--state", "E99"]);
     assert!(error.contains("E99: the log has 9 entries only"), "{error}");
+    let error = with(&["--start-entry", "100", "--check", "false {}"]);
+    assert!(error.contains("has no states in what the options choose"), "{error}");
+    if Path::new("/dev/fuse").exists() {
+        let error = with(&["--check", "printf x >>{}; true"]);
+        assert!(error.contains("state E0:s=000000: the checker wrote past the end"), "{error}");
+    }
     let error = with(&["--start-mark", "nowhere"]);
     assert!(error.contains("there is no mark 'nowhere'"), "{error}");
     std::fs::write(dir.path().join("base.img"), vec![0; 8192]).unwrap();

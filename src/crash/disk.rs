@@ -29,6 +29,8 @@ pub struct StateDisk {
     written: HashMap<u64, Page>,
     /// What was read of the state itself, in sectors and in the order of the reads.
     looked_at: Vec<ByteRange>,
+    /// The first read or write of the state that failed.
+    failure: Option<Error>,
 }
 
 /// Sectors that were written.
@@ -48,6 +50,7 @@ impl StateDisk {
             view: View::default(),
             written: HashMap::new(),
             looked_at: Vec::new(),
+            failure: None,
         }
     }
 
@@ -73,6 +76,7 @@ impl StateDisk {
             .extend(self.written.keys().map(|page| ByteRange { offset: page * PAGE, len: PAGE }));
         self.written.clear();
         self.looked_at.clear();
+        self.failure = None;
         changed.sort_by_key(|range| range.offset);
         let mut pages: Vec<ByteRange> = Vec::new();
         for range in changed {
@@ -93,8 +97,28 @@ impl StateDisk {
         &self.looked_at
     }
 
+    /// What failed first since the state is shown, once.
+    pub fn take_failure(&mut self) -> Option<Error> {
+        self.failure.take()
+    }
+
+    fn note_failure<T>(&mut self, result: Result<T>) -> Result<T> {
+        if let (Err(err), None) = (&result, &self.failure) {
+            self.failure = Some(Error::new(err.kind(), err.to_string()));
+        }
+        result
+    }
+
     /// Reads a range; less at the end of the disk.
+    ///
+    /// # Errors
+    /// If base or log cannot be read.
     pub fn read(&mut self, range: ByteRange) -> Result<Vec<u8>> {
+        let read = self.read_state(range);
+        self.note_failure(read)
+    }
+
+    fn read_state(&mut self, range: ByteRange) -> Result<Vec<u8>> {
         let range = range.intersect(&ByteRange { offset: 0, len: self.size() });
         if range.is_empty() {
             return Ok(Vec::new());
@@ -102,11 +126,11 @@ impl StateDisk {
         let unit = self.base.limits().request_alignment.max(SECTOR_SIZE);
         let end = align_up(range.end(), unit).unwrap_or(range.end()).min(self.size());
         let around = ByteRange::between(align_down(range.offset, unit), end);
+        self.note_what_is_not_written(around);
         let mut buf = AlignedBuf::zeroed(around.len as usize, PAGE as usize);
         block_on(self.read_below(around, &buf.buffers()))?;
         let bytes = buf.as_slice();
         self.lay_written_over(around, bytes);
-        self.note_what_is_not_written(around);
         let skipped = (range.offset - around.offset) as usize;
         Ok(bytes[skipped..skipped + range.len as usize].to_vec())
     }
@@ -116,16 +140,24 @@ impl StateDisk {
     /// # Errors
     /// If it lies outside of the disk, or too much was written.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
-        let range = ByteRange::new(offset, data.len() as u64)
-            .filter(|range| range.end() <= self.size())
-            .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "beyond the end of the disk"))?;
+        let written = self.write_state(offset, data);
+        self.note_failure(written)
+    }
+
+    fn write_state(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        let size = self.size();
+        let range = ByteRange::new(offset, data.len() as u64).filter(|r| r.end() <= size);
+        let range = range.ok_or_else(|| {
+            let message = format!("the checker wrote past the end of the disk of {size} bytes");
+            Error::new(ErrorKind::OutOfRange, message)
+        })?;
         let end = align_up(range.end(), SECTOR_SIZE).unwrap_or(range.end());
         let whole = ByteRange::between(align_down(range.offset, SECTOR_SIZE), end);
         let mut bytes;
         let data = if whole == range {
             data
         } else {
-            bytes = self.read(whole)?;
+            bytes = self.read_state(whole)?;
             bytes.resize(whole.len as usize, 0);
             let skipped = (range.offset - whole.offset) as usize;
             bytes[skipped..skipped + data.len()].copy_from_slice(data);
@@ -191,7 +223,7 @@ impl StateDisk {
     fn keep(&mut self, offset: u64, sector: &[u8]) -> Result<()> {
         let number = offset / PAGE;
         if self.written.len() >= MAX_PAGES && !self.written.contains_key(&number) {
-            let message = "more than 1 GiB was written to a crash state";
+            let message = "the checker wrote more than 1 GiB";
             return Err(Error::new(ErrorKind::NoSpace, message));
         }
         let fresh = || Page { valid: 0, bytes: Box::new([0; PAGE as usize]) };

@@ -24,12 +24,12 @@ use crate::crash::copy::CopiedFile;
 use crate::crash::disk::StateDisk;
 use crate::crash::enumerate::{self, Reach};
 use crate::crash::fingerprint::Fingerprints;
-use crate::crash::fuse::{Mount, StateFile};
+use crate::crash::fuse::{Mount, Reads, StateFile};
 use crate::crash::history::{Epoch, History};
 use crate::crash::name::StateName;
 use crate::crash::report::{Failure, Report};
 use crate::crash::shrink;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ResultExt};
 use crate::io::{HostFile, OpenOptions, block_on};
 use crate::units::ByteRange;
 use crate::write_log::sidecar::Sidecar;
@@ -65,6 +65,17 @@ pub struct Plan {
     pub serve: String,
     /// The log's sidecar, which knows in which order requests came and went.
     pub sidecar: Option<PathBuf>,
+}
+
+impl Plan {
+    /// Whether an answer of the checker is one for other states, too, and what it read matters.
+    pub fn reads(&self) -> Reads {
+        let checker = self.checker.as_ref();
+        match !self.check_alike && checker.is_some_and(Checker::reads_the_file_alone) {
+            true => Reads::Exact,
+            false => Reads::Unknown,
+        }
+    }
 }
 
 /// What the caller is asked and told meanwhile.
@@ -128,9 +139,9 @@ pub struct Stage {
 
 impl Stage {
     /// Looks for the best way to show states that the host has.
-    pub fn new(history: &Arc<History>, base: &Node, workers: usize) -> Stage {
+    pub fn new(history: &Arc<History>, base: &Node, workers: usize, reads: Reads) -> Stage {
         let disk = |_| StateDisk::new(Arc::clone(history), base.clone());
-        match Mount::new((0..workers).map(disk).collect()) {
+        match Mount::new((0..workers).map(disk).collect(), reads) {
             Ok((mount, files)) => Stage {
                 files: files.into_iter().map(Shown::Fuse).collect(),
                 _mount: Some(mount),
@@ -175,7 +186,9 @@ impl Shown {
     ) -> Result<Verdict> {
         self.show_to(name, checker)?;
         let mark = self.mark(name, checker)?;
-        checker.run(self.path(), name, &mark, limit, None)
+        let verdict = checker.run(self.path(), name, &mark, limit, None)?;
+        self.settle(name)?;
+        Ok(verdict)
     }
 
     fn check_and_listen(
@@ -186,7 +199,17 @@ impl Shown {
     ) -> Result<(Verdict, String)> {
         self.show_to(name, checker)?;
         let mark = self.mark(name, checker)?;
-        checker.run_and_listen(self.path(), name, &mark, limit)
+        let verdict = checker.run_and_listen(self.path(), name, &mark, limit)?;
+        self.settle(name)?;
+        Ok(verdict)
+    }
+
+    /// Whether the checker had the state that it was to have.
+    fn settle(&self, name: &StateName) -> Result<()> {
+        match self {
+            Shown::Fuse(file) => file.settle().context(|| format!("state {name}")),
+            Shown::Copy(_) => Ok(()),
+        }
     }
 
     /// A checker that has the state shown by somebody else needs no file.
@@ -390,7 +413,8 @@ impl Run<'_> {
         let resumed = self.report.done;
         for epoch in epochs(&history, self.plan) {
             let print = Arc::new(prints.epoch(&epoch)?);
-            let answers = self.wants_answers().then(|| Answers::new(Arc::clone(&print)));
+            let answers =
+                (self.plan.reads() == Reads::Exact).then(|| Answers::new(Arc::clone(&print)));
             let answers = answers.map(|answers| Arc::new(Mutex::new(answers)));
             let flow = enumerate::visit(&history, &epoch, &self.plan.reach, &mut |name| {
                 let promised = self.promised(&epoch, &name);
@@ -405,12 +429,6 @@ impl Run<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Whether an answer of the checker is one for other states, too.
-    fn wants_answers(&self) -> bool {
-        let checker = self.plan.checker.as_ref();
-        !self.plan.check_alike && checker.is_some_and(Checker::reads_the_file_alone)
     }
 
     /// What the checker is told besides the disk: the number of the last mark, which may promise more

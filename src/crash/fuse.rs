@@ -19,6 +19,8 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
+use rustix::fd::OwnedFd;
+use rustix::mount::UnmountFlags;
 use rustix::process::Pid;
 
 use crate::crash::disk::StateDisk;
@@ -29,8 +31,18 @@ use crate::units::ByteRange;
 
 /// Attributes never change.
 const FOREVER: Duration = Duration::from_secs(1 << 30);
-/// How much the kernel may read that nobody has asked for, in bytes.
+/// How much the kernel may read that nobody has asked for, in bytes, where that counts.
 const MAX_READAHEAD: u32 = 1;
+
+/// What is told of what checkers read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reads {
+    /// No more than they asked for, in whole pages: the kernel does not read ahead.
+    Exact,
+    /// Nothing that counts.
+    Unknown,
+}
+
 /// Inode of the first worker's file.
 const FIRST: u64 = 2;
 
@@ -54,11 +66,30 @@ fn sweep(temp: &Path) {
         let Some(pid) = pid.and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw) else {
             continue;
         };
-        if rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH) {
-            let _ = rustix::mount::unmount(entry.path(), rustix::mount::UnmountFlags::DETACH);
+        if !lives(pid) {
+            let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
+            let _ = rustix::mount::unmount(entry.path(), flags);
             let _ = std::fs::remove_dir(entry.path());
         }
     }
+}
+
+/// Whether a process is there, and not dead already with nobody to take note of it.
+fn lives(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()));
+    // What follows the name, which may hold anything, begins with the state.
+    let state = stat.ok().and_then(|stat| Some(stat.rsplit_once(") ")?.1.chars().next()?));
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+/// Opens a file of ours so that the kernel closes it after the connection by which we serve it: it
+/// closes a dead process's descriptors in their order, and would wait for ever for us to write
+/// what a checker left.
+fn open_last(path: &Path) -> Result<OwnedFd> {
+    /// Behind all that the connection has.
+    const BEHIND: std::os::fd::RawFd = 512;
+    let file = File::open(path).context(|| path.display().to_string())?;
+    Ok(rustix::io::fcntl_dupfd_cloexec(&file, BEHIND).unwrap_or_else(|_| file.into()))
 }
 
 /// The file of one worker.
@@ -68,16 +99,17 @@ pub struct StateFile {
     inode: INodeNo,
     disk: Arc<Mutex<StateDisk>>,
     notifier: Notifier,
-    /// Held open so that what a checker left in a shared mapping can be fetched.
-    open: File,
+    /// Held open so that what a checker left in the kernel's cache can be fetched.
+    open: OwnedFd,
 }
 
 impl Mount {
     /// Mounts a directory with a file for each disk, below the directory for temporary files.
+    /// `reads` is what the files are asked to tell of them.
     ///
     /// # Errors
     /// If the host has no FUSE or does not let us use it.
-    pub fn new(disks: Vec<StateDisk>) -> Result<(Mount, Vec<StateFile>)> {
+    pub fn new(disks: Vec<StateDisk>, reads: Reads) -> Result<(Mount, Vec<StateFile>)> {
         let temp = std::env::temp_dir();
         sweep(&temp);
         let dir = temp.join(format!("{DIR_PREFIX}{}", std::process::id()));
@@ -91,18 +123,19 @@ impl Mount {
             MountOption::NoSuid,
         ];
         config.n_threads = Some(disks.len().clamp(1, 4));
-        let session = match fuser::spawn_mount(States { disks: disks.clone() }, &dir, &config) {
-            Ok(session) => session,
-            Err(err) => {
-                let _ = std::fs::remove_dir(&dir);
-                return Err(Error::from(err).context("FUSE"));
-            }
-        };
+        let session =
+            match fuser::spawn_mount(States { disks: disks.clone(), reads }, &dir, &config) {
+                Ok(session) => session,
+                Err(err) => {
+                    let _ = std::fs::remove_dir(&dir);
+                    return Err(Error::from(err).context("FUSE"));
+                }
+            };
         let notifier = session.notifier();
         let mount = Mount { dir: dir.clone(), session: Some(session) };
         let file = |(i, disk): (usize, &Arc<Mutex<StateDisk>>)| -> Result<StateFile> {
             let path = dir.join(file_name(i));
-            let open = File::open(&path).context(|| path.display().to_string())?;
+            let open = open_last(&path)?;
             let inode = INodeNo(FIRST + i as u64);
             Ok(StateFile { path, inode, disk: Arc::clone(disk), notifier: notifier.clone(), open })
         };
@@ -135,13 +168,26 @@ impl StateFile {
         lock(&self.disk).looked_at().to_vec()
     }
 
+    /// A checker has ended: fetches what it wrote.
+    ///
+    /// # Errors
+    /// If something that it read could not be read, or something that it wrote not be kept. Then
+    /// its verdict says nothing of the state.
+    pub fn settle(&self) -> Result<()> {
+        let synced = rustix::fs::fdatasync(&self.open);
+        match lock(&self.disk).take_failure() {
+            Some(err) => Err(err),
+            None => synced.map_err(Error::from).context(|| self.path.display().to_string()),
+        }
+    }
+
     /// Makes it the state `name`, fresh.
     ///
     /// # Errors
     /// If the log has no such state, or the kernel refuses.
     pub fn show(&self, name: &StateName) -> Result<()> {
-        // What a checker wrote to a shared mapping must arrive before it is forgotten.
-        self.open.sync_data().context(|| self.path.display().to_string())?;
+        // Whoever wrote after its checker had ended: not to this state.
+        rustix::fs::fdatasync(&self.open).context(|| self.path.display().to_string())?;
         let changed = lock(&self.disk).show(name)?;
         for range in changed {
             // It is an error to forget what is not in the cache, and none to us.
@@ -164,6 +210,7 @@ fn lock(disk: &Mutex<StateDisk>) -> MutexGuard<'_, StateDisk> {
 #[derive(Debug)]
 struct States {
     disks: Vec<Arc<Mutex<StateDisk>>>,
+    reads: Reads,
 }
 
 impl States {
@@ -204,8 +251,9 @@ impl Filesystem for States {
         // them a range at a time, or not at all if the next state comes first. A kernel that cannot do
         // that hands us each write.
         let _ = config.add_capabilities(InitFlags::FUSE_WRITEBACK_CACHE);
-        // What is read ahead counts as looked at, and would have to be checked for nothing.
-        let _ = config.set_max_readahead(MAX_READAHEAD);
+        if self.reads == Reads::Exact {
+            let _ = config.set_max_readahead(MAX_READAHEAD);
+        }
         Ok(())
     }
 
@@ -271,10 +319,7 @@ impl Filesystem for States {
         let Some(mut disk) = self.disk(inode) else { return reply.error(Errno::ENOENT) };
         match disk.read(ByteRange { offset, len: u64::from(size) }) {
             Ok(bytes) => reply.data(&bytes),
-            Err(err) => {
-                tracing::error!("reading a crash state: {err}");
-                reply.error(Errno::EIO);
-            }
+            Err(_) => reply.error(Errno::EIO),
         }
     }
 
@@ -293,10 +338,7 @@ impl Filesystem for States {
         let Some(mut disk) = self.disk(inode) else { return reply.error(Errno::ENOENT) };
         match disk.write(offset, data) {
             Ok(()) => reply.written(data.len() as u32),
-            Err(err) => {
-                tracing::error!("writing to a crash state: {err}");
-                reply.error(Errno::ENOSPC);
-            }
+            Err(_) => reply.error(Errno::ENOSPC),
         }
     }
 

@@ -32,6 +32,9 @@ pub struct Subject {
     pub check: String,
     /// Which states, and the options they depend on.
     pub options: String,
+    /// When log and base were last changed, in nanoseconds since 1970.
+    #[serde(default)]
+    pub changed: (i64, i64),
 }
 
 /// See the [module](self).

@@ -7,7 +7,7 @@ use super::*;
 use crate::block::driver::{BlockStatus, Driver, Limits, StatusKind};
 use crate::block::{Node, NodeOptions};
 use crate::formats::raw::Raw;
-use crate::io::sim::{Rng, SimFile};
+use crate::io::sim::{Fault, Rng, SimFile, SimOp};
 use crate::io::{AlignedBuf, Buffers, File, Fut, block_on};
 use crate::units::ByteRange;
 use crate::write_log::{Flags, Log, LogBuilder};
@@ -399,4 +399,21 @@ fn what_a_checker_has_written_itself_is_not_looked_at() {
     assert_eq!(disk.looked_at(), [range(0, 1024), range(2048, 512)]);
     disk.show(&"E0".parse().unwrap()).unwrap();
     assert_eq!(disk.looked_at(), []);
+}
+
+/// A checker that meets an error has looked there, and its verdict is none.
+#[test]
+fn what_cannot_be_read_is_told() {
+    let log = LogBuilder::new(512).write(0, &[1; 512]);
+    let (history, size) = (Arc::new(history(&log)), SIZE);
+    let file = SimFile::from_bytes("base.img", vec![0; size as usize]);
+    let driver = Arc::new(Raw::open(Arc::new(file.clone()), true).unwrap());
+    let options = NodeOptions { name: "base".into(), read_only: true, keeps_space: false };
+    let mut disk = disk::StateDisk::new(history, Node::new(driver, options));
+    disk.show(&"E0".parse().unwrap()).unwrap();
+    file.fail(Fault { op: Some(SimOp::Read), after: 0, errno: libc::EIO, for_good: true });
+    let range = ByteRange { offset: 4096, len: 512 };
+    disk.read(range).unwrap_err();
+    assert_eq!(disk.looked_at(), [range]);
+    assert!(disk.take_failure().is_some() && disk.take_failure().is_none());
 }

@@ -18,6 +18,7 @@ use crate::cli::{DONE, output};
 use crate::crash::check::{Checker, Verdict, quoted};
 use crate::crash::enumerate::Reach;
 use crate::crash::explore::{self, Plan, Stage, Watch};
+use crate::crash::fuse::Reads;
 use crate::crash::report::{Report, Subject};
 use crate::crash::{History, StateName};
 use crate::error::{Error, Result};
@@ -112,17 +113,22 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
         return check_one(args, &history, &base.node, name, checker);
     }
     let plan = plan(args, &history)?;
+    if explore::count(&history, &plan) == 0 {
+        let name = history.log().name();
+        return Err(Error::invalid(format!("{name}: has no states in what the options choose")));
+    }
     let subject = subject(args, &history, base.node.size());
     let mut report = match &plan.results {
         Some(path) if path.exists() => resume(path, &subject)?,
         _ => Report::new(subject),
     };
     if report.finished {
+        tracing::info!("all states were explored by an earlier run, whose results are told again");
         print_report(&report, args.output)?;
         return Ok(exit_code(&report));
     }
-    let mut stage =
-        Stage::new(&history, &base.node, if args.check.is_some() { plan.workers } else { 0 });
+    let workers = if args.check.is_some() { plan.workers } else { 0 };
+    let mut stage = Stage::new(&history, &base.node, workers, plan.reads());
     let mut teller = Teller { signals, progress: args.progress.progress };
     if args.check.is_some() {
         teller.say(&stage.how);
@@ -202,19 +208,36 @@ fn subject(args: &ExploreArgs, history: &History, size: u64) -> Subject {
         size,
         check: args.check.as_ref().map(ToString::to_string).unwrap_or_default(),
         options: format!(
-            "{states:?} all-subsets={} samples={} seed={} part={:?}",
-            args.all_subsets, args.samples, args.seed, args.part
+            "{states:?} all-subsets={} samples={} seed={} part={:?}{}",
+            args.all_subsets,
+            args.samples,
+            args.seed,
+            args.part,
+            if args.check_alike { " check-alike" } else { "" }
         ),
+        changed: (changed(history.log().name().as_ref()), changed(&args.base)),
     }
+}
+
+/// When a file was last changed; 0 if it does not say.
+fn changed(path: &Path) -> i64 {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::metadata(path);
+    meta.map_or(0, |meta| meta.mtime() * 1_000_000_000 + meta.mtime_nsec())
 }
 
 fn resume(path: &Path, subject: &Subject) -> Result<Report> {
     let report = Report::load(path)?;
     if report.subject != *subject {
         return Err(Error::invalid(format!(
-            "{}: holds the results of another exploration (log {}, {} entries, base {}, check '{}', \
-             {}); give another file, or remove it",
+            "{}: holds the results of another exploration{} (log {}, {} entries, base {}, check \
+             '{}', {}); give another file, or remove it",
             path.display(),
+            if report.subject.changed == subject.changed {
+                ""
+            } else {
+                ", as log or base were changed since"
+            },
             report.subject.log,
             report.subject.entries,
             report.subject.base,
@@ -261,7 +284,7 @@ fn check_one(
     checker: &Checker,
 ) -> Result<u8> {
     let (_, full) = history.expanded(name)?;
-    let mut stage = Stage::new(history, base, 1);
+    let mut stage = Stage::new(history, base, 1, Reads::Unknown);
     let limit = Duration::from_secs(args.timeout);
     let (verdict, printed) = stage.check(&full, checker, limit)?;
     let how = match &verdict {
