@@ -36,6 +36,13 @@ pub fn offset(entry: u64) -> u64 {
     entry & BAT_OFFSET
 }
 
+/// What is wrong with an entry.
+enum Wrong {
+    Because(&'static str),
+    Truncated,
+    Overlaps(ByteRange),
+}
+
 /// Knows what entries are allowed.
 #[derive(Clone, Debug)]
 pub struct Checker {
@@ -49,7 +56,7 @@ impl Checker {
     /// Checks the entry at `index` of the BAT.
     pub fn is_good(&self, index: u64, entry: u64, file_len: u64) -> bool {
         // The usual entries first.
-        entry == 0 || self.explain(index, entry, file_len).is_ok()
+        entry == 0 || self.judge(index, entry, file_len).is_ok()
     }
 
     /// Says what is wrong with an entry as it is on disk.
@@ -57,13 +64,24 @@ impl Checker {
     /// # Errors
     /// Kind [`Corrupt`](crate::ErrorKind::Corrupt), naming the entry.
     pub fn explain(&self, index: u64, entry: u64, file_len: u64) -> Result<()> {
+        let Err(wrong) = self.judge(index, entry, file_len) else { return Ok(()) };
         let what = match self.geometry.slot(index) {
             Slot::Payload(block) => format!("of block {block}"),
             Slot::Bitmap(chunk) => format!("of the sector bitmap of chunk {chunk}"),
         };
-        let bad = |why: &str| {
-            Err(Error::corrupt(format!("BAT entry {index} ({what}) is {entry:#x}: {why}")))
+        let why = match wrong {
+            Wrong::Because(why) => why.to_string(),
+            Wrong::Truncated => format!(
+                "the block ends beyond the {file_len} bytes of the file, which is truncated"
+            ),
+            Wrong::Overlaps(range) => format!("the block overlaps the log or region of {range}"),
         };
+        Err(Error::corrupt(format!("BAT entry {index} ({what}) is {entry:#x}: {why}")))
+    }
+
+    /// What is wrong with an entry, not in words yet: there may be millions.
+    fn judge(&self, index: u64, entry: u64, file_len: u64) -> std::result::Result<(), Wrong> {
+        let bad = |why| Err(Wrong::Because(why));
         if entry & BAT_RESERVED != 0 {
             return bad("bits that must be zero are set");
         }
@@ -99,12 +117,10 @@ impl Checker {
             return bad("the block lies in the file's header");
         }
         if place.offset.checked_add(len).is_none_or(|end| end > file_len) {
-            return bad(&format!(
-                "the block ends beyond the {file_len} bytes of the file, which is truncated"
-            ));
+            return Err(Wrong::Truncated);
         }
         match self.reserved.iter().find(|range| range.overlaps(&place)) {
-            Some(range) => bad(&format!("the block overlaps the log or region of {range}")),
+            Some(range) => Err(Wrong::Overlaps(*range)),
             None => Ok(()),
         }
     }

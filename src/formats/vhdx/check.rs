@@ -133,12 +133,15 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
 
 impl Found {
     fn say(&mut self, finding: Finding) {
-        if finding.is_corruption {
-            self.corruptions += 1;
-        }
+        self.say_with(finding.is_corruption, || finding);
+    }
+
+    /// Says what is put into words only if it is listed: there may be millions.
+    fn say_with(&mut self, is_corruption: bool, finding: impl FnOnce() -> Finding) {
+        self.corruptions += u64::from(is_corruption);
         // What can be repaired must be in the list to be repaired; a second run finds the rest.
         if self.findings.len() < MAX_FINDINGS {
-            self.findings.push(finding);
+            self.findings.push(finding());
         } else if self.findings.len() == MAX_FINDINGS {
             self.findings.push(Finding::more());
         }
@@ -189,9 +192,12 @@ impl Walk<'_> {
     fn entry(&mut self, found: &mut Found, index: u64, entry: u64) {
         let geometry = self.checker.geometry;
         let at = self.structure.regions.bat.offset + index * 8;
-        if let Err(err) = self.checker.explain(index, entry, self.file_len) {
-            let finding = Finding::bad_entry(&err, &geometry, index, at, entry);
-            return found.say(finding);
+        if !self.checker.is_good(index, entry, self.file_len) {
+            let explain = || self.checker.explain(index, entry, self.file_len);
+            return found.say_with(true, || match explain() {
+                Err(err) => Finding::bad_entry(&err, &geometry, index, at, entry),
+                Ok(()) => unreachable!("entry {index} was found bad"),
+            });
         }
         let state = bat::state(entry);
         match geometry.slot(index) {
@@ -204,7 +210,7 @@ impl Walk<'_> {
             _ => {
                 let keeps_place = [payload::NOT_PRESENT, payload::ZERO].contains(&state);
                 if keeps_place && entry & !BAT_STATE != 0 {
-                    found.say(Finding::stale_place(&geometry, index, at, entry));
+                    found.say_with(false, || Finding::stale_place(&geometry, index, at, entry));
                 }
                 return;
             }
@@ -228,11 +234,11 @@ impl Walk<'_> {
     fn finish(mut self, found: &mut Found) -> Result<()> {
         self.used.sort_unstable();
         scan::overlaps(&self.checker, &self.used, |first, second| {
-            found.say(Finding::overlap(&self.checker, first, second));
+            found.say_with(true, || Finding::overlap(&self.checker, first, second));
             Ok(())
         })?;
         for chunk in self.partial.difference(&self.bitmaps) {
-            found.say(Finding::missing_bitmap(&self.checker.geometry, *chunk));
+            found.say_with(true, || Finding::missing_bitmap(&self.checker.geometry, *chunk));
         }
         let ends = self.used.iter().map(|block| Used::range(&self.checker, block).end());
         let last = ends.max().unwrap_or(0);
