@@ -60,7 +60,7 @@ pub struct Found {
     pub fragmented: u64,
     /// What can lose data, or was lost.
     pub corruptions: u64,
-    /// What was repaired.
+    /// How many of those were repaired.
     pub fixed: u64,
     /// In words, up to a limit.
     pub findings: Vec<Finding>,
@@ -91,7 +91,7 @@ pub async fn check(file: &Arc<dyn File>, repair: Option<Repair>) -> Result<Found
     let (mut second, _) = look(file).await.context(name)?;
     for mut finding in first.findings {
         finding.is_fixed = true;
-        second.fixed += 1;
+        second.fixed += u64::from(finding.is_corruption);
         second.findings.insert(0, finding);
     }
     Ok(second)
@@ -108,7 +108,7 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
         }
         return Ok((found, None));
     }
-    let structure = match Structure::read(file).await {
+    let structure = match Structure::read_unnamed(file, true).await {
         Ok(structure) => structure,
         Err(err) if err.kind() == ErrorKind::Corrupt => {
             found.say(Finding::unreadable(&err));

@@ -80,7 +80,7 @@ fn is_repaired(damage: impl Fn(&mut Vec<u8>), message: &str, counts: bool) {
     assert_eq!(found.corruptions, u64::from(counts), "{found:?}");
     assert!(after == content, "a check changes nothing");
     let (found, after) = checked(&content, Some(Repair::All));
-    assert_eq!((found.corruptions, found.fixed), (0, 1), "{found:?}");
+    assert_eq!((found.corruptions, found.fixed), (0, u64::from(counts)), "{found:?}");
     assert!(found.findings[0].is_fixed);
     let (found, _) = checked(&after, None);
     assert_eq!(words(&found), "");
@@ -163,7 +163,7 @@ fn an_unusable_image_is_refused_where_its_format_is_newer() {
     }
     let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
     let err = block_on(check(&file, Some(Repair::All))).unwrap_err().to_string();
-    assert!(err.contains("test.vhdx: ") && err.contains("version 9"), "{err}");
+    assert!(err.starts_with("test.vhdx: header ") && err.contains("version 9"), "{err}");
 }
 
 #[test]
@@ -240,10 +240,13 @@ fn a_log_is_replayed_by_a_repair() {
         let report = images::check_path(&request, None).unwrap().report.unwrap();
         assert!(report.findings[0].what.contains("not applied yet"), "{name}: {report:?}");
         assert_eq!(report.corruptions, 0, "{name}");
-        for fixed in [1, 0] {
+        for repaired in [1, 0] {
             let report = images::check_path(&request, Some(images::Repair::Leaks)).unwrap();
             let report = report.report.unwrap();
-            assert_eq!((report.corruptions, report.corruptions_fixed), (0, fixed), "{name}");
+            // A log is no corruption.
+            assert_eq!((report.corruptions, report.corruptions_fixed), (0, 0), "{name}");
+            let count = report.findings.iter().filter(|finding| finding.repaired).count();
+            assert_eq!(count, repaired, "{name}");
         }
         let image = images::open(&request).unwrap();
         assert_eq!(image.node.driver().details()["log-entries-to-replay"], 0);

@@ -65,7 +65,11 @@ impl Structure {
         structure.context(|| file.name().to_string())
     }
 
-    async fn read_unnamed(raw_file: &Arc<dyn File>, with_log: bool) -> Result<Structure> {
+    /// As [`Structure::read`], for who names the file; the log is ignored if not `with_log`.
+    pub(super) async fn read_unnamed(
+        raw_file: &Arc<dyn File>,
+        with_log: bool,
+    ) -> Result<Structure> {
         let len = raw_file.len()?;
         if len >= PAGE {
             let start = disk::read(raw_file, 0, PAGE).await?;
