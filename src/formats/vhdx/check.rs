@@ -16,7 +16,8 @@
 //! 2. the log is replayed, and declared empty when that is durable;
 //! 3. the damaged one of the two region tables is replaced by the other;
 //! 4. entries of the BAT that mean nothing (a sector bitmap in an image without a parent, a place
-//!    given for a block that has none) are cleared, each a store within one sector.
+//!    given for a block that has none, or that lies behind the end of the disk) are cleared, each a
+//!    store within one sector.
 //!
 //! An image whose structures cannot be believed is not touched at all.
 //!
@@ -201,7 +202,12 @@ impl Walk<'_> {
         }
         let state = bat::state(entry);
         match geometry.slot(index) {
-            Slot::Payload(block) if block >= geometry.payload_blocks() => return,
+            Slot::Payload(block) if block >= geometry.payload_blocks() => {
+                if bat::offset(entry) != 0 {
+                    found.say_with(false, || Finding::behind_end(&geometry, index, at, entry));
+                }
+                return;
+            }
             Slot::Bitmap(chunk) if state == BITMAP_PRESENT => _ = self.bitmaps.insert(chunk),
             Slot::Payload(block) if state == payload::PARTIALLY_PRESENT => {
                 self.partial.insert(geometry.chunk_of(block));

@@ -116,6 +116,28 @@ fn entries_that_mean_nothing_are_cleared() {
     assert_eq!(after[BAT + 16 * 8..][..8], [0; 8]);
 }
 
+#[test]
+fn entries_behind_the_end_of_the_disk_mean_nothing() {
+    for (entry, corruptions) in [(4 << 20 | 6, 0), (5 << 20 | 6, 0), (99 << 40 | 6, 0), (0x16, 1)] {
+        // A child's BAT has entries for all of a chunk; these are of three blocks.
+        let mut content = child();
+        set_entry(&mut content, 3, entry);
+        let (found, _) = checked(&content, None);
+        let wanted = if corruptions == 0 { "behind the end of the disk" } else { "must be zero" };
+        assert!(words(&found).contains(wanted), "{found:?}");
+        assert_eq!(found.corruptions, corruptions);
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content.clone()));
+        let structure = block_on(Structure::read(&file)).unwrap();
+        let options = OpenOptions { read_only: true, alone: true, ..Default::default() };
+        // What opens has no corruptions, and the other way round.
+        assert_eq!(block_on(Vhdx::open(structure, options)).is_ok(), corruptions == 0);
+        let (found, after) = checked(&content, Some(Repair::All));
+        assert_eq!((found.corruptions, found.fixed), (0, corruptions), "{found:?}");
+        assert_eq!(words(&checked(&after, None).0), "");
+        assert_eq!(after[BAT + 3 * 8..][..8], [0; 8]);
+    }
+}
+
 /// Damage that is told and left alone.
 fn is_left_alone(mut content: Vec<u8>, damage: impl Fn(&mut Vec<u8>), message: &str) {
     damage(&mut content);

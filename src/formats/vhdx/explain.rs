@@ -166,6 +166,15 @@ impl Finding {
                 "clears the entry",
             );
         }
+        if matches!(geometry.slot(index), Slot::Payload(n) if n >= geometry.payload_blocks()) {
+            return Finding::new(
+                Remedy::SetEntry { index, value: 0 },
+                err.to_string(),
+                place_of(geometry, index, at),
+                "nothing of the disk is there, but the image is refused because of it",
+                "clears the entry, which is no guess: no part of the disk hangs on it",
+            );
+        }
         let (meaning, repair) = match err.to_string().contains("truncated") {
             true => (
                 "this part of the disk is not in the file any more, because the end of the file is \
@@ -191,6 +200,23 @@ impl Finding {
             place_of(geometry, index, at),
             "no data is affected, but Hyper-V refuses such images",
             "clears the place",
+        );
+        Finding { is_corruption: false, ..finding }
+    }
+
+    /// A place for a block that the disk does not have.
+    pub(super) fn behind_end(geometry: &Geometry, index: u64, at: u64, entry: u64) -> Finding {
+        let finding = Finding::new(
+            Remedy::SetEntry { index, value: 0 },
+            format!(
+                "BAT entry {index} is {entry:#x}: names a place for a block behind the end of the \
+                 disk"
+            ),
+            place_of(geometry, index, at),
+            "no data of the disk is affected: nothing is read there. A disk that was made smaller \
+             leaves this behind if that was cut short. Other programs may take the place for used, \
+             or for shared by two blocks",
+            "clears the entry, which is no guess: no part of the disk hangs on it",
         );
         Finding { is_corruption: false, ..finding }
     }

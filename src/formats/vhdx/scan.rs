@@ -31,7 +31,7 @@ pub struct UsedBlock {
 pub struct Used {
     /// Blocks that hold data, sorted by their place.
     pub blocks: Vec<UsedBlock>,
-    /// Places that blocks without data may still have a claim on.
+    /// Places that blocks without data, or behind the end of the disk, may have a claim on.
     pub anchors: Vec<UsedBlock>,
 }
 
@@ -119,6 +119,15 @@ impl Used {
             return Ok(());
         };
         let block = UsedBlock { mib, index };
+        if let Slot::Payload(number) = checker.geometry.slot(index.into())
+            && number >= checker.geometry.payload_blocks()
+        {
+            // Nothing of the disk, so it cannot show foreign data; but others may count its place.
+            if mib > 0 && Used::range(checker, &block).end() <= file_len {
+                self.anchors.push(block);
+            }
+            return Ok(());
+        }
         match bat::state(entry) {
             payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT => self.blocks.push(block),
             payload::UNDEFINED | payload::UNMAPPED | payload::UNMAPPED_V095 if mib > 0 => {
