@@ -185,6 +185,8 @@ pub struct Vhdx {
     /// Knows the sizes as they are.
     checker: RwLock<Arc<Checker>>,
     log: ByteRange,
+    /// How much of the file is there, in whole sectors; no limit unless it is being salvaged.
+    present_len: u64,
     is_fixed: bool,
     read_only: bool,
     /// Changed only while nothing is in flight.
@@ -336,6 +338,9 @@ impl Vhdx {
             bat_offset: AtomicU64::new(bat.offset),
             bat_len: AtomicU64::new(bat.len),
             log: headers.current.log,
+            present_len: structure.salvaged.as_ref().map_or(u64::MAX, |report| {
+                report.file_len.next_multiple_of(geometry.sector_size())
+            }),
             is_fixed: structure.metadata.is_fixed,
             structure: RwLock::new(structure),
             read_only: options.read_only,

@@ -180,6 +180,17 @@ impl Vhdx {
 
     /// Where the start of `range`, which lies within one block, is, and how far that holds.
     async fn place_of(&self, range: ByteRange) -> Result<(Place, u64)> {
+        let found = self.place_by_bat(range).await?;
+        let (Place::File(at), len) = found else { return Ok(found) };
+        // Of an image that is being salvaged, the file may end before.
+        match self.present_len.saturating_sub(at) {
+            0 => Ok((Place::Zero { explicit: true }, len)),
+            there => Ok((Place::File(at), len.min(there))),
+        }
+    }
+
+    /// The same by what the BAT says.
+    async fn place_by_bat(&self, range: ByteRange) -> Result<(Place, u64)> {
         let block = self.geometry().block_of(range.offset);
         let within = self.geometry().within_block(range.offset);
         let entry = self.entry_at(self.geometry().payload_index(block)).await?;

@@ -38,6 +38,8 @@ const MAX_LISTED: usize = 1000;
 /// What is missing from an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
+    /// How much of the file is there: what lies behind reads as zeros.
+    pub file_len: u64,
     /// What is wrong with the file as a whole, in sentences.
     pub notes: Vec<String>,
     /// Parts of the disk that read as zeros because their content is not there.
@@ -128,6 +130,7 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
     if log.end() > file_len {
         report.notes.push(format!("the file ends within its log of {log}"));
     }
+    report.file_len = file_len;
     let (bat, geometry) = (structure.regions.bat, structure.geometry);
     let bat_end = bat.offset + geometry.bat_entries() * 8;
     let first_unknown = file_len.saturating_sub(bat.offset) / 8;
@@ -428,7 +431,7 @@ mod tests {
     use super::super::header::Header;
     use super::super::{OpenOptions, Vhdx};
     use super::*;
-    use crate::block::{Driver, FormatDriver};
+    use crate::block::{Driver, ExtentKind, Format, FormatDriver};
     use crate::io::sim::SimFile;
     use crate::io::{AlignedBuf, block_on};
 
@@ -503,6 +506,24 @@ mod tests {
         assert_eq!(report.missing.listed, missing);
         assert!(report.notes[0].starts_with("3 entries of the BAT make no sense"));
         assert!(has_only(&disk, &missing));
+    }
+
+    #[test]
+    fn a_map_shows_no_data_behind_the_end_of_the_file() {
+        let mut content = image();
+        content.truncate((9 << 20) + 5000);
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+        let structure = block_on(read(&file)).unwrap();
+        let options = OpenOptions { read_only: true, lenient: true, ..Default::default() };
+        let image = block_on(Vhdx::open(structure, options)).unwrap();
+        let (mut map, mut at) = (Vec::new(), 0);
+        while at < 8 * MIB {
+            let extent = block_on(image.map(ByteRange::between(at, 8 * MIB))).unwrap();
+            map.push((at, matches!(extent.kind, ExtentKind::Data { .. })));
+            at = extent.range.end();
+        }
+        // A sector of which a part is there is data.
+        assert_eq!(map, [(0, true), (5 * MIB + 5120, false)]);
     }
 
     #[test]
