@@ -308,10 +308,14 @@ impl Vhdx {
             && parent.size() != geometry.disk_size
         {
             tracing::warn!(
-                "{}: has {} bytes, but its parent {}; where the parent ends, zeros are read",
+                "{}: has {} bytes, but its parent {}; {}",
                 structure.raw_file.name(),
                 geometry.disk_size,
-                parent.size()
+                parent.size(),
+                match parent.size() < geometry.disk_size {
+                    true => "where the parent ends, zeros are read",
+                    false => "what the parent holds behind that is not seen",
+                }
             );
         }
         let checker = Checker { geometry, reserved: structure.reserved() };
