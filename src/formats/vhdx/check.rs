@@ -120,6 +120,9 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
     for slot in (0..2).filter(|slot| !structure.headers.valid[*slot]) {
         found.say(Finding::damaged_header(slot));
     }
+    if let Err(err) = structure.headers.check_room() {
+        found.say(Finding::no_room_in_headers(&err));
+    }
     if let Some(replay) = &structure.replay {
         found.say(Finding::dirty_log(replay.entries().len()));
     }

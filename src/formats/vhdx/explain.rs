@@ -121,6 +121,20 @@ impl Finding {
         )
     }
 
+    /// The headers cannot be replaced any more.
+    pub(super) fn no_room_in_headers(err: &Error) -> Finding {
+        let finding = Finding::new(
+            Remedy::None,
+            err.to_string(),
+            "8 bytes at 65544 and at 131080 of the file".into(),
+            "all data is there and can be read, but the image cannot be opened for writing. No \
+             program counts that far; the number was written on purpose or by mistake",
+            "nothing: a smaller number would make the other header count. Copy the image with \
+             `vublk convert`",
+        );
+        Finding { is_corruption: false, ..finding }
+    }
+
     /// There are log entries to be replayed.
     pub(super) fn dirty_log(entries: usize) -> Finding {
         let finding = Finding::new(

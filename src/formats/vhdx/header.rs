@@ -17,6 +17,10 @@ use crate::error::{Error, Result, ResultExt};
 use crate::io::File;
 use crate::units::{ByteRange, MIB};
 
+/// How often a header must still be replaceable for an image to be written: more often than any
+/// session does it.
+const SEQUENCE_ROOM: u64 = 1 << 32;
+
 /// What the current header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -103,6 +107,21 @@ impl HeaderSlots {
         let context = || format!("header at {}", HEADER_OFFSETS[slot]);
         let current = believe(&raw, file.len()?).context(context)?;
         Ok(HeaderSlots { current, slot, valid })
+    }
+
+    /// Checks that the sequence number can grow as often as a session may want it to.
+    ///
+    /// # Errors
+    /// Says that it cannot, and what can still be done.
+    pub fn check_room(&self) -> Result<()> {
+        let sequence = self.current.sequence;
+        if u64::MAX - sequence >= SEQUENCE_ROOM {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!(
+            "the header's sequence number is {sequence} and cannot grow any further, so nothing \
+             can be written; open the image read-only, or copy it (vublk convert)"
+        )))
     }
 
     /// Makes `header` current in both slots, with sequence numbers of its own; durable on return.
@@ -285,6 +304,7 @@ mod tests {
         });
         let file = file_with(Some(header(u64::MAX).encode()), None);
         let mut slots = block_on(HeaderSlots::read(&file)).unwrap();
+        assert!(slots.check_room().unwrap_err().to_string().contains("vublk convert"));
         let same = slots.current;
         assert!(block_on(slots.update(&file, same)).is_err());
     }

@@ -295,6 +295,9 @@ impl Vhdx {
                 "has no log, and nothing can be written safely without one; open it read-only",
             ));
         }
+        if !options.read_only {
+            structure.headers.check_room()?;
+        }
         if let Some(keep) = &options.keep
             && options.read_only
         {
