@@ -40,7 +40,7 @@ use super::layout::{
 use super::region;
 use super::resize::begin_change;
 use super::scan::{self, Used, UsedBlock};
-use super::{Structure, disk};
+use super::{Structure, disk, salvage};
 use crate::error::{ErrorKind, Result, ResultExt};
 use crate::io::File;
 use crate::units::align_down;
@@ -112,7 +112,11 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
     let structure = match Structure::read_unnamed(file, true).await {
         Ok(structure) => structure,
         Err(err) if err.kind() == ErrorKind::Corrupt => {
-            found.say(Finding::unreadable(&err));
+            let is_log = match salvage::read(file).await {
+                Ok(rest) => rest.salvaged.is_some_and(|report| report.ignored_log),
+                Err(_) => false,
+            };
+            found.say(if is_log { Finding::bad_log(&err) } else { Finding::unreadable(&err) });
             return Ok((found, None));
         }
         Err(err) => return Err(err),

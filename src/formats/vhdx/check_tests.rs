@@ -188,6 +188,42 @@ fn an_unusable_image_is_refused_where_its_format_is_newer() {
     assert!(err.starts_with("test.vhdx: header ") && err.contains("version 9"), "{err}");
 }
 
+/// Both headers changed by `change`, with right checksums.
+fn change_headers(content: &mut [u8], change: impl Fn(&mut [u8])) {
+    for offset in HEADER_OFFSETS.map(|offset| offset as usize) {
+        change(&mut content[offset..offset + 4096]);
+        let sum = super::layout::checksum(&content[offset..offset + 4096], 4);
+        content[offset + 4..offset + 8].copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+#[test]
+fn a_log_that_cannot_be_replayed_can_be_ignored() {
+    let mut content = image();
+    change_headers(&mut content, |header| header[48..64].fill(7));
+    let (found, after) = checked(&content, Some(Repair::All));
+    assert_eq!((found.corruptions, found.fixed), (1, 0));
+    let finding = &found.findings[0];
+    assert!(finding.what.starts_with("the log cannot be replayed: "), "{finding:?}");
+    assert!(finding.repair.contains("vublk convert --salvage"), "{finding:?}");
+    assert!(after == content);
+}
+
+#[test]
+fn headers_that_cannot_be_replaced_refuse_writers() {
+    let mut content = image();
+    change_headers(&mut content, |header| header[8..16].fill(0xff));
+    let (found, _) = checked(&content, None);
+    assert_eq!(found.corruptions, 0);
+    assert!(words(&found).contains("cannot grow any further"), "{found:?}");
+    let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+    for read_only in [true, false] {
+        let structure = block_on(Structure::read(&file)).unwrap();
+        let options = OpenOptions { read_only, ..Default::default() };
+        assert_eq!(block_on(Vhdx::open(structure, options)).is_ok(), read_only);
+    }
+}
+
 #[test]
 fn a_long_list_ends() {
     let options = CreateOptions { block_size: MIB, ..CreateOptions::new(3 << 30) };

@@ -108,6 +108,19 @@ impl Finding {
         Finding::new(Remedy::None, what, "see above".into(), meaning, repair)
     }
 
+    /// There is a log, but what is in it cannot be used; all else can be read.
+    pub(super) fn bad_log(err: &Error) -> Finding {
+        Finding::new(
+            Remedy::None,
+            format!("the log cannot be replayed: {err}"),
+            "the log".into(),
+            "whoever wrote the image last was cut off, and how it was to go on cannot be read. The \
+             image is not opened, because its last changes may be there in part only",
+            "nothing: what the log said cannot be known. What is there without it can be copied with \
+             `vublk convert --salvage`",
+        )
+    }
+
     /// One of the headers has no right checksum.
     pub(super) fn damaged_header(slot: usize) -> Finding {
         let other = HEADER_OFFSETS[1 - slot];

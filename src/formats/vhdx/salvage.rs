@@ -40,6 +40,8 @@ const MAX_LISTED: usize = 1000;
 pub struct Report {
     /// How much of the file is there: what lies behind reads as zeros.
     pub file_len: u64,
+    /// Whether there was a log that could not be replayed.
+    pub ignored_log: bool,
     /// What is wrong with the file as a whole, in sentences.
     pub notes: Vec<String>,
     /// Parts of the disk that read as zeros because their content is not there.
@@ -114,6 +116,7 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
         Err(err) => {
             shown = Arc::new(padded.without_log(&headers));
             let structure = Structure::read(&shown).await?;
+            report.ignored_log = true;
             report.notes.push(format!(
                 "the log was ignored, so that the last changes before the crash may be missing, or \
                  there in part ({err})"
