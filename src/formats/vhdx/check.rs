@@ -14,7 +14,8 @@
 //!
 //! 1. a new FileWriteGuid, in both headers, which also replaces a damaged header;
 //! 2. the log is replayed, and declared empty when that is durable;
-//! 3. the damaged one of the two region tables is replaced by the other;
+//! 3. the damaged one of the two region tables is replaced by the other, and a second that differs
+//!    by the first, which is the one that counts;
 //! 4. entries of the BAT that mean nothing (a sector bitmap in an image without a parent, a place
 //!    given for a block that has none, or that lies behind the end of the disk) are cleared, each a
 //!    store within one sector.
@@ -132,6 +133,9 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
     }
     for copy in (0..2).filter(|copy| !structure.regions.valid[*copy]) {
         found.say(Finding::damaged_region_table(copy));
+    }
+    if structure.regions.differ {
+        found.say(Finding::region_tables_differ());
     }
     let mut walk = Walk::new(&structure);
     walk.run(&mut found).await?;

@@ -99,6 +99,14 @@ fn copies_replace_what_is_damaged() {
         let message = format!("region table {} of 2 is damaged", copy + 1);
         is_repaired(|content| content[offset as usize + 60_000] ^= 1, &message, true);
     }
+    let other = |content: &mut Vec<u8>| {
+        let table = &mut content[REGION_TABLE_OFFSETS[1] as usize..][..64 << 10];
+        // Where the BAT is: a MiB further.
+        table[16 + 16 + 2] += 0x10;
+        let sum = super::layout::checksum(table, 4);
+        table[4..8].copy_from_slice(&sum.to_le_bytes());
+    };
+    is_repaired(other, "the two region tables differ", true);
     is_repaired(|content| content[0] = b'V', "\"vhdxfile\" is missing", true);
 }
 

@@ -174,6 +174,22 @@ impl Finding {
         )
     }
 
+    /// Both region tables are valid, and say different things.
+    pub(super) fn region_tables_differ() -> Finding {
+        Finding::new(
+            Remedy::CopyRegionTable(1),
+            "the two region tables differ, though both are valid".into(),
+            format!(
+                "65536 bytes at {} and {} of the file",
+                REGION_TABLE_OFFSETS[0], REGION_TABLE_OFFSETS[1]
+            ),
+            "they should be copies. The first counts, here as in QEMU; a program that reads the \
+             second finds the BAT or the metadata elsewhere. A resize that was cut short leaves this \
+             behind",
+            &format!("replaces the second by the first, at {}", REGION_TABLE_OFFSETS[0]),
+        )
+    }
+
     /// An entry of the BAT that is not allowed.
     pub(super) fn bad_entry(
         err: &Error,

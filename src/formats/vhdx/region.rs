@@ -35,6 +35,8 @@ pub struct Regions {
     pub metadata: ByteRange,
     /// Which of the two copies are valid.
     pub valid: [bool; 2],
+    /// Whether both are valid, but say different things.
+    pub differ: bool,
 }
 
 impl Regions {
@@ -50,6 +52,7 @@ impl Regions {
         }
         let valid = [tables[0].is_some(), tables[1].is_some()];
         let [first, second] = tables;
+        let differ = valid == [true; 2] && first != second;
         let Some(all) = first.or(second) else {
             return Err(Error::corrupt(
                 "neither of the two region tables (at 196608 and 262144) has the right signature \
@@ -64,7 +67,7 @@ impl Regions {
         };
         let bat = find(guid::BAT_REGION, "BAT")?;
         let metadata = find(guid::METADATA_REGION, "metadata")?;
-        Ok(Regions { all, bat, metadata, valid })
+        Ok(Regions { all, bat, metadata, valid, differ })
     }
 }
 
