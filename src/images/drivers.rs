@@ -134,12 +134,50 @@ fn open_vhdx_parent(opening: &mut Opening<'_>, paths: &[String]) -> Result<Optio
     }
     let mut missing = None;
     for path in paths {
+        // A file that is not there further down is told, not taken for this one.
+        let is_missing = opening.resolve(path).is_err_and(|err| err.kind() == ErrorKind::NotFound);
         match opening.backing(Some((path, Some("vhdx")))) {
-            Err(err) if err.kind() == ErrorKind::NotFound => {
+            Err(err) if is_missing && err.kind() == ErrorKind::NotFound => {
                 missing = missing.or(Some(err));
             }
             found => return found,
         }
     }
     missing.map_or(Ok(None), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::images::{self, CreateRequest, ImageFormat};
+    use std::path::Path;
+
+    /// A chain `c2.vhdx` on `c1.vhdx` on `p.vhdx`, 3 MiB each.
+    fn chain(dir: &Path) {
+        for (name, backing) in
+            [("p.vhdx", None), ("c1.vhdx", Some("p.vhdx")), ("c2.vhdx", Some("c1.vhdx"))]
+        {
+            images::create(&CreateRequest {
+                path: dir.join(name),
+                format: ImageFormat::Vhdx,
+                size: Some(3 << 20),
+                options: vec![("block_size".into(), "1M".into())],
+                backing: backing.map(String::from),
+                backing_format: backing.map(|_| ImageFormat::Vhdx),
+                backing_unchecked: false,
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn the_file_that_is_missing_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        chain(dir.path());
+        let top = OpenRequest::read(dir.path().join("c2.vhdx"));
+        images::open(&top).unwrap();
+        std::fs::remove_file(dir.path().join("p.vhdx")).unwrap();
+        let err = images::open(&top).unwrap_err().to_string();
+        assert!(err.contains("c1.vhdx: its backing file: ") && err.contains("p.vhdx: No such"));
+    }
 }
