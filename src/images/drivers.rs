@@ -8,7 +8,7 @@ use crate::filters::GuessGuard;
 use crate::formats::qcow2;
 use crate::formats::raw::Raw;
 use crate::formats::vhdx;
-use crate::images::open::Opening;
+use crate::images::open::{Image, Opening};
 use crate::images::probe;
 use crate::images::request::{Access, OpenRequest};
 use crate::io::{File, block_on};
@@ -90,7 +90,6 @@ fn salvage_vhdx(request: &OpenRequest, file: &Arc<dyn File>) -> Result<vhdx::Str
     }
     let structure = block_on(vhdx::salvage::read(file))?;
     let Some(report) = structure.salvaged.as_ref().filter(|report| !report.is_empty()) else {
-        tracing::warn!("{}: is not damaged; there is nothing to salvage", file.name());
         return Ok(structure);
     };
     for note in &report.notes {
@@ -114,6 +113,29 @@ fn salvage_vhdx(request: &OpenRequest, file: &Arc<dyn File>) -> Result<vhdx::Str
         );
     }
     Ok(structure)
+}
+
+/// Says so if nothing of a chain that was to be salvaged is damaged. Top first.
+pub(super) fn warn_if_whole<'a>(
+    request: &OpenRequest,
+    mut chain: impl Iterator<Item = &'a Image> + Clone,
+) {
+    if request.salvage
+        && let Some(top) = chain.clone().next()
+        && !chain.any(is_damaged)
+    {
+        tracing::warn!("{}: is not damaged; there is nothing to salvage", top.name());
+    }
+}
+
+/// Whether salvaging found anything.
+fn is_damaged(image: &Image) -> bool {
+    let details = image.node.skip_filters().1.driver().details();
+    let found = &details["salvage"];
+    let is_some = |name: &str| found[name].as_u64().is_some_and(|bytes| bytes > 0);
+    is_some("missing-bytes")
+        || is_some("doubtful-bytes")
+        || found["notes"].as_array().is_some_and(|notes| !notes.is_empty())
 }
 
 /// The first parts of the disk of a list.
@@ -179,5 +201,21 @@ mod tests {
         std::fs::remove_file(dir.path().join("p.vhdx")).unwrap();
         let err = images::open(&top).unwrap_err().to_string();
         assert!(err.contains("c1.vhdx: its backing file: ") && err.contains("p.vhdx: No such"));
+    }
+
+    #[test]
+    fn damage_is_found_anywhere_in_a_chain() {
+        let dir = tempfile::tempdir().unwrap();
+        chain(dir.path());
+        let top = OpenRequest { salvage: true, ..OpenRequest::read(dir.path().join("c2.vhdx")) };
+        let damaged = || {
+            let image = images::open(&top).unwrap();
+            let chain = std::iter::successors(Some(&image), |image| image.backing.as_deref());
+            chain.map(is_damaged).collect::<Vec<_>>()
+        };
+        assert_eq!(damaged(), [false; 3]);
+        let parent = std::fs::OpenOptions::new().write(true).open(dir.path().join("p.vhdx"));
+        parent.unwrap().set_len(3 << 20).unwrap();
+        assert_eq!(damaged(), [false, false, true]);
     }
 }

@@ -9,6 +9,7 @@
 //! * **The open gate** ([`crate::block::open_gate`]) for every file that an image names.
 //! * A refused image is not modified.
 
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use crate::block::{Driver, Keep, Node, NodeOptions, graph};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::cache_mode::CacheMode;
 use crate::images::crash_state::{self, Named};
-use crate::images::drivers::{open_qcow2, open_raw, open_vhdx};
+use crate::images::drivers::{open_qcow2, open_raw, open_vhdx, warn_if_whole};
 use crate::images::kept::{open_keep, settle};
 use crate::images::lock::{Locking, lock};
 use crate::images::request::{Access, OpenRequest, StateDir};
@@ -116,12 +117,20 @@ pub fn open(request: &OpenRequest) -> Result<Image> {
     }
     let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
     let mut chain = Chain::default();
-    open_link(request, &gate, &mut chain, None)
+    let image = open_link(request, &gate, &mut chain, None)?;
+    warn_if_whole(request, iter::successors(Some(&image), |image| image.backing.as_deref()));
+    Ok(image)
 }
 
 /// Opens the image and each of its backing files by itself, top first, for a look at their
 /// metadata. The nodes do not see their backing files' content.
 pub fn open_chain(request: &OpenRequest) -> Result<Vec<Image>> {
+    let images = open_each(request)?;
+    warn_if_whole(request, images.iter());
+    Ok(images)
+}
+
+fn open_each(request: &OpenRequest) -> Result<Vec<Image>> {
     let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
     let mut chain = Chain::default();
     let mut request = OpenRequest { backing: false, ..request.clone() };
