@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{qcow2, vhdx};
 use crate::images::open::open_file;
 use crate::images::{Access, Image, ImageFormat, OpenRequest, add_cow, open};
@@ -100,25 +100,61 @@ pub struct Checked {
 }
 
 /// Checks the image that `request` names, which may be too damaged to be opened; with `repair`
-/// repairs it.
+/// repairs it. Of a differencing image that is good itself also says if its parent is not.
 ///
 /// # Errors
 /// If the file cannot be read, or the format's check cannot repair.
 pub fn check_path(request: &OpenRequest, repair: Option<Repair>) -> Result<Checked> {
+    let whole = OpenRequest { backing: true, access: Access::Read, ..request.clone() };
     let mut request = OpenRequest { backing: false, ..request.clone() };
     if repair.is_some() {
         request.access = Access::Write;
     }
     let (file, format) = open_file(&request)?;
     if format == ImageFormat::Vhdx {
-        let report = Some(check_vhdx(&file, repair)?);
-        return Ok(Checked { name: file.name().to_string(), format, report });
+        let name = file.name().to_string();
+        let mut report = check_vhdx(&file, repair)?;
+        let read = OpenRequest { format: Some(format), ..whole };
+        // The locks are taken again.
+        drop(file);
+        if report.corruptions == 0 {
+            report.findings.extend(look_at_parent(&read));
+        }
+        return Ok(Checked { name, format, report: Some(report) });
     }
     // The locks are taken again.
     drop(file);
     let image = open(&request)?;
     let report = check(&image, repair)?;
     Ok(Checked { name: image.name().to_string(), format: image.format, report })
+}
+
+/// Whether a good image cannot be opened because of what it stands on.
+fn look_at_parent(request: &OpenRequest) -> Option<Finding> {
+    let alone = OpenRequest { backing: false, ..request.clone() };
+    let has_parent = |image: Image| image.node.driver().details().get("parent-locator").is_some();
+    if !open(&alone).is_ok_and(has_parent) {
+        return None;
+    }
+    let err = match open(request) {
+        // Somebody uses it, or the host cannot read it: that says nothing of the images.
+        Err(err) if !matches!(err.kind(), ErrorKind::Busy | ErrorKind::Io) => err,
+        _ => return None,
+    };
+    Some(Finding {
+        what: format!("the image is in order, but cannot be opened, because of its parent: {err}"),
+        repaired: false,
+        explanation: Some(Explanation {
+            place: "the parent locator, which is in the metadata".into(),
+            meaning: "what this image does not hold itself is in its parent, which must be there, \
+                      and as it was when this image was made"
+                .into(),
+            repair:
+                "nothing: bring the parent back, under one of the names that `vublk info` shows. \
+                     If it was changed since, only a backup of it has what this image was made from"
+                    .into(),
+        }),
+    })
 }
 
 fn check_vhdx(file: &Arc<HostFile>, repair: Option<Repair>) -> Result<CheckReport> {

@@ -204,6 +204,30 @@ mod tests {
     }
 
     #[test]
+    fn a_check_tells_of_a_parent_that_is_gone_or_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        chain(dir.path());
+        let child = OpenRequest::read(dir.path().join("c1.vhdx"));
+        let check = || {
+            let report = images::check_path(&child, None).unwrap().report.unwrap();
+            assert_eq!(report.corruptions, 0);
+            report.findings
+        };
+        assert_eq!(check(), []);
+        // Another one under the same name.
+        std::fs::remove_file(dir.path().join("p.vhdx")).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        chain(other.path());
+        std::fs::copy(other.path().join("p.vhdx"), dir.path().join("p.vhdx")).unwrap();
+        let findings = check();
+        assert!(findings[0].what.contains("modified since this child"), "{findings:?}");
+        assert!(findings[0].explanation.is_some());
+        std::fs::remove_file(dir.path().join("p.vhdx")).unwrap();
+        let findings = check();
+        assert!(findings[0].what.contains("p.vhdx: No such file"), "{findings:?}");
+    }
+
+    #[test]
     fn damage_is_found_anywhere_in_a_chain() {
         let dir = tempfile::tempdir().unwrap();
         chain(dir.path());
