@@ -146,6 +146,29 @@ fn entries_behind_the_end_of_the_disk_mean_nothing() {
     }
 }
 
+#[test]
+fn details_tell_what_the_headers_say() {
+    let mut content = image();
+    content[8..14].copy_from_slice(b"m\0\x1b\0e\0");
+    content[14..16].fill(0);
+    content[HEADER_OFFSETS[0] as usize + 9] ^= 1;
+    content[REGION_TABLE_OFFSETS[1] as usize] = 0;
+    let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+    let structure = block_on(Structure::read(&file)).unwrap();
+    let details = structure.details();
+    assert_eq!(details["creator"], "m\u{fffd}e");
+    assert_eq!((&details["log-offset"], &details["log-size"]), (&MIB.into(), &MIB.into()));
+    let slot = serde_json::json!({ "offset": 65536, "valid": false, "current": false });
+    assert_eq!(details["header-1"], slot);
+    let sequence = structure.headers.current.sequence;
+    assert_eq!(details["header-2"]["sequence-number"], sequence);
+    assert_eq!(details["header-2"]["current"], true);
+    assert_eq!(details["region-table-1"]["valid"], true);
+    assert_eq!(details["region-table-2"]["valid"], false);
+    let bat = serde_json::json!({ "offset": BAT, "length": MIB, "required": true });
+    assert_eq!(details["regions"]["bat"], bat);
+}
+
 /// Damage that is told and left alone.
 fn is_left_alone(mut content: Vec<u8>, damage: impl Fn(&mut Vec<u8>), message: &str) {
     damage(&mut content);

@@ -68,6 +68,8 @@ pub struct HeaderSlots {
     pub slot: usize,
     /// Which of the slots hold a valid header.
     pub valid: [bool; 2],
+    /// The sequence numbers of those.
+    pub sequences: [u64; 2],
 }
 
 impl HeaderSlots {
@@ -82,6 +84,7 @@ impl HeaderSlots {
             *slot = parse(&bytes);
         }
         let valid = slots.map(|slot| slot.is_some());
+        let sequences = slots.map(|slot| slot.map_or(0, |raw| raw.sequence.get()));
         let (slot, raw) = match slots {
             [None, None] => {
                 return Err(Error::corrupt(
@@ -106,7 +109,7 @@ impl HeaderSlots {
         };
         let context = || format!("header at {}", HEADER_OFFSETS[slot]);
         let current = believe(&raw, file.len()?).context(context)?;
-        Ok(HeaderSlots { current, slot, valid })
+        Ok(HeaderSlots { current, slot, valid, sequences })
     }
 
     /// Checks that the sequence number can grow as often as a session may want it to.
@@ -140,6 +143,7 @@ impl HeaderSlots {
             self.current = next;
             self.slot = slot;
             self.valid[slot] = true;
+            self.sequences[slot] = next.sequence;
         }
         Ok(())
     }

@@ -591,14 +591,46 @@ impl Structure {
         let mut details = serde_json::json!({
             "cluster-size": metadata.block_size,
             "type": kind,
+            "creator": self.creator,
+            "format-version": layout::HEADER_VERSION,
             "logical-sector-size": metadata.logical_sector,
             "physical-sector-size": metadata.physical_sector,
+            "log-offset": header.log.offset,
             "log-size": header.log.len,
+            "log-guid": header.log_guid.to_string(),
             "log-entries-to-replay": self.replay.as_ref().map_or(0, |log| log.entries().len()),
             "dirty-flag": self.replay.is_some(),
             "file-write-guid": header.file_write_guid.to_string(),
             "data-write-guid": header.data_write_guid.to_string(),
         });
+        for (n, offset) in layout::HEADER_OFFSETS.into_iter().enumerate() {
+            let mut slot = serde_json::json!({
+                "offset": offset,
+                "valid": self.headers.valid[n],
+                "current": self.headers.slot == n,
+            });
+            if self.headers.valid[n] {
+                slot["sequence-number"] = self.headers.sequences[n].into();
+            }
+            details[format!("header-{}", n + 1)] = slot;
+        }
+        for (n, offset) in layout::REGION_TABLE_OFFSETS.into_iter().enumerate() {
+            details[format!("region-table-{}", n + 1)] =
+                serde_json::json!({ "offset": offset, "valid": self.regions.valid[n] });
+        }
+        let regions = self.regions.all.iter().map(|region| {
+            let name = match region.guid {
+                layout::guid::BAT_REGION => "bat".to_string(),
+                layout::guid::METADATA_REGION => "metadata".to_string(),
+                other => other.to_string(),
+            };
+            let ByteRange { offset, len } = region.range;
+            let required = region.required;
+            let place =
+                serde_json::json!({ "offset": offset, "length": len, "required": required });
+            (name, place)
+        });
+        details["regions"] = regions.collect::<serde_json::Map<_, _>>().into();
         if let Some(report) = &self.salvaged {
             let list = |parts: &salvage::Parts| -> Vec<_> {
                 let part = |range: &ByteRange| serde_json::json!({ "start": range.offset, "length": range.len });

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::disk;
 use super::geometry::Geometry;
 use super::header::HeaderSlots;
-use super::layout::{FILE_SIGNATURE, FIRST_ALLOCATION, PAGE};
+use super::layout::{CREATOR_LEN, FILE_SIGNATURE, FIRST_ALLOCATION, PAGE};
 use super::log::LogReader;
 use super::metadata::Metadata;
 use super::region::Regions;
@@ -22,6 +22,8 @@ use crate::units::ByteRange;
 /// An image's fixed structures.
 #[derive(Clone, Debug)]
 pub struct Structure {
+    /// What the file says it was made by.
+    pub creator: String,
     /// The file as it is.
     pub raw_file: Arc<dyn File>,
     /// The file as it is after a replay of the log; the same if the log is empty.
@@ -71,11 +73,13 @@ impl Structure {
         with_log: bool,
     ) -> Result<Structure> {
         let len = raw_file.len()?;
+        let mut creator = String::new();
         if len >= PAGE {
             let start = disk::read(raw_file, 0, PAGE).await?;
             if !start.starts_with(FILE_SIGNATURE) {
                 return Err(Error::corrupt("is not a VHDX image (\"vhdxfile\" is missing)"));
             }
+            creator = creator_of(&start);
         }
         if len < FIRST_ALLOCATION {
             return Err(Error::corrupt(format!(
@@ -105,7 +109,17 @@ impl Structure {
         }
         let raw_file = Arc::clone(raw_file);
         let salvaged = None;
-        Ok(Structure { raw_file, file, headers, replay, regions, metadata, geometry, salvaged })
+        Ok(Structure {
+            creator,
+            raw_file,
+            file,
+            headers,
+            replay,
+            regions,
+            metadata,
+            geometry,
+            salvaged,
+        })
     }
 
     /// The ranges of the file that no block may lie in.
@@ -117,4 +131,13 @@ impl Structure {
         reserved.sort_by_key(|range| range.offset);
         reserved
     }
+}
+
+/// The creator in the identifier at the start of a file: anybody's text, to be shown.
+fn creator_of(start: &[u8]) -> String {
+    let text = &start[FILE_SIGNATURE.len()..][..CREATOR_LEN];
+    let units = text.chunks_exact(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]]));
+    char::decode_utf16(units.take_while(|unit| *unit != 0))
+        .map(|c| c.ok().filter(|c| !c.is_control()).unwrap_or(char::REPLACEMENT_CHARACTER))
+        .collect()
 }
