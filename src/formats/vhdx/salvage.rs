@@ -14,6 +14,7 @@
 //! The headers, a region table and the metadata must be there: without them nobody knows what the
 //! blocks are.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -137,12 +138,14 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
     let (bat, geometry) = (structure.regions.bat, structure.geometry);
     let bat_end = bat.offset + geometry.bat_entries() * 8;
     let first_unknown = file_len.saturating_sub(bat.offset) / 8;
-    let sanitised = Sanitised {
+    let mut sanitised = Sanitised {
         file: Arc::clone(&structure.file),
         bat: ByteRange::between(bat.offset, bat_end),
         checker: Checker { geometry, reserved: structure.reserved() },
+        file_len,
+        bitmaps: BTreeMap::new(),
     };
-    look_for_missing(&sanitised, &geometry, first_unknown, file_len, &mut report).await?;
+    look_for_missing(&mut sanitised, &geometry, first_unknown, file_len, &mut report).await?;
     if bat_end > file_len {
         report.notes.push(format!(
             "the file ends within its BAT of {bat}, so that it is not known what was stored of a \
@@ -157,15 +160,15 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
 /// Finds the parts of the disk whose blocks are not in the file. Entries from `first_unknown` on
 /// are not in the file themselves.
 async fn look_for_missing(
-    file: &Sanitised,
+    file: &mut Sanitised,
     geometry: &Geometry,
     first_unknown: u64,
     file_len: u64,
     report: &mut Report,
 ) -> Result<()> {
     let (mut bad, mut idle) = (0u64, 0u64);
-    let mut used = Vec::new();
-    let missing = &mut report.missing;
+    let (mut used, mut missing) = (Vec::new(), Vec::new());
+    let (mut partial, mut bitmaps) = (Vec::new(), BTreeMap::new());
     let mut visit = |index, entry| {
         if index >= first_unknown {
             return Ok(());
@@ -185,11 +188,18 @@ async fn look_for_missing(
         };
         if !is_good {
             bad += 1;
-            missing.add(disk);
+            missing.push(disk);
         } else if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
             let there = file_len.saturating_sub(bat::offset(entry));
             if there < disk.len {
-                missing.add(ByteRange::between(disk.offset + there, disk.end()));
+                missing.push(ByteRange::between(disk.offset + there, disk.end()));
+            }
+            match geometry.slot(index) {
+                Slot::Bitmap(chunk) => _ = bitmaps.insert(chunk, bat::offset(entry)),
+                Slot::Payload(block) if bat::state(entry) == payload::PARTIALLY_PRESENT => {
+                    partial.push(block);
+                }
+                Slot::Payload(_) => {}
             }
             // What is not in the file is nobody's.
             if there > 0
@@ -204,6 +214,16 @@ async fn look_for_missing(
     let entries = geometry.bat_entries();
     scan::walk(&file.file, file.bat, entries, u64::MAX, &mut visit).await?;
     report.doubtful = look_for_shared(&file.checker, used)?;
+    file.bitmaps = bitmaps;
+    partial.retain(|block| !file.has_bits(*block));
+    if !partial.is_empty() {
+        report.notes.push(format!(
+            "the sector bitmaps of {} blocks are not there, so that it is not known which of their \
+             sectors are in this file and which in its parent; they are missing",
+            partial.len()
+        ));
+        missing.extend(partial.iter().map(|block| geometry.block_range(*block)));
+    }
     if idle > 0 {
         report.notes.push(format!(
             "{idle} entries of the BAT make no sense, but are for nothing that the disk shows"
@@ -220,8 +240,9 @@ async fn look_for_missing(
     });
     if let Some(block) = unknown {
         let start = geometry.block_range(block).offset;
-        report.missing.add(ByteRange::between(start, geometry.disk_size));
+        missing.push(ByteRange::between(start, geometry.disk_size));
     }
+    report.missing = Parts::of(missing);
     Ok(())
 }
 
@@ -350,9 +371,32 @@ struct Sanitised {
     file: Arc<dyn File>,
     bat: ByteRange,
     checker: Checker,
+    /// How much of the file is there.
+    file_len: u64,
+    /// Where the sector bitmaps of chunks are.
+    bitmaps: BTreeMap<u64, u64>,
 }
 
 impl Sanitised {
+    /// Whether the bits of a partially present block are in the file.
+    fn has_bits(&self, block: u64) -> bool {
+        let geometry = &self.checker.geometry;
+        let end = (geometry.first_bit(block) + geometry.sectors_per_block()).div_ceil(8);
+        let bitmap = self.bitmaps.get(&geometry.chunk_of(block));
+        bitmap.is_some_and(|at| at + end <= self.file_len)
+    }
+
+    /// Whether an entry can be used as it is.
+    fn is_usable(&self, index: u64, entry: u64) -> bool {
+        self.checker.is_good(index, entry, PADDED_LEN)
+            && match self.checker.geometry.slot(index) {
+                Slot::Payload(block) if bat::state(entry) == payload::PARTIALLY_PRESENT => {
+                    self.has_bits(block)
+                }
+                _ => true,
+            }
+    }
+
     async fn read_all(&self, offset: u64, buf: Buffers) -> Result<()> {
         let part = ByteRange { offset, len: buf.len() }.intersect(&self.bat);
         if part.is_empty() {
@@ -367,7 +411,7 @@ impl Sanitised {
             }
             let index = (at - self.bat.offset) / 8;
             let entry = u64::from_le_bytes((&*word).try_into().expect("8 bytes"));
-            if !self.checker.is_good(index, entry, PADDED_LEN) {
+            if !self.is_usable(index, entry) {
                 let zeros = match self.checker.geometry.slot(index) {
                     Slot::Payload(_) => payload::ZERO,
                     Slot::Bitmap(_) => 0,
@@ -430,8 +474,9 @@ impl File for Sanitised {
 
 #[cfg(test)]
 mod tests {
-    use super::super::create::{CreateOptions, create};
+    use super::super::create::{CreateOptions, Parent, create};
     use super::super::header::Header;
+    use super::super::locator::Locator;
     use super::super::{OpenOptions, Vhdx};
     use super::*;
     use crate::block::{Driver, ExtentKind, Format, FormatDriver};
@@ -527,6 +572,51 @@ mod tests {
         }
         // A sector of which a part is there is data.
         assert_eq!(map, [(0, true), (5 * MIB + 5120, false)]);
+    }
+
+    #[test]
+    fn blocks_without_their_sector_bitmap_are_missing() {
+        // A child in whose block 1 some sectors may be its own.
+        let sim = SimFile::from_bytes("new.vhdx", Vec::new());
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let entry = |key: &str, value: &str| (key.to_string(), value.to_string());
+        let entries = vec![
+            entry("parent_linkage", "{aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee}"),
+            entry("relative_path", ".\\parent.vhdx"),
+        ];
+        let parent = Some(Parent { locator: Locator { entries }, items: Vec::new() });
+        let options = CreateOptions { block_size: MIB, parent, ..CreateOptions::new(3 * MIB) };
+        block_on(create(&file, &options)).unwrap();
+        let mut content = sim.volatile();
+        content.resize(6 << 20, 0);
+        let set = |content: &mut Vec<u8>, index: usize, entry: u64| {
+            content[(3 << 20) + index * 8..][..8].copy_from_slice(&entry.to_le_bytes());
+        };
+        set(&mut content, 1, 4 << 20 | 7);
+        set(&mut content, 4096, 5 << 20 | 6);
+        let found = |content: &[u8]| {
+            let sim = SimFile::from_bytes("test.vhdx", content.to_vec());
+            let file: Arc<dyn File> = Arc::new(sim);
+            let structure = block_on(read(&file)).unwrap();
+            let report = structure.salvaged.clone().unwrap();
+            let options =
+                OpenOptions { read_only: true, lenient: true, alone: true, ..Default::default() };
+            let image = block_on(Vhdx::open(structure, options)).unwrap();
+            let extent = block_on(image.map(ByteRange { offset: MIB, len: MIB })).unwrap();
+            (report, matches!(extent.kind, ExtentKind::Zero { .. }))
+        };
+        let (report, is_zero) = found(&content);
+        assert!(report.is_empty() && !is_zero, "{report:?}");
+        // The file ends before the bits of block 1, and before the bitmap; or there is none.
+        let (mut short, mut none) = (content.clone(), content.clone());
+        content.truncate((5 << 20) + 300);
+        short.truncate(5 << 20);
+        set(&mut none, 4096, 0);
+        for content in [content, short, none] {
+            let (report, is_zero) = found(&content);
+            assert_eq!(report.missing.listed, [ByteRange { offset: MIB, len: MIB }]);
+            assert!(is_zero && report.notes[0].contains("sector bitmaps of 1 blocks"));
+        }
     }
 
     #[test]
