@@ -9,6 +9,7 @@ mod common;
 use common::{Qmp, wait_until};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, Session, SessionOptions};
+use vublk::images::{self, CreateRequest, ImageFormat};
 
 const DISK: u64 = 1 << 20;
 
@@ -364,6 +365,67 @@ fn snapshots_that_are_refused_leave_nothing() {
     guest.write(0, 0, &[2; 4096]).unwrap();
     assert_eq!(guest.read(0, 0, 512).unwrap(), [2; 512]);
     drop(guest);
+    daemon.quit(&mut qmp);
+}
+
+/// An add-cow layer is two files, and a chain that is served is one that can be opened again.
+#[test]
+fn a_chain_does_not_become_longer_than_one_that_opens() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    qmp.ok("block-export-del", json!({"id": "e0"}));
+    qmp.ok("blockdev-del", json!({"node-name": "d0"}));
+    qmp.ok("blockdev-del", json!({"node-name": "f0"}));
+    let path = |number: usize| daemon.path(&format!("s{number}"));
+    for number in 1..=253 {
+        let (below, format) = match number {
+            1 => (daemon.path("disk.raw"), ImageFormat::Raw),
+            _ => (path(number - 1), ImageFormat::AddCow),
+        };
+        images::create(&CreateRequest {
+            path: path(number),
+            format: ImageFormat::AddCow,
+            size: Some(DISK),
+            options: Vec::new(),
+            backing: Some(below.to_str().unwrap().into()),
+            backing_format: Some(format),
+            backing_unchecked: true,
+        })
+        .unwrap();
+    }
+    let file = |path: PathBuf| json!({"driver": "file", "filename": path});
+    let top = json!({"driver": "add-cow", "node-name": "s253", "file": file(path(253))});
+    qmp.ok("blockdev-add", top);
+    let addr = json!({"type": "unix", "path": daemon.path("long.sock")});
+    let export = json!({"type": "vhost-user-blk", "id": "long", "node-name": "s253",
+                        "addr": addr, "writable": true});
+    qmp.ok("block-export-add", export);
+
+    let snapshot = |number: usize, format: &str| {
+        json!({"device": "long", "snapshot-file": path(number),
+               "snapshot-node-name": format!("s{number}"), "format": format})
+    };
+    qmp.ok("blockdev-snapshot-sync", snapshot(254, "add-cow"));
+    qmp.ok("blockdev-snapshot-sync", snapshot(255, "add-cow"));
+    let err = qmp.fails("blockdev-snapshot-sync", snapshot(256, "add-cow"));
+    assert!(err.contains("513 files") && err.contains("more than 512"), "{err}");
+    assert!(!path(256).exists() && !daemon.path("s256.raw").exists());
+    qmp.ok("blockdev-snapshot-sync", snapshot(256, "qcow2"));
+    let err = qmp.fails("blockdev-snapshot-sync", snapshot(257, "qcow2"));
+    assert!(err.contains("commit some"), "{err}");
+    // Nor in the middle, where it is the top that could not be opened.
+    let middle = json!({"node-name": "s254", "snapshot-file": daemon.path("m"),
+                        "snapshot-node-name": "m"});
+    let err = qmp.fails("blockdev-snapshot-sync", middle);
+    assert!(err.contains("513 files"), "{err}");
+    qmp.ok("block-export-del", json!({"id": "long"}));
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "over", &DISK.to_string()]);
+    let over = json!({"driver": "qcow2", "node-name": "over", "backing": "s256",
+                      "file": file(daemon.path("over"))});
+    let err = qmp.fails("blockdev-add", over);
+    assert!(err.contains("513 files"), "{err}");
+    qmp.ok("blockdev-del", json!({"node-name": "s256"}));
+    common::ok(daemon.dir.path(), &["map", "-f", "qcow2", "s256"]);
     daemon.quit(&mut qmp);
 }
 

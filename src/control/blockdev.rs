@@ -367,6 +367,9 @@ fn open_format(
         state_dir: disks.layers.state_dir().clone(),
     };
     let image = blockdev::open_format(&protocol, &request)?;
+    if let Some(backing) = image.node.backing() {
+        disks.layers.check_chain(None, &image, &backing)?;
+    }
     Ok(disks.layers.add_format(image, Some(below), explicit)?)
 }
 
@@ -580,6 +583,7 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
     };
     if let Some(backing) = backing.as_ref().filter(|_| moves) {
         disks.graph().check_cycle(&node, backing, "backing")?;
+        disks.layers.check_chain(Some(&node), &layer.image, backing)?;
     }
     if access == Access::Read && disks.is_written(&node) {
         return Err(QmpError::generic(format!(

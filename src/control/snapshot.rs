@@ -33,7 +33,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::block::node::Hold;
-use crate::block::open_gate::MAX_DEPTH;
 use crate::block::{Graph, Node, Quiesced, Rights};
 use crate::control::disks::Disks;
 use crate::control::qapi::QmpResult;
@@ -191,16 +190,9 @@ impl Snapshot {
         if node.is_same(&overlay) || disks.graph().reaches(&node, &overlay) {
             disks.graph().check_cycle(&overlay, &node, "backing")?;
         }
-        let depth = std::iter::successors(Some(node.clone()), Node::backing).count();
-        if depth >= MAX_DEPTH {
-            return Err(QmpError::generic(format!(
-                "Node '{}' stands on a chain of {depth} images already, and a longer one could not \
-                 be opened again; commit some of them first",
-                node.name()
-            )));
-        }
         let image = disks.image_of(&node)?;
         let overlay_image = disks.image_of(&overlay)?;
+        disks.layers.check_chain(Some(&node), &overlay_image, &node)?;
         if overlay_image.access == Access::Read {
             return Err(QmpError::generic(format!(
                 "Block node is read-only: '{}'",

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::block::graph::Parent;
+use crate::block::open_gate::MAX_DEPTH;
 use crate::block::{Graph, Node, Quiesced, graph};
 use crate::error::{Error, Result};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
@@ -205,6 +207,46 @@ impl Layers {
         })
     }
 
+    /// Refuses to put `overlay` on `below` where that makes a chain of more files than can be opened
+    /// again. What stands on `place` by now will stand on the overlay.
+    ///
+    /// # Errors
+    /// Kind [`Unsupported`](crate::ErrorKind::Unsupported), with the length of the chain.
+    pub fn check_chain(&self, place: Option<&Node>, overlay: &Image, below: &Node) -> Result<()> {
+        let above = place.map_or(0, |node| self.files_above(node, overlay));
+        let files = above + files_of(overlay) + self.files_below(below);
+        if files <= MAX_DEPTH {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "With '{}' on node '{}', the chain of images would have {files} files, and one of more \
+             than {MAX_DEPTH} could not be opened again; commit some of its images first",
+            overlay.node.name(),
+            below.name()
+        )))
+    }
+
+    /// How many files are opened for a node and all that it stands on, as
+    /// [`Chain`](crate::block::open_gate::Chain) counts them. Filters have none.
+    fn files_below(&self, node: &Node) -> usize {
+        let layers = std::iter::successors(self.below_filters(node), |layer| {
+            self.below_filters(&layer.image.node.backing()?)
+        });
+        layers.map(|layer| files_of(&layer.image)).sum()
+    }
+
+    /// The same for what stands on a node, but for `overlay`: of the longest way up.
+    fn files_above(&self, node: &Node, overlay: &Image) -> usize {
+        let of_parent = |parent: &Parent| match parent {
+            Parent::Node(above, _) if !above.is_same(&overlay.node) => {
+                let own = self.of(above).map_or(0, |layer| files_of(&layer.image));
+                own + self.files_above(above, overlay)
+            }
+            _ => 0,
+        };
+        self.graph.parents(node).iter().map(of_parent).max().unwrap_or(0)
+    }
+
     /// Drops an add-cow layer whose image file has all of the disk: from now on the node is that raw
     /// file. The guests' sessions go on there; the add-cow file gets a mark that says so. Everything
     /// is flushed, and the gates of all that reach the node are closed.
@@ -386,6 +428,11 @@ impl Layers {
         }
         Ok(drivers)
     }
+}
+
+/// How many files an image itself has.
+fn files_of(image: &Image) -> usize {
+    1 + usize::from(image.image_file.is_some())
 }
 
 /// Changes the locks on all files of an image, or on none.
