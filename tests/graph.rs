@@ -611,6 +611,63 @@ fn an_overlay_that_is_there_takes_the_place_of_its_base() {
     daemon.quit(&mut qmp);
 }
 
+/// What one node keeps in another, or reads from it, is not changed behind its back.
+#[test]
+fn what_other_nodes_stand_on_is_neither_resized_nor_written() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name).display().to_string();
+    let file = |name: &str, node: &str| json!({"driver": "file", "node-name": node, "filename": path(name)});
+    std::fs::File::create(path("b.raw")).unwrap().set_len(DISK).unwrap();
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "o", &DISK.to_string()]);
+    qmp.ok("blockdev-add", file("b.raw", "fb"));
+    qmp.ok("blockdev-add", json!({"driver": "raw", "node-name": "b", "file": "fb"}));
+    qmp.ok("blockdev-add", file("o", "fo"));
+    let over = json!({"driver": "qcow2", "node-name": "o", "file": "fo", "backing": "b"});
+    qmp.ok("blockdev-add", over);
+
+    let resize = |node: &str| json!({"node-name": node, "size": 512, "x-vublk-shrink": true});
+    let conflict = "permissions 'resize' are both required by block_resize and unshared by node";
+    let err = qmp.fails("block_resize", resize("fo"));
+    assert!(err.starts_with("Permission conflict on node 'fo'") && err.contains(conflict), "{err}");
+    let err = qmp.fails("block_resize", resize("b"));
+    assert!(err.starts_with("Node 'b' is busy: node is used as backing hd of 'o'"), "{err}");
+    let export = |node: &str, writable: bool| {
+        json!({"type": "vhost-user-blk", "id": "x", "node-name": node, "writable": writable,
+               "addr": {"type": "unix", "path": path("x.sock")}})
+    };
+    let err = qmp.fails("block-export-add", export("fb", true));
+    assert!(err.contains("permissions 'write'") && err.contains("(uses node 'fb'"), "{err}");
+    let err = qmp.fails("block-export-add", export("b", true));
+    assert!(err.contains("node is used as backing hd of 'o'"), "{err}");
+    qmp.ok("block-export-add", export("b", false));
+    qmp.ok("block-export-del", json!({"id": "x"}));
+    // The other way round: what is written gets no overlay but by a snapshot.
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "p", &DISK.to_string()]);
+    let late = json!({"driver": "qcow2", "node-name": "p", "file": file("p", "fp"),
+                      "backing": "d0"});
+    let err = qmp.fails("blockdev-add", late);
+    assert!(err.contains("while it is written: export 'e0'"), "{err}");
+
+    // A guest that writes by way of a file keeps that writable, and a backing is not forgotten.
+    qmp.ok("block-export-add", export("o", true));
+    let mut guest = daemon.guest("x.sock");
+    let reopen = |options: Value| json!({"options": [options]});
+    let mut read_only = file("o", "fo");
+    read_only["read-only"] = true.into();
+    let err = qmp.fails("blockdev-reopen", reopen(read_only));
+    assert!(err.starts_with("Read-only block node 'fo' cannot support read-write users"), "{err}");
+    guest.write(0, 0, &[1; 512]).unwrap();
+    let without = json!({"driver": "qcow2", "node-name": "o", "file": "fo"});
+    assert_eq!(qmp.fails("blockdev-reopen", reopen(without)), "backing is missing for 'o'");
+    drop(guest);
+    qmp.ok("block-export-del", json!({"id": "x", "mode": "hard"}));
+    // With nobody on it, and no mark, it is the operator's.
+    qmp.ok("blockdev-del", json!({"node-name": "o"}));
+    qmp.ok("block_resize", resize("b"));
+    daemon.quit(&mut qmp);
+}
+
 /// The name of the file node below a node.
 fn qmp_children(nodes: &Value, name: &str) -> String {
     let node = nodes.as_array().unwrap().iter().find(|row| row["node-name"] == name).unwrap();
@@ -640,6 +697,17 @@ fn what_is_frozen_is_not_served_for_writing() {
     );
     let err = single(TWO);
     assert!(err.contains("--export") && err.contains("the disk goes on in"), "{err}");
+    // Nor is it resized.
+    let own = tempfile::tempdir().unwrap();
+    let log = std::fs::File::create(own.path().join("log")).unwrap();
+    let unused = [&TWO[..4], &TWO[10..]].concat();
+    let child = command(dir.path(), &unused).stderr(log).spawn().unwrap();
+    let mut resizing = Daemon { dir: own, child };
+    let mut qmp = Qmp::connect(&dir.path().join("qmp.sock"));
+    let err = qmp.fails("block_resize", json!({"node-name": "d0", "size": 2 * DISK}));
+    assert!(err.contains("the disk goes on in"), "{err}");
+    qmp.ok("quit", json!({}));
+    assert!(resizing.child.wait().unwrap().success());
     // Without its overlay it is the disk again.
     std::fs::remove_file(&overlay).unwrap();
     let again = Daemon {

@@ -20,7 +20,7 @@ use crate::crash::{self, StateName};
 use crate::filters::write_log::Stand;
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::recording::record_to;
-use crate::images::{Access, CacheMode, ImageFormat, Locking, crash_state};
+use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, crash_state};
 use crate::io::HostFile;
 use crate::qapi;
 
@@ -368,9 +368,29 @@ fn open_format(
     };
     let image = blockdev::open_format(&protocol, &request)?;
     if let Some(backing) = image.node.backing() {
-        disks.layers.check_chain(None, &image, &backing)?;
+        check_backing(disks, None, &image, &backing)?;
     }
     Ok(disks.layers.add_format(image, Some(below), explicit)?)
+}
+
+/// Refuses to put a node (with what stands on `place`) on another that guests write to, or where the
+/// chain would be too long.
+fn check_backing(
+    disks: &Disks,
+    place: Option<&Node>,
+    overlay: &Image,
+    below: &Node,
+) -> QmpResult<()> {
+    if disks.is_written_by_guest(below) {
+        return Err(QmpError::generic(format!(
+            "Node '{}' cannot be the backing of '{}' while it is written: {}; blockdev-snapshot puts \
+             an overlay that has no backing yet on it",
+            below.name(),
+            overlay.node.name(),
+            disks.users_of(below)
+        )));
+    }
+    Ok(disks.layers.check_chain(place, overlay, below)?)
 }
 
 fn open_crash_state(
@@ -570,7 +590,10 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
         return Err(cannot("discard"));
     }
     let backing = match options.backing() {
-        None => node.backing(),
+        None if node.backing().is_some() => {
+            return Err(QmpError::generic(format!("backing is missing for '{name}'")));
+        }
+        None => None,
         Some(BlockdevRefOrNull::Null(())) => None,
         Some(BlockdevRefOrNull::Reference(name)) => Some(by_name(disks.graph(), name)?),
         Some(BlockdevRefOrNull::Definition(_)) => return Err(cannot("backing")),
@@ -583,11 +606,11 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
     };
     if let Some(backing) = backing.as_ref().filter(|_| moves) {
         disks.graph().check_cycle(&node, backing, "backing")?;
-        disks.layers.check_chain(Some(&node), &layer.image, backing)?;
+        check_backing(disks, Some(&node), &layer.image, backing)?;
     }
     if access == Access::Read && disks.is_written(&node) {
         return Err(QmpError::generic(format!(
-            "Cannot make block node read-only, there is a writer on it: {}",
+            "Read-only block node '{name}' cannot support read-write users: {}",
             disks.users_of(&node)
         )));
     }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::block::graph::Parent;
 use crate::block::node::Hold;
 use crate::block::{Graph, Node, Rights, Root};
 use crate::control::QmpError;
@@ -156,12 +157,60 @@ impl Disks {
         Ok(node.hold(command, Rights::GRAPH, Rights::ALL.and(Rights::GRAPH))?)
     }
 
-    /// Whether an export or a job may write to the node.
+    /// Whether an export or a job may write to the node, itself or by way of what has it as its file.
     pub fn is_written(&self, node: &Node) -> bool {
-        let writes = |served: &Served| {
-            !served.export().options.read_only && served.root().node().is_same(node)
-        };
-        self.exports.iter().any(writes) || !node.holders().is_empty()
+        let above = self.written_through(node);
+        self.is_written_by_guest(node) || above.iter().any(|node| !node.holders().is_empty())
+    }
+
+    /// Whether it is an export that may.
+    pub fn is_written_by_guest(&self, node: &Node) -> bool {
+        let above = self.written_through(node);
+        let mut writable = self.exports.iter().filter(|served| !served.export().options.read_only);
+        writable.any(|served| above.iter().any(|node| node.is_same(&served.root().node())))
+    }
+
+    /// The node, and those whose writes come to it: what has it as its backing only reads.
+    fn written_through(&self, node: &Node) -> Vec<Node> {
+        let mut nodes = vec![node.clone()];
+        for parent in self.graph().parents(node) {
+            match parent {
+                Parent::Node(above, role) if role != "backing" => {
+                    nodes.extend(self.written_through(&above));
+                }
+                _ => {}
+            }
+        }
+        nodes
+    }
+
+    /// Refuses a change (`right`, in QEMU's words) of a node by `who` where another node has it as its
+    /// file or its backing: that relies on what it has left there.
+    ///
+    /// # Errors
+    /// In QEMU's words, with the node to use instead.
+    pub fn check_no_node_on(&self, node: &Node, right: &str, who: &str) -> QmpResult<()> {
+        let (filters, image) = node.skip_filters();
+        let is_ours = |above: &Node| filters.iter().any(|filter| filter.is_same(above));
+        let users = filters.iter().chain([&image]).find_map(|node| {
+            self.graph().parents(node).into_iter().find_map(|parent| match parent {
+                Parent::Node(above, role) if !is_ours(&above) => Some((node, above, role)),
+                _ => None,
+            })
+        });
+        let Some((node, above, role)) = users else { return Ok(()) };
+        let (name, above) = (node.name(), above.name());
+        Err(QmpError::generic(match role {
+            "backing" => format!(
+                "Node '{name}' is busy: node is used as backing hd of '{above}', which relies on \
+                 what is in it; use '{above}' instead"
+            ),
+            role => format!(
+                "Permission conflict on node '{name}': permissions '{right}' are both required by \
+                 {who} and unshared by node '{above}' (uses node '{name}' as '{role}' child); use \
+                 '{above}' instead"
+            ),
+        }))
     }
 
     /// Who uses a node, for messages.
@@ -188,6 +237,9 @@ impl Disks {
         let reads = Rights::CONSISTENT_READ;
         let rights = if request.writable { reads.and(Rights::WRITE) } else { reads };
         drop(node.hold("an export", rights, Rights::ALL.and(Rights::GRAPH))?);
+        if request.writable {
+            self.check_no_node_on(node, "write", &format!("export '{id}'"))?;
+        }
         let image = self.image_below(node)?;
         image.check_for_guest(request.block_size)?;
         let unit = node.limits().request_alignment;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::prelude::*;
+use crate::images::frozen;
 use crate::io::block_on;
 
 qapi! {
@@ -54,6 +55,8 @@ impl MainCommand for BlockResize {
             }
         }
         let _hold = disks.hold_graph(&node, "block_resize")?;
+        disks.check_no_node_on(&node, "resize", "block_resize")?;
+        frozen::check(&disks.image_below(&node)?.file)?;
         let graph = Arc::clone(disks.graph());
         let quiesced = graph.quiesce(std::slice::from_ref(&node));
         let resized = block_on(node.resize(size, &quiesced));
