@@ -632,6 +632,38 @@ fn commit_grows_a_base_that_is_too_small() {
     assert!(std::fs::read(d.join("base")).unwrap() == before);
 }
 
+/// A name that is written is one by which the image can be opened again.
+#[test]
+fn rebase_writes_no_name_that_is_refused_afterwards() {
+    let dir = base_and_top();
+    let d = dir.path();
+    let before = content(d, "top");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let out = elsewhere.path().join("out");
+    std::fs::copy(d.join("base"), &out).unwrap();
+    let out = out.to_str().unwrap();
+    std::fs::hard_link(d.join("top.raw"), d.join("linked")).unwrap();
+    for new in ["top.raw", "linked"] {
+        for how in [&["rebase", "-u"][..], &["rebase"]] {
+            let err = fails(d, &[how, &["-b", new, "-F", "raw", "top"]].concat(), 1);
+            assert!(err.contains("is its image file"), "{err}");
+        }
+    }
+    let err = fails(d, &["rebase", "-u", "-b", "./top", "-F", "raw", "top"], 1);
+    assert!(err.contains("its own backing file"), "{err}");
+    let err = fails(d, &["rebase", "-b", out, "-F", "raw", "top"], 1);
+    assert!(err.contains("--allow-dir"), "{err}");
+    // What the new one stands on is opened by way of the image, too.
+    ok(d, &["create", "-q", "-f", "qcow2", "-u", "-b", out, "-F", "raw", "middle", "8192"]);
+    let err = fails(d, &["rebase", "-b", "middle", "-F", "qcow2", "top"], 1);
+    assert!(err.contains("--allow-dir"), "{err}");
+    assert!(content(d, "top") == before);
+    let allow = ["--allow-dir", elsewhere.path().to_str().unwrap()];
+    ok(d, &[&["rebase", "-q", "-b", out, "-F", "raw", "top"][..], &allow].concat());
+    let info = json(&ok(d, &["info", "--output=json", "top"]));
+    assert_eq!(info["backing-filename"], out);
+}
+
 #[test]
 fn rebase_keeps_the_content_or_only_the_name() {
     let dir = base_and_top();

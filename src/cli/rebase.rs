@@ -4,7 +4,7 @@
 //! the old one has is copied into the overlay first, and made durable before the header names the
 //! new one. With `-u` only the header is changed, for backing files that were moved or converted.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -12,8 +12,8 @@ use crate::block::{Node, StatusKind, open_gate};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, ImageFormat, OpenRequest};
-use crate::io::{AlignedBuf, block_on};
+use crate::images::{self, Image, ImageFormat, OpenRequest};
+use crate::io::{AlignedBuf, HostFile, OpenOptions, block_on};
 use crate::jobs::layer_copy::CHUNK;
 use crate::units::ByteRange;
 
@@ -78,11 +78,12 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
         image = images::open_alone(&request)?;
     }
     images::check_new_backing(&image, new)?;
+    if let Some(new) = new {
+        check_no_loop(&image, new)?;
+    }
     if !args.unchecked {
-        let below = match new {
-            Some(new) => Some(open_new(args, new)?),
-            None => None,
-        };
+        let open = |new| images::open_backing_of(&image, new, args.backing_format, &request);
+        let below = new.map(open).transpose()?;
         let below = below.as_ref().map(|image| &image.node);
         block_on(keep_content(args, &image.node, below))
             .context(|| format!("{name}: copying what the new backing file does not have"))?;
@@ -97,20 +98,29 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
     Ok(DONE)
 }
 
-/// Opens the new backing file, as it will be opened by way of the overlay.
-fn open_new(args: &RebaseArgs, new: &str) -> Result<images::Image> {
-    let path = open_gate::combine(&args.file, new);
-    let same = |a: &Path, b: &Path| {
-        a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
+/// Refuses a backing file that is a file of the overlay itself, under whatever name: nobody could ever
+/// open that.
+fn check_no_loop(image: &Image, new: &str) -> Result<()> {
+    let path = open_gate::combine(image.file.path(), new);
+    // One that is not there yet is none of them.
+    let Ok(new) = HostFile::open(&path, OpenOptions::default()).and_then(|file| file.identity())
+    else {
+        return Ok(());
     };
-    if same(&path, &args.file) {
+    if image.file.identity()? == new {
         return Err(Error::invalid(format!(
             "{}: an image cannot be its own backing file",
-            args.file.display()
+            image.name()
         )));
     }
-    let request = OpenRequest::read(path).format(args.backing_format).allow_dirs(&args.allow_dirs);
-    images::open(&request).context(|| "the new backing file")
+    match &image.image_file {
+        Some(data) if data.identity()? == new => Err(Error::invalid(format!(
+            "{}: {} is its image file, and cannot be its backing file as well",
+            image.name(),
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Copies into the overlay what only its old backing has, and makes it durable.

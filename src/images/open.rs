@@ -154,6 +154,26 @@ fn open_each(request: &OpenRequest) -> Result<Vec<Image>> {
     }
 }
 
+/// Opens what is to become the backing file of `top`, by the rules by which it will be opened then: as
+/// `reference` in that image, through its gate, in one chain with its files.
+///
+/// # Errors
+/// As [`open`]. Names `top`, too.
+pub fn open_backing_of(
+    top: &Image,
+    reference: &str,
+    format: Option<ImageFormat>,
+    request: &OpenRequest,
+) -> Result<Image> {
+    let gate = OpenGate::new(top.file.path(), &request.allow_dirs)?;
+    let mut chain = Chain::default();
+    for file in [Some(&top.file), top.image_file.as_ref()].into_iter().flatten() {
+        chain.push(file)?;
+    }
+    let mut opening = Opening::new(request, Arc::clone(&top.file), &gate, &mut chain);
+    opening.child("backing", reference, format.map(ImageFormat::name), Access::Read)
+}
+
 /// What a format's opening code has at hand.
 #[derive(Debug)]
 pub struct Opening<'a> {
