@@ -146,7 +146,9 @@ fn human(report: &CheckReport, explain: bool) -> String {
         && total > 0
     {
         let percent = allocated as f64 * 100.0 / total as f64;
-        let of_allocated = |part: Option<u64>| part.unwrap_or(0) as f64 * 100.0 / allocated as f64;
+        // Of nothing, nothing is fragmented.
+        let whole = allocated.max(1) as f64;
+        let of_allocated = |part: Option<u64>| part.unwrap_or(0) as f64 * 100.0 / whole;
         text += &format!(
             "{allocated}/{total} = {percent:.2}% allocated, {:.2}% fragmented, {:.2}% compressed \
              clusters\n",
@@ -177,6 +179,18 @@ mod tests {
         assert_eq!(exit_code(&report(1, 5, 1)), 1);
         assert_eq!(exit_code(&report(1, 5, 0)), 2);
         assert_eq!(exit_code(&report(0, 5, 0)), 3);
+    }
+
+    #[test]
+    fn parts_of_nothing_are_none() {
+        let report = CheckReport {
+            total_clusters: Some(160),
+            allocated_clusters: Some(0),
+            fragmented_clusters: Some(0),
+            ..Default::default()
+        };
+        let text = human(&report, false);
+        assert!(text.contains("0/160 = 0.00% allocated, 0.00% fragmented, 0.00% comp"), "{text}");
     }
 
     #[test]

@@ -127,6 +127,10 @@ impl Driver for GuessGuard {
         self.below.refresh()
     }
 
+    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+        self.below.make_empty()
+    }
+
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         self.below.resize(size)
     }

@@ -66,6 +66,10 @@ impl Driver for NoFlush {
         self.below.block_status(range)
     }
 
+    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+        self.below.make_empty()
+    }
+
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         self.below.resize(size)
     }
