@@ -331,6 +331,16 @@ fn snapshots_that_are_refused_leave_nothing() {
             "Node name too long",
         ),
         ("a node name twice", file("x", json!({"snapshot-node-name": "d0"})), "already in use"),
+        (
+            "another protocol",
+            json!({"device": "e0", "snapshot-file": "nbd:localhost:1"}),
+            "the protocol 'nbd:' is not supported",
+        ),
+        (
+            "a node's options",
+            json!({"device": "e0", "snapshot-file": "json:{\"driver\": \"file\"}"}),
+            "the protocol 'json:' is not supported",
+        ),
         ("no device", json!({"snapshot-file": path("x")}), "Cannot find device"),
         (
             "no such device",
@@ -478,7 +488,8 @@ fn a_transaction_is_all_or_nothing() {
     }
     let snapshot = |device: &str, file: &str| {
         json!({"type": "blockdev-snapshot-sync", "data":
-               {"device": device, "snapshot-file": daemon.path(file), "snapshot-node-name": file}})
+               {"device": device, "snapshot-file": format!("file:{}", daemon.path(file).display()),
+                "snapshot-node-name": file}})
     };
     let both =
         |name: &str| vec![snapshot("e0", &format!("{name}0")), snapshot("e1", &format!("{name}1"))];

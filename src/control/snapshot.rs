@@ -65,6 +65,9 @@ pub trait Action {
 
 /// Does prepared actions at one barrier, all or none.
 pub fn run(daemon: &mut Daemon, mut actions: Vec<Box<dyn Action>>) -> QmpResult<()> {
+    if actions.is_empty() {
+        return Ok(());
+    }
     let disks = daemon.disks_mut();
     let nodes: Vec<Node> = actions.iter().flat_map(|action| action.nodes()).collect();
     for node in &nodes {

@@ -41,11 +41,23 @@ impl BlockdevSnapshotSync {
         Ok(OverlayRequest {
             device: self.device,
             node_name: self.node_name,
-            file: PathBuf::from(self.snapshot_file),
+            file: path_of(&self.snapshot_file)?,
             snapshot_node_name: self.snapshot_node_name,
             format,
             exists: self.mode == Some(NewImageMode::Existing),
         })
+    }
+}
+
+/// The path of a file's name as QEMU understands it: with a protocol before it, or none.
+fn path_of(name: &str) -> QmpResult<PathBuf> {
+    match name.split_once(':').filter(|(protocol, _)| !protocol.contains('/')) {
+        None => Ok(PathBuf::from(name)),
+        Some(("file", path)) => Ok(PathBuf::from(path)),
+        Some((protocol, _)) => Err(QmpError::generic(format!(
+            "snapshot-file '{name}': the protocol '{protocol}:' is not supported (write ./{name} if \
+             it is a file's name)"
+        ))),
     }
 }
 
