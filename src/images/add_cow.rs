@@ -302,6 +302,17 @@ fn image_file(
     let context = |path: &Path| format!("image file {}", path.display());
     let Some(named) = named else { return new_image_file(request, below) };
     let path = open_gate::combine(&request.path, named);
+    // Before it is locked, by ourselves.
+    let is_below = |below: &Image| {
+        let file = open_host(&path, OpenOptions::default()).and_then(|file| file.identity());
+        file.ok() == below.file.identity().ok()
+    };
+    if below.is_some_and(is_below) {
+        return Err(Error::invalid(format!(
+            "{}: is both image file and backing file",
+            path.display()
+        )));
+    }
     let to_open = OpenRequest::write(&path).format(Some(ImageFormat::Raw));
     let image = open(&to_open).map_err(|err| match err.kind() {
         ErrorKind::NotFound => Error::new(
@@ -310,12 +321,6 @@ fn image_file(
         ),
         _ => err.context(context(&path)),
     })?;
-    if below.is_some_and(|below| below.file.identity().ok() == image.file.identity().ok()) {
-        return Err(Error::invalid(format!(
-            "{}: is both image file and backing file",
-            path.display()
-        )));
-    }
     let size = image.node.size();
     if !size.is_multiple_of(SECTOR_SIZE) || size == 0 {
         return Err(Error::invalid(format!(
@@ -353,7 +358,8 @@ fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<Imag
     };
     if std::fs::symlink_metadata(&path).is_ok() {
         return Err(Error::invalid(format!(
-            "{0}: exists already; to make it the image file, with what it contains hidden, say -o \
+            "{0}: exists already, and would hold the data of the new image; give that another name, or \
+             make this its image file, with what it contains hidden: vublk create -f add-cow -o \
              image-file={base}",
             path.display()
         )));
