@@ -7,7 +7,6 @@
 //! A killed process leaves its mount behind, without anything in it. The next one takes it away.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, UNIX_EPOCH};
@@ -19,13 +18,13 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
-use rustix::fd::OwnedFd;
 use rustix::mount::UnmountFlags;
 use rustix::process::Pid;
 
 use crate::crash::disk::StateDisk;
 use crate::crash::history::History;
 use crate::crash::name::StateName;
+use crate::crash::syncer::Syncer;
 use crate::error::{Error, Result, ResultExt};
 use crate::units::ByteRange;
 
@@ -82,16 +81,6 @@ fn lives(pid: Pid) -> bool {
     state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
-/// Opens a file of ours so that the kernel closes it after the connection by which we serve it: it
-/// closes a dead process's descriptors in their order, and would wait for ever for us to write
-/// what a checker left.
-fn open_last(path: &Path) -> Result<OwnedFd> {
-    /// Behind all that the connection has.
-    const BEHIND: std::os::fd::RawFd = 512;
-    let file = File::open(path).context(|| path.display().to_string())?;
-    Ok(rustix::io::fcntl_dupfd_cloexec(&file, BEHIND).unwrap_or_else(|_| file.into()))
-}
-
 /// The file of one worker.
 #[derive(Debug)]
 pub struct StateFile {
@@ -99,8 +88,7 @@ pub struct StateFile {
     inode: INodeNo,
     disk: Arc<Mutex<StateDisk>>,
     notifier: Notifier,
-    /// Held open so that what a checker left in the kernel's cache can be fetched.
-    open: OwnedFd,
+    syncer: Syncer,
 }
 
 impl Mount {
@@ -135,9 +123,15 @@ impl Mount {
         let mount = Mount { dir: dir.clone(), session: Some(session) };
         let file = |(i, disk): (usize, &Arc<Mutex<StateDisk>>)| -> Result<StateFile> {
             let path = dir.join(file_name(i));
-            let open = open_last(&path)?;
+            let syncer = Syncer::start(path.clone())?;
             let inode = INodeNo(FIRST + i as u64);
-            Ok(StateFile { path, inode, disk: Arc::clone(disk), notifier: notifier.clone(), open })
+            Ok(StateFile {
+                path,
+                inode,
+                disk: Arc::clone(disk),
+                notifier: notifier.clone(),
+                syncer,
+            })
         };
         let files = disks.iter().enumerate().map(file).collect::<Result<_>>()?;
         Ok((mount, files))
@@ -174,10 +168,10 @@ impl StateFile {
     /// If something that it read could not be read, or something that it wrote not be kept. Then
     /// its verdict says nothing of the state.
     pub fn settle(&self) -> Result<()> {
-        let synced = rustix::fs::fdatasync(&self.open);
+        let synced = self.syncer.sync();
         match lock(&self.disk).take_failure() {
             Some(err) => Err(err),
-            None => synced.map_err(Error::from).context(|| self.path.display().to_string()),
+            None => synced.context(|| self.path.display().to_string()),
         }
     }
 
@@ -187,7 +181,7 @@ impl StateFile {
     /// If the log has no such state, or the kernel refuses.
     pub fn show(&self, name: &StateName) -> Result<()> {
         // Whoever wrote after its checker had ended: not to this state.
-        rustix::fs::fdatasync(&self.open).context(|| self.path.display().to_string())?;
+        self.syncer.sync().context(|| self.path.display().to_string())?;
         let changed = lock(&self.disk).show(name)?;
         for range in changed {
             // It is an error to forget what is not in the cache, and none to us.

@@ -15,6 +15,7 @@
 //! disk         one state at a time, as a disk that can be written to
 //! state        one state as a read-only node
 //! fuse copy    the same as a plain file
+//! syncer       what a checker wrote to it and the kernel still has
 //! check        programs that say whether a disk is good
 //! explore      all states, each different disk checked once
 //! shrink       the fewest dropped writes that still fail
@@ -45,6 +46,7 @@ pub mod report;
 pub mod shrink;
 pub mod simulated;
 pub mod state;
+mod syncer;
 pub mod view;
 
 pub use answers::Answers;
