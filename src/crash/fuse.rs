@@ -77,7 +77,7 @@ fn sweep(temp: &Path) {
 fn lives(pid: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()));
     // What follows the name, which may hold anything, begins with the state.
-    let state = stat.ok().and_then(|stat| Some(stat.rsplit_once(") ")?.1.chars().next()?));
+    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
     state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
