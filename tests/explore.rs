@@ -263,7 +263,7 @@ fn what_cannot_be_explored_is_refused() {
     let error = with(&["--start-entry", "100", "--check", "false {}"]);
     assert!(error.contains("has no states in what the options choose"), "{error}");
     if Path::new("/dev/fuse").exists() {
-        let error = with(&["--check", "printf x >>{}; true"]);
+        let error = with(&["--check", "printf x >>{}; true", "-j", "1"]);
         assert!(error.contains("state E0:s=000000: the checker wrote past the end"), "{error}");
     }
     let error = with(&["--start-mark", "nowhere"]);
