@@ -3,9 +3,9 @@
 //!
 //! A checker says what it says because of what it read, and of a disk it reads little: `e2fsck` no
 //! data of files, a journal's recovery no transaction without its commit. The states of one epoch
-//! differ in what the epoch's writes left and nowhere else. So if all that was read of it in one state is the
-//! same in another, a checker that does the same on the same disk reads the same there, asks for the
-//! same next, and ends the same.
+//! differ in what the epoch's writes left and nowhere else. So if all that was read of it in one state
+//! is the same in another, a checker that does the same on the same disk reads the same there, asks
+//! for the same next, and ends the same.
 //!
 //! ```text
 //! look     the runs of the epoch that one checker read, in part or whole

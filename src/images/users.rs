@@ -4,6 +4,7 @@
 //! Looking through the descriptors of all processes does, as far as they may be looked at. Only
 //! done once something has failed.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -15,7 +16,9 @@ const MAX_NAMED: usize = 3;
 /// Who has this file open besides the caller, as `name (pid 1234)`, or `this process` if it has it
 /// open once more; empty if nobody can be seen.
 pub fn of(file: &HostFile) -> Vec<String> {
-    let Ok(wanted) = file.identity() else { return Vec::new() };
+    let Ok(wanted) = std::fs::metadata(file.path()) else { return Vec::new() };
+    let number =
+        inode_of(&Path::new("/proc/self/fdinfo").join(file.as_fd().as_raw_fd().to_string()));
     let own = std::process::id().to_string();
     let mut users = Vec::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -25,7 +28,11 @@ pub fn of(file: &HostFile) -> Vec<String> {
         }
         let descriptors = std::fs::read_dir(process.path().join("fdinfo")).into_iter().flatten();
         let mut to_the_file =
-            descriptors.flatten().filter(|fd| is_open(&process.path(), &fd.path(), wanted));
+            descriptors.flatten().filter(|fd| inode_of(&fd.path()) == number).filter(|fd| {
+                // Follows the link to the open file itself.
+                std::fs::metadata(process.path().join("fd").join(fd.file_name()))
+                    .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
+            });
         // One descriptor of ours is the caller's.
         let not_others = usize::from(pid == own);
         if to_the_file.nth(not_others).is_some() {
@@ -42,17 +49,10 @@ pub fn of(file: &HostFile) -> Vec<String> {
     users
 }
 
-/// Whether a descriptor of a process is of the file with this device and inode number.
-fn is_open(process: &Path, info: &Path, wanted: (u64, u64)) -> bool {
-    // What strangers have open may be on a file system that does not answer, and is not asked
-    // before the number of its inode is the right one, which the kernel knows by itself.
-    let Ok(text) = std::fs::read_to_string(info) else { return false };
-    let inode = text.lines().find_map(|line| line.strip_prefix("ino:"));
-    if inode.is_some_and(|inode| inode.trim().parse() != Ok(wanted.1)) {
-        return false;
-    }
-    let Some(number) = info.file_name() else { return false };
-    // Follows the link to the open file itself.
-    std::fs::metadata(process.join("fd").join(number))
-        .is_ok_and(|meta| (meta.dev(), meta.ino()) == wanted)
+/// The inode number of an open file as the kernel has it, from its `fdinfo`; none if it does not say.
+/// What strangers have open may be on a file system that does not answer, so the file system is asked
+/// only where this number is the right one.
+fn inode_of(info: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(info).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("ino:")).map(|number| number.trim().to_string())
 }
