@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard};
 
 mod common;
 
-use common::{fails, have, ok, tool_ok};
+use common::{LoopDevice, Setup, fails, have, ok, tool_ok};
 use vublk::images::{ImageFormat, Locking, OpenRequest, open};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -196,4 +196,24 @@ fn backing_files_can_be_shared_by_chains() {
     assert!(open(&OpenRequest::write(d.join("base")).format(raw)).is_err());
     drop(machine);
     open(&OpenRequest::write(d.join("base")).format(raw)).unwrap();
+}
+
+/// A device's number is not that of its node, and yet the kernel's word on who has it open is for the
+/// device. Whoever is not seen would be taken for dead, and waited for.
+#[test]
+fn who_holds_a_block_device_is_named_at_once() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let Some(device) = LoopDevice::new(&dir.path().join("backing"), 1 << 20) else { return };
+    let mut backend = Setup::new(&[]).image(device.path()).start();
+    drop(backend.qemu());
+    for args in [&["create", device.name(), "1M"][..], &["map", "-f", "raw", device.name()]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        let output = command.args(["--log-level", "info"]).args(args).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let holder = format!("; it is open in vublk (pid {})", backend.pid());
+        assert!(said.contains(&holder), "{args:?}: {said}");
+        assert!(!said.contains("waiting"), "{args:?}: {said}");
+    }
+    assert!(backend.terminate().success());
 }

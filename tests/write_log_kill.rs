@@ -6,14 +6,13 @@
 //! device. `VUBLK_TEST_SEED` repeats the random choices (not the moments of the kills).
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 mod common;
 
 use common::guest::{Guest, SECTOR, words};
-use common::{Backend, Random, Setup};
+use common::{Backend, LoopDevice, Random, Setup};
 use vublk::frontend::{Personality, SessionOptions};
 use vublk::io::{HostFile, OpenOptions, block_on};
 use vublk::write_log::{Entry, Log};
@@ -127,33 +126,13 @@ fn without_the_hosts_cache() {
     survives_kills("without_the_hosts_cache", &log, &["--cache", "none"]);
 }
 
-/// A loop device; gone when dropped.
-struct Loop(String);
-
-impl Loop {
-    /// Over a new file of this size, if the host lets us make one.
-    fn new(file: &Path, size: u64) -> Option<Loop> {
-        std::fs::File::create(file).unwrap().set_len(size).unwrap();
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output();
-        let output = output.ok().filter(|output| output.status.success())?;
-        Some(Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
-    }
-}
-
 #[test]
 fn with_the_log_on_a_device() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(device) = Loop::new(&dir.path().join("device"), 8 << 30) else {
-        common::skip("no loop device can be made");
+    let Some(device) = LoopDevice::new(&dir.path().join("device"), 8 << 30) else {
         return;
     };
     let sidecar = dir.path().join("sidecar");
     let options = ["--log-sidecar", sidecar.to_str().unwrap()];
-    survives_kills("with_the_log_on_a_device", Path::new(&device.0), &options);
+    survives_kills("with_the_log_on_a_device", device.path(), &options);
 }

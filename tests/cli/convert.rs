@@ -4,9 +4,8 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::process::Command;
 
-use crate::common::{Random, fails, have, ok, tool, vublk};
+use crate::common::{LoopDevice, Random, fails, have, ok, tool, vublk};
 use crate::{json, random_file, stored_blocks};
 
 #[test]
@@ -142,27 +141,6 @@ fn convert_agrees_with_qemu_img() {
     }
 }
 
-/// A loop device; detached when dropped.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn new(backing: &Path) -> Option<LoopDevice> {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(backing).output().ok()?;
-        let device = String::from_utf8(output.stdout).ok()?.trim().to_string();
-        if !output.status.success() {
-            eprintln!("SKIPPED: no loop device: {}", String::from_utf8_lossy(&output.stderr));
-            return None;
-        }
-        Some(LoopDevice(device))
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
-    }
-}
-
 #[test]
 fn block_devices_can_be_targets() {
     let dir = tempfile::tempdir().unwrap();
@@ -170,18 +148,18 @@ fn block_devices_can_be_targets() {
     let mut random = Random::new("block_devices_can_be_targets");
     let content = random_file(&d.join("from"), 2 << 20, &mut random);
     std::fs::write(d.join("backing"), vec![0xcc; 4 << 20]).unwrap();
-    let Some(device) = LoopDevice::new(&d.join("backing")) else { return };
+    let Some(device) = LoopDevice::over(&d.join("backing")) else { return };
     for cache in ["writeback", "none"] {
-        ok(d, &["convert", "-t", cache, "-O", "raw", "from", &device.0]);
+        ok(d, &["convert", "-t", cache, "-O", "raw", "from", device.name()]);
         let mut bytes = vec![0; 2 << 20];
-        File::open(&device.0).unwrap().read_exact(&mut bytes).unwrap();
+        File::open(device.path()).unwrap().read_exact(&mut bytes).unwrap();
         assert!(bytes == content, "{cache}");
     }
-    let info = json(&ok(d, &["info", "--output=json", "-f", "raw", &device.0]));
+    let info = json(&ok(d, &["info", "--output=json", "-f", "raw", device.name()]));
     assert_eq!(info["virtual-size"], 4 << 20);
     assert_eq!(info["children"][0]["info"]["format"], "host_device");
-    let line = fails(d, &["create", &device.0, "8M"], 1);
+    let line = fails(d, &["create", device.name(), "8M"], 1);
     assert!(line.contains("the device has only 4194304 bytes"), "{line}");
-    let line = fails(d, &["resize", "-f", "raw", &device.0, "8M"], 1);
+    let line = fails(d, &["resize", "-f", "raw", device.name(), "8M"], 1);
     assert!(line.contains("block device cannot be changed"), "{line}");
 }

@@ -10,6 +10,7 @@ pub mod driver;
 pub mod guest;
 pub mod host;
 pub mod libvhdi;
+pub mod loop_device;
 pub mod qmp;
 pub mod random;
 
@@ -19,6 +20,7 @@ pub use self::{
     command::{fails, have, ok, ok_or, tool, tool_ok, vublk},
     driver::{Done, Driver},
     host::Host,
+    loop_device::LoopDevice,
     qmp::Qmp,
     random::Random,
 };

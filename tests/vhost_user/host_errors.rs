@@ -1,13 +1,13 @@
 //! What the host may do to a disk: the guest is told, the process lives, the log has a line.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vublk::frontend::request::{STATUS_IOERR, STATUS_OK};
 use vublk::frontend::{Client, Request, Session, SessionOptions};
 
-use crate::common::{Backend, Setup, skip, soon};
+use crate::common::{Backend, LoopDevice, Setup, skip, soon};
 
 #[test]
 fn an_image_truncated_under_us_fails_reads_beyond_its_end() {
@@ -83,33 +83,14 @@ fn a_limit_on_the_size_of_files_fails_writes_and_nothing_else() {
     }
 }
 
-/// A loop device over a file of the test's, detached when dropped.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn attach(file: &Path) -> Option<Loop> {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output().ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| Loop(PathBuf::from(text.trim())))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("-d").arg(&self.0).output();
-    }
-}
-
 #[test]
 fn a_device_that_fails_fails_its_requests() {
     let dir = tempfile::tempdir().unwrap();
     let backing = dir.path().join("backing");
     let file = std::fs::File::create(&backing).unwrap();
     file.set_len(16 << 20).unwrap();
-    let Some(device) = Loop::attach(&backing) else {
-        return skip("no right to set up a loop device");
-    };
-    let mut backend = Setup::new(&["--cache", "none"]).image(&device.0).start();
+    let Some(device) = LoopDevice::over(&backing) else { return };
+    let mut backend = Setup::new(&["--cache", "none"]).image(device.path()).start();
     let mut session = backend.qemu();
     session.write(0, 0, &[7; 4096]).unwrap();
     session.write(0, 8 << 20, &[8; 4096]).unwrap();
