@@ -78,6 +78,11 @@ pub const NAME: &str = "add-cow";
 /// Longer plans are for the asynchronous path.
 const MAX_EXTENTS: usize = 64;
 
+/// How many pages of the bitmap are looked at together where the file has nothing, and how many are
+/// read together where it has something. A look costs about as much as a read of one page.
+const LOOK_AHEAD: u64 = 1024;
+const READ_AHEAD: u64 = 16;
+
 /// All there is, for range locks.
 const ALL: ByteRange = ByteRange { offset: 0, len: u64::MAX };
 
@@ -385,22 +390,54 @@ impl Shared {
         self.durability.check_poison(self.name())
     }
 
-    /// The value of the sector's bit, and for how many sectors it stays the same (not beyond the
-    /// page).
+    /// The value of the sector's bit, and for how many sectors (at most `max`) it stays the same, as
+    /// far as one look goes: the next one may have the same value.
     async fn run(&self, sector: u64, max: u64) -> Result<(bool, u64)> {
         let page = sector / PAGE_SECTORS;
+        // Whoever asks about much gets it with few looks at the file.
+        let last = (sector.saturating_add(max)).div_ceil(PAGE_SECTORS);
+        let wanted = last.saturating_sub(page).clamp(1, LOOK_AHEAD);
         loop {
             if let Some(run) = self.pages.run(sector, max) {
                 return Ok(run);
             }
-            let _one = self.loading.exclusive(ByteRange { offset: page, len: 1 }).await;
-            if self.pages.find(page) != Place::Absent {
+            let empty = self.empty_pages(page).min(wanted);
+            let together = if empty > 0 { empty } else { wanted.min(READ_AHEAD) };
+            let _these = self.loading.exclusive(ByteRange { offset: page, len: together }).await;
+            // What is absent stays so, and is in the file as it is, while this is locked.
+            let absent = (page..page + together)
+                .take_while(|page| self.pages.find(*page) == Place::Absent)
+                .count() as u64;
+            if absent == 0 {
                 continue;
             }
-            let bytes = self.read_page(page).await?;
-            // Without room for it the answer is right all the same, as nobody else can load it.
-            let _ = self.pages.install(page, &bytes);
-            return Ok(pages::run_in_bytes(&bytes, sector, max));
+            // Not what was seen before the lock: a page may have been loaded, changed and written.
+            let empty = if empty > 0 { self.empty_pages(page).min(absent) } else { 0 };
+            if empty > 0 {
+                self.pages.note_empty(page..page + empty);
+                return Ok((false, max.min((page + empty) * PAGE_SECTORS - sector)));
+            }
+            let read = self.read_pages(page, absent.min(READ_AHEAD)).await?;
+            for (page, bytes) in (page..).zip(&read) {
+                // Without room for it the answer is right all the same, as nobody else can load it.
+                let _ = self.pages.install(page, bytes);
+            }
+            return Ok(pages::run_in_bytes(&read[0], sector, max));
+        }
+    }
+
+    /// How many whole pages from this one on the file has nothing of, as far as it says so.
+    fn empty_pages(&self, page: u64) -> u64 {
+        let start = page * PAGE_LEN as u64;
+        let end = bitmap_len(self.sectors()).min(self.durability.bitmap_bytes_in_file());
+        if start >= end {
+            return u64::MAX - page;
+        }
+        match self.file.hole_at(HEADER_LEN + start) {
+            Ok(hole) if hole.is_hole && hole.range.end() >= HEADER_LEN + end => u64::MAX - page,
+            Ok(hole) if hole.is_hole => hole.range.len / PAGE_LEN as u64,
+            // Reading it tells.
+            _ => 0,
         }
     }
 
@@ -416,8 +453,8 @@ impl Shared {
                     if self.pages.find(page) != Place::Absent {
                         continue;
                     }
-                    let bytes = self.read_page(page).await?;
-                    self.pages.install(page, &bytes)
+                    let read = self.read_pages(page, 1).await?;
+                    self.pages.install(page, &read[0])
                 }
             };
             match refused {
@@ -429,21 +466,23 @@ impl Shared {
         Ok(())
     }
 
-    /// Reads a page of the bitmap. What the file does not have is zeros, and so is what lies
-    /// beyond the disk, whatever the file has there.
-    async fn read_page(&self, page: u64) -> Result<Box<[u8; PAGE_LEN]>> {
-        let mut bytes = Box::new([0; PAGE_LEN]);
+    /// Reads pages of the bitmap that follow each other. What the file does not have is zeros, and so
+    /// is what lies beyond the disk, whatever the file has there.
+    async fn read_pages(&self, page: u64, count: u64) -> Result<Vec<[u8; PAGE_LEN]>> {
+        let mut pages = vec![[0; PAGE_LEN]; count as usize];
         let start = page * PAGE_LEN as u64;
         let end = bitmap_len(self.sectors()).min(self.durability.bitmap_bytes_in_file());
-        let len = end.saturating_sub(start).min(PAGE_LEN as u64) as usize;
+        let len = end.saturating_sub(start).min(count * PAGE_LEN as u64) as usize;
         if len > 0 {
             let buf = AlignedBuf::zeroed(len, 512);
             let read = self.file.read(HEADER_LEN + start, buf.buffers()).await;
             read.context(|| format!("{}: bitmap at byte {start}", self.name()))?;
-            buf.buffers().copy_to_slice(&mut bytes[..len]);
+            buf.buffers().copy_to_slice(&mut pages.as_flattened_mut()[..len]);
         }
-        self.mask_tail(page, &mut bytes);
-        Ok(bytes)
+        for (page, bytes) in (page..).zip(&mut pages) {
+            self.mask_tail(page, bytes);
+        }
+        Ok(pages)
     }
 
     /// Clears the bits of a page that lie beyond the disk.

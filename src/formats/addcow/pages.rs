@@ -275,6 +275,15 @@ impl Pages {
         self.install_words(page, word)
     }
 
+    /// Notes that these pages have no set bit. The caller has found each of them absent, and makes
+    /// sure that nobody else loads them.
+    pub fn note_empty(&self, pages: std::ops::Range<u64>) {
+        let _changing = self.changing.lock().unwrap();
+        for page in pages {
+            self.summarise(page, Some(false));
+        }
+    }
+
     /// Gives a page of one value a frame.
     pub fn install_uniform(&self, page: u64, value: bool) -> Result<(), NoRoom> {
         self.install_words(page, |_| if value { u64::MAX } else { 0 })
