@@ -9,6 +9,7 @@
 use std::alloc::Layout;
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -70,6 +71,20 @@ impl Buffers {
         assert!(end <= self.len, "slice {offset}+{len} of {} bytes", self.len);
         let mut iovs = Vec::new();
         slice_iovecs(&self.iovs, offset, len, &mut iovs);
+        Buffers { iovs, len, owner: Arc::clone(&self.owner) }
+    }
+
+    /// These parts one after the other, sharing the owner.
+    ///
+    /// # Panics
+    /// If a part does not lie inside.
+    pub fn parts(&self, parts: impl IntoIterator<Item = Range<u64>>) -> Buffers {
+        let (mut iovs, mut len) = (Vec::new(), 0);
+        for part in parts {
+            assert!(part.end <= self.len, "part up to {} of {} bytes", part.end, self.len);
+            slice_iovecs(&self.iovs, part.start, part.end - part.start, &mut iovs);
+            len += part.end - part.start;
+        }
         Buffers { iovs, len, owner: Arc::clone(&self.owner) }
     }
 
@@ -395,6 +410,15 @@ mod tests {
         bufs.copy_to_slice(&mut out);
         assert_eq!(&out, b"ab\0\0\0\0\0\0\0\0klmno");
         assert_eq!(bufs.slice(15, 0).iovecs().len(), 0);
+    }
+
+    #[test]
+    fn parts_come_in_their_own_order() {
+        let bufs = pieces(&[3, 5, 7]);
+        bufs.parts([9..12, 0..4]).copy_from_slice(b"ABCDEFG");
+        let mut out = [0; 15];
+        bufs.copy_to_slice(&mut out);
+        assert_eq!(&out, b"DEFG\0\0\0\0\0ABC\0\0\0");
     }
 
     #[test]

@@ -10,9 +10,14 @@ const MEMORY: usize = 4096;
 /// The most bytes that are written at once.
 const MOST: usize = 1 << 20;
 
+/// Memory for `len` bytes of metadata.
+pub fn memory(len: u64) -> AlignedBuf {
+    AlignedBuf::zeroed(len as usize, MEMORY)
+}
+
 /// Reads `len` bytes at `offset`; both must be multiples of 4 KiB.
 pub async fn read(file: &Arc<dyn File>, offset: u64, len: u64) -> Result<Vec<u8>> {
-    let mut buf = AlignedBuf::zeroed(len as usize, MEMORY);
+    let mut buf = memory(len);
     file.read(offset, buf.buffers()).await?;
     Ok(buf.as_slice().to_vec())
 }

@@ -28,13 +28,14 @@ use super::layout::{
     RawLogHeader,
 };
 use crate::error::{Error, Result};
-use crate::io::File;
+use crate::io::{AlignedBuf, File};
 use crate::units::ByteRange;
 
 /// How much of the log is read at once, in bytes.
-const WINDOW: u64 = 256 << 10;
-/// How much of it is in memory at most, in bytes.
-const MOST: u64 = 4 << 20;
+const PIECE: u64 = 256 << 10;
+/// How many such pieces are in memory at most: with 2 MiB, an entry that was read once, to see
+/// whether it is whole, is mostly still there when its checksum is computed.
+const PIECES: u64 = 8;
 
 /// A valid entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,18 +86,18 @@ impl PageSource {
         sector[LOG_SECTOR as usize - 4..].copy_from_slice(&self.trailing);
     }
 
-    /// Puts pages together, those whose sectors lie side by side with one read.
-    pub async fn read_all(sources: &[PageSource], file: &Arc<dyn File>) -> Result<Vec<Vec<u8>>> {
+    /// Puts pages together, one after the other; those whose sectors lie side by side come with
+    /// one read, each into its place.
+    pub async fn read_all(sources: &[PageSource], file: &Arc<dyn File>) -> Result<AlignedBuf> {
         let mut order: Vec<usize> = (0..sources.len()).collect();
         order.sort_unstable_by_key(|i| sources[*i].sector);
-        let mut pages = vec![Vec::new(); sources.len()];
+        let mut pages = disk::memory(sources.len() as u64 * PAGE);
         for run in order.chunk_by(|a, b| sources[*a].sector + LOG_SECTOR == sources[*b].sector) {
-            let len = run.len() as u64 * LOG_SECTOR;
-            let sectors = disk::read(file, sources[run[0]].sector, len).await?;
-            for (i, sector) in run.iter().zip(sectors.chunks_exact(LOG_SECTOR as usize)) {
-                pages[*i] = sector.to_vec();
-                sources[*i].complete(&mut pages[*i]);
-            }
+            let places = run.iter().map(|i| *i as u64 * PAGE..(*i as u64 + 1) * PAGE);
+            file.read(sources[run[0]].sector, pages.buffers().parts(places)).await?;
+        }
+        for (source, page) in sources.iter().zip(pages.as_slice().chunks_exact_mut(PAGE as usize)) {
+            source.complete(page);
         }
         Ok(pages)
     }
@@ -108,15 +109,20 @@ pub struct LogReader<'a> {
     /// Where the log is in the file.
     log: ByteRange,
     guid: Guid,
-    /// Where the bytes in memory start, from the start of the log.
-    window_start: u64,
-    window: Vec<u8>,
+    /// What is in memory. A piece has its place by its number, and takes it from another one.
+    pieces: [Option<Piece>; PIECES as usize],
+}
+
+/// A part of the log in memory.
+struct Piece {
+    number: u64,
+    bytes: AlignedBuf,
 }
 
 impl<'a> LogReader<'a> {
     /// A reader of the entries with this GUID.
     pub fn new(file: &'a Arc<dyn File>, log: ByteRange, guid: Guid) -> LogReader<'a> {
-        LogReader { file, log, guid, window_start: 0, window: Vec::new() }
+        LogReader { file, log, guid, pieces: Default::default() }
     }
 
     /// The entries to replay, oldest first. There is at least one.
@@ -274,21 +280,21 @@ impl<'a> LogReader<'a> {
     /// The sector at `offset` of the log, which goes on from its end to its start.
     async fn sector(&mut self, offset: u64) -> Result<&[u8]> {
         let offset = offset % self.log.len;
-        let inside = offset >= self.window_start
-            && offset + LOG_SECTOR <= self.window_start + self.window.len() as u64;
-        if !inside {
-            let len = WINDOW.min(self.log.len - offset);
-            // What an entry is checked by is read from its start to its end, twice.
-            let goes_on = offset == self.window_start + self.window.len() as u64;
-            if !goes_on || self.window.len() as u64 + len > MOST {
-                self.window.clear();
-                self.window_start = offset;
-            }
-            let read = disk::read(self.file, self.log.offset + offset, len).await?;
-            self.window.extend_from_slice(&read);
+        let number = offset / PIECE;
+        let place = &mut self.pieces[(number % PIECES) as usize];
+        if place.as_ref().is_none_or(|piece| piece.number != number) {
+            let start = number * PIECE;
+            let len = PIECE.min(self.log.len - start);
+            // The memory of the piece before serves again, if it is as long.
+            let before = place.take().map(|piece| piece.bytes);
+            let bytes = before.filter(|bytes| bytes.len() as u64 == len);
+            let bytes = bytes.unwrap_or_else(|| disk::memory(len));
+            self.file.read(self.log.offset + start, bytes.buffers()).await?;
+            *place = Some(Piece { number, bytes });
         }
-        let from = (offset - self.window_start) as usize;
-        Ok(&self.window[from..from + LOG_SECTOR as usize])
+        let bytes = place.as_mut().expect("just filled").bytes.as_slice();
+        let from = (offset % PIECE) as usize;
+        Ok(&bytes[from..from + LOG_SECTOR as usize])
     }
 }
 
@@ -434,8 +440,8 @@ mod tests {
             for (change, (offset, page)) in changes.iter().zip(&listed) {
                 let Change::Page { offset: at, source } = change else { panic!("{change:?}") };
                 assert_eq!(at, offset);
-                let read = PageSource::read_all(&[*source], &file).await.unwrap();
-                assert_eq!(read, [*page]);
+                let mut read = PageSource::read_all(&[*source], &file).await.unwrap();
+                assert_eq!(read.as_slice(), *page);
             }
         });
     }

@@ -12,7 +12,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::disk;
 use super::layout::{HEADER_OFFSETS, MAX_DISK_SIZE, PAGE, REGION_TABLE_OFFSETS};
 use super::log::{Change, Entry, LogReader, PageSource};
 use crate::error::{Error, Result, ResultExt};
@@ -156,9 +155,13 @@ impl Replay {
         }
         let (places, sources): (Vec<u64>, Vec<PageSource>) = self.pages.iter().unzip();
         for (places, sources) in places.chunks(AT_ONCE).zip(sources.chunks(AT_ONCE)) {
-            let pages = PageSource::read_all(sources, file).await?;
-            let pages = places.iter().copied().zip(pages.iter().map(Vec::as_slice));
-            disk::write_pages(file, pages).await?;
+            let pages = PageSource::read_all(sources, file).await?.buffers();
+            let mut done = 0;
+            for run in places.chunk_by(|a, b| a + PAGE == *b) {
+                let len = run.len() as u64 * PAGE;
+                file.write(run[0], pages.slice(done, len), false).await?;
+                done += len;
+            }
         }
         Ok(())
     }
@@ -218,8 +221,8 @@ impl Replayed {
             let sources = self.replay.pages_from(page, end);
             if !sources.is_empty() {
                 to = end.min(page + sources.len() as u64 * PAGE);
-                let content = PageSource::read_all(&sources, &self.file).await?.concat();
-                part(to).copy_from_slice(&content[(at - page) as usize..(to - page) as usize]);
+                let content = PageSource::read_all(&sources, &self.file).await?;
+                content.buffers().slice(at - page, to - at).copy_to(&part(to));
             } else if let Some(zeros_end) = self.replay.zeros_at(at) {
                 let next = self.replay.pages.range(at..end).next().map_or(end, |(at, _)| *at);
                 to = end.min(zeros_end).min(next);
