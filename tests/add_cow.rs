@@ -3,7 +3,7 @@
 //! No other program reads the format, so contents are compared with what a plain model says, and
 //! with `qemu-img` once they are raw.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use serde_json::Value;
@@ -710,6 +710,12 @@ fn reset_forgets_what_was_written() {
     assert_eq!(ok(d, &["reset", "top"]), "Image reset.\n");
     assert!(content(d, "top") == numbered(1, 40));
     assert!(ok(d, &["check", "top"]).contains("0/40"));
+    // The space stays, unless it is to be given back.
+    let blocks = || std::fs::metadata(d.join("top.raw")).unwrap().blocks();
+    assert_ne!(blocks(), 0);
+    assert_eq!(ok(d, &["reset", "-q", "--discard", "top"]), "");
+    assert_eq!(blocks(), 0);
+    assert!(content(d, "top") == numbered(1, 40));
     for reset in [&["reset", "-f", "raw", "base"][..], &["reset", "base"]] {
         assert!(fails(d, reset, 1).contains("raw images are not emptied"));
     }

@@ -262,8 +262,10 @@ pub trait Driver: Send + Sync + fmt::Debug {
     }
 
     /// Forgets what this layer holds, so that all of the disk reads as what is below; whatever the
-    /// size of the disk, at once. Durable on return. Nothing may be in flight.
-    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+    /// size of the disk, at once. With `discard` the space of what is forgotten goes back to the host
+    /// as well, which takes as long as the host needs. Durable on return. Nothing may be in flight.
+    fn make_empty<'a>(&'a self, discard: bool) -> Fut<'a, ()> {
+        let _ = discard;
         Box::pin(async move {
             Err(Error::unsupported(format!("{} images are not emptied here", self.name())))
         })

@@ -135,7 +135,8 @@ pub trait Format: Send + Sync + fmt::Debug {
     }
 
     /// See [`Driver::make_empty`].
-    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
+    fn make_empty<'a>(&'a self, discard: bool) -> Fut<'a, ()> {
+        let _ = discard;
         Box::pin(async move {
             Err(Error::unsupported(format!("{} images are not emptied here", self.name())))
         })
@@ -363,8 +364,8 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
         self.format.resize(size)
     }
 
-    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
-        self.format.make_empty()
+    fn make_empty<'a>(&'a self, discard: bool) -> Fut<'a, ()> {
+        self.format.make_empty(discard)
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {

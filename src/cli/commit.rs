@@ -70,7 +70,7 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
             base.flush().await
         })?;
         chain::follow(layers, &nodes, false, &quiesced)?;
-        if empties { block_on(top.driver().make_empty()) } else { Ok(()) }
+        if empties { block_on(top.driver().make_empty(true)) } else { Ok(()) }
     };
     commit(&mut layers).context(|| format!("committing {name} (which is as it was)"))?;
     layers.close_all()?;

@@ -18,6 +18,10 @@ pub struct ResetArgs {
     /// Allow images to pull in files from below DIR; their own directory is always allowed
     #[arg(long = "allow-dir", value_name = "DIR")]
     allow_dirs: Vec<PathBuf>,
+    /// Give the space of what was written back to the host, too, instead of keeping it for what
+    /// will be written; takes as long as the host needs for that
+    #[arg(long)]
+    discard: bool,
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
@@ -30,7 +34,7 @@ pub fn run(args: &ResetArgs) -> Result<u8> {
     let request = OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
     let image = images::open(&request)?;
     block_on(async {
-        image.node.driver().make_empty().await?;
+        image.node.driver().make_empty(args.discard).await?;
         image.node.close().await
     })
     .context(|| format!("resetting {}", image.name()))?;

@@ -66,8 +66,8 @@ impl Driver for NoFlush {
         self.below.block_status(range)
     }
 
-    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.make_empty()
+    fn make_empty<'a>(&'a self, discard: bool) -> Fut<'a, ()> {
+        self.below.make_empty(discard)
     }
 
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {

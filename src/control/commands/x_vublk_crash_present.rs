@@ -91,7 +91,7 @@ fn check_overlay(disks: &Disks, node: &Node) -> QmpResult<()> {
 fn show(state: &Node, above: &[Node], name: &StateName, quiesced: &Quiesced) -> QmpResult<()> {
     state.driver().show_state(&name.to_string(), quiesced)?;
     for overlay in above {
-        block_on(overlay.driver().make_empty())?;
+        block_on(overlay.driver().make_empty(false))?;
     }
     Ok(())
 }

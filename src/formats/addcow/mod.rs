@@ -726,8 +726,8 @@ impl Format for AddCow {
         Box::pin(self.shared.resize(size, backing))
     }
 
-    fn make_empty<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(self.shared.make_empty())
+    fn make_empty<'a>(&'a self, discard: bool) -> Fut<'a, ()> {
+        Box::pin(self.shared.make_empty(discard))
     }
 
     fn backing(&self) -> Option<Node> {

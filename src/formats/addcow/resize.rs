@@ -40,16 +40,19 @@ impl Shared {
     }
 
     /// Clears all bits, with nothing in flight, and gives the space of the image file back.
-    pub(super) async fn make_empty(&self) -> Result<()> {
+    pub(super) async fn make_empty(&self, discard: bool) -> Result<()> {
         // Nothing of what was written may be waiting to be written out afterwards.
         self.flush_all().await?;
         let emptied = async {
             // Cut off and made anew: however long the bitmap is, and a power cut leaves all or none
-            // of it. Only then does the data go that the bits told of.
+            // of it. Only then may the data go that the bits told of.
             self.file.set_len(HEADER_LEN).await?;
             self.file.set_len(HEADER_LEN + bitmap_len(self.sectors())).await?;
             self.file.flush().await?;
-            self.data.discard(ByteRange { offset: 0, len: self.size() }).await
+            match discard {
+                true => self.data.discard(ByteRange { offset: 0, len: self.size() }).await,
+                false => Ok(()),
+            }
         };
         let result = emptied.await;
         self.durability.set_file_len(HEADER_LEN + bitmap_len(self.sectors()));
