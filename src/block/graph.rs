@@ -9,8 +9,9 @@
 //! ```
 //!
 //! * Edges are not stored: a node's children are asked of its driver, and only what a driver cannot
-//!   tell (the protocol node that a format's file is shown as) is noted here. Parents are found by
-//!   a search. Graphs are small, and a copy of the edges could be wrong.
+//!   tell (the protocol node that a format's file is shown as) is noted here. A copy of the edges
+//!   could be wrong. Whoever follows many of them asks all nodes once, and looks them up in that: a
+//!   chain may have 512 files.
 //! * A change closes the gates of all roots that reach a node that changes ([`Graph::quiesce`]):
 //!   one barrier, however many disks. How long it took is counted ([`Graph::pauses`]).
 //! * One thread makes all changes, the main one, so a look at the graph stays true until the change
@@ -20,7 +21,7 @@
 //! Nodes that the operator made (`explicit`) stay until the operator removes them. Those that an
 //! image pulled in go with the last node that stands on them.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -210,29 +211,50 @@ impl Graph {
     pub fn parents(&self, node: &Node) -> Vec<Parent> {
         let roots = self.roots().into_iter().filter(|root| root.node().is_same(node));
         let mut parents: Vec<_> = roots.map(Parent::Root).collect();
-        for parent in self.nodes() {
-            for (role, child) in self.children(&parent) {
-                if child.is_same(node) {
-                    parents.push(Parent::Node(parent.clone(), role));
-                }
-            }
+        for (entry, children) in self.edges() {
+            let of_it = children.into_iter().filter(|(_, child)| child.is_same(node));
+            parents.extend(of_it.map(|(role, _)| Parent::Node(entry.node.clone(), role)));
         }
         parents
     }
 
+    /// All nodes, in the order they were added, and what is below each.
+    fn edges(&self) -> Vec<(Entry, Vec<(&'static str, Node)>)> {
+        let entries = self.content().entries.clone();
+        let with_children = |entry: Entry| {
+            let file = entry.file.clone().map(|file| ("file", file));
+            let children = file.into_iter().chain(entry.node.driver().children()).collect();
+            (entry, children)
+        };
+        entries.into_iter().map(with_children).collect()
+    }
+
+    /// The nodes that stand on each node, by its [key](Node::key), as of now.
+    pub fn nodes_above(&self) -> HashMap<usize, Vec<Node>> {
+        let mut above: HashMap<usize, Vec<Node>> = HashMap::new();
+        for (entry, children) in self.edges() {
+            for (_, child) in children {
+                above.entry(child.key()).or_default().push(entry.node.clone());
+            }
+        }
+        above
+    }
+
     /// Whether `target` is `from` or below it.
     pub fn reaches(&self, from: &Node, target: &Node) -> bool {
-        let mut seen: Vec<Node> = Vec::new();
+        let files: HashMap<usize, Node> = (self.content().entries.iter())
+            .filter_map(|entry| Some((entry.node.key(), entry.file.clone()?)))
+            .collect();
+        let mut seen = HashSet::new();
         let mut left = vec![from.clone()];
         while let Some(node) = left.pop() {
             if node.is_same(target) {
                 return true;
             }
-            if seen.iter().any(|other| other.is_same(&node)) {
-                continue;
+            if seen.insert(node.key()) {
+                left.extend(files.get(&node.key()).cloned());
+                left.extend(node.driver().children().into_iter().map(|(_, child)| child));
             }
-            left.extend(self.children(&node).into_iter().map(|(_, child)| child));
-            seen.push(node);
         }
         false
     }
@@ -440,13 +462,31 @@ impl Graph {
     /// them in that order.
     pub fn collect(&self) -> Vec<Node> {
         let mut gone = Vec::new();
-        loop {
-            let unused = (self.nodes().into_iter())
-                .find(|node| !self.is_explicit(node) && self.check_unused(node).is_ok());
-            let Some(node) = unused else { return gone };
-            self.content().entries.retain(|entry| !entry.node.is_same(&node));
-            gone.push(node);
+        let edges = self.edges();
+        // How many stand on each. A node on which nobody does is the next to go.
+        let mut users: HashMap<usize, usize> = HashMap::new();
+        let roots = self.roots().into_iter().map(|root| root.node().key());
+        let below = edges.iter().flat_map(|(_, children)| children).map(|(_, child)| child.key());
+        roots.chain(below).for_each(|key| *users.entry(key).or_default() += 1);
+        let is_unused = |entry: &Entry, users: &HashMap<usize, usize>| {
+            !entry.explicit
+                && users.get(&entry.node.key()).is_none_or(|count| *count == 0)
+                && entry.node.holders().is_empty()
+        };
+        let by_key: HashMap<_, _> = edges.iter().map(|edge| (edge.0.node.key(), edge)).collect();
+        let mut left: VecDeque<_> =
+            edges.iter().filter(|(entry, _)| is_unused(entry, &users)).collect();
+        while let Some((entry, children)) = left.pop_front() {
+            gone.push(entry.node.clone());
+            for (_, child) in children {
+                *users.entry(child.key()).or_default() -= 1;
+                let child = by_key.get(&child.key());
+                left.extend(child.filter(|(entry, _)| is_unused(entry, &users)));
+            }
         }
+        let keys: HashSet<_> = gone.iter().map(Node::key).collect();
+        self.content().entries.retain(|entry| !keys.contains(&entry.node.key()));
+        gone
     }
 }
 
@@ -464,6 +504,8 @@ mod tests {
         backing: Mutex<Option<Node>>,
         session: Mutex<Option<u128>>,
         has_no_sessions: bool,
+        /// How often it was asked for its children.
+        asked: std::sync::atomic::AtomicUsize,
     }
 
     impl Driver for Dummy {
@@ -499,6 +541,7 @@ mod tests {
             Box::pin(async { Err(Error::unsupported("not asked for here")) })
         }
         fn children(&self) -> Vec<(&'static str, Node)> {
+            self.asked.fetch_add(1, Ordering::Relaxed);
             self.backing.lock().unwrap().iter().map(|node| ("backing", node.clone())).collect()
         }
         fn set_backing(&self, backing: Option<Node>, _: &Quiesced) -> Result<()> {
@@ -579,6 +622,43 @@ mod tests {
         // The driver still stands on its backing; a node that is gone from the graph does not count.
         assert_eq!(names(graph.remove("base").unwrap()), ["base", "#block900"]);
         assert!(base.driver().children().is_empty() && graph.nodes().is_empty());
+    }
+
+    /// A chain as long as one may be: each step up and down asks each driver a few times at most.
+    #[test]
+    fn a_long_chain_is_walked_once() {
+        let graph = Graph::new();
+        let chain: Vec<_> = (0..1024)
+            .map(|_| {
+                let driver: Arc<Dummy> = Arc::default();
+                let node = node_of(driver.clone(), &auto_name());
+                graph.add(node.clone(), None, false).unwrap();
+                (driver, node)
+            })
+            .collect();
+        let quiesced = graph.quiesce(&[]);
+        for pair in chain.windows(2) {
+            pair[0].1.set_backing(Some(pair[1].1.clone()), &quiesced).unwrap();
+        }
+        let asked = || chain.iter().map(|(driver, _)| driver.asked.load(Ordering::Relaxed)).sum();
+        let cost = |work: &dyn Fn()| -> usize {
+            let before: usize = asked();
+            work();
+            asked() - before
+        };
+        let (top, base) = (&chain[0].1, &chain[1023].1);
+        assert!(cost(&|| assert!(graph.reaches(top, base) && !graph.reaches(base, top))) <= 2048);
+        assert!(cost(&|| assert_eq!(graph.parents(base).len(), 1)) <= 1024);
+        let gone = std::cell::RefCell::new(Vec::new());
+        let asked = cost(&|| *gone.borrow_mut() = graph.collect());
+        assert!(asked <= 1024, "{asked}");
+        let gone = gone.into_inner();
+        assert!(gone.iter().zip(&chain).all(|(gone, (_, node))| gone.is_same(node)));
+        assert_eq!((gone.len(), graph.nodes().len()), (1024, 0));
+        // What a node drops it drops with all below it, and none of these stacks is so deep.
+        for (_, node) in chain.iter().rev() {
+            node.set_backing(None, &quiesced).unwrap();
+        }
     }
 
     #[test]

@@ -150,6 +150,12 @@ impl Node {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
+    /// What tells nodes apart, for as long as they live: equal for handles that
+    /// [are the same](Node::is_same), and cheap to look up.
+    pub fn key(&self) -> usize {
+        Arc::as_ptr(&self.inner).addr()
+    }
+
     /// Puts another driver in place. The guard proves that nobody uses the old one.
     pub fn replace_driver(&self, driver: Arc<dyn Driver>, _quiesced: &Quiesced) -> Arc<dyn Driver> {
         let limits = driver.limits();

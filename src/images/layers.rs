@@ -11,11 +11,11 @@
 //! as it was. The way back (a commit into it) is the same in reverse; where its file was opened for
 //! reading, a new one is opened, and the driver is replaced.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::block::graph::Parent;
 use crate::block::open_gate::MAX_DEPTH;
 use crate::block::{Graph, Node, Quiesced, graph};
 use crate::error::{Error, Result};
@@ -213,7 +213,8 @@ impl Layers {
     /// # Errors
     /// Kind [`Unsupported`](crate::ErrorKind::Unsupported), with the length of the chain.
     pub fn check_chain(&self, place: Option<&Node>, overlay: &Image, below: &Node) -> Result<()> {
-        let above = place.map_or(0, |node| self.files_above(node, overlay));
+        let nodes_above = self.graph.nodes_above();
+        let above = place.map_or(0, |node| self.files_above(node, overlay, &nodes_above));
         let files = above + files_of(overlay) + self.files_below(below);
         if files <= MAX_DEPTH {
             return Ok(());
@@ -236,15 +237,19 @@ impl Layers {
     }
 
     /// The same for what stands on a node, but for `overlay`: of the longest way up.
-    fn files_above(&self, node: &Node, overlay: &Image) -> usize {
-        let of_parent = |parent: &Parent| match parent {
-            Parent::Node(above, _) if !above.is_same(&overlay.node) => {
-                let own = self.of(above).map_or(0, |layer| files_of(&layer.image));
-                own + self.files_above(above, overlay)
-            }
-            _ => 0,
+    fn files_above(
+        &self,
+        node: &Node,
+        overlay: &Image,
+        nodes_above: &HashMap<usize, Vec<Node>>,
+    ) -> usize {
+        let parents = nodes_above.get(&node.key()).into_iter().flatten();
+        let others = parents.filter(|above| !above.is_same(&overlay.node));
+        let of_parent = |above: &Node| {
+            let own = self.of(above).map_or(0, |layer| files_of(&layer.image));
+            own + self.files_above(above, overlay, nodes_above)
         };
-        self.graph.parents(node).iter().map(of_parent).max().unwrap_or(0)
+        others.map(of_parent).max().unwrap_or(0)
     }
 
     /// Drops an add-cow layer whose image file has all of the disk: from now on the node is that raw
