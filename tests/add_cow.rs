@@ -359,7 +359,9 @@ fn files_that_are_not_what_they_seem_are_refused_and_not_modified() {
         own_sector(d, 3, 0xaa);
         plant(d);
         let before = std::fs::read(d.join("top")).unwrap();
-        let serve = ["serve", "--socket-path", "s", "--state-dir", "."];
+        let state = tempfile::Builder::new().prefix("vublk-").tempdir_in("/dev/shm").unwrap();
+        let state_dir = state.path().to_str().unwrap();
+        let serve = ["serve", "--socket-path", "s", "--state-dir", state_dir];
         for command in [&["map"][..], &["resize", "-q"], &["commit", "-q"], &serve] {
             let mut args = [command, &["-f", "add-cow", "top"]].concat();
             if command[0] == "resize" {

@@ -143,11 +143,19 @@ impl Keep {
         capacity: u64,
     ) -> Result<Keep> {
         assert!(format.len() <= 31, "format name too long");
-        prepare_dir(dir).context(|| format!("state directory {}", dir.display()))?;
+        Keep::check_dir(dir)?;
         let path = dir.join(file_name(image, format));
         let keep = Keep::open_file(&path, image, format, capacity)
             .context(|| format!("{}", path.display()))?;
         Ok(keep)
+    }
+
+    /// Makes the directory if need be, and checks that it can be used.
+    ///
+    /// # Errors
+    /// As [`Keep::open`], but for what an image has to do with it.
+    pub fn check_dir(dir: &Path) -> Result<()> {
+        prepare_dir(dir).context(|| format!("state directory {}", dir.display()))
     }
 
     /// Whether there is a keep of the image in `dir`, without making one.

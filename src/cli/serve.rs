@@ -17,7 +17,7 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
-use crate::block::{Graph, Node, graph};
+use crate::block::{Graph, Keep, Node, graph};
 use crate::cli::serve_args::{Aio, EXPORT};
 use crate::cli::{DONE, ServeArgs};
 use crate::control::disks::{ExportRequest, WorkerOptions};
@@ -81,6 +81,10 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         Some(Aio::Threads) => EngineKind::Threads,
     };
     reactor::set_default_engine(engine);
+    if let StateDir::Required(dir) = args.state_dir() {
+        // Not when the first snapshot needs it.
+        Keep::check_dir(&dir)?;
+    }
     // Before any client can come and use up the file descriptors.
     let mut daemon = Daemon::new(args.name.clone(), empty_disks(args, engine))?;
     let disks = daemon.disks_mut();

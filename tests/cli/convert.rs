@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
 
 use crate::common::{LoopDevice, Random, fails, have, ok, tool, vublk};
 use crate::{json, random_file, stored_blocks};

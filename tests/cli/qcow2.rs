@@ -395,6 +395,17 @@ fn bad_qcow2_images_are_refused_with_a_clear_line() {
     // A guest would do the rest.
     let line = fails(d, &["serve", "--socket-path", "s", "--state-dir", "sub", "good"], 78);
     assert!(line.contains("sub") && line.contains("--state-dir"), "{line}");
+    // What does not need it yet is no different: the first snapshot would.
+    ok(d, &["create", "-q", "disk.raw", "1M"]);
+    let disk = "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s";
+    let node = "driver=raw,node-name=d,file.driver=file,file.filename=disk.raw";
+    for how in [
+        &["--socket-path", "s", "-f", "raw", "disk.raw"][..],
+        &["--blockdev", node, "--export", disk],
+    ] {
+        let line = fails(d, &[&["serve", "--state-dir", "sub"], how].concat(), 78);
+        assert!(line.starts_with("state directory sub: is not on tmpfs"), "{line}");
+    }
 }
 
 #[test]
