@@ -420,12 +420,20 @@ fn a_chain_does_not_become_longer_than_one_that_opens() {
     let err = qmp.fails("blockdev-snapshot-sync", snapshot(256, "add-cow"));
     assert!(err.contains("513 files") && err.contains("more than 512"), "{err}");
     assert!(!path(256).exists() && !daemon.path("s256.raw").exists());
+    // Nor by two at once, in different places, each of which would fit by itself.
+    let action = |data: Value| json!({"type": "blockdev-snapshot-sync", "data": data});
+    let middle = json!({"node-name": "s254", "snapshot-file": daemon.path("m"),
+                        "snapshot-node-name": "m"});
+    let both = [action(snapshot(256, "qcow2")), action(middle.clone())];
+    let err = qmp.fails("transaction", json!({"actions": both}));
+    assert!(err.contains("513 files"), "{err}");
+    assert!(!path(256).exists() && !daemon.path("m").exists());
+    let exports = qmp.ok("query-block-exports", json!({}));
+    assert_eq!(exports[1]["node-name"], "s255");
     qmp.ok("blockdev-snapshot-sync", snapshot(256, "qcow2"));
     let err = qmp.fails("blockdev-snapshot-sync", snapshot(257, "qcow2"));
     assert!(err.contains("commit some"), "{err}");
     // Nor in the middle, where it is the top that could not be opened.
-    let middle = json!({"node-name": "s254", "snapshot-file": daemon.path("m"),
-                        "snapshot-node-name": "m"});
     let err = qmp.fails("blockdev-snapshot-sync", middle);
     assert!(err.contains("513 files"), "{err}");
     qmp.ok("block-export-del", json!({"id": "long"}));
@@ -501,7 +509,18 @@ fn a_transaction_is_all_or_nothing() {
     let mut actions = both("b");
     actions[1]["data"]["snapshot-file"] = "no/such/directory".into();
     qmp.fails("transaction", json!({"actions": actions}));
-    for file in ["a0", "a1", "b0", "b1"] {
+    // A file that was there is not an overlay afterwards, either.
+    for format in ["qcow2", "add-cow"] {
+        std::fs::write(daemon.path("there"), b"").unwrap();
+        let mut actions = both("there");
+        actions[0]["data"]["snapshot-file"] = daemon.path("there").to_str().into();
+        actions[0]["data"]["format"] = format.into();
+        actions.push(json!({"type": "abort", "data": {}}));
+        qmp.fails("transaction", json!({"actions": actions}));
+        assert_eq!(std::fs::read(daemon.path("there")).unwrap(), b"", "{format}");
+        assert!(!daemon.path("there.raw").exists());
+    }
+    for file in ["a0", "a1", "b0", "b1", "there1"] {
         assert!(!daemon.path(file).exists(), "{file} is left");
     }
     let blocks = qmp.ok("query-block", json!({}));

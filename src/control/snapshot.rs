@@ -61,6 +61,23 @@ pub trait Action {
     fn clean(&mut self, disks: &mut Disks) {
         let _ = disks;
     }
+
+    /// Gives away what was made for it, which is undone when that is dropped.
+    fn take_created(&mut self) -> Created {
+        Created::default()
+    }
+}
+
+/// Undoes what prepared actions have prepared.
+pub fn abandon(disks: &mut Disks, mut actions: Vec<Box<dyn Action>>) {
+    let mut created = Vec::new();
+    // The last one first, as each may stand on those before it.
+    while let Some(mut action) = actions.pop() {
+        created.push(action.take_created());
+    }
+    disks.layers.collect();
+    // Now that nobody has the files open who would write to them when he closes them.
+    drop(created);
 }
 
 /// Does prepared actions at one barrier, all or none.
@@ -70,9 +87,10 @@ pub fn run(daemon: &mut Daemon, mut actions: Vec<Box<dyn Action>>) -> QmpResult<
     }
     let disks = daemon.disks_mut();
     let nodes: Vec<Node> = actions.iter().flat_map(|action| action.nodes()).collect();
-    for node in &nodes {
-        // So that little is left for the flush afterwards, which the guest's own have to wait for.
-        flush(node)?;
+    // So that little is left for the flush afterwards, which the guest's own have to wait for.
+    if let Err(err) = nodes.iter().try_for_each(flush) {
+        abandon(disks, actions);
+        return Err(err.into());
     }
     let graph = Arc::clone(disks.graph());
     let quiesced = graph.quiesce(&nodes);
@@ -103,8 +121,7 @@ pub fn run(daemon: &mut Daemon, mut actions: Vec<Box<dyn Action>>) -> QmpResult<
             action.clean(disks);
         }
     }
-    drop(actions);
-    disks.layers.collect();
+    abandon(disks, actions);
     result
 }
 
@@ -127,8 +144,8 @@ pub struct Snapshot {
     /// What the node was opened for before.
     access: Access,
     graph: Arc<Graph>,
-    /// Files to remove unless it is done.
-    created: Vec<PathBuf>,
+    /// What was made for it.
+    created: Created,
     /// Whether the node got its mark from us.
     marked: Option<Image>,
     is_done: bool,
@@ -174,11 +191,10 @@ impl Snapshot {
         // Before any file is made.
         drop(disks.hold_graph(&node, name)?);
         let mut created = Created::default();
-        let overlay = create_overlay(disks, &node, request, &mut created)?;
-        let snapshot = Snapshot::new(disks, name, node, overlay);
-        match snapshot {
+        let overlay = create_overlay(disks, &node, request, &mut created);
+        match overlay.and_then(|overlay| Snapshot::new(disks, name, node, overlay)) {
             Ok(mut snapshot) => {
-                snapshot.created = std::mem::take(&mut created.paths);
+                snapshot.created = created;
                 snapshot.is_named = request.snapshot_node_name.is_some();
                 Ok(Box::new(snapshot))
             }
@@ -230,7 +246,7 @@ impl Snapshot {
             graph: Arc::clone(disks.graph()),
             node,
             overlay,
-            created: Vec::new(),
+            created: Created::default(),
             marked,
             is_done: false,
             is_named: false,
@@ -249,6 +265,8 @@ impl Action for Snapshot {
     }
 
     fn commit(&mut self, disks: &mut Disks, quiesced: &Quiesced) -> QmpResult<()> {
+        // Once more: an action before this one may have made the chain longer somewhere else.
+        disks.layers.check_chain(Some(&self.node), &disks.image_of(&self.overlay)?, &self.node)?;
         if self.overlay.backing().is_none_or(|below| !below.is_same(&self.node)) {
             disks.graph().set_backing(&self.overlay, Some(&self.node), quiesced).map_err(
                 |err| match err.kind() {
@@ -290,7 +308,7 @@ impl Action for Snapshot {
     }
 
     fn clean(&mut self, disks: &mut Disks) {
-        self.created.clear();
+        self.created.keep();
         self.marked = None;
         if self.is_named {
             disks.graph().set_explicit(&self.overlay, true);
@@ -323,9 +341,6 @@ impl Drop for Snapshot {
         if let Some(image) = &self.marked {
             frozen::clear(&image.file);
         }
-        for path in &self.created {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 
@@ -346,16 +361,33 @@ pub struct OverlayRequest {
     pub exists: bool,
 }
 
-/// Files that were made, removed when this is dropped.
+/// Files that were made into images. Dropping this removes those that were not there before, and
+/// empties those that were: making the image has done so, too, and an image that stands on a disk which
+/// goes on elsewhere must not lie around. A block device is left as it is.
 #[derive(Default)]
-struct Created {
-    paths: Vec<PathBuf>,
+pub struct Created {
+    new: Vec<PathBuf>,
+    overwritten: Vec<PathBuf>,
+}
+
+impl Created {
+    /// Leaves the files where they are.
+    fn keep(&mut self) {
+        self.new.clear();
+        self.overwritten.clear();
+    }
 }
 
 impl Drop for Created {
     fn drop(&mut self) {
-        for path in &self.paths {
+        for path in &self.new {
             let _ = std::fs::remove_file(path);
+        }
+        for path in self.overwritten.iter().filter(|path| path.is_file()) {
+            let emptied = std::fs::File::options().write(true).open(path);
+            if let Err(err) = emptied.and_then(|file| file.set_len(0)) {
+                tracing::error!("{}: an overlay without a disk is left: {err}", path.display());
+            }
         }
     }
 }
@@ -417,21 +449,22 @@ fn create_file(
     created: &mut Created,
 ) -> QmpResult<()> {
     let path = &request.file;
-    if std::fs::symlink_metadata(path).is_err() {
-        created.paths.push(path.clone());
-        if request.format == ImageFormat::AddCow {
-            // Made with it, and only if it is not there yet.
-            let mut image_file = path.clone().into_os_string();
-            image_file.push(".raw");
-            if std::fs::symlink_metadata(&image_file).is_err() {
-                created.paths.push(image_file.into());
-            }
-        }
-    } else if is_used_by(path, below)? {
+    let is_new = std::fs::symlink_metadata(path).is_err();
+    if !is_new && is_used_by(path, below)? {
         return Err(QmpError::generic(format!(
             "{}: an image cannot be its own backing file",
             path.display()
         )));
+    }
+    if is_new {
+        created.new.push(path.clone());
+        if request.format == ImageFormat::AddCow {
+            // Made with it, and only if it is not there yet.
+            let image_file = data_file(path);
+            if std::fs::symlink_metadata(&image_file).is_err() {
+                created.new.push(image_file);
+            }
+        }
     }
     let name = std::path::absolute(below.file.path()).map_err(crate::Error::from)?;
     let name = name
@@ -447,9 +480,13 @@ fn create_file(
         // It is open, and locked by ourselves.
         backing_unchecked: true,
     })?;
+    if !is_new {
+        // Not before it was: it may be refused because somebody uses it.
+        created.overwritten.push(path.clone());
+    }
     if request.format == ImageFormat::AddCow {
         // `create` refuses one that is there already.
-        created.paths.push(data_file(path));
+        created.new.push(data_file(path));
     }
     sync_with_directory(path)?;
     Ok(())

@@ -17,7 +17,8 @@ qapi! {
         pub device: Option<String>,
         /// Or the node.
         pub node_name: Option<String>,
-        /// The overlay's file. Overwritten if it exists, unless `mode` says otherwise.
+        /// The overlay's file. Overwritten if it exists, unless `mode` says otherwise; then it is left
+        /// empty if there is no snapshot in the end.
         pub snapshot_file: String,
         /// The name of the overlay's node; must be given with `node-name`.
         pub snapshot_node_name: Option<String>,

@@ -77,11 +77,7 @@ impl MainCommand for Transaction {
             match prepare(daemon, action.action.0) {
                 Ok(action) => actions.push(action),
                 Err(err) => {
-                    // The last one first, as each may stand on those before it.
-                    while let Some(action) = actions.pop() {
-                        drop(action);
-                    }
-                    daemon.disks_mut().layers.collect();
+                    snapshot::abandon(daemon.disks_mut(), actions);
                     return Err(err);
                 }
             }
