@@ -12,6 +12,7 @@ pub mod host;
 pub mod libvhdi;
 pub mod loop_device;
 pub mod qmp;
+pub mod qsd;
 pub mod random;
 
 #[allow(unused_imports)]
@@ -22,6 +23,7 @@ pub use self::{
     host::Host,
     loop_device::LoopDevice,
     qmp::Qmp,
+    qsd::Qsd,
     random::Random,
 };
 

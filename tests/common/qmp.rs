@@ -27,11 +27,29 @@ impl Qmp {
             }
             std::thread::sleep(std::time::Duration::from_millis(5));
         };
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
-        let mut qmp = Qmp { reader: BufReader::new(stream), events: VecDeque::new() };
-        assert!(qmp.read().get("QMP").is_some());
-        qmp.ok("qmp_capabilities", json!({}));
+        let mut qmp = Qmp::new(stream);
+        let greeting = qmp.read();
+        qmp.greet(greeting);
         qmp
+    }
+
+    /// Connects and negotiates; `None` if nobody listens, or the connection is closed before that.
+    pub fn try_connect(path: &Path) -> Option<Qmp> {
+        let mut qmp = Qmp::new(UnixStream::connect(path).ok()?);
+        let mut line = String::new();
+        qmp.reader.read_line(&mut line).ok().filter(|len| *len > 0)?;
+        qmp.greet(serde_json::from_str(&line).expect("JSON"));
+        Some(qmp)
+    }
+
+    fn new(stream: UnixStream) -> Qmp {
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+        Qmp { reader: BufReader::new(stream), events: VecDeque::new() }
+    }
+
+    fn greet(&mut self, greeting: Value) {
+        assert!(greeting.get("QMP").is_some(), "{greeting}");
+        self.ok("qmp_capabilities", json!({}));
     }
 
     fn read(&mut self) -> Value {

@@ -1,48 +1,14 @@
 //! The same bytes to us and to qemu-storage-daemon: the same answers.
 
 use std::io::Read;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::Served;
 use crate::client::Qmp;
-use crate::common;
-
-/// qemu-storage-daemon with nothing but a monitor.
-pub struct Qsd {
-    child: Child,
-    pub socket: std::path::PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Qsd {
-    pub fn start() -> Option<Qsd> {
-        let dir = tempfile::Builder::new().prefix("vublk-").tempdir().expect("a directory");
-        let socket = dir.path().join("qsd.sock");
-        let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());
-        let child = Command::new("qemu-storage-daemon")
-            .args(["--chardev", &chardev, "--monitor", "chardev=m"])
-            .stderr(Stdio::null())
-            .spawn()
-            .ok()?;
-        let qsd = Qsd { child, socket, _dir: dir };
-        common::wait_until("qemu-storage-daemon's socket", || {
-            UnixStream::connect(&qsd.socket).is_ok()
-        });
-        Some(qsd)
-    }
-}
-
-impl Drop for Qsd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use crate::common::Qsd;
 
 /// What comes back for these bytes, up to the answer to a last command that marks the end.
 fn answers(path: &Path, bytes: &[u8], negotiate: bool) -> Vec<Value> {
@@ -147,13 +113,12 @@ const CASES: &[&[u8]] = &[
 
 #[test]
 fn the_same_answers_as_qemu() {
-    let Some(qsd) = Qsd::start() else {
-        return common::skip("qemu-storage-daemon is not installed");
-    };
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut qsd) = Qsd::start(dir.path()) else { return };
     let served = Served::start(&[]);
     for case in CASES {
         for negotiate in [true, false] {
-            let theirs = answers(&qsd.socket, case, negotiate);
+            let theirs = answers(qsd.socket(), case, negotiate);
             let ours = answers(&served.control, case, negotiate);
             let shown = case.escape_ascii();
             assert_eq!(ours, theirs, "{shown}, negotiated: {negotiate}");
@@ -163,13 +128,12 @@ fn the_same_answers_as_qemu() {
 
 #[test]
 fn nesting_ends_where_qemu_ends_it() {
-    let Some(qsd) = Qsd::start() else {
-        return common::skip("qemu-storage-daemon is not installed");
-    };
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut qsd) = Qsd::start(dir.path()) else { return };
     let served = Served::start(&[]);
     for depth in [1024, 1025] {
         let nested = ["[".repeat(depth), "]".repeat(depth)].concat();
-        let theirs = answers(&qsd.socket, nested.as_bytes(), true);
+        let theirs = answers(qsd.socket(), nested.as_bytes(), true);
         let ours = answers(&served.control, nested.as_bytes(), true);
         assert_eq!(ours[0], theirs[0], "depth {depth}");
     }

@@ -6,9 +6,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::Served;
-use crate::against_qsd::Qsd;
 use crate::client::Qmp;
-use crate::common::{self, tool_ok};
+use crate::common::{Qsd, tool_ok};
 
 /// base ◄ mid ◄ top ◄ top2: raw, and qcow2 with something in each.
 fn make(dir: &Path) {
@@ -109,14 +108,11 @@ struct Both {
 
 impl Both {
     fn start() -> Option<Both> {
-        let Some(qsd) = Qsd::start() else {
-            common::skip("qemu-storage-daemon is not installed");
-            return None;
-        };
-        let served = Served::start(&[]);
         let dirs = [0, 1].map(|_| tempfile::Builder::new().prefix("vublk-").tempdir().unwrap());
+        let mut qsd = Qsd::start(dirs[0].path())?;
+        let served = Served::start(&[]);
         dirs.iter().for_each(|dir| make(dir.path()));
-        let theirs = Client::start(&qsd.socket, dirs[0].path());
+        let theirs = Client::start(qsd.socket(), dirs[0].path());
         let ours = Client::start(&served.control, dirs[1].path());
         Some(Both { _qsd: qsd, _served: served, _dirs: dirs, theirs, ours })
     }
