@@ -338,6 +338,37 @@ fn what_is_left_of_a_truncated_image_is_salvaged() {
 }
 
 #[test]
+fn a_disk_that_is_cleared_leaves_a_short_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let len = |name: &str| std::fs::metadata(d.join(name)).unwrap().len();
+    // So many MiB of data, and a hole.
+    let fill = |data: usize| {
+        std::fs::write(d.join("raw"), vec![1; data << 20]).unwrap();
+        ok(d, &["resize", "-f", "raw", "raw", "20M"]);
+        // One piece after the other, so that the file has the order of the disk.
+        ok(d, &["convert", "-n", "-m", "1", "-f", "raw", "-O", "vhdx", "raw", "a.vhdx"]);
+        ok(d, &["compare", "-F", "raw", "a.vhdx", "raw"]);
+        ok(d, &["check", "a.vhdx"]);
+        if have("qemu-img") {
+            tool_ok(d, "qemu-img", &["check", "a.vhdx"]);
+            tool_ok(d, "qemu-img", &["compare", "-F", "raw", "a.vhdx", "raw"]);
+        }
+    };
+    for block in ["1M", "2M"] {
+        let options = format!("block_size={block}");
+        ok(d, &["create", "-f", "vhdx", "-o", &options, "a.vhdx", "20M"]);
+        let fresh = len("a.vhdx");
+        for _ in 0..2 {
+            for data in [16, 4, 8, 0] {
+                fill(data);
+                assert_eq!(len("a.vhdx"), fresh + ((data as u64) << 20), "{block}, {data} MiB");
+            }
+        }
+    }
+}
+
+#[test]
 fn disks_are_resized() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();

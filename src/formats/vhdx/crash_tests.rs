@@ -6,6 +6,9 @@
 //! and flush of ours; the disk then holds what was flushed and any torn subset of the rest. Each
 //! sector of the disk knows which values it may have.
 //!
+//! Each run ends with the end of the disk cleared and the image closed, which cuts the file, and with
+//! it opened and written again.
+//!
 //! Small requests go to the ends of blocks only, and those are what is looked at after each cut:
 //! a block has one place, so a wrong place shows there. The whole disk is looked at now and then,
 //! when the replay is also done on disk, is cut off itself, again and again, and must say the same.
@@ -326,10 +329,44 @@ fn commit_often(case: &Case, driver: &Driven, model: &Model) {
     }
 }
 
+/// Clears the end of the disk, from a block on that is drawn by lot, and closes the image.
+async fn close_trimmed(case: &Case, driver: &Driven, model: &Model, seed: u64) {
+    let (size, block) = (case.fixture.size, case.fixture.block);
+    let first = seed % (size.div_ceil(block) + 1);
+    let range = ByteRange::between((first * block).min(size), size);
+    if !range.is_empty() {
+        model.begin(range, 0, false);
+        driver.write_zeroes(range, true).await.unwrap();
+        model.end(range);
+    }
+    let completed = model.completed();
+    driver.close().await.unwrap();
+    model.flushed(&completed);
+}
+
+/// Writes to each block, flushes now and then, and closes the image.
+async fn write_again(case: &Case, driver: &Driven, model: &Model, seed: u64) {
+    let windows: Vec<_> = case.windows().collect();
+    for (n, window) in (seed..).zip(windows) {
+        let range = ByteRange { offset: window.offset, len: case.fixture.sector };
+        model.begin(range, 1000 + n, false);
+        write(driver, range.offset, &content_of(range, 1000 + n), false).await.unwrap();
+        model.end(range);
+        if n % 3 == 0 {
+            let completed = model.completed();
+            driver.flush().await.unwrap();
+            model.flushed(&completed);
+        }
+    }
+    let completed = model.completed();
+    driver.close().await.unwrap();
+    model.flushed(&completed);
+}
+
 fn run(case: &Case) {
     const LANES: u64 = 4;
     let factor = std::env::var("VUBLK_TEST_CUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    let (mut cuts, mut seed) = (0u64, 0);
+    let (mut cuts, mut seed, mut shorter) = (0u64, 0, 0);
     while cuts < case.cuts * factor {
         seed += 1;
         let file = SimFile::from_bytes("test.vhdx", case.fixture.bytes());
@@ -343,24 +380,36 @@ fn run(case: &Case) {
             .map(|lane| Box::pin(guest(case, &driver, &model, &busy, lane, seed)) as SimTask<'_>)
             .collect();
         let mut rng = Rng::new(!seed);
-        sim.run_until(tasks, |step| {
-            for _ in 0..case.cuts_per_step {
-                cuts += 1;
-                let what = format!("{}, seed {seed}, step {step}", case.name);
-                let left = file.after_power_cut(rng.word());
-                check_cut(case, &model, &left, cuts.is_multiple_of(100), &what);
-            }
-            false
-        });
+        let mut run_and_cut = |tasks: Vec<SimTask<'_>>, part: &str| {
+            sim.run_until(tasks, |step| {
+                for _ in 0..case.cuts_per_step {
+                    cuts += 1;
+                    let what = format!("{}, seed {seed}, {part} {step}", case.name);
+                    let left = file.after_power_cut(rng.word());
+                    check_cut(case, &model, &left, cuts.is_multiple_of(100), &what);
+                }
+                false
+            });
+        };
+        run_and_cut(tasks, "step");
         let completed = model.completed();
         sim.block_on(driver.flush()).unwrap();
         model.flushed(&completed);
         let what = format!("{}, seed {seed}, end", case.name);
         check_cut(case, &model, &file.after_power_cut(seed), true, &what);
-        sim.block_on(driver.close()).unwrap();
+        let before = file.volatile().len();
+        run_and_cut(vec![Box::pin(close_trimmed(case, &driver, &model, seed))], "closing");
+        shorter += u64::from(file.volatile().len() < before);
         let what = format!("{}, seed {seed}, closed", case.name);
         check_cut(case, &model, &file.after_power_cut(seed), true, &what);
+        drop(driver);
+        // The file grows again where it was cut.
+        sim.detach(&file);
+        let driver = case.open(&file, false, case.name);
+        sim.attach(&file);
+        run_and_cut(vec![Box::pin(write_again(case, &driver, &model, seed))], "again");
     }
+    assert!(case.fixture.is_fixed || shorter > 0, "{}: no file was cut", case.name);
     eprintln!("{}: {cuts} power cuts in {seed} runs", case.name);
 }
 

@@ -265,6 +265,47 @@ fn discards_and_zeroes_make_room_for_others() {
 }
 
 #[test]
+fn a_closed_image_ends_with_its_last_block() {
+    for block in [MIB, 2 * MIB] {
+        let fixture = Fixture { block, ..Fixture::new(16 * MIB) };
+        let fresh = fixture.bytes().len();
+        let file = SimFile::from_bytes("test.vhdx", fixture.bytes());
+        let clear = |driver: &Driven, from: u64, to: u64| {
+            let range = ByteRange::between(from * MIB, to * MIB);
+            block_on(driver.discard(range)).unwrap();
+        };
+        let driver = open_image(&file, None, None).unwrap();
+        block_on(write(&driver, 0, &vec![1; 16 << 20], false)).unwrap();
+        block_on(driver.close()).unwrap();
+        assert_eq!(file.volatile().len(), fresh + (16 << 20));
+        // Freed in the middle and at the end, by two sessions, the second of which uses it again.
+        let driver = open_image(&file, None, None).unwrap();
+        clear(&driver, 2, 4);
+        clear(&driver, 10, 16);
+        block_on(driver.close()).unwrap();
+        assert_eq!(file.volatile().len(), fresh + (10 << 20));
+        let driver = open_image(&file, None, None).unwrap();
+        clear(&driver, 8, 10);
+        block_on(driver.flush()).unwrap();
+        block_on(write(&driver, 14 * MIB, &vec![2; 2 << 20], false)).unwrap();
+        block_on(driver.close()).unwrap();
+        assert_eq!(file.volatile().len(), fresh + (8 << 20));
+        // What a kill leaves behind is cut off when the image is closed the next time.
+        let driver = open_image(&file, None, None).unwrap();
+        block_on(write(&driver, 10 * MIB, &vec![3; 6 << 20], false)).unwrap();
+        block_on(driver.flush()).unwrap();
+        let file = file.after_kill();
+        let driver = open_image(&file, None, None).unwrap();
+        clear(&driver, 0, 16);
+        block_on(driver.close()).unwrap();
+        assert_eq!(file.volatile().len(), fresh);
+        assert_eq!(file.unflushed(), 0);
+        let driver = open_image(&file.after_kill(), None, None).unwrap();
+        assert_eq!(block_on(read(&driver, 0, 16 * MIB)), vec![0; 16 << 20]);
+    }
+}
+
+#[test]
 fn zeroes_that_must_keep_their_space_keep_it() {
     let file = SimFile::from_bytes("test.vhdx", Fixture::new(2 * MIB).bytes());
     let driver = open_image(&file, None, None).unwrap();

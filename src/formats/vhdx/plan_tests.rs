@@ -150,6 +150,34 @@ fn what_must_be_kept_is_kept_or_not_planned() {
     assert_eq!(place_of(&disk, 20), Some(8 * MIB));
 }
 
+/// Records that were redone are still there when the image is closed; they name places that are then
+/// cut off.
+#[test]
+fn nothing_that_is_kept_is_cut_off() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let fresh = host.len();
+    let dir = state_dir();
+    let open = || host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    let kept = || Keep::is_there(dir.path(), (1, 2), "vhdx");
+    let disk = open();
+    disk.begin_session(1).unwrap();
+    (0..4).for_each(|block| write_at(&disk, block * MIB, 1));
+    drop(disk);
+    let disk = open();
+    block_on(disk.resume(Some(1))).unwrap();
+    assert_eq!(place_of(&disk, 3), Some(7 * MIB));
+    assert!(kept());
+    block_on(disk.discard(ByteRange { offset: 0, len: 64 * MIB })).unwrap();
+    // Killed: what was kept is redone, the blocks are there again, and their places, too.
+    block_on(disk.flush()).unwrap();
+    drop(disk);
+    let disk = open();
+    block_on(disk.resume(Some(1))).unwrap();
+    block_on(disk.discard(ByteRange { offset: 0, len: 64 * MIB })).unwrap();
+    block_on(disk.close()).unwrap();
+    assert_eq!((host.len(), kept()), (fresh, false));
+}
+
 #[test]
 fn many_threads_never_share_a_place() {
     const BLOCKS: u64 = 300;

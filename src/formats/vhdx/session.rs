@@ -210,11 +210,11 @@ impl Vhdx {
         }
         let _alone = self.framing.exclusive(ALL).await;
         self.empty_log().await?;
-        self.cut_unused_end().await;
-        match &self.keep {
-            Some(keep) => keep.discard(),
-            None => Ok(()),
+        // Before anything is cut off: a record that is redone must find its place in the file.
+        if let Some(keep) = &self.keep {
+            keep.discard()?;
         }
+        self.cut_unused_end().await
     }
 
     /// Puts everything in its place, and declares the log empty.
@@ -233,20 +233,35 @@ impl Vhdx {
         self.turn.alone_while(ALL, update).await
     }
 
-    /// Makes the file as long as it need be: it grew ahead of its use. Only while the log is empty,
-    /// as entries say how long the file is at least.
-    async fn cut_unused_end(&self) {
-        let used = self.space.lock().unwrap().as_ref().map(Space::end);
-        let Some(end) = used.filter(|end| *end < self.file_len.load(Ordering::Acquire)) else {
-            return;
-        };
-        match self.file.set_len(end).await {
-            Ok(()) => {
-                self.file_len.store(end, Ordering::Release);
-                self.forget_flushed_len();
+    /// Cuts off what lies behind the last place in use: what was freed there, and what the file grew
+    /// by ahead of its use. Only while the log is empty, as entries say how long the file is at least,
+    /// and once no entry of the BAT on disk names a place there.
+    async fn cut_unused_end(&self) -> Result<()> {
+        let end = {
+            let mut space = self.space.lock().unwrap();
+            let Some(space) = space.as_mut() else { return Ok(()) };
+            // One that is fixed has all the space that its disk may ever need.
+            if !self.is_fixed {
+                space.let_go_of_end();
             }
-            Err(err) => tracing::warn!("{}: cutting its unused end: {err}", self.name()),
-        }
+            space.end()
+        };
+        let cut = async {
+            if end >= self.file_len.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            if let Err(err) = self.file.set_len(end).await {
+                tracing::warn!("{}: cutting its unused end: {err}", self.name());
+                // What lies there does not read as zeros.
+                self.forget_space();
+                return Ok(());
+            }
+            self.file_len.store(end, Ordering::Release);
+            self.forget_flushed_len();
+            // Or a cut of the power could undo this, and leave the rest, once the file has grown again.
+            self.poisoning(self.file.flush().await)
+        };
+        self.growing.alone_while(ALL, cut).await
     }
 
     /// The structure with the headers as they are now.

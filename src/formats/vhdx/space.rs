@@ -12,6 +12,11 @@
 //! New space at the end of the file reads as zeros, so a mapping to it may reach the disk before
 //! the data does. Space that is used again is zeroed first, and whoever maps it must see to it that
 //! data and zeros are on disk before the mapping is.
+//!
+//! The lowest place is used first, so that what becomes free gathers at the end of the file, where it
+//! can be cut off.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::units::{ByteRange, MIB};
 
@@ -35,8 +40,10 @@ pub struct Space {
     block_size: u64,
     /// Everything from here on was never used.
     end: u64,
-    /// Free places of a block's size, with whether they read as zeros. The last one goes first.
-    free: Vec<(u64, bool)>,
+    /// Free places of a block's size, with whether they read as zeros.
+    free: BTreeMap<u64, bool>,
+    /// Free places of 1 MiB between others, too small for a block. Never zeroed.
+    scraps: BTreeSet<u64>,
 }
 
 impl Space {
@@ -44,12 +51,15 @@ impl Space {
     pub fn new(checker: &Checker, file_len: u64, used: Option<&Used>) -> Space {
         let block_size = checker.geometry.block_size();
         let end = file_len.next_multiple_of(MIB);
-        let mut space = Space { block_size, end, free: Vec::new() };
+        let mut space = Space { block_size, end, free: BTreeMap::new(), scraps: BTreeSet::new() };
         if let Some(used) = used {
             let blocks = used.blocks.iter().chain(&used.anchors);
             let mut taken: Vec<ByteRange> = blocks.map(|b| Used::range(checker, b)).collect();
             taken.extend(&checker.reserved);
             taken.sort_unstable_by_key(|range| range.offset);
+            // Of the last block of the disk, no more than the disk has need be in the file.
+            let ends = used.blocks.iter().map(|block| Used::range(checker, block).end());
+            space.end = ends.fold(space.end, u64::max);
             space.add_gaps(&taken);
         }
         space
@@ -59,19 +69,22 @@ impl Space {
         let mut at = 0;
         let end = ByteRange { offset: self.end, len: 0 };
         for range in taken.iter().chain([&end]) {
-            while at + self.block_size <= range.offset.min(self.end) {
-                self.free.push((at, false));
+            let gap_end = range.offset.min(self.end);
+            while at + self.block_size <= gap_end {
+                self.free.insert(at, false);
                 at += self.block_size;
+            }
+            while at + MIB <= gap_end {
+                self.scraps.insert(at);
+                at += MIB;
             }
             at = at.max(range.end()).next_multiple_of(MIB);
         }
-        // The first places first.
-        self.free.reverse();
     }
 
     /// A place for a payload block.
     pub fn take_block(&mut self) -> Place {
-        match self.free.pop() {
+        match self.free.pop_first() {
             Some((offset, is_zeroed)) => Place { offset, is_fresh: false, is_zeroed },
             None => self.take_fresh(self.block_size),
         }
@@ -80,7 +93,7 @@ impl Space {
     /// A place for a payload block that is ready: it reads as zeros, and lies within a file of
     /// `file_len` bytes. `None` if the next place is not.
     pub fn take_ready_block(&mut self, file_len: u64) -> Option<Place> {
-        let is_ready = match self.free.last() {
+        let is_ready = match self.free.first_key_value() {
             Some((_, is_zeroed)) => *is_zeroed,
             None => self.end + self.block_size <= file_len,
         };
@@ -94,9 +107,28 @@ impl Space {
 
     /// A place for a sector bitmap block.
     pub fn take_bitmap(&mut self) -> Place {
-        match self.block_size == MIB {
-            true => self.take_block(),
-            false => self.take_fresh(MIB),
+        if self.block_size == MIB {
+            return self.take_block();
+        }
+        match self.scraps.pop_first() {
+            Some(offset) => Place { offset, is_fresh: false, is_zeroed: false },
+            None => self.take_fresh(MIB),
+        }
+    }
+
+    /// Counts what is free just before the part that was never used to that part, which then begins
+    /// behind the last place that is in use.
+    pub fn let_go_of_end(&mut self) {
+        loop {
+            let block = self.end.saturating_sub(self.block_size);
+            let scrap = self.end.saturating_sub(MIB);
+            self.end = if self.free.remove(&block).is_some() {
+                block
+            } else if self.scraps.remove(&scrap) {
+                scrap
+            } else {
+                return;
+            };
         }
     }
 
@@ -116,7 +148,7 @@ impl Space {
 
     /// Gives back a place that nothing refers to, of a block's size.
     pub fn give_back(&mut self, offset: u64, is_zeroed: bool) {
-        self.free.push((offset, is_zeroed));
+        self.free.insert(offset, is_zeroed);
     }
 }
 
@@ -143,16 +175,65 @@ mod tests {
             anchors: vec![UsedBlock { mib: 16, index: 2 }],
         };
         let mut space = Space::new(&checker(2 * MIB), 18 * MIB + 5, Some(&used));
-        // 9..11, 13..15 (15..16 is too small), 4..6; then the end.
+        // 4..6, 9..11, 13..15; 15..16 is too small for a block; then the end.
         let place = |mib| Place { offset: mib * MIB, is_fresh: false, is_zeroed: false };
         assert_eq!(space.free.len(), 3);
         assert_eq!([4, 9, 13].map(|_| space.take_block()), [place(4), place(9), place(13)]);
         let fresh = space.take_block();
         assert_eq!((fresh.offset, fresh.is_fresh), (19 * MIB, true));
-        assert_eq!(space.take_bitmap().offset, 21 * MIB);
+        let scrap = Place { offset: 15 * MIB, is_fresh: false, is_zeroed: false };
+        assert_eq!(space.take_bitmap(), scrap);
+        // 18..19 was free, and too small, too.
+        assert_eq!([18, 21].map(|_| space.take_bitmap().offset), [18 * MIB, 21 * MIB]);
         space.give_back(9 * MIB, true);
         assert!(space.take_block().is_zeroed);
         assert_eq!(space.take_block().offset, 22 * MIB);
+    }
+
+    #[test]
+    fn the_lowest_place_is_used_again_first() {
+        let mut space = Space::new(&checker(MIB), 4 * MIB, None);
+        let places = [(); 4].map(|()| space.take_block().offset);
+        for n in [1, 3, 0, 2] {
+            space.give_back(places[n], n != 1);
+        }
+        let ready = |space: &mut Space| {
+            space.take_ready_block(99 * MIB).map(|place| (place.offset, place.is_fresh))
+        };
+        assert_eq!(ready(&mut space), Some((places[0], false)));
+        // The next one is not ready, although others are.
+        assert_eq!(ready(&mut space), None);
+        assert_eq!(space.take_block().offset, places[1]);
+        assert_eq!(ready(&mut space), Some((places[2], false)));
+    }
+
+    #[test]
+    fn what_is_free_at_the_end_is_let_go_of() {
+        let used = Used { blocks: vec![UsedBlock { mib: 6, index: 0 }], ..Used::default() };
+        let mut space = Space::new(&checker(2 * MIB), 13 * MIB, Some(&used));
+        space.let_go_of_end();
+        assert_eq!(space.end(), 8 * MIB);
+        // 4..6 is still there, and what was let go of is not given to two.
+        let offsets = [(); 3].map(|()| space.take_block().offset / MIB);
+        assert_eq!(offsets, [4, 8, 10]);
+        space.give_back(8 * MIB, true);
+        space.let_go_of_end();
+        assert_eq!(space.end(), 12 * MIB);
+        space.give_back(10 * MIB, true);
+        space.let_go_of_end();
+        assert_eq!(space.end(), 8 * MIB);
+        // Of an image that holds nothing, down to the last structure.
+        space.give_back(6 * MIB, true);
+        space.give_back(4 * MIB, true);
+        space.let_go_of_end();
+        assert_eq!(space.end(), 4 * MIB);
+    }
+
+    #[test]
+    fn the_last_block_may_end_behind_the_file() {
+        let used = Used { blocks: vec![UsedBlock { mib: 5, index: 0 }], ..Used::default() };
+        let mut space = Space::new(&checker(2 * MIB), 6 * MIB, Some(&used));
+        assert_eq!(space.take_block().offset, 7 * MIB);
     }
 
     #[test]
