@@ -410,52 +410,68 @@ fn run(case: &Case) {
         run_and_cut(vec![Box::pin(write_again(case, &driver, &model, seed))], "again");
     }
     assert!(case.fixture.is_fixed || shorter > 0, "{}: no file was cut", case.name);
+    assert!(cuts >= case.cuts * factor);
     eprintln!("{}: {cuts} power cuts in {seed} runs", case.name);
 }
 
+/// How many cuts each case makes at least. The figures say what a run of all tests is worth.
+const DYNAMIC: u64 = 4000;
+const DIFFERENCING: u64 = 4000;
+const FIXED: u64 = 1500;
+const LARGE_SECTORS: u64 = 1500;
+const HARDLY_FLUSHED: u64 = 1500;
+const REUSE: u64 = 2000;
+const WRAP: u64 = 2000;
+const _: () = assert!(
+    DYNAMIC + DIFFERENCING + FIXED + 2 * LARGE_SECTORS + HARDLY_FLUSHED + 2 * REUSE + 2 * WRAP
+        >= 20_000
+);
+
 #[test]
 fn power_cuts_of_a_dynamic_image() {
-    run(&Case::new("dynamic", 2 * MIB + 512, 4000));
+    run(&Case::new("dynamic", 2 * MIB + 512, DYNAMIC));
 }
 
 #[test]
 fn power_cuts_of_a_differencing_image() {
-    run(&Case::new("differencing", 2 * MIB + 512, 4000).with_parent(MIB + 512));
+    run(&Case::new("differencing", 2 * MIB + 512, DIFFERENCING).with_parent(MIB + 512));
 }
 
 #[test]
 fn power_cuts_of_a_fixed_image() {
-    let mut case = Case::new("fixed", 2 * MIB + 512, 1500);
+    let mut case = Case::new("fixed", 2 * MIB + 512, FIXED);
     case.fixture.is_fixed = true;
     run(&case);
 }
 
 #[test]
 fn power_cuts_of_large_sectors() {
-    run(&Case::new("4096", 2 * MIB + 4096, 1500).with_large_sectors());
+    run(&Case::new("4096", 2 * MIB + 4096, LARGE_SECTORS).with_large_sectors());
     let size = 2 * MIB + 4096;
-    run(&Case::new("4096, differencing", size, 1500).with_large_sectors().with_parent(2 * MIB));
+    run(&Case::new("4096, differencing", size, LARGE_SECTORS)
+        .with_large_sectors()
+        .with_parent(2 * MIB));
 }
 
 #[test]
 fn power_cuts_when_nobody_flushes() {
-    run(&Case { flush_every: 200, ..Case::new("hardly flushed", 3 * MIB, 1500) });
+    run(&Case { flush_every: 200, ..Case::new("hardly flushed", 3 * MIB, HARDLY_FLUSHED) });
 }
 
 /// Blocks come and go all the time, so that each place in the file is used by many of them.
 #[test]
 fn power_cuts_while_freed_blocks_are_used_again() {
     let often = |case| Case { flush_every: 3, blocks_every: 2, ..case };
-    run(&often(Case::new("reuse", 3 * MIB, 2000)));
-    run(&often(Case::new("reuse, differencing", 3 * MIB, 2000).with_parent(2 * MIB + 512)));
+    run(&often(Case::new("reuse", 3 * MIB, REUSE)));
+    run(&often(Case::new("reuse, differencing", 3 * MIB, REUSE).with_parent(2 * MIB + 512)));
 }
 
 /// The log fills up and goes on at its start, with hardly any memory for pages.
 #[test]
 fn power_cuts_while_the_log_wraps() {
     let wraps = |case| Case { commits_before: 108, flush_every: 2, requests: 30, cache: 1, ..case };
-    run(&wraps(Case::new("wrap", 3 * MIB, 2000)));
-    run(&wraps(Case::new("wrap, differencing", 3 * MIB, 2000).with_parent(2 * MIB + 512)));
+    run(&wraps(Case::new("wrap", 3 * MIB, WRAP)));
+    run(&wraps(Case::new("wrap, differencing", 3 * MIB, WRAP).with_parent(2 * MIB + 512)));
 }
 
 /// Not drawn by lot: all states that a cut could leave, at each step, until there were many.
