@@ -320,6 +320,18 @@ fn what_is_left_of_a_truncated_image_is_salvaged() {
     let found = std::fs::read(d.join("b.raw")).unwrap();
     assert!(found.len() == content.len() && found.starts_with(head));
     assert!(found[there as usize..].iter().all(|byte| *byte == 0) && tail.len() as u64 == missing);
+    // Compared with what was salvaged, and with a backup in another format: from where they differ.
+    fails(d, &["compare", "-q", "a.vhdx", "b.raw"], 2);
+    ok(d, &["compare", "--salvage", "a.vhdx", "b.raw"]);
+    ok(d, &["compare", "--salvage", "-F", "vhdx", "b.raw", "a.vhdx"]);
+    std::fs::write(d.join("backup.raw"), &content).unwrap();
+    let compared = vublk(d, &["compare", "--salvage", "-F", "raw", "a.vhdx", "backup.raw"]);
+    assert_eq!(compared.status.code(), Some(1), "{compared:?}");
+    let at = content.iter().enumerate().skip(there as usize).find(|(_, byte)| **byte != 0);
+    let told = String::from_utf8(compared.stdout).unwrap();
+    assert_eq!(told, format!("Content mismatch at offset {}!\n", at.unwrap().0));
+    let line = fails(d, &["compare", "--salvage", "b.raw", "backup.raw"], 2);
+    assert!(line.contains("only vhdx images can be salvaged"), "{line}");
     // What is missing is told.
     let output = Command::new(env!("CARGO_BIN_EXE_vublk"))
         .current_dir(d)

@@ -11,7 +11,7 @@ use crate::cli::options::{Output, SharingArgs, StateArgs};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output, report};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, ImageFormat, OpenRequest};
+use crate::images::{self, Image, ImageFormat, OpenRequest};
 use crate::io::{AlignedBuf, block_on};
 use crate::units::{ByteRange, MIB, align_down};
 
@@ -41,6 +41,9 @@ pub struct CompareArgs {
     /// Sizes and what is allocated must be the same, too
     #[arg(short, long)]
     strict: bool,
+    /// Compare what is left of damaged images (vhdx); what is missing is told and counts as zeros
+    #[arg(long)]
+    salvage: bool,
     #[command(flatten)]
     state: StateArgs,
     #[command(flatten)]
@@ -76,7 +79,7 @@ pub fn run(args: &CompareArgs) -> Result<u8> {
     let state = args.state.state_of();
     let request1 = OpenRequest { state, ..args.sharing.request(&args.file1, args.format1) };
     let request2 = args.sharing.request(&args.file2, args.format2);
-    let images = images::open(&request1).and_then(|one| Ok((one, images::open(&request2)?)));
+    let images = open_both(args.salvage, request1, request2);
     let (image1, image2) = match images {
         Ok(images) => images,
         Err(err) => {
@@ -102,6 +105,26 @@ pub fn run(args: &CompareArgs) -> Result<u8> {
             Ok(code)
         }
     }
+}
+
+/// Opens both. To be salvaged are those that can be: usually one is damaged, and the other a backup in
+/// any format.
+fn open_both(
+    salvage: bool,
+    mut request1: OpenRequest,
+    mut request2: OpenRequest,
+) -> Result<(Image, Image)> {
+    if salvage {
+        let is_vhdx = |request: &OpenRequest| -> Result<bool> {
+            Ok(images::format_of(request)? == ImageFormat::Vhdx)
+        };
+        (request1.salvage, request2.salvage) = match (is_vhdx(&request1)?, is_vhdx(&request2)?) {
+            // Refused, as by other commands.
+            (false, false) => (true, true),
+            some => some,
+        };
+    }
+    Ok((images::open(&request1)?, images::open(&request2)?))
 }
 
 /// Prints the outcome.

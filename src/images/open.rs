@@ -449,6 +449,17 @@ fn has_protocol(path: &str) -> bool {
     })
 }
 
+/// The format of the image of a request: what it says, or else what its first bytes look like.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn format_of(request: &OpenRequest) -> Result<ImageFormat> {
+    match request.format {
+        Some(format) => Ok(format),
+        None => guess(&open_host(&request.path, OpenOptions::default())?),
+    }
+}
+
 /// The format of an open file, by its first bytes.
 pub fn guess(file: &HostFile) -> Result<ImageFormat> {
     let alignment = file.alignment();

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::formats::vhdx;
-use crate::images::open::{guess, open_file, open_host};
-use crate::images::{Access, ImageFormat, OpenRequest, open};
-use crate::io::{File, HostFile, OpenOptions, block_on};
+use crate::images::open::open_file;
+use crate::images::{Access, ImageFormat, OpenRequest, format_of, open};
+use crate::io::{File, HostFile, block_on};
 
 /// An image that is resized while nobody uses it, open and locked.
 #[derive(Debug)]
@@ -25,11 +25,7 @@ impl Offline {
     /// # Errors
     /// Says what is wrong with the image, or who uses it.
     pub fn open(request: &OpenRequest) -> Result<Option<Offline>> {
-        let format = match request.format {
-            Some(format) => format,
-            None => guess(&open_host(&request.path, OpenOptions::default())?)?,
-        };
-        if format != ImageFormat::Vhdx {
+        if format_of(request)? != ImageFormat::Vhdx {
             return Ok(None);
         }
         // As it is looked at: complete, with the right parent, with a log that can be replayed.
