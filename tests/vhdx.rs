@@ -415,6 +415,14 @@ fn disks_are_resized() {
         let line = fails(d, &["resize", "a.vhdx", "6291457"], 1);
         assert!(line.contains("not a multiple of the 512 bytes"), "{line}");
     }
+    let told = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        let output = command.current_dir(d).env_remove("VUBLK_LOG").args(args).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
+    };
+    assert!(told(&["resize", "a.vhdx", "+1M"]).contains("images that stand on it"));
+    assert_eq!(told(&["resize", "-q", "a.vhdx", "+1M"]), "");
     // A child knows its parent by what a resize changes.
     ok(d, &["create", "-f", "vhdx", "-b", "a.vhdx", "-F", "vhdx", "child.vhdx"]);
     ok(d, &["resize", "child.vhdx", "+1M"]);

@@ -48,7 +48,7 @@ pub struct CheckArgs {
     output: Output,
     /// Print nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The image
     #[arg(value_name = "FILE")]
     file: PathBuf,

@@ -37,7 +37,7 @@ pub struct CommitArgs {
     progress: ProgressArgs,
     /// Print nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The overlay
     #[arg(value_name = "FILE")]
     file: PathBuf,

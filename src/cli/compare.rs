@@ -52,7 +52,7 @@ pub struct CompareArgs {
     progress: ProgressArgs,
     /// Print nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// How to print; JSON has "identical" and, where they differ, "offset" and "reason"
     #[arg(long, value_enum, default_value_t)]
     output: Output,

@@ -83,7 +83,7 @@ pub struct ConvertArgs {
     progress: ProgressArgs,
     /// Print nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The image to copy
     #[arg(value_name = "SOURCE", required_unless_present = "options")]
     source: Option<PathBuf>,

@@ -30,7 +30,7 @@ pub struct CreateArgs {
     backing_unsafe: bool,
     /// Print nothing
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The new image
     #[arg(value_name = "FILE", required_unless_present = "options")]
     file: Option<PathBuf>,

@@ -87,11 +87,27 @@ enum Command {
 
 impl Command {
     /// What is logged unless the operator says otherwise: a server tells what it does, a tool
-    /// only what is wrong.
+    /// only what is wrong, and one that is to be quiet only what has failed.
     fn default_level(&self) -> LevelFilter {
         match self {
             Command::Serve(_) => LevelFilter::INFO,
+            _ if self.is_quiet() => LevelFilter::ERROR,
             _ => LevelFilter::WARN,
+        }
+    }
+
+    /// Whether `-q` is given.
+    fn is_quiet(&self) -> bool {
+        match self {
+            Command::Create(args) => args.quiet,
+            Command::Check(args) => args.quiet,
+            Command::Convert(args) => args.quiet,
+            Command::Compare(args) => args.quiet,
+            Command::Commit(args) => args.quiet,
+            Command::Rebase(args) => args.quiet,
+            Command::Reset(args) => args.quiet,
+            Command::Resize(args) => args.quiet,
+            _ => false,
         }
     }
 

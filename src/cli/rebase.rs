@@ -44,7 +44,7 @@ pub struct RebaseArgs {
     progress: ProgressArgs,
     /// Print nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The overlay
     #[arg(value_name = "FILE")]
     file: PathBuf,

@@ -24,7 +24,7 @@ pub struct ResetArgs {
     discard: bool,
     /// Print nothing
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The overlay
     #[arg(value_name = "FILE")]
     file: PathBuf,

@@ -24,9 +24,9 @@ pub struct ResizeArgs {
     /// Allow images to pull in files from below DIR; their own directory is always allowed
     #[arg(long = "allow-dir", value_name = "DIR")]
     allow_dirs: Vec<PathBuf>,
-    /// Print nothing
+    /// Print nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
     /// The image
     #[arg(value_name = "FILE")]
     file: PathBuf,

@@ -177,15 +177,18 @@ fn log_lines_come_as_text_or_json() {
         String::from_utf8(command.output().unwrap().stderr).unwrap()
     };
     // A guessed format of something that is written to is worth a warning.
-    let text = run(&["resize", "-q", "a", "1M"], "");
+    let text = run(&["resize", "a", "1M"], "");
     assert!(text.contains(" WARN vublk::images::"), "{text}");
     assert!(text.contains(": a: no format was given"), "{text}");
     assert!(!text.contains('\x1b'), "colours in a file: {text:?}");
-    let line = json(&run(&["--log-format=json", "resize", "-q", "a", "1M"], ""));
+    let line = json(&run(&["--log-format=json", "resize", "a", "1M"], ""));
     assert_eq!(line["level"], "WARN");
-    assert_eq!(run(&["resize", "-q", "a", "1M"], "error"), "");
-    assert_eq!(run(&["--log-level=off", "resize", "-q", "a", "1M"], "debug"), "");
-    assert_eq!(run(&["resize", "-q", "a", "1M"], "off,vublk::images=error"), "");
+    // But not to who wants to be told of errors only, unless that is asked for.
+    assert_eq!(run(&["resize", "-q", "a", "1M"], ""), "");
+    assert!(run(&["resize", "-q", "a", "1M"], "warn").contains(": a: no format was given"));
+    assert_eq!(run(&["resize", "a", "1M"], "error"), "");
+    assert_eq!(run(&["--log-level=off", "resize", "a", "1M"], "debug"), "");
+    assert_eq!(run(&["resize", "a", "1M"], "off,vublk::images=error"), "");
     assert!(run(&["info", "a"], "loud").starts_with("vublk: VUBLK_LOG: 'loud' is not a log level"));
 }
 
