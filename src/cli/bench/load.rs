@@ -105,17 +105,100 @@ pub struct Outcome {
     pub described: Vec<String>,
     /// Times that the back-end was away, each from the hang-up to running queues.
     pub outages: Vec<Duration>,
-    /// The back-end's counters when measuring began.
-    pub usage_before: Option<Usage>,
-    /// The same at the end.
-    pub usage_after: Option<Usage>,
-    /// The back-end's memory at the end, still under load.
-    pub footprint: Option<Footprint>,
+    /// What the back-end spent.
+    pub spent: Option<Spent>,
     /// CPU time of this process while measuring.
     pub own_cpu: Duration,
 }
 
-/// Loads all queues of `session` as `args` say.
+/// What a back-end process spent while it was watched: as long as the load was measured, or from the
+/// last outage to the end, since what died before can be asked no more.
+#[derive(Clone, Copy, Debug)]
+pub struct Spent {
+    /// Which process.
+    pub pid: u32,
+    /// Its counters at the beginning.
+    pub before: Usage,
+    /// The same at the end.
+    pub after: Usage,
+    /// How long that was.
+    pub elapsed: Duration,
+    /// Requests completed in that time.
+    pub requests: u64,
+    /// Its memory at the end, still under load.
+    pub footprint: Footprint,
+}
+
+/// A process that is watched.
+#[derive(Clone, Copy, Debug)]
+struct Watched {
+    pid: u32,
+    since: Instant,
+    usage: Usage,
+    /// Requests completed before.
+    done: u64,
+}
+
+impl Watched {
+    fn new(pid: u32, shared: &[Shared]) -> Result<Watched> {
+        let usage = process::usage(pid)?;
+        Ok(Watched { pid, since: Instant::now(), usage, done: Counts::sample(shared).done })
+    }
+
+    /// What it has spent; an error if it is dead.
+    fn spent(&self, shared: &[Shared]) -> Result<Spent> {
+        Ok(Spent {
+            pid: self.pid,
+            before: self.usage,
+            after: process::usage(self.pid)?,
+            elapsed: self.since.elapsed(),
+            requests: Counts::sample(shared).done - self.done,
+            footprint: process::footprint(self.pid)?,
+        })
+    }
+}
+
+/// Has each worker do its work on a thread of its own; `main` runs meanwhile.
+fn on_threads(
+    workers: Vec<Worker>,
+    shared: &Arc<[Shared]>,
+    phase: &Arc<AtomicU8>,
+    work: fn(&mut Worker, &AtomicU8, &Shared) -> Result<()>,
+    main: impl FnOnce(),
+) -> Result<Vec<(Worker, Result<()>)>> {
+    shared.iter().for_each(|shared| shared.ended.store(0, Ordering::Release));
+    let start = |(queue, mut worker): (usize, Worker)| {
+        let (phase, shared) = (phase.clone(), shared.clone());
+        let main = thread::current();
+        thread::Builder::new().name(format!("queue-{queue}")).spawn(move || {
+            let result = work(&mut worker, &phase, &shared[queue]);
+            shared[queue].ended.store(1, Ordering::Release);
+            main.unpark();
+            (worker, result)
+        })
+    };
+    let threads: std::io::Result<Vec<_>> = workers.into_iter().enumerate().map(start).collect();
+    let threads = threads.context(|| "cannot start a thread")?;
+    main();
+    let join = |thread: thread::JoinHandle<_>| {
+        thread.join().map_err(|_| Error::invalid("a thread panicked"))
+    };
+    threads.into_iter().map(join).collect()
+}
+
+/// The workers, if all have done their work. Why the connection could not be had again says more than
+/// that requests are stuck.
+fn all_well(ended: Vec<(Worker, Result<()>)>, failure: &mut Option<Error>) -> Result<Vec<Worker>> {
+    let is_well = |(worker, result): (Worker, Result<()>)| match result {
+        Ok(()) => Ok(worker),
+        Err(err) => Err(failure
+            .take()
+            .unwrap_or_else(|| err.context(format!("queue {}", worker.ring.index())))),
+    };
+    ended.into_iter().map(is_well).collect()
+}
+
+/// Loads all queues of `session` as `args` say. `pid` is the back-end's process, if it is known.
 pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<Outcome> {
     let phase = Arc::new(AtomicU8::new(RAMP));
     let shared: Arc<[Shared]> = (0..args.queues).map(|_| Shared::default()).collect();
@@ -133,22 +216,6 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         wakers.push(ring.waker());
         workers.push(Worker::new(args, plan, queue as u64, ring, slots)?);
     }
-    let threads: Vec<thread::JoinHandle<(Worker, Result<()>)>> = workers
-        .into_iter()
-        .enumerate()
-        .map(|(queue, mut worker)| {
-            let (phase, shared) = (phase.clone(), shared.clone());
-            let main = thread::current();
-            thread::Builder::new().name(format!("queue-{queue}")).spawn(move || {
-                let result = worker.run(&phase, &shared[queue]);
-                shared[queue].ended.store(1, Ordering::Release);
-                main.unpark();
-                (worker, result)
-            })
-        })
-        .collect::<Result<_, _>>()
-        .context(|| "cannot start a thread")?;
-
     let mut watch = Watch {
         shared: &shared,
         wakers: &wakers,
@@ -156,32 +223,69 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         phase: &phase,
         patience: args.reconnect,
         depth: args.iodepth,
+        pid,
+        watched: None,
+        is_measuring: false,
         outages: Vec::new(),
         failure: None,
     };
+    let mut measured = None;
+    let ended = on_threads(workers, &shared, &phase, Worker::run, || {
+        measured = Some(measure(args, &mut watch));
+    })?;
+    let mut workers = all_well(ended, &mut watch.failure)?;
+    let mut outcome = measured.expect("it has run")?;
+    if args.verify {
+        let ended = on_threads(workers, &shared, &phase, Worker::verify_all, || {
+            watch.sleep(Duration::MAX);
+        })?;
+        workers = all_well(ended, &mut watch.failure)?;
+    }
+    outcome.outages = watch.outages;
+    for mut worker in workers {
+        outcome.latency.add(&worker.latency).map_err(|err| Error::invalid(err.to_string()))?;
+        outcome.errors += worker.errors;
+        outcome.checked += worker.checked;
+        outcome.mismatches += worker.mismatches;
+        outcome.described.append(&mut worker.described);
+    }
+    outcome.described.truncate(DESCRIBED);
+    Ok(outcome)
+}
+
+/// Measures while the threads make the load, and has them end.
+fn measure(args: &BenchArgs, watch: &mut Watch<'_>) -> Result<Outcome> {
+    let result = measure_load(args, watch);
+    advance(watch.phase, STOP);
+    watch.sleep(Duration::MAX);
+    result
+}
+
+fn measure_load(args: &BenchArgs, watch: &mut Watch<'_>) -> Result<Outcome> {
     // A single pass is measured from its first request on: the threads must find the phase.
     if args.once {
-        advance(&phase, MEASURE);
+        advance(watch.phase, MEASURE);
     } else {
         watch.sleep(args.ramp);
     }
     let own_before = process::usage(std::process::id())?.cpu;
-    let usage_before = pid.map(process::usage).transpose()?;
-    let before = Counts::sample(&shared);
-    advance(&phase, MEASURE);
+    watch.is_measuring = true;
+    match watch.pid.map(|pid| Watched::new(pid, watch.shared)).transpose() {
+        Ok(watched) => watch.watched = watched,
+        // It has just died; the next one will be found.
+        Err(_) if watch.patience.is_some() => {}
+        Err(err) => return Err(err),
+    }
+    let before = Counts::sample(watch.shared);
+    advance(watch.phase, MEASURE);
     let begin = Instant::now();
     let unlimited = args.requests.is_some() || args.once;
     watch.sleep(if unlimited { Duration::MAX } else { args.duration });
     let elapsed = begin.elapsed();
-    let after = Counts::sample(&shared);
-    let usage_after = pid.map(process::usage).transpose();
-    let own_cpu = process::usage(std::process::id())?.cpu - own_before;
-    let footprint = pid.map(process::footprint).transpose();
-    advance(&phase, STOP);
-    watch.sleep(Duration::MAX);
-    let Watch { outages, failure, .. } = watch;
-
-    let mut outcome = Outcome {
+    let after = Counts::sample(watch.shared);
+    let spent = watch.watched.and_then(|watched| watched.spent(watch.shared).ok());
+    watch.is_measuring = false;
+    Ok(Outcome {
         elapsed,
         requests: after.done - before.done,
         bytes: after.bytes - before.bytes,
@@ -192,36 +296,10 @@ pub fn run(args: &BenchArgs, session: &mut Session, pid: Option<u32>) -> Result<
         checked: 0,
         mismatches: 0,
         described: Vec::new(),
-        outages,
-        usage_before,
-        usage_after: usage_after.unwrap_or(None),
-        footprint: footprint.unwrap_or(None),
-        own_cpu,
-    };
-    let mut finished = Vec::new();
-    for thread in threads {
-        let (worker, result) = thread.join().map_err(|_| Error::invalid("a thread panicked"))?;
-        // Why the connection could not be had again says more than that requests are stuck.
-        if result.is_err()
-            && let Some(failure) = failure
-        {
-            return Err(failure);
-        }
-        result.context(|| format!("queue {}", worker.ring.index()))?;
-        finished.push(worker);
-    }
-    for mut worker in finished {
-        if args.verify {
-            worker.verify_all()?;
-        }
-        outcome.latency.add(&worker.latency).map_err(|err| Error::invalid(err.to_string()))?;
-        outcome.errors += worker.errors;
-        outcome.checked += worker.checked;
-        outcome.mismatches += worker.mismatches;
-        outcome.described.append(&mut worker.described);
-    }
-    outcome.described.truncate(DESCRIBED);
-    Ok(outcome)
+        outages: Vec::new(),
+        spent,
+        own_cpu: process::usage(std::process::id())?.cpu - own_before,
+    })
 }
 
 /// Goes on to a later phase.
@@ -248,6 +326,12 @@ struct Watch<'a> {
     patience: Option<Duration>,
     /// Requests in flight on each queue.
     depth: u16,
+    /// The back-end's process, if it is known.
+    pid: Option<u32>,
+    /// The same, while it is measured.
+    watched: Option<Watched>,
+    /// Whether it is to be.
+    is_measuring: bool,
     /// How long each one was away.
     outages: Vec<Duration>,
     /// Why there was no other one.
@@ -273,6 +357,12 @@ impl Watch<'_> {
             self.session.rings.iter_mut().try_for_each(Ring::kick)?;
         }
         self.outages.push(begin.elapsed());
+        // Nobody knows what the dead one had spent in the end, so its successor is watched instead,
+        // if the connection says who that is.
+        let peer = || self.session.client.wire().peer_pid();
+        self.pid = self.pid.and_then(|_| peer()).filter(|pid| process::usage(*pid).is_ok());
+        let pid = self.pid.filter(|_| self.is_measuring);
+        self.watched = pid.and_then(|pid| Watched::new(pid, self.shared).ok());
         Ok(())
     }
 
@@ -667,23 +757,7 @@ impl Worker {
         while self.pending > 0 {
             let used = self.ring.used_index();
             if used == self.ring.next_used() {
-                if self.ring.want_interrupt() {
-                    let interrupted = self.ring.sleep()?;
-                    if !interrupted && phase.load(Ordering::Acquire) == GONE {
-                        return Err(Error::from_errno(libc::ECONNRESET).context(format!(
-                            "the back-end closed the connection with {} requests in flight",
-                            self.pending
-                        )));
-                    }
-                    if !interrupted && progress.elapsed() > self.timeout {
-                        return Err(Error::from_errno(libc::ETIMEDOUT).context(format!(
-                            "{} requests are in flight and none completed in {:.1} s",
-                            self.pending,
-                            self.timeout.as_secs_f64()
-                        )));
-                    }
-                }
-                self.ring.refuse_interrupts();
+                self.wait(phase, progress)?;
                 continue;
             }
             let now = Instant::now();
@@ -721,6 +795,29 @@ impl Worker {
         Ok(())
     }
 
+    /// Sleeps until something may have completed, or the main thread looks for progress. Fails if
+    /// nothing will complete any more.
+    fn wait(&mut self, phase: &AtomicU8, progress: Instant) -> Result<()> {
+        if self.ring.want_interrupt() {
+            let interrupted = self.ring.sleep()?;
+            if !interrupted && phase.load(Ordering::Acquire) == GONE {
+                return Err(Error::from_errno(libc::ECONNRESET).context(format!(
+                    "the back-end closed the connection with {} requests in flight",
+                    self.pending
+                )));
+            }
+            if !interrupted && progress.elapsed() > self.timeout {
+                return Err(Error::from_errno(libc::ETIMEDOUT).context(format!(
+                    "{} requests are in flight and none completed in {:.1} s",
+                    self.pending,
+                    self.timeout.as_secs_f64()
+                )));
+            }
+        }
+        self.ring.refuse_interrupts();
+        Ok(())
+    }
+
     /// Records a latency.
     #[inline]
     fn record(&mut self, nanoseconds: u64) {
@@ -745,11 +842,11 @@ impl Worker {
     }
 
     /// After the load: flushes, then reads and checks every block that was ever written.
-    fn verify_all(&mut self) -> Result<()> {
+    fn verify_all(&mut self, phase: &AtomicU8, _: &Shared) -> Result<()> {
         if self.can_flush {
             let (kind, submitted) = (SlotKind::Flush, Instant::now());
             self.push(0, InFlight { kind, block: 0, generation: 0, submitted });
-            self.drain(1)?;
+            self.drain(1, phase)?;
         }
         let mut next = 0;
         loop {
@@ -761,21 +858,26 @@ impl Worker {
             let submitted = Instant::now();
             self.push(slot, InFlight { kind: SlotKind::Read, block, generation, submitted });
             if self.pending == self.slots.len() {
-                self.drain(self.pending)?;
+                self.drain(self.pending, phase)?;
             }
         }
-        self.drain(self.pending)
+        self.drain(self.pending, phase)
     }
 
     /// Publishes what was pushed and waits until `count` requests are back.
-    fn drain(&mut self, count: usize) -> Result<()> {
+    fn drain(&mut self, count: usize, phase: &AtomicU8) -> Result<()> {
         self.ring.publish();
         self.ring.kick_if_wanted()?;
-        let deadline = Instant::now() + self.timeout;
-        for _ in 0..count {
-            self.ring.wait_used(deadline)?;
-            if let Some(element) = self.ring.take_used() {
-                self.complete(element.id)?;
+        let mut progress = Instant::now();
+        let mut left = count;
+        while left > 0 {
+            match self.ring.take_used() {
+                Some(element) => {
+                    self.complete(element.id)?;
+                    progress = Instant::now();
+                    left -= 1;
+                }
+                None => self.wait(phase, progress)?,
             }
         }
         Ok(())

@@ -94,8 +94,9 @@ fn measure(args: &BenchArgs, wire: Wire, child: Option<&Child>) -> Result<Report
     }
     let outcome = load::run(args, &mut session, pid)?;
     report.add_load(args, &outcome);
-    if let (Some(before), Some(after)) = (outcome.usage_before, outcome.usage_after) {
-        report.backend = Some(Backend::new(&outcome, before, after));
+    report.backend = outcome.spent.as_ref().map(Backend::new);
+    if !outcome.outages.is_empty() {
+        report.pid = report.backend.map(|backend| backend.pid);
     }
     session.stop().context(|| "cannot stop the queues")?;
     Ok(report)

@@ -7,11 +7,10 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::args::{BenchArgs, Mix, Output};
-use super::load::Outcome;
+use super::load::{Outcome, Spent};
 use super::start::Round;
 use crate::error::{Error, Result};
 use crate::frontend::Session;
-use crate::frontend::process::{Footprint, Usage};
 use crate::units::MIB;
 
 /// Latencies in microseconds.
@@ -74,9 +73,13 @@ pub struct Load {
     pub outages_ms: Vec<f64>,
 }
 
-/// What the back-end process spent.
+/// What the back-end process spent: under all of the load, or since the last outage.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Backend {
+    /// Which process.
+    pub pid: u32,
+    /// For how long it was watched.
+    pub seconds: f64,
     /// CPU time per request, in microseconds.
     pub cpu_us_per_request: f64,
     /// CPUs it kept busy.
@@ -95,17 +98,20 @@ pub struct Backend {
 
 impl Backend {
     /// The difference of two samples, over the requests in between.
-    pub fn new(outcome: &Outcome, before: Usage, after: Usage) -> Self {
-        let requests = outcome.requests.max(1) as f64;
+    pub fn new(spent: &Spent) -> Self {
+        let Spent { before, after, footprint: memory, .. } = spent;
+        let requests = spent.requests.max(1) as f64;
         let cpu = after.cpu.saturating_sub(before.cpu);
-        let memory = outcome.footprint.unwrap_or_default();
+        let seconds = spent.elapsed.max(Duration::from_nanos(1)).as_secs_f64();
         Backend {
+            pid: spent.pid,
+            seconds,
             cpu_us_per_request: cpu.as_secs_f64() * 1e6 / requests,
-            cpus: cpu.as_secs_f64() / outcome.elapsed.as_secs_f64(),
+            cpus: cpu.as_secs_f64() / seconds,
             switches_per_request: after.switches.saturating_sub(before.switches) as f64 / requests,
             threads: after.threads,
             rss: memory.rss,
-            rss_less_guest: Footprint::own(&memory),
+            rss_less_guest: memory.own(),
             private: memory.private,
         }
     }
@@ -280,11 +286,16 @@ impl Report {
             rows.push((
                 "back-end",
                 format!(
-                    "{:.3} us CPU and {:.4} switches per request, {:.2} CPUs, {} threads",
+                    "{:.3} us CPU and {:.4} switches per request, {:.2} CPUs, {} threads{}",
                     backend.cpu_us_per_request,
                     backend.switches_per_request,
                     backend.cpus,
-                    backend.threads
+                    backend.threads,
+                    match &self.load {
+                        Some(load) if !load.outages_ms.is_empty() =>
+                            format!(" (the last {:.2} s, process {})", backend.seconds, backend.pid),
+                        _ => String::new(),
+                    }
                 ),
             ));
             rows.push((
