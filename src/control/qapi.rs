@@ -11,7 +11,8 @@
 //! qapi! { pub alternate …} by JSON type                Any              ──► any JSON value
 //! ```
 //!
-//! Errors name the member with its path, `actions[0].data.name`, as QEMU does.
+//! Errors name the member with its path, `actions[0].data.name`, as QEMU does; and where QEMU names it
+//! without, as with a word that is unknown, so do they.
 
 use std::fmt;
 
@@ -59,7 +60,7 @@ impl At<'_> {
         if !self.is_keyval() {
             return Ok(value);
         }
-        let expects = |what: &str| QmpError::generic(format!("Parameter '{self}' expects {what}"));
+        let expects = |what: &str| self.expects(what);
         match builtin {
             Builtin::Bool => match text.as_str() {
                 "on" | "yes" | "true" | "y" => Ok(true.into()),
@@ -95,6 +96,11 @@ impl At<'_> {
     /// The value here is not of the type that is expected.
     pub fn mistyped(&self, expected: &str) -> QmpError {
         QmpError::generic(format!("Invalid parameter type for '{self}', expected: {expected}"))
+    }
+
+    /// The value here is not one that the type in C, `expected`, can have.
+    fn expects(&self, expected: &str) -> QmpError {
+        QmpError::generic(format!("Parameter '{self}' expects {expected}"))
     }
 
     /// The member here is not there.
@@ -190,6 +196,15 @@ pub fn wire_name(field: &str) -> String {
     words.map(|word| word.replace('_', "-")).collect::<Vec<_>>().join("_")
 }
 
+/// A number of a type that is smaller than QEMU reads it first.
+fn small_number<T: TryFrom<u64>>(value: &Value, at: &At, expected: &str) -> QmpResult<T> {
+    match (value.as_u64(), value.as_i64()) {
+        (Some(number), _) => T::try_from(number).map_err(|_| at.expects(expected)),
+        (None, Some(_)) => Err(at.expects(expected)),
+        (None, None) => Err(at.expects("uint64")),
+    }
+}
+
 /// A type of JSON itself.
 macro_rules! builtin {
     ($type:ty, $builtin:expr, $expected:literal, $accepts:pat, $read:expr, $write:expr) => {
@@ -249,7 +264,7 @@ builtin!(
     Builtin::Int,
     "uint64",
     Value::Number(_),
-    |value, _| value.as_u64().map(Ok),
+    |value, at| Some(value.as_u64().ok_or_else(|| at.expects("uint64"))),
     |value| Value::Number(Number::from(*value))
 );
 builtin!(
@@ -257,13 +272,15 @@ builtin!(
     Builtin::Int,
     "integer",
     Value::Number(_),
-    |value, at| {
-        let fits = |n: i64| {
-            u32::try_from(n)
-                .map_err(|_| QmpError::generic(format!("Parameter '{at}' expects uint32_t")))
-        };
-        value.as_i64().map(fits)
-    },
+    |value, at| Some(small_number(&value, at, "uint32_t")),
+    |value| Value::Number(Number::from(*value))
+);
+builtin!(
+    u16,
+    Builtin::Int,
+    "integer",
+    Value::Number(_),
+    |value, at| Some(small_number(&value, at, "uint16_t")),
     |value| Value::Number(Number::from(*value))
 );
 builtin!(
@@ -423,9 +440,59 @@ pub fn take_tag(object: &mut Map<String, Value>, tag: &str, at: &At) -> QmpResul
     String::take_member(object, tag, at)
 }
 
-/// A word that is none of those an enumeration has.
+/// A word that is none of those an enumeration has. QEMU says no path here, and of an element of a list
+/// that it has no name.
 pub fn unknown_word(at: &At, word: &str) -> QmpError {
-    QmpError::generic(format!("Parameter '{at}' does not accept value '{word}'"))
+    let name = match at.step {
+        Step::Member(name) => name,
+        Step::Root | Step::Keyval | Step::Index(_) => "null",
+    };
+    QmpError::generic(format!("Parameter '{name}' does not accept value '{word}'"))
+}
+
+/// A union, whose tag can be looked at before other members are.
+pub trait Union: Object {
+    /// The member that says which one it is.
+    const TAG: &'static str;
+    /// What it may say.
+    const WORDS: &'static [&'static str];
+}
+
+/// Looks at the tag of `T`, which stands in place further down, when it is this member's turn. So a bad
+/// tag is what an error names, whatever else is wrong.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TagOf<T>(std::marker::PhantomData<T>);
+
+impl<T: Union> Qapi for TagOf<T> {
+    fn describe(schema: &mut Schema) -> String {
+        T::describe(schema)
+    }
+
+    fn from_value(value: Value, at: &At) -> QmpResult<Self> {
+        match value.as_str() {
+            Some(word) if T::WORDS.contains(&word) => Ok(TagOf(std::marker::PhantomData)),
+            Some(word) => Err(unknown_word(at, word)),
+            None => Err(at.mistyped("string")),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        Value::Null
+    }
+
+    fn accepts(value: &Value) -> bool {
+        value.is_string()
+    }
+
+    fn take_member(object: &mut Map<String, Value>, _: &str, at: &At) -> QmpResult<Self> {
+        let at = at.member(T::TAG);
+        let tag = object.get(T::TAG).cloned().ok_or_else(|| at.missing())?;
+        Self::from_value(tag, &at)
+    }
+
+    fn put_member(&self, _: &mut Map<String, Value>, _: &str) {}
+
+    fn describe_member(_: &str, _: &mut Members, _: &mut Schema) {}
 }
 
 /// Declares types of the wire; see the [module](crate::control::qapi).
@@ -571,6 +638,11 @@ macro_rules! qapi {
             pub fn word(&self) -> &'static str {
                 match self { $( $name::$variant(_) => $word, )* }
             }
+        }
+
+        impl $crate::control::qapi::Union for $name {
+            const TAG: &'static str = $tag;
+            const WORDS: &'static [&'static str] = &[$( $word ),*];
         }
 
         impl $crate::control::qapi::Object for $name {
@@ -743,7 +815,8 @@ mod tests {
             (json!({"sync": "stream"}), "Parameter 'sync' does not accept value 'stream'"),
             (json!({"sync": 1}), "Invalid parameter type for 'sync', expected: string"),
             (json!({"driver": "x"}), "Parameter 'driver' does not accept value 'x'"),
-            (json!({"offset": "1"}), "Invalid parameter type for 'offset', expected: uint64"),
+            (json!({"offset": "1"}), "Parameter 'offset' expects uint64"),
+            (json!({"files": [{"driver": "x"}]}), "Parameter 'driver' does not accept value 'x'"),
             (json!({"files": 1}), "Invalid parameter type for 'files', expected: array"),
             (
                 json!({"files": ["a", 1]}),

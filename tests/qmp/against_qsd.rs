@@ -111,6 +111,199 @@ const CASES: &[&[u8]] = &[
     b"{\"execute\":\"query-block-exports\",\"arguments\":{\"a\":{}}}",
 ];
 
+/// Commands with something wrong in their arguments, or in what those name.
+const BAD_COMMANDS: &[(&str, &str)] = &[
+    ("transaction", r#"{}"#),
+    ("transaction", r#"{"actions": {}}"#),
+    ("transaction", r#"{"actions": [1]}"#),
+    ("transaction", r#"{"actions": [{}]}"#),
+    ("transaction", r#"{"actions": [{"type": 1}]}"#),
+    ("transaction", r#"{"actions": [{"type": "nope", "data": {}}]}"#),
+    ("transaction", r#"{"actions": [{"type": "abort"}]}"#),
+    ("transaction", r#"{"actions": [{"type": "abort", "data": 1}]}"#),
+    ("transaction", r#"{"actions": [{"type": "abort", "data": {"x": 1}}]}"#),
+    ("transaction", r#"{"actions": [{"type": "abort", "data": {}, "x": 1}]}"#),
+    ("transaction", r#"{"actions": [{"type": "abort", "data": {}}]}"#),
+    ("transaction", r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {}}]}"#),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"device": 1, "snapshot-file": "x"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"snapshot-file": 1}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"snapshot-file": "x", "mode": "nope"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"snapshot-file": "x", "mode": 1}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"snapshot-file": "x", "nope": 1}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"snapshot-file": "x"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"device": "d", "node-name": "n", "snapshot-file": "x"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"device": "nope", "snapshot-file": "x"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot-sync", "data": {"node-name": "nope", "snapshot-file": "x"}}]}"#,
+    ),
+    ("transaction", r#"{"actions": [{"type": "blockdev-snapshot", "data": {"node": "a"}}]}"#),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot", "data": {"node": "a", "overlay": "b"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot", "data": {"node": [], "overlay": "b"}}]}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "abort", "data": {}}, {"type": "blockdev-snapshot", "data": {"node": "a"}}]}"#,
+    ),
+    ("transaction", r#"{"actions": [], "properties": 1}"#),
+    ("transaction", r#"{"actions": [], "properties": {"completion-mode": "nope"}}"#),
+    ("transaction", r#"{"actions": [], "properties": {"x": 1}}"#),
+    ("transaction", r#"{"actions": [], "x": 1}"#),
+    ("blockdev-add", r#"{}"#),
+    ("blockdev-add", r#"{"driver": "nope", "node-name": "n"}"#),
+    ("blockdev-add", r#"{"driver": 1, "node-name": "n"}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n"}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "file": 1}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "file": {}}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "file": {"driver": "file"}}"#),
+    (
+        "blockdev-add",
+        r#"{"driver": "raw", "node-name": "n", "file": {"driver": "file", "filename": 1}}"#,
+    ),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "file": {"driver": "nope"}}"#),
+    (
+        "blockdev-add",
+        r#"{"driver": "raw", "node-name": "n", "file": {"driver": "file", "filename": "x", "nope": 1}}"#,
+    ),
+    (
+        "blockdev-add",
+        r#"{"driver": "raw", "node-name": "n", "file": {"driver": "file", "filename": "x", "cache": {"direct": 1}}}"#,
+    ),
+    (
+        "blockdev-add",
+        r#"{"driver": "raw", "node-name": "n", "file": {"driver": "file", "filename": "x", "cache": 1}}"#,
+    ),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "file": "nope"}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "file": null}"#),
+    ("blockdev-add", r#"{"driver": "qcow2", "node-name": "n", "file": "x", "backing": 1}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "discard": "nope", "file": "x"}"#),
+    ("blockdev-add", r#"{"driver": "raw", "node-name": "n", "read-only": "on", "file": "x"}"#),
+    ("blockdev-add", r#"{"driver": "file", "node-name": "0n", "filename": "/tmp"}"#),
+    ("blockdev-add", r#"{"driver": "file", "node-name": "n", "filename": "/nonexistent/x"}"#),
+    ("blockdev-create", r#"{"job-id": "j"}"#),
+    ("blockdev-create", r#"{"job-id": "j", "options": {}}"#),
+    ("blockdev-create", r#"{"job-id": "j", "options": {"driver": "nope"}}"#),
+    ("blockdev-create", r#"{"job-id": "j", "options": {"driver": "qcow2"}}"#),
+    ("blockdev-create", r#"{"job-id": "j", "options": {"driver": "qcow2", "file": "x"}}"#),
+    (
+        "blockdev-create",
+        r#"{"job-id": "j", "options": {"driver": "qcow2", "file": "x", "size": "1"}}"#,
+    ),
+    (
+        "blockdev-create",
+        r#"{"job-id": "j", "options": {"driver": "qcow2", "file": "x", "size": 1, "nope": 1}}"#,
+    ),
+    (
+        "blockdev-create",
+        r#"{"job-id": "0j", "options": {"driver": "file", "filename": "x", "size": 1}}"#,
+    ),
+    ("block-export-add", r#"{}"#),
+    ("block-export-add", r#"{"type": "nope", "id": "e"}"#),
+    ("block-export-add", r#"{"type": "vhost-user-blk", "id": "e"}"#),
+    ("block-export-add", r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n"}"#),
+    (
+        "block-export-add",
+        r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "unix"}}"#,
+    ),
+    (
+        "block-export-add",
+        r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "nope"}}"#,
+    ),
+    ("block-export-add", r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {}}"#),
+    (
+        "block-export-add",
+        r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "unix", "path": 1}}"#,
+    ),
+    (
+        "block-export-add",
+        r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "unix", "path": "s"}}"#,
+    ),
+    (
+        "block-export-add",
+        r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "unix", "path": "s"}, "num-queues": -1}"#,
+    ),
+    (
+        "block-export-add",
+        r#"{"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "unix", "path": "s"}, "num-queues": 70000}"#,
+    ),
+    ("block-export-del", r#"{"id": "e", "mode": "nope"}"#),
+    ("block-stream", r#"{"device": "x", "on-error": "nope"}"#),
+    ("block-stream", r#"{"device": "x"}"#),
+    ("block-stream", r#"{"device": "x", "job-id": "j"}"#),
+    ("block-stream", r#"{"device": "x", "speed": "1"}"#),
+    ("block-commit", r#"{"device": "x", "on-error": "auto"}"#),
+    ("block-commit", r#"{"device": "x", "job-id": "j"}"#),
+    ("block_resize", r#"{"device": "x"}"#),
+    ("block_resize", r#"{"size": 1}"#),
+    ("block_resize", r#"{"device": "x", "size": -1}"#),
+    ("block_resize", r#"{"node-name": "x", "size": 1024}"#),
+    ("blockdev-reopen", r#"{}"#),
+    ("blockdev-reopen", r#"{"options": [{}]}"#),
+    ("blockdev-reopen", r#"{"options": [{"driver": "raw"}]}"#),
+    ("blockdev-reopen", r#"{"options": [{"driver": "raw", "node-name": "x", "file": "y"}]}"#),
+    ("blockdev-reopen", r#"{"options": [{"driver": "raw", "file": {"driver": "file"}}]}"#),
+    ("blockdev-reopen", r#"{"options": 1}"#),
+    ("blockdev-snapshot-sync", r#"{"snapshot-file": "x"}"#),
+    ("blockdev-snapshot-sync", r#"{"device": "x"}"#),
+    ("blockdev-snapshot", r#"{"node": "x"}"#),
+    ("query-named-block-nodes", r#"{"flat": 1}"#),
+    ("query-blockstats", r#"{"query-nodes": "x"}"#),
+    ("job-complete", r#"{"id": "x"}"#),
+    ("block-job-complete", r#"{"device": "x"}"#),
+    ("block-job-set-speed", r#"{"device": "x"}"#),
+    ("qmp_capabilities", r#"{"enable": ["nope"]}"#),
+];
+
+#[test]
+fn bad_commands_are_refused_in_qemus_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut qsd) = Qsd::start(dir.path()) else { return };
+    let served = Served::start(&[]);
+    let commands: Vec<_> = BAD_COMMANDS
+        .iter()
+        .map(|(command, arguments)| {
+            format!("{{\"execute\": \"{command}\", \"arguments\": {arguments}}}")
+        })
+        .collect();
+    let all = commands.join("\n");
+    let theirs = answers(qsd.socket(), all.as_bytes(), true);
+    let ours = answers(&served.control, all.as_bytes(), true);
+    for ((command, ours), theirs) in commands.iter().zip(&ours).zip(&theirs) {
+        assert!(theirs["error"]["desc"].is_string(), "{command}: {theirs}");
+        assert_eq!(ours, theirs, "{command}");
+    }
+    assert_eq!(ours.len(), theirs.len());
+}
+
 #[test]
 fn the_same_answers_as_qemu() {
     let dir = tempfile::tempdir().unwrap();

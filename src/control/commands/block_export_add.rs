@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use super::prelude::*;
 use crate::control::disks::{Disks, ExportRequest};
-use crate::control::qapi::Flat;
+use crate::control::qapi::{Flat, TagOf};
 use crate::device::export::CachePolicy;
 use crate::device::server::ServerSocket;
 
 /// The longest serial number: the request that reads it has room for so many bytes.
 const MAX_SERIAL: usize = 20;
 /// The most queues of a disk.
-const MAX_QUEUES: u32 = 64;
+const MAX_QUEUES: u16 = 64;
 /// The largest queue.
 const MAX_QUEUE_SIZE: u16 = 1024;
 
@@ -44,7 +44,7 @@ qapi! {
         /// The size of the blocks that the guest sees: 512 (usual) or 4096.
         pub logical_block_size: Option<u64>,
         /// The most queues; 1 if absent.
-        pub num_queues: Option<u32>,
+        pub num_queues: Option<u16>,
         /// The serial number that the guest sees, at most 20 bytes.
         pub x_vublk_serial: Option<String>,
     }
@@ -58,6 +58,8 @@ qapi! {
 qapi! {
     /// What is served, and how.
     pub struct BlockExportOptions {
+        /// Looked at first.
+        pub of_type: TagOf<BlockExportTypeOptions>,
         /// The export's name.
         pub id: String,
         /// The node.
@@ -73,7 +75,7 @@ qapi! {
 
 /// Serves a disk.
 pub fn add(disks: &mut Disks, options: BlockExportOptions) -> QmpResult<()> {
-    let BlockExportOptions { id, node_name, writable, writethrough, export } = options;
+    let BlockExportOptions { of_type: _, id, node_name, writable, writethrough, export } = options;
     let BlockExportTypeOptions::VhostUserBlk(options) = export.0;
     if !crate::block::graph::is_well_formed(&id) {
         return Err(QmpError::generic(format!("Invalid block export id '{id}'")));
