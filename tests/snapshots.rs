@@ -6,14 +6,14 @@
 //! that it has everything that had completed before that one was started.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 mod common;
 
-use common::{Backend, Qmp, Random, Setup, have, skip, tool, tool_ok};
+use common::{Host, Qmp, Random, have, skip, tool, tool_ok};
 use serde_json::json;
 use vublk::block::StatusKind;
 use vublk::frontend::{Personality, Request, Session, SessionOptions};
@@ -257,54 +257,16 @@ fn apply_overlay(path: &Path, format: ImageFormat, content: &mut [u64]) {
     }
 }
 
-fn on_tmpfs() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("vublk-snap-").tempdir_in("/dev/shm").unwrap()
+fn guest_of(host: &Host, name: &str) -> Guest {
+    let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
+    Guest::new(host.backend.open(options), Random::new(name))
 }
 
-/// A daemon with one disk, a control socket and a state directory.
-struct Host {
-    backend: Backend,
-    dir: tempfile::TempDir,
-    state: tempfile::TempDir,
-}
-
-impl Host {
-    fn start(format: &'static str) -> Host {
-        let dir = tempfile::Builder::new().prefix("vublk-snap-").tempdir().unwrap();
-        let state = on_tmpfs();
-        let disk = dir.path().join("disk");
-        common::ok(dir.path(), &["create", "-q", "-f", format, "disk", &DISK.to_string()]);
-        let mut host = Host { backend: Setup::new(&[]).prepare(), dir, state };
-        host.backend = host.setup(format, &disk).start();
-        host
-    }
-
-    fn setup(&self, format: &'static str, image: &Path) -> Setup {
-        let (state, control) = (self.state.path().to_str().unwrap(), self.control());
-        let args = ["--state-dir", state, "--control", control.to_str().unwrap()];
-        Setup::new(&args).format(format, image)
-    }
-
-    fn control(&self) -> PathBuf {
-        self.dir.path().join("control.sock")
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn guest(&self, name: &str) -> Guest {
-        let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
-        Guest::new(self.backend.open(options), Random::new(name))
-    }
-
-    fn snapshot(&self, qmp: &mut Qmp, name: &str, format: ImageFormat) -> Moment {
-        let before = tick();
-        let file = self.path(name);
-        let arguments = json!({"device": "disk", "snapshot-file": file, "format": format.name()});
-        qmp.ok("blockdev-snapshot-sync", arguments);
-        Moment { before, after: tick() }
-    }
+/// Takes a snapshot, and notes when.
+fn snapshot(host: &Host, qmp: &mut Qmp, name: &str, format: ImageFormat) -> Moment {
+    let before = tick();
+    host.snapshot(qmp, name, format.name());
+    Moment { before, after: tick() }
 }
 
 /// The heart of it: two hundred snapshots in a row while a guest writes on two queues.
@@ -325,9 +287,9 @@ fn many_snapshots_with_vhdx_under_load() {
 }
 
 fn under_load(base: &'static str, format: ImageFormat, count: usize) {
-    let mut host = Host::start(base);
-    let mut qmp = Qmp::connect(&host.control());
-    let mut guest = host.guest(&format!("under_load, {format}"));
+    let mut host = Host::with_disk(base, DISK);
+    let mut qmp = host.qmp();
+    let mut guest = guest_of(&host, &format!("under_load, {format}"));
     let stop = Arc::new(AtomicBool::new(false));
     let worker = std::thread::spawn({
         let stop = Arc::clone(&stop);
@@ -337,7 +299,7 @@ fn under_load(base: &'static str, format: ImageFormat, count: usize) {
         }
     });
     let moments: Vec<_> =
-        (0..count).map(|i| host.snapshot(&mut qmp, &format!("s{i}"), format)).collect();
+        (0..count).map(|i| snapshot(&host, &mut qmp, &format!("s{i}"), format)).collect();
     std::thread::sleep(Duration::from_millis(100));
     stop.store(true, Ordering::SeqCst);
     let mut guest = worker.join().unwrap();
@@ -367,9 +329,9 @@ fn under_load(base: &'static str, format: ImageFormat, count: usize) {
 /// Makes one file of the whole chain again, while the guest writes.
 fn commit_all(mut host: Host, mut guest: Guest, format: ImageFormat, count: usize) {
     let top = host.path(&format!("s{}", count - 1));
-    host.backend = host.setup(format.name(), &top).start();
+    host.backend = host.setup(format.name(), &top, &[]).start();
     guest.disk = host.backend.open(SessionOptions::new(Personality::Qemu).queues(QUEUES));
-    let mut qmp = Qmp::connect(&host.control());
+    let mut qmp = host.qmp();
     let stop = Arc::new(AtomicBool::new(false));
     let worker = std::thread::spawn({
         let stop = Arc::clone(&stop);
@@ -442,14 +404,14 @@ fn check_all(
 /// A daemon that dies while it takes snapshots. The guest lives on and must find every write that it
 /// saw completed, whichever image is on top; and no old command line may be taken up.
 fn killed(format: &'static str, overlays: &'static str, name: &str) {
-    let mut host = Host::start(format);
-    let mut guest = host.guest(name);
+    let mut host = Host::with_disk(format, DISK);
+    let mut guest = guest_of(&host, name);
     let mut top = host.path("disk");
     let mut top_format = format;
     let mut taken = 0;
     let mut moments = Random::new(name);
     for round in 0..12 {
-        let mut qmp = Qmp::connect(&host.control());
+        let mut qmp = host.qmp();
         let stop = Arc::new(AtomicBool::new(false));
         let worker = std::thread::spawn({
             let stop = Arc::clone(&stop);
@@ -471,7 +433,7 @@ fn killed(format: &'static str, overlays: &'static str, name: &str) {
         stop.store(true, Ordering::SeqCst);
         guest = worker.join().unwrap();
         // An operator starts it with the same command first.
-        let mut again = host.setup(top_format, &top).prepare();
+        let mut again = host.setup(top_format, &top, &[]).prepare();
         again.spawn();
         let refusal = "a snapshot was taken of this disk";
         common::wait_until("an answer", || {
@@ -484,7 +446,7 @@ fn killed(format: &'static str, overlays: &'static str, name: &str) {
             top = overlay;
             top_format = overlays;
             taken += 1;
-            again = host.setup(top_format, &top).start();
+            again = host.setup(top_format, &top, &[]).start();
         }
         host.backend = again;
         guest.disk.path = host.backend.socket.clone();
@@ -524,9 +486,9 @@ fn killed_while_a_differencing_vhdx_is_made() {
 /// disk; and what is refused.
 #[test]
 fn differencing_vhdx_images_are_put_on_a_disk() {
-    let mut host = Host::start("vhdx");
-    let mut qmp = Qmp::connect(&host.control());
-    let mut guest = host.guest("differencing_vhdx_images_are_put_on_a_disk");
+    let mut host = Host::with_disk("vhdx", DISK);
+    let mut qmp = host.qmp();
+    let mut guest = guest_of(&host, "differencing_vhdx_images_are_put_on_a_disk");
     guest.disk.write(0, 0, &sector(1).repeat(8)).unwrap();
     let d = host.dir.path().to_path_buf();
     common::ok(&d, &["create", "-q", "-f", "raw", "plain.raw", "4M"]);
@@ -580,12 +542,12 @@ fn qemu_reads_the_chain() {
     if !have("qemu-img") {
         return skip("qemu-img");
     }
-    let mut host = Host::start("raw");
-    let mut qmp = Qmp::connect(&host.control());
-    let mut guest = host.guest("qemu_reads_the_chain");
+    let mut host = Host::with_disk("raw", DISK);
+    let mut qmp = host.qmp();
+    let mut guest = guest_of(&host, "qemu_reads_the_chain");
     for i in 0..3 {
         guest.disk.write(0, i * 4096, &sector(i + 1).repeat(8)).unwrap();
-        host.snapshot(&mut qmp, &format!("q{i}.qcow2"), ImageFormat::Qcow2);
+        snapshot(&host, &mut qmp, &format!("q{i}.qcow2"), ImageFormat::Qcow2);
     }
     guest.disk.write(0, 16384, &sector(9).repeat(8)).unwrap();
     guest.disk.stop().unwrap();

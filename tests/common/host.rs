@@ -27,12 +27,24 @@ pub struct Host {
 impl Host {
     /// With nothing served yet, and an image `base` full of data, of this size in bytes.
     pub fn with_base(size: u64) -> Host {
+        let host = Host::new(size);
+        let data: Vec<u8> = (0..host.sectors).flat_map(|at| sector(base_word(at))).collect();
+        std::fs::write(host.path("base"), data).unwrap();
+        host
+    }
+
+    /// That serves a new image `disk` of this size in bytes.
+    pub fn with_disk(format: &'static str, size: u64) -> Host {
+        let mut host = Host::new(size);
+        ok(host.dir.path(), &["create", "-q", "-f", format, "disk", &size.to_string()]);
+        host.backend = host.setup(format, "disk", &[]).start();
+        host
+    }
+
+    fn new(size: u64) -> Host {
         let dir = tempfile::Builder::new().prefix("vublk-").tempdir().unwrap();
         let state = tempfile::Builder::new().prefix("vublk-").tempdir_in("/dev/shm").unwrap();
-        let sectors = size / SECTOR;
-        let data: Vec<u8> = (0..sectors).flat_map(|at| sector(base_word(at))).collect();
-        std::fs::write(dir.path().join("base"), data).unwrap();
-        Host { backend: Setup::new(&[]).prepare(), dir, state, sectors }
+        Host { backend: Setup::new(&[]).prepare(), dir, state, sectors: size / SECTOR }
     }
 
     /// How an image is served, with more options.
