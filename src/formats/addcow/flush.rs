@@ -43,9 +43,13 @@ pub(super) struct Durability {
     keep: Option<Keep>,
     /// Whether a guest's session runs: completed writes must survive this process.
     session: AtomicBool,
-    /// How many records could not be kept, and for how many of them a flush has made that good.
+    /// How many records could not be kept, of how many of them the bits are set, and for how many a
+    /// flush has made that good.
     unkept: AtomicU64,
+    unkept_set: AtomicU64,
     unkept_settled: AtomicU64,
+    /// How many are setting bits right now.
+    setting: AtomicU64,
     /// Whether bits were set since the last flush began.
     changed: AtomicBool,
     /// Whether a flush is under way.
@@ -70,7 +74,9 @@ impl Durability {
             keep,
             session: AtomicBool::new(false),
             unkept: AtomicU64::new(0),
+            unkept_set: AtomicU64::new(0),
             unkept_settled: AtomicU64::new(0),
+            setting: AtomicU64::new(0),
             changed: AtomicBool::new(false),
             flushing: AtomicBool::new(false),
             rotated: AtomicBool::new(false),
@@ -87,8 +93,10 @@ impl Durability {
     /// the image file alone.
     #[inline]
     pub fn is_settled(&self) -> bool {
-        // In this order: a flush that begins sets the second before it clears the first.
-        !self.changed.load(Ordering::SeqCst)
+        // In this order: who sets bits says that they changed before he is done, and a flush that
+        // begins says so before it takes that back.
+        self.setting.load(Ordering::SeqCst) == 0
+            && !self.changed.load(Ordering::SeqCst)
             && !self.flushing.load(Ordering::SeqCst)
             && !self.is_poisoned()
     }
@@ -118,6 +126,7 @@ impl Durability {
     /// happen first.
     pub fn commit(&self, range: ByteRange, set: impl FnOnce()) -> Committed {
         let mut committed = Committed::Done;
+        self.setting.fetch_add(1, Ordering::SeqCst);
         let mut set = Some(set);
         let mut set_now = || {
             if let Some(set) = set.take() {
@@ -141,6 +150,11 @@ impl Durability {
             }
         }
         set_now();
+        if committed == Committed::FlushFirst {
+            // Not before: a flush that had counted it would have copied its page without them.
+            self.unkept_set.fetch_add(1, Ordering::SeqCst);
+        }
+        self.setting.fetch_sub(1, Ordering::SeqCst);
         committed
     }
 
@@ -251,7 +265,7 @@ impl Shared {
             round.end();
             return Ok(());
         }
-        let unkept = durability.unkept.load(Ordering::SeqCst);
+        let unkept = durability.unkept_set.load(Ordering::SeqCst);
         let keep = durability.keep.as_ref().filter(|keep| keep.is_recording());
         if let Some(keep) = keep
             && !durability.rotated.load(Ordering::SeqCst)
@@ -431,5 +445,25 @@ impl Drop for Batch<'_> {
         for page in &self.pages {
             self.shared.pages.not_written(page);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGE: ByteRange = ByteRange { offset: 0, len: SECTOR_SIZE };
+
+    /// Somebody else sees a bit as soon as it is set, and must not take it for one that is on disk.
+    #[test]
+    fn bits_are_not_settled_while_they_are_set() {
+        let durability = Durability::new(None, HEADER_LEN);
+        assert!(durability.is_settled());
+        let committed = durability.commit(RANGE, || {
+            assert!(!durability.is_settled());
+            assert!(durability.must_wait_for_bits(true));
+        });
+        assert_eq!(committed, Committed::Done);
+        assert!(!durability.is_settled());
     }
 }

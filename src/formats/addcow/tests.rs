@@ -358,6 +358,28 @@ fn killed(file: &SimFile, image: &SimFile) -> (SimFile, SimFile) {
     )
 }
 
+/// A record finds no room, and before its bit is set a flush copies the page without it: that flush
+/// has made nothing good for those who see the bit then.
+#[test]
+fn a_flush_beside_a_record_without_room_does_not_settle_it() {
+    let dir = state_dir();
+    let file = SimFile::from_bytes("x.add-cow", new_file(200 * 512, false));
+    let image = SimFile::from_bytes("disk.raw", vec![0; 200 * 512]);
+    let disk = open_disk(&file, &image, Backing::None, Some(open_keep(dir.path(), 4096)));
+    block_on(disk.resume(None)).unwrap();
+    disk.begin_session(7).unwrap();
+    let shared = &disk.format().shared;
+    let durability = &shared.durability;
+    let range = ByteRange { offset: 0, len: 512 };
+    let full = (0..10_000).any(|_| durability.commit(range, || ()) == Committed::FlushFirst);
+    assert!(full);
+    let committed = durability.commit(range, || block_on(shared.flush_all()).unwrap());
+    assert_eq!(committed, Committed::FlushFirst);
+    assert!(durability.must_wait_for_bits(false));
+    block_on(shared.flush_all()).unwrap();
+    assert!(!durability.must_wait_for_bits(false));
+}
+
 #[test]
 fn a_kill_loses_nothing_of_a_guest_that_comes_back() {
     for seed in 0..20 {
