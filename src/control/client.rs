@@ -25,7 +25,7 @@ use super::request::{Call, Request};
 /// The most requests that wait.
 const MAX_REQUESTS: usize = 8;
 /// Bytes of output beyond which no request is run.
-const MAX_UNREAD_REPLIES: usize = 256 << 10;
+pub(super) const MAX_UNREAD_REPLIES: usize = 256 << 10;
 /// Bytes of output beyond which no event is added.
 const MAX_UNREAD_EVENTS: usize = 1 << 20;
 /// How much is read at a time.
@@ -166,19 +166,22 @@ impl Client {
 
     /// The next request to be run, in order; those out of band come first.
     pub fn next_request(&mut self) -> Option<Request> {
+        let request = self.requests.remove(self.next_index()?);
+        self.frame();
+        request
+    }
+
+    /// Whether there is one.
+    pub fn has_next_request(&self) -> bool {
+        self.next_index().is_some()
+    }
+
+    fn next_index(&self) -> Option<usize> {
         if !self.has_room() {
             return None;
         }
         let urgent = self.requests.iter().position(Request::is_out_of_band);
-        let request = match urgent {
-            Some(index) => self.requests.remove(index),
-            None if self.waiting => None,
-            None => self.requests.pop_front(),
-        };
-        if request.is_some() {
-            self.frame();
-        }
-        request
+        urgent.or((!self.waiting && !self.requests.is_empty()).then_some(0))
     }
 
     /// The main thread has begun to work for this client.

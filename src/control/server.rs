@@ -44,18 +44,7 @@ pub struct Server {
 impl Server {
     /// Starts to serve clients on these sockets, which must listen.
     pub fn start(sockets: Vec<ServerSocket>, shared: Arc<Shared>) -> Result<Server> {
-        let mut state = State {
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC).context(|| "epoll")?,
-            sockets,
-            clients: BTreeMap::new(),
-            touched: BTreeSet::new(),
-            next_client: FIRST_CLIENT,
-            accepting: true,
-            accept_again: None,
-            shared: Arc::clone(&shared),
-            stopping: false,
-        };
-        state.watch()?;
+        let mut state = State::new(sockets, Arc::clone(&shared))?;
         shared.inbox.set_open(true);
         let thread = std::thread::Builder::new().name("vublk-qmp".into());
         let thread = thread.spawn(move || state.run()).context(|| "control thread")?;
@@ -103,6 +92,22 @@ struct Entry {
 }
 
 impl State {
+    fn new(sockets: Vec<ServerSocket>, shared: Arc<Shared>) -> Result<State> {
+        let mut state = State {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC).context(|| "epoll")?,
+            sockets,
+            clients: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            next_client: FIRST_CLIENT,
+            accepting: true,
+            accept_again: None,
+            shared,
+            stopping: false,
+        };
+        state.watch()?;
+        Ok(state)
+    }
+
     fn watch(&mut self) -> Result<()> {
         let what = || "epoll";
         let inbox = self.shared.inbox.readable();
@@ -140,11 +145,15 @@ impl State {
             }
             // One after the other, never one inside of another: what is done for one may touch
             // others, or itself again. Each has one turn, then others are looked at.
-            for id in std::mem::take(&mut self.touched) {
-                self.settle(id);
-            }
+            self.settle_touched();
         }
         self.say_goodbye();
+    }
+
+    fn settle_touched(&mut self) {
+        for id in std::mem::take(&mut self.touched) {
+            self.settle(id);
+        }
     }
 
     fn wait(&self, ready: &mut Vec<epoll::Event>, timeout: Option<Duration>) {
@@ -283,6 +292,10 @@ impl State {
         if entry.client.transmit().is_err() || entry.client.is_done() {
             return self.remove(id);
         }
+        if entry.client.has_next_request() {
+            // There was no room before it was sent, and no event of the socket tells of that.
+            self.touched.insert(id);
+        }
         let mut interest = epoll::EventFlags::empty();
         interest.set(epoll::EventFlags::IN, entry.client.wants_input());
         interest.set(epoll::EventFlags::OUT, entry.client.wants_output());
@@ -373,4 +386,53 @@ fn listener_name(listener: &UnixListener) -> String {
     let address = listener.local_addr().ok();
     let path = address.as_ref().and_then(|address| address.as_pathname());
     path.map_or_else(String::new, |path| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+    use crate::block::Graph;
+    use crate::control::disks::{Disks, WorkerOptions};
+    use crate::control::{Daemon, client};
+    use crate::images::{Layers, StateDir};
+    use crate::io::EngineKind;
+
+    /// What was kept waiting for want of room is run when everything goes out at once: then no event
+    /// of the socket comes any more that would remind us of it.
+    #[test]
+    fn requests_that_wait_for_room_are_run_when_there_is_some() {
+        let workers = WorkerOptions { engine: EngineKind::Threads, threads: None, poll_us: 0 };
+        let layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
+        let daemon = Daemon::new(None, Disks::new(layers, workers)).unwrap();
+        let mut state = State::new(Vec::new(), Arc::clone(daemon.shared())).unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        // As much as the host allows: all that may be unread finds a place in it.
+        sockopt::set_socket_send_buffer_size(&theirs, 8 << 20).unwrap();
+        state.admit(theirs, String::new()).unwrap();
+        let id = FIRST_CLIENT;
+        let ask = |mut ours: &UnixStream, text: &str| {
+            std::io::Write::write_all(&mut ours, text.as_bytes()).unwrap();
+        };
+        let settle = |state: &mut State| {
+            state.serve(id, epoll::EventFlags::IN);
+            while !state.touched.is_empty() {
+                state.settle_touched();
+            }
+        };
+        ask(&ours, "{'execute': 'qmp_capabilities'}");
+        settle(&mut state);
+        ask(&ours, "{'execute': 'query-version', 'id': 'late'}");
+        state.serve(id, epoll::EventFlags::IN);
+        state.broadcast(&"x".repeat(client::MAX_UNREAD_REPLIES + 1));
+        settle(&mut state);
+        assert!(!state.clients[&id].client.wants_output(), "the socket's buffer is too small");
+        ours.set_nonblocking(true).unwrap();
+        let mut received = Vec::new();
+        let _ = ours.read_to_end(&mut received);
+        let received = String::from_utf8(received).unwrap();
+        let last = received.lines().next_back().unwrap();
+        assert!(last.contains("\"late\""), "{} bytes", last.len());
+    }
 }
