@@ -374,7 +374,9 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
-    /// Starts a session of a guest whose writes must outlive this process; `nonce` names it.
+    /// Starts a session of a guest whose writes must outlive this process; `nonce` names it. What is
+    /// left to flush is flushed first, on this thread. Where that session runs already, it goes on
+    /// as it is.
     fn begin_session(&self, nonce: u128) -> Result<()> {
         let _ = nonce;
         Ok(())

@@ -224,6 +224,12 @@ impl Keep {
         self.lock().memory.is_some()
     }
 
+    /// Whether session `nonce` runs.
+    pub fn is_recording_for(&self, nonce: u128) -> bool {
+        let state = self.lock();
+        state.memory.is_some() && state.nonce == Some(nonce)
+    }
+
     /// Whether a record with this much payload fits an empty keep.
     pub fn can_ever_hold(&self, payload: u64) -> bool {
         record_len(payload) <= self.capacity
@@ -275,7 +281,8 @@ impl Keep {
     ///
     /// # Errors
     /// Kind [`NoSpace`](ErrorKind::NoSpace) if the keep or the tmpfs is full: flush, `release`, and
-    /// try again (or do without the record, as it is flushed then).
+    /// try again (or do without the record, as it is flushed then). Kind
+    /// [`InvalidArgument`](ErrorKind::InvalidArgument) if no session runs: do without the record.
     pub fn append(&self, pieces: &[&[u8]]) -> Result<()> {
         self.append_and(pieces, || ())
     }
@@ -298,7 +305,8 @@ impl Keep {
     }
 
     fn append_locked(&self, state: &mut State, pieces: &[&[u8]]) -> Result<()> {
-        let memory = state.memory.as_ref().expect("append to a keep without a session");
+        // Of the guest that has left, whose last request is just ending.
+        let memory = state.memory.as_ref().ok_or_else(|| Error::invalid("no session runs"))?;
         let payload: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         let half = &mut state.halves[state.active];
         let position = half.committed;
@@ -562,7 +570,8 @@ pub struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Appends the record; see [`Keep::append`]. Fails only if the tmpfs itself is full.
+    /// Appends the record; see [`Keep::append`]. Fails only if the tmpfs itself is full, or the
+    /// session has ended meanwhile.
     ///
     /// # Panics
     /// If the record is longer than what was reserved.
@@ -733,6 +742,26 @@ pub(crate) mod tests {
         drop(second);
         assert!(Keep::is_there(dir.path(), (7, 42), "test"));
         assert_eq!(open(dir.path()).session(), Some(2));
+    }
+
+    /// As when a guest that is kept for leaves in the middle of a request, and another comes.
+    #[test]
+    fn without_a_session_a_record_is_refused() {
+        let dir = state_dir();
+        let keep = open(dir.path());
+        let refused = |result: Result<()>| {
+            let err = result.unwrap_err();
+            assert_eq!(err.kind(), ErrorKind::InvalidArgument);
+            assert!(err.to_string().contains(".keep: "), "{err}");
+        };
+        refused(keep.append(&[b"one"]));
+        keep.begin(1).unwrap();
+        let reservation = keep.reserve(10).unwrap();
+        keep.forget().unwrap();
+        refused(reservation.append(&[b"two"]));
+        refused(keep.append_and(&[b"three"], || panic!("changed without a record")));
+        keep.begin(2).unwrap();
+        assert_eq!(keep.found(), None);
     }
 
     #[test]

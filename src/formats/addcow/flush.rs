@@ -32,7 +32,7 @@ use super::pages::{BLOCK_LEN, DirtyPage, PAGE_LEN};
 use super::{ALL, PAGE_SECTORS, Shared};
 use crate::block::{Committed, Keep, RangeLock};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::io::AlignedBuf;
+use crate::io::{AlignedBuf, block_on};
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// How many pages are copied for one sync of the image file: 1 MiB.
@@ -156,20 +156,6 @@ impl Durability {
         }
         self.setting.fetch_sub(1, Ordering::SeqCst);
         committed
-    }
-
-    pub fn begin_session(&self, nonce: u128, name: &str) -> Result<()> {
-        if self.changed.load(Ordering::SeqCst) {
-            return Err(Error::invalid(format!(
-                "{name}: a session must start with nothing left to flush"
-            )));
-        }
-        if let Some(keep) = &self.keep {
-            keep.begin(nonce)?;
-        }
-        self.rotated.store(false, Ordering::SeqCst);
-        self.session.store(true, Ordering::SeqCst);
-        Ok(())
     }
 
     pub fn keep(&self) -> Option<&Keep> {
@@ -303,8 +289,32 @@ impl Shared {
         Ok(())
     }
 
+    /// See [`Driver::begin_session`](crate::block::Driver::begin_session).
+    pub(super) fn begin_session(&self, nonce: u128) -> Result<()> {
+        let durability = &self.durability;
+        let keep = durability.keep.as_ref();
+        let goes_on = durability.session.load(Ordering::SeqCst)
+            && keep.is_none_or(|keep| keep.is_recording_for(nonce));
+        if self.read_only || goes_on {
+            return Ok(());
+        }
+        if durability.changed.load(Ordering::SeqCst) {
+            block_on(self.flush_all())?;
+        }
+        if let Some(keep) = keep {
+            keep.begin(nonce)?;
+        }
+        durability.rotated.store(false, Ordering::SeqCst);
+        durability.session.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// See [`Driver::resume`](crate::block::Driver::resume).
     pub(super) async fn resume_session(&self, nonce: Option<u128>) -> Result<()> {
+        if nonce.is_none() {
+            // Before the keep forgets: from now on nothing is recorded.
+            self.durability.session.store(false, Ordering::SeqCst);
+        }
         let Some(keep) = &self.durability.keep else { return Ok(()) };
         let Some(nonce) = nonce else { return keep.forget() };
         let mut ranges: Vec<ByteRange> = Vec::new();

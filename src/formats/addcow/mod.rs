@@ -779,10 +779,7 @@ impl Format for AddCow {
     }
 
     fn begin_session(&self, nonce: u128) -> Result<()> {
-        match self.shared.read_only {
-            true => Ok(()),
-            false => self.shared.durability.begin_session(nonce, self.shared.name()),
-        }
+        self.shared.begin_session(nonce)
     }
 
     fn keep(&self) -> Option<&Keep> {

@@ -441,6 +441,34 @@ fn a_new_guest_finds_what_was_flushed_and_another_is_refused() {
 }
 
 #[test]
+fn after_a_guest_that_is_kept_for_comes_one_that_is_not() {
+    let dir = state_dir();
+    let (file, image, backing) = example();
+    let disk = open_disk(&file, &image, backing, Some(open_keep(dir.path(), 4096)));
+    disk.begin_session(7).unwrap();
+    block_on(write(&disk, 512, &[1; 512])).unwrap();
+    block_on(disk.resume(None)).unwrap();
+    block_on(write(&disk, 1024, &[2; 512])).unwrap();
+    assert_eq!(block_on(read(&disk, 512, 1024)), [[1; 512], [2; 512]].concat());
+}
+
+#[test]
+fn a_session_begins_with_nothing_left_to_flush_and_goes_on_as_it_is() {
+    let dir = state_dir();
+    let (file, image, backing) = example();
+    let disk = open_disk(&file, &image, backing, Some(open_keep(dir.path(), 4096)));
+    block_on(write(&disk, 512, &[1; 512])).unwrap();
+    disk.begin_session(7).unwrap();
+    assert_eq!(file.durable()[2560] & 0b10, 0b10);
+    block_on(write(&disk, 1024, &[2; 512])).unwrap();
+    disk.begin_session(7).unwrap();
+    assert_eq!(disk.keep().unwrap().found(), Some(7));
+    disk.begin_session(8).unwrap();
+    assert_eq!(disk.keep().unwrap().found(), None);
+    assert_eq!(file.durable()[2560] & 0b110, 0b110);
+}
+
+#[test]
 fn a_failed_flush_poisons_and_reads_go_on() {
     for op in [SimOp::Write, SimOp::Flush] {
         let (file, image, backing) = example();

@@ -464,21 +464,7 @@ impl Format for Qcow2 {
     }
 
     fn begin_session(&self, nonce: u128) -> Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
-        if self.changes.load(Ordering::SeqCst) != self.changes_saved.load(Ordering::SeqCst) {
-            return Err(Error::invalid(format!(
-                "{}: a session must start with nothing left to flush",
-                self.name()
-            )));
-        }
-        // Without a keep, writes that allocate wait for the disk from now on.
-        if let Some(keep) = &self.keep {
-            keep.begin(nonce)?;
-        }
-        self.session.store(true, Ordering::Release);
-        Ok(())
+        self.start_keeping(nonce)
     }
 
     fn keep(&self) -> Option<&Keep> {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use super::Qcow2;
 use crate::block::keep::Reservation;
 use crate::error::{Error, Result, ResultExt};
-use crate::io::AlignedBuf;
+use crate::io::{AlignedBuf, block_on};
 use crate::units::ByteRange;
 
 /// Kinds of records in the keep.
@@ -106,7 +106,30 @@ impl Qcow2 {
         }
     }
 
+    /// From now on, what completes must survive this process.
+    pub(super) fn start_keeping(&self, nonce: u128) -> Result<()> {
+        let keep = self.keep.as_ref();
+        let goes_on = self.session.load(Ordering::Acquire)
+            && keep.is_none_or(|keep| keep.is_recording_for(nonce));
+        if self.read_only || goes_on {
+            return Ok(());
+        }
+        if self.changes.load(Ordering::SeqCst) != self.changes_saved.load(Ordering::SeqCst) {
+            block_on(self.checkpoint())?;
+        }
+        // Without a keep, writes that allocate wait for the disk from now on.
+        if let Some(keep) = keep {
+            keep.begin(nonce)?;
+        }
+        self.session.store(true, Ordering::Release);
+        Ok(())
+    }
+
     pub(super) async fn resume_session(&self, nonce: Option<u128>) -> Result<()> {
+        if nonce.is_none() {
+            // Before the keep forgets: from now on nothing is recorded.
+            self.session.store(false, Ordering::Release);
+        }
         let Some(keep) = &self.keep else { return Ok(()) };
         let Some(nonce) = nonce else { return keep.forget() };
         let Some(records) = keep.take_over(nonce)? else {

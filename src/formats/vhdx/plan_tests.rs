@@ -150,6 +150,37 @@ fn what_must_be_kept_is_kept_or_not_planned() {
     assert_eq!(place_of(&disk, 20), Some(8 * MIB));
 }
 
+#[test]
+fn after_a_guest_that_is_kept_for_comes_one_that_is_not() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let dir = state_dir();
+    let disk = host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    disk.begin_session(1).unwrap();
+    write_at(&disk, 0, 1);
+    block_on(disk.resume(None)).unwrap();
+    write_at(&disk, MIB, 2);
+    assert_eq!(block_on(read(&disk, 0, 512)), [1; 512]);
+    assert_eq!(block_on(read(&disk, MIB, 512)), [2; 512]);
+}
+
+#[test]
+fn a_session_begins_with_nothing_left_to_flush_and_goes_on_as_it_is() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let dir = state_dir();
+    let disk = host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    write_at(&disk, 0, 1);
+    disk.begin_session(1).unwrap();
+    write_at(&disk, MIB, 2);
+    disk.begin_session(1).unwrap();
+    assert_eq!(disk.keep().unwrap().found(), Some(1));
+    disk.begin_session(2).unwrap();
+    assert_eq!(disk.keep().unwrap().found(), None);
+    drop(disk);
+    let disk = host.open(None);
+    assert_eq!(block_on(read(&disk, 0, 512)), [1; 512]);
+    assert_eq!(block_on(read(&disk, MIB, 512)), [2; 512]);
+}
+
 /// Records that were redone are still there when the image is closed; they name places that are then
 /// cut off.
 #[test]

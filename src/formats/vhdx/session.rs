@@ -12,6 +12,7 @@ use super::space::Space;
 use super::structure::Structure;
 use super::{ALL, Vhdx};
 use crate::error::{Error, Result, ResultExt};
+use crate::io::block_on;
 use crate::units::ByteRange;
 
 /// How much of the BAT is looked at to find free places inside the file, in bytes. More would hold
@@ -104,6 +105,10 @@ impl Vhdx {
 
     /// Redoes what the guest of this session saw completed, or drops it for a new guest.
     pub(super) async fn resume_session(&self, nonce: Option<u128>) -> Result<()> {
+        if nonce.is_none() {
+            // Before the keep forgets: from now on nothing is recorded.
+            self.session.store(false, Ordering::Release);
+        }
         let Some(keep) = &self.keep else { return Ok(()) };
         let _alone = self.framing.exclusive(ALL).await;
         let Some(nonce) = nonce else { return keep.forget() };
@@ -186,17 +191,17 @@ impl Vhdx {
 
     /// From now on, what completes must survive this process.
     pub(super) fn start_keeping(&self, nonce: u128) -> Result<()> {
-        if self.read_only {
+        let keep = self.keep.as_ref();
+        let goes_on = self.session.load(Ordering::Acquire)
+            && keep.is_none_or(|keep| keep.is_recording_for(nonce));
+        if self.read_only || goes_on {
             return Ok(());
         }
         if self.is_dirty() {
-            return Err(Error::invalid(format!(
-                "{}: a session must start with nothing left to flush",
-                self.name()
-            )));
+            block_on(self.commit())?;
         }
         // Without a keep, writes that allocate wait for the disk from now on.
-        if let Some(keep) = &self.keep {
+        if let Some(keep) = keep {
             keep.begin(nonce)?;
         }
         self.session.store(true, Ordering::Release);
@@ -280,7 +285,6 @@ mod tests {
     use super::super::testing::*;
     use super::*;
     use crate::block::Driver;
-    use crate::io::block_on;
     use crate::io::sim::SimFile;
     use crate::units::MIB;
 

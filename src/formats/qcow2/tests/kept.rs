@@ -92,6 +92,38 @@ fn it_is_noted_whether_a_guests_writes_are_kept() {
 }
 
 #[test]
+fn after_a_guest_that_is_kept_for_comes_one_that_is_not() {
+    let dir = state_dir();
+    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
+    let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+    let driver = open_image(&file, None, Some(keep));
+    driver.begin_session(1).unwrap();
+    block_on(write(&driver, 0, &[1; 512])).unwrap();
+    block_on(driver.resume(None)).unwrap();
+    block_on(write(&driver, 65536, &[2; 512])).unwrap();
+    assert_eq!(block_on(read(&driver, 0, 512)), [1; 512]);
+    assert_eq!(block_on(read(&driver, 65536, 512)), [2; 512]);
+}
+
+#[test]
+fn a_session_begins_with_nothing_left_to_flush_and_goes_on_as_it_is() {
+    let dir = state_dir();
+    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
+    let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+    let driver = open_image(&file, None, Some(keep));
+    block_on(write(&driver, 0, &[1; 512])).unwrap();
+    driver.begin_session(1).unwrap();
+    block_on(write(&driver, 65536, &[2; 512])).unwrap();
+    driver.begin_session(1).unwrap();
+    assert_eq!(driver.keep().unwrap().found(), Some(1));
+    driver.begin_session(2).unwrap();
+    assert_eq!(driver.keep().unwrap().found(), None);
+    let again = open_image(&file, None, None);
+    assert_eq!(block_on(read(&again, 0, 512)), [1; 512]);
+    assert_eq!(block_on(read(&again, 65536, 512)), [2; 512]);
+}
+
+#[test]
 fn killed_in_the_middle_of_requests_and_flushes() {
     for seed in 0..120 {
         let mut rng = Rng::new(seed);
