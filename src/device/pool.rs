@@ -255,6 +255,11 @@ impl Rings for Pool {
         // No ring is live: the message thread may run the driver's code here, on a reactor of its
         // own, without anybody's drain depending on it.
         self.export.root.resume(returned)?;
+        if let Some(region) = region {
+            // All is durable. What begins now drops what is kept, and is not one step: who comes
+            // after a kill in the midst of it must not miss the keep.
+            region.note_kept(false);
+        }
         match session {
             Session::New(nonce) | Session::Returned(nonce) => {
                 let region = region.cloned();

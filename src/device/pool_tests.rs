@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ use super::memory::{GuestMemory, MemoryRegion};
 use super::pool::Pool;
 use super::rings::{RingStart, Rings};
 use crate::block::driver::{BlockStatus, Driver, Limits};
-use crate::block::{Node, NodeOptions, Root};
+use crate::block::{Keep, Node, NodeOptions, Root};
 use crate::error::{Error, Result};
 use crate::formats::raw::Raw;
 use crate::frontend::ring::{Ring, RingLayout, Segment};
@@ -62,6 +62,8 @@ struct Slow {
     done: AtomicU64,
     /// Whether flushes fail.
     fails_to_flush: AtomicBool,
+    /// What keeps completed writes, and where that is noted.
+    kept: OnceLock<(Keep, Arc<InflightRegion>)>,
     /// Tasks to be woken a little later.
     later: Mutex<Sender<Waker>>,
 }
@@ -104,6 +106,7 @@ impl Slow {
             active: AtomicUsize::new(0),
             done: AtomicU64::new(0),
             fails_to_flush: AtomicBool::new(false),
+            kept: OnceLock::new(),
             later: Mutex::new(later),
         })
     }
@@ -168,6 +171,17 @@ impl Driver for Slow {
 
     fn block_status<'a>(&'a self, _range: ByteRange) -> Fut<'a, BlockStatus> {
         Box::pin(async { Err(Error::unsupported("not asked for here")) })
+    }
+
+    fn begin_session(&self, nonce: u128) -> Result<()> {
+        let Some((keep, region)) = self.kept.get() else { return Ok(()) };
+        // A kill in here leaves a keep that nobody will be told of.
+        assert!(!region.is_kept(), "a keep is wanted whose session is about to be dropped");
+        keep.begin(nonce)
+    }
+
+    fn keep(&self) -> Option<&Keep> {
+        self.kept.get().map(|(keep, _)| keep)
     }
 }
 

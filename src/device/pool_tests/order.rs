@@ -200,6 +200,25 @@ fn what_is_noted_of_kept_writes_is_heeded_and_stays_until_they_are_durable() {
     assert!(region.is_kept(), "nothing is durable");
 }
 
+/// What was kept has been redone and is durable: from then on until the session has begun nobody
+/// needs the keep, which is of no session meanwhile.
+#[test]
+fn a_kill_while_a_session_begins_costs_the_guest_nothing() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let slow = Slow::new();
+    let pool = Pool::new(export(slow.clone(), EngineKind::Auto, 1));
+    let region = region();
+    let keep = Keep::open(dir.path(), (1, 2), "slow").unwrap();
+    slow.kept.set((keep, Arc::clone(&region))).unwrap();
+    pool.session(Session::New(7), Some(&region)).unwrap();
+    assert!(region.is_kept());
+    // As after a kill: the region says so, and the keep is there.
+    pool.session(Session::Returned(7), Some(&region)).unwrap();
+    assert!(region.is_kept());
+    pool.disconnected();
+    assert!(!region.is_kept());
+}
+
 /// A disk whose flushes end when they are told to.
 #[derive(Debug)]
 struct SlowToFlush {
