@@ -16,6 +16,10 @@ use crate::error::Result;
 /// Size of the page that one bit stands for, fixed by the protocol.
 pub const LOG_PAGE_SIZE: u64 = 4096;
 
+/// As much of a bitmap as is mapped: 52 bits of guest address. Holes in a file cost its sender nothing,
+/// and the address space is the process's.
+const MAX_LOG: u64 = 1 << (52 - 12 - 3);
+
 /// A front-end's dirty bitmap.
 #[derive(Debug)]
 pub struct DirtyLog {
@@ -25,7 +29,7 @@ pub struct DirtyLog {
 impl DirtyLog {
     /// Maps the bitmap of a SET_LOG_BASE message; the file is closed.
     pub fn new(file: File, offset: u64, size: u64) -> Result<Arc<DirtyLog>> {
-        let mapping = Mapping::new(&file, offset, size, "dirty log")?;
+        let mapping = Mapping::new(&file, offset, size.min(MAX_LOG), "dirty log")?;
         Ok(Arc::new(DirtyLog { mapping }))
     }
 

@@ -30,6 +30,10 @@ use crate::io::BufferOwner;
 /// offer too).
 pub const MAX_MEMORY_SLOTS: usize = 509;
 
+/// Most memory in a table: more than any guest has, and a part of the address space that leaves other
+/// front-ends theirs. Holes in a file cost its sender nothing.
+const MAX_MEMORY: u64 = 16 << 40;
+
 /// A region as a front-end describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
@@ -120,7 +124,7 @@ impl GuestMemory {
     /// This table and one more region (ADD_MEM_REG), sharing the mappings. The file is closed.
     ///
     /// Refused: an empty region, one that wraps around, reaches past the end of its file or
-    /// overlaps another in guest addresses, and one too many. Front-end addresses may overlap, as
+    /// overlaps another in guest addresses, one too many, and too much memory in sum. Front-end addresses may overlap, as
     /// aliases of one memory do.
     pub fn with_region(&self, region: &MemoryRegion, file: File) -> Result<Arc<GuestMemory>> {
         let mut table = GuestMemory { regions: self.regions.clone() };
@@ -159,6 +163,15 @@ impl GuestMemory {
             return Err(Error::invalid(format!(
                 "{what}: {:#x} bytes wrap around the address space",
                 region.size
+            )));
+        }
+        let total: u64 = self.regions.iter().map(|r| r.size).sum();
+        if total.saturating_add(region.size) > MAX_MEMORY {
+            return Err(Error::invalid(format!(
+                "{what}: with its {:#x} bytes the guest would have more than the {} TiB of memory \
+                 that vublk maps for one",
+                region.size,
+                MAX_MEMORY >> 40
             )));
         }
         let index = self.regions.partition_point(|r| r.start < region.guest_addr);
@@ -397,6 +410,21 @@ pub(crate) mod tests {
         assert!(refusal(wrapping, K).ends_with("wrap around the address space"));
         let wrapping = MemoryRegion { front_end_addr: u64::MAX - K + 2, ..region(20, 1) };
         assert!(refusal(wrapping, K).ends_with("wrap around the address space"));
+    }
+
+    /// The address space is the process's, and other front-ends need some of it, too.
+    #[test]
+    fn a_table_is_not_larger_than_any_guest() {
+        let file = memfd(16 << 40);
+        let region = |at, size| MemoryRegion { size, ..region(at, 1) };
+        let most = GuestMemory::new()
+            .with_region(&region(0, (16 << 40) - K), file.try_clone().unwrap())
+            .unwrap();
+        let err = most.with_region(&region(16 << 30, 2 * K), file.try_clone().unwrap());
+        let err = err.unwrap_err().to_string();
+        assert!(err.contains("more than the 16 TiB"), "{err}");
+        let most = most.with_region(&region(16 << 30, K), file.try_clone().unwrap()).unwrap();
+        assert!(most.with_region(&region(17 << 30, K), file).is_err());
     }
 
     #[test]
