@@ -404,11 +404,17 @@ impl Handler {
     fn set_writeback(&self, state: &mut State, on: bool) {
         state.writeback_set = true;
         state.writeback_settled = true;
+        let region = state.inflight.clone();
+        // "Off" before the drain and the flush that it takes, "on" after: a process that is killed
+        // in between leaves the mode in which nothing can be lost.
+        if let Some(region) = region.as_ref().filter(|_| !on) {
+            region.note_write_cache(false);
+        }
         self.device.rings.set_writeback(on);
         if state.any_live() {
             self.sync_write_through(state);
         }
-        if let Some(region) = &state.inflight {
+        if let Some(region) = region {
             region.note_write_cache(on);
         }
     }

@@ -55,6 +55,7 @@ pub enum Call {
 
 /// What is called at the start of each stop, to make a drain take its time.
 type StopHook = Box<dyn Fn(usize) + Send + Sync>;
+type WriteThroughHook = Box<dyn Fn(bool) + Send + Sync>;
 
 /// Workers that work nothing and watch the message thread.
 pub struct MockRings {
@@ -67,6 +68,8 @@ pub struct MockRings {
     pub refuse_session: AtomicBool,
     /// Runs in each stop, before it answers.
     pub on_stop: Mutex<Option<StopHook>>,
+    /// Runs whenever completed writes are to be durable or need not be.
+    pub on_write_through: Mutex<Option<WriteThroughHook>>,
     /// Identity to report.
     pub identity: Mutex<DiskIdentity>,
 }
@@ -111,6 +114,7 @@ impl MockRings {
             refuse_start: AtomicBool::new(false),
             refuse_session: AtomicBool::new(false),
             on_stop: Mutex::new(None),
+            on_write_through: Mutex::new(None),
             identity: Mutex::new(DiskIdentity::default()),
         })
     }
@@ -259,6 +263,9 @@ impl Rings for MockRings {
     }
 
     fn set_write_through(&self, on: bool) {
+        if let Some(hook) = &*self.on_write_through.lock().expect("mock") {
+            hook(on);
+        }
         drop(self.note(Call::WriteThrough(on)));
     }
 

@@ -29,6 +29,7 @@ use super::device_state::DeviceState;
 use super::features::{self, CONFIG_WCE, FLUSH, LOG_ALL, PROTOCOL_FEATURES, VERSION_1};
 use super::handler::Device;
 use super::identity::DiskIdentity;
+use super::inflight::InflightRegion;
 use super::mapping::memfd_create;
 use super::message_fuzzing::{Call, MockRings, send_bytes, send_message};
 use super::rings::Session;

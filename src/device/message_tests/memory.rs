@@ -184,6 +184,34 @@ fn the_write_cache_mode_comes_back_with_the_region_and_with_nothing_else() {
     assert!(!fe.calls().contains(&Call::Writeback(false)));
 }
 
+/// The process may be killed in the drain and the flush that switching the cache off takes. The guest
+/// must not come back to a cache that it believes to be off, and one that is on too long costs nothing
+/// but time.
+#[test]
+fn the_write_cache_is_noted_as_off_before_the_flush_and_as_on_after() {
+    let fe = FrontEnd::new(1);
+    fe.negotiate(FEATURES | CONFIG_WCE);
+    fe.add_memory();
+    let region = fe.get_inflight((1, 128));
+    assert!(fe.set_inflight(&region));
+    fe.set_ring(0, 0);
+    assert!(fe.enable(0, true));
+    let file = region.file.try_clone().unwrap();
+    let view = InflightRegion::from_front_end(file, region.size, 0, 1, 128).unwrap();
+    assert_eq!(view.write_cache(), Some(true));
+    let (told, seen) = mpsc::channel();
+    let told = std::sync::Mutex::new(told);
+    *fe.rings.on_write_through.lock().unwrap() = Some(Box::new({
+        let view = Arc::clone(&view);
+        move |on| told.lock().unwrap().send((on, view.write_cache())).unwrap()
+    }));
+    assert!(fe.set_config(32, &[0]));
+    assert_eq!(seen.try_recv(), Ok((true, Some(false))));
+    assert!(fe.set_config(32, &[1]));
+    assert_eq!(seen.try_recv(), Ok((false, Some(false))));
+    assert_eq!(view.write_cache(), Some(true));
+}
+
 #[test]
 fn inflight_regions_that_do_not_fit() {
     let fe = FrontEnd::new(2);
