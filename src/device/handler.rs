@@ -288,7 +288,7 @@ impl Handler {
                  Cloud Hypervisor: --memory shared=on)",
             ));
         }
-        ring.check_areas(&state.memory)?;
+        ring.check_areas(&state.memory, state.features)?;
         let areas = ring.areas.expect("a ready ring has areas");
         let inflight = match &state.inflight {
             None => None,
@@ -328,10 +328,11 @@ impl Handler {
             call: ring.call.clone(),
             err: ring.err.clone(),
             inflight,
-            log_used: ring.log_used(&state.memory),
+            log_used: ring.log_used(&state.memory, state.features),
             memory: state.memory.clone(),
             dirty_log: effective_log(state.features, &state.log),
         };
+        ring.features = start.features;
         self.device.rings.start(index, start)?;
         ring.live = true;
         tracing::debug!("{}: queue {index}: live, size {}", self.name(), ring.size);
@@ -433,7 +434,8 @@ impl Handler {
     fn replace_memory(&self, state: &mut State, memory: Arc<GuestMemory>) {
         for index in 0..state.rings.len() {
             if state.rings[index].live
-                && let Err(err) = state.rings[index].check_areas(&memory)
+                && let Err(err) =
+                    state.rings[index].check_areas(&memory, state.rings[index].features)
             {
                 tracing::warn!("{}: queue {index}: stopped: {err}", self.name());
                 self.stop(state, index);
@@ -444,10 +446,10 @@ impl Handler {
         for index in 0..state.rings.len() {
             let ring = &state.rings[index];
             if ring.live {
-                self.device.rings.set_log_used(index, ring.log_used(&state.memory));
+                self.device.rings.set_log_used(index, ring.log_used(&state.memory, ring.features));
             } else if ring.is_ready()
                 && ring.size != 0
-                && ring.check_areas(&state.memory).is_ok()
+                && ring.check_areas(&state.memory, state.features).is_ok()
                 && let Err(err) = self.try_start(state, index)
             {
                 // The memory was taken over, so the message has succeeded.

@@ -170,7 +170,8 @@ impl MockRings {
 /// Whether all three areas of a ring are in memory.
 fn areas_in(start: &RingStart, memory: &GuestMemory) -> bool {
     let n = u64::from(start.size);
-    [(start.desc, 16 * n), (start.avail, 6 + 2 * n), (start.used, 6 + 8 * n)]
+    let event = if start.features & features::EVENT_IDX != 0 { 2 } else { 0 };
+    [(start.desc, 16 * n), (start.avail, 4 + 2 * n + event), (start.used, 4 + 8 * n + event)]
         .into_iter()
         .all(|(addr, len)| memory.front_end_ptr(addr, len).is_ok())
 }

@@ -140,7 +140,7 @@ impl VhostUserBackendReqHandler for Handler {
                 return Err(live_error(index, "addresses"));
             }
             ring.areas = Some(areas);
-            self.device.rings.set_log_used(index, ring.log_used(&state.memory));
+            self.device.rings.set_log_used(index, ring.log_used(&state.memory, ring.features));
             Ok(())
         })
     }

@@ -1,5 +1,6 @@
 //! What a front-end has told about a ring, in whatever order, until it can live.
 
+use crate::device::features;
 use crate::device::memory::GuestMemory;
 use crate::device::rings::Notifier;
 use crate::error::{Error, ErrorKind, Result};
@@ -38,6 +39,8 @@ pub(super) struct Ring {
     pub(super) call: Option<Notifier>,
     pub(super) err: Option<Notifier>,
     pub(super) enabled: bool,
+    /// The features that it was started with, if it ever was. They are its own while it is live.
+    pub(super) features: u64,
     /// Whether the workers have it.
     pub(super) live: bool,
 }
@@ -48,14 +51,15 @@ impl Ring {
         self.enabled && self.areas.is_some() && !matches!(self.kick, Kick::Unset)
     }
 
-    /// Refuses a ring whose areas are not in `memory`.
-    pub(super) fn check_areas(&self, memory: &GuestMemory) -> Result<()> {
+    /// Refuses a ring whose areas are not in `memory`, with these features.
+    pub(super) fn check_areas(&self, memory: &GuestMemory, features: u64) -> Result<()> {
         let Some(areas) = self.areas else { return Ok(()) };
         let n = u64::from(self.size);
+        let event = event_index_len(features);
         for (what, addr, len) in [
             ("descriptor table", areas.desc, 16 * n),
-            ("available ring", areas.avail, 6 + 2 * n),
-            ("used ring", areas.used, 6 + 8 * n),
+            ("available ring", areas.avail, 4 + 2 * n + event),
+            ("used ring", areas.used, 4 + 8 * n + event),
         ] {
             memory.front_end_ptr(addr, len).map_err(|_| {
                 Error::new(
@@ -69,9 +73,15 @@ impl Ring {
 
     /// Where writes to the used ring show in a dirty log. Cloud Hypervisor sets the log flag of no
     /// ring and expects the marks all the same, so they are made whether it is set or not.
-    pub(super) fn log_used(&self, memory: &GuestMemory) -> Option<u64> {
+    pub(super) fn log_used(&self, memory: &GuestMemory, features: u64) -> Option<u64> {
         let areas = self.areas?;
-        let len = 6 + 8 * u64::from(self.size);
+        let len = 4 + 8 * u64::from(self.size) + event_index_len(features);
         areas.log.or_else(|| memory.front_end_to_guest(areas.used, len))
     }
+}
+
+/// Length of the event index at the end of the available and of the used ring. It is there only if it
+/// was negotiated, and rings at the end of memory count on that.
+fn event_index_len(features: u64) -> u64 {
+    if features & features::EVENT_IDX != 0 { 2 } else { 0 }
 }

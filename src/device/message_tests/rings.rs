@@ -209,3 +209,27 @@ fn reset_at_any_time() {
         });
     }
 }
+
+/// A used ring that ends with the memory: the two bytes of the event index are behind it, and are there
+/// only for a guest that negotiated them.
+#[test]
+fn a_ring_at_the_end_of_memory_needs_no_event_index_that_was_not_negotiated() {
+    for (event_idx, starts) in [(0, true), (features::EVENT_IDX, false)] {
+        let fe = FrontEnd::new(1);
+        fe.negotiate(FEATURES | event_idx);
+        fe.add_memory();
+        fe.set_ring(0, 0);
+        let mut at_the_end = words(&[0, 0]);
+        let used = BASE + MEMORY - (4 + 8 * 128);
+        at_the_end.extend(longs(&[BASE, used, BASE + 0x1000, 0]));
+        assert!(fe.accepts(R::SET_VRING_ADDR, &at_the_end, &[]));
+        assert_eq!(fe.enable(0, true), starts);
+        if starts {
+            fe.rings.with_ring(0, |ring| assert_eq!(ring.log_used, Some(used - BASE)));
+            // The table changes under it.
+            let more = memfd_create("more", MEMORY, false).unwrap();
+            assert!(fe.accepts(R::ADD_MEM_REG, &region(4 * MEMORY, MEMORY, 0), &[more.as_fd()]));
+            assert_eq!(fe.rings.live(), [0]);
+        }
+    }
+}
