@@ -13,8 +13,9 @@ use rustix::fs::{FileType, Mode, OFlags};
 use super::buf::AlignedBuf;
 use super::engine::{Op, OpCode, blocking};
 use super::file::{Alignment, File, Fut, Hole};
+use super::flushes::Flushes;
 use super::lock::{self, Rights};
-use super::{Buffers, reactor};
+use super::{Buffers, carrying, reactor};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::units::{ByteRange, align_down, align_up};
 
@@ -56,6 +57,7 @@ pub struct HostFile {
     alignment: Alignment,
     /// Identifies the open file within the process; never reused.
     id: u32,
+    flushes: Arc<Flushes>,
     /// Whether reads / writes are better done by plain calls than by the ring, which would only
     /// hand them to a kernel worker.
     inline: Inline,
@@ -176,6 +178,7 @@ impl HostFile {
             writable: options.write,
             alignment,
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            flushes: Arc::default(),
             inline,
             reads_nowait,
             modified_before_ns: modified_ns(&stat),
@@ -201,6 +204,7 @@ impl HostFile {
             writable: self.writable,
             alignment: Alignment::NONE,
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            flushes: Arc::clone(&self.flushes),
             inline,
             reads_nowait,
             modified_before_ns: self.modified_before_ns,
@@ -232,6 +236,11 @@ impl HostFile {
     /// A number that no other open file of this process has or had.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// The syncs of this file, which take turns.
+    pub fn flushes(&self) -> &Arc<Flushes> {
+        &self.flushes
     }
 
     /// In which directions plain calls are to be preferred right now.
@@ -584,7 +593,11 @@ impl File for HostFile {
     }
 
     fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
-        Box::pin(self.rw(reactor::Dir::Write, offset, buf, fua))
+        Box::pin(async move {
+            self.rw(reactor::Dir::Write, offset, buf, fua && self.direct).await?;
+            // Through the page cache a durable write is a sync of the file, and one for many.
+            if fua && !self.direct { self.flush().await } else { Ok(()) }
+        })
     }
 
     fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
@@ -635,7 +648,13 @@ impl File for HostFile {
     }
 
     fn flush<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(reactor::fdatasync(self))
+        Box::pin(async move {
+            let Some(turn) = self.flushes.wait().await? else { return Ok(()) };
+            let turn = Arc::new(turn);
+            let result = carrying(turn.clone(), reactor::fdatasync(self)).await;
+            turn.end(result.as_ref().map_or_else(|err| err.errno().unwrap_or(libc::EIO), |()| 0));
+            result
+        })
     }
 
     fn set_len<'a>(&'a self, len: u64) -> Fut<'a, ()> {

@@ -22,6 +22,7 @@ pub mod clock;
 pub mod engine;
 pub mod exec;
 pub mod file;
+pub mod flushes;
 pub mod footprint;
 pub mod host;
 pub mod lock;

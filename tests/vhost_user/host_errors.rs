@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vublk::frontend::request::{STATUS_IOERR, STATUS_OK};
-use vublk::frontend::{Client, Request, Session, SessionOptions};
+use vublk::frontend::{Client, Personality, Request, Session, SessionOptions};
 
 use crate::common::{Backend, LoopDevice, Setup, skip, soon};
 
@@ -105,6 +105,81 @@ fn a_device_that_fails_fails_its_requests() {
     backend.assert_lives();
     drop(session);
     assert!(backend.terminate().success(), "{}", backend.log());
+}
+
+/// A block device of 64 MiB on a host that has 8 MiB for it: what is too much is lost when the page
+/// cache is written back.
+struct NoRoom {
+    device: LoopDevice,
+    mount: tempfile::TempDir,
+}
+
+impl NoRoom {
+    fn new() -> Option<NoRoom> {
+        let mount = tempfile::tempdir().unwrap();
+        let args = ["-t", "tmpfs", "-o", "size=8m", "none"];
+        let mounted = Command::new("mount").args(args).arg(mount.path()).output();
+        if !mounted.is_ok_and(|output| output.status.success()) {
+            skip("no right to mount a small file system");
+            return None;
+        }
+        match LoopDevice::new(&mount.path().join("disk"), 64 << 20) {
+            Some(device) => Some(NoRoom { device, mount }),
+            None => {
+                let _ = Command::new("umount").arg(mount.path()).status();
+                None
+            }
+        }
+    }
+}
+
+impl Drop for NoRoom {
+    fn drop(&mut self) {
+        // Lazily: the device is detached after this.
+        let _ = Command::new("umount").arg("-l").arg(self.mount.path()).status();
+    }
+}
+
+/// The kernel tells it to one of two syncs that run side by side.
+#[test]
+fn data_that_is_lost_is_lost_for_all_flushes() {
+    for args in [&[] as &[&str], &["--aio", "threads"]] {
+        let Some(host) = NoRoom::new() else { return };
+        let mut backend = Setup::new(args).image(host.device.path()).start();
+        let mut session = backend.open(SessionOptions::new(Personality::Qemu).queues(2));
+        for i in 0..12 {
+            session.write(0, i << 20, &vec![7; 1 << 20]).unwrap();
+        }
+        let heads = [0, 1].map(|queue| session.submit(queue, &Request::flush()).unwrap());
+        for queue in [0, 1] {
+            let done = session.wait_head(queue, heads[queue], soon()).unwrap();
+            assert_eq!(done.status, STATUS_IOERR, "{args:?}, queue {queue}\n{}", backend.log());
+        }
+        backend.wait_log("writes are refused from now on");
+        backend.assert_lives();
+    }
+}
+
+/// The same where each write is to be durable by itself.
+#[test]
+fn a_durable_write_that_is_lost_fails() {
+    let Some(host) = NoRoom::new() else { return };
+    let mut backend = Setup::new(&["--cache", "writethrough"]).image(host.device.path()).start();
+    let mut session = backend.open(SessionOptions::new(Personality::Qemu).queues(2));
+    for i in 0..7 {
+        session.write(0, i << 20, &vec![7; 1 << 20]).unwrap();
+    }
+    for i in 0..32 {
+        let there = Request::write(0, vec![8; 65536]);
+        let no_room = Request::write((20 << 20) + (i << 20), vec![9; 1 << 20]);
+        let heads =
+            [(0, there), (1, no_room)].map(|(queue, write)| session.submit(queue, &write).unwrap());
+        session.wait_head(0, heads[0], soon()).unwrap();
+        let done = session.wait_head(1, heads[1], soon()).unwrap();
+        // The first of them may still fit.
+        assert!(done.status == STATUS_IOERR || i < 2, "write {i}\n{}", backend.log());
+    }
+    backend.assert_lives();
 }
 
 #[test]

@@ -68,8 +68,12 @@ impl Worker {
     fn planned_done(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         slot.pin = None;
+        if let Some(turn) = slot.turn.take() {
+            turn.end(slot.errno);
+        }
         if slot.errno == 0 {
             return match slot.commit.take() {
+                None if slot.flush_after => self.flush_then_finish(index),
                 None => self.finish(index, Status::Ok),
                 Some(commit) => self.commit(index, commit),
             };
@@ -93,16 +97,22 @@ impl Worker {
     #[inline]
     fn commit(&mut self, index: u32, commit: PlanCommit) {
         match commit.written() {
-            Ok(Committed::Done) => self.finish(index, Status::Ok),
-            Ok(Committed::FlushFirst) => {
-                let (node, ended) = (self.node.clone(), Rc::clone(&self.ended));
-                self.reactor.executor().spawn(async move {
-                    let result = node.flush().await;
-                    ended.borrow_mut().push((index, result));
-                });
+            Ok(Committed::Done) if !self.slots[index as usize].flush_after => {
+                self.finish(index, Status::Ok);
             }
+            Ok(Committed::Done | Committed::FlushFirst) => self.flush_then_finish(index),
             Err(err) => self.request_ended(index, Err(err)),
         }
+    }
+
+    /// Completes a write whose data is written after a flush.
+    fn flush_then_finish(&mut self, index: u32) {
+        self.has_unpolled = true;
+        let (node, ended) = (self.node.clone(), Rc::clone(&self.ended));
+        self.reactor.executor().spawn(async move {
+            let result = node.flush().await;
+            ended.borrow_mut().push((index, result));
+        });
     }
 
     /// A request has ended, well or badly.

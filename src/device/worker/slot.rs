@@ -9,6 +9,7 @@ use crate::device::request::Request;
 use crate::io::HostFile;
 use crate::io::buf::{iovecs_aligned, slice_iovecs};
 use crate::io::engine::{MAX_IOVECS, Op, OpCode, nowait_read};
+use crate::io::flushes::FlushTurn;
 use crate::units::ByteRange;
 
 /// A request in flight, or room for one.
@@ -25,6 +26,10 @@ pub(super) struct Slot {
     pub(super) parts_left: u32,
     /// First error of a part, as a positive error number.
     pub(super) errno: i32,
+    /// The turn of a planned flush to sync its file.
+    pub(super) turn: Option<FlushTurn>,
+    /// Whether a planned write is durable only after a flush.
+    pub(super) flush_after: bool,
     /// Keeps planned extents where they are.
     pub(super) pin: Option<Pin>,
     /// Who must know when a planned write's data is written.
@@ -65,6 +70,8 @@ impl Slot {
             parts: Vec::with_capacity(1),
             parts_left: 0,
             errno: 0,
+            turn: None,
+            flush_after: false,
             pin: None,
             commit: None,
         }
@@ -94,7 +101,16 @@ impl Slot {
         }
         self.errno = 0;
         self.parts.clear();
+        self.flush_after = false;
         if let [PlanExtent::File { file, offset, len }] = plan.extents[..] {
+            if op == PlanOp::Flush {
+                // Beside another one it would not learn what that one learns.
+                self.turn = file.flushes().try_begin();
+                if self.turn.is_none() {
+                    return Prepared::NotNow;
+                }
+            }
+            let op = through(op, file, &mut self.flush_after);
             let part = Part::new(op, file, offset, len, data, Vec::new());
             let result = match op {
                 // SAFETY: this slot keeps the iovecs, the ring the memory, the driver the file.
@@ -121,12 +137,16 @@ impl Slot {
     /// Cuts a request whose plan has several extents.
     #[cold]
     fn plan_parts(&mut self, op: PlanOp, plan: Plan<'_>) -> Prepared {
+        if op == PlanOp::Flush && !plan.extents.is_empty() {
+            return Prepared::NotNow;
+        }
         let mut at = 0;
         for extent in plan.extents {
             let mut iovs = Vec::new();
             match extent {
                 PlanExtent::File { file, offset, len } => {
                     slice_iovecs(&self.request.data, at, len, &mut iovs);
+                    let op = through(op, file, &mut self.flush_after);
                     self.parts.push(Part::new(op, file, offset, len, &[], iovs));
                     at += len;
                 }
@@ -147,6 +167,20 @@ impl Slot {
             }
             parts => Prepared::Push(parts),
         }
+    }
+}
+
+/// What to do with a file for an operation. Through the page cache a durable write is a plain one,
+/// and a flush for all of them that are done by then: the kernel would sync the file for each of
+/// them anyway, and tell a failure to one of them only.
+#[inline]
+fn through(op: PlanOp, file: &HostFile, flush_after: &mut bool) -> PlanOp {
+    match op {
+        PlanOp::Write { fua: true } if !file.is_direct() => {
+            *flush_after = true;
+            PlanOp::Write { fua: false }
+        }
+        op => op,
     }
 }
 
