@@ -15,7 +15,7 @@
 //!      ╳  kill -9
 //! open(), take_over(nonce)   the same guest is back: here are the records, oldest first
 //!   … redo them, flush …
-//! begin(new nonce)
+//! reset(), begin(new nonce)
 //! ```
 //!
 //! What a record means is the owner's business. It must be safe to redo records whose effect is on
@@ -396,7 +396,7 @@ impl Keep {
     }
 
     /// The records of session `nonce`, oldest first; `None` if this keep holds nothing of it. They
-    /// stay until [`Keep::begin`] or [`Keep::discard`], so a redo that is killed can be repeated.
+    /// stay until [`Keep::reset`] or [`Keep::begin`], so a redo that is killed can be repeated.
     ///
     /// # Errors
     /// Kind [`Corrupt`](ErrorKind::Corrupt) if a record is damaged: none may be applied then.
@@ -430,6 +430,12 @@ impl Keep {
     pub fn found(&self) -> Option<u128> {
         let state = self.lock();
         state.nonce.filter(|_| state.halves.iter().any(|half| half.committed > 0))
+    }
+
+    /// The session of a guest that is still to come back: records of an earlier process are here that
+    /// nobody has redone, so the image is not what that guest relies on.
+    pub fn awaited(&self) -> Option<u128> {
+        self.found().filter(|_| !self.is_recording())
     }
 
     fn read_half(&self, state: &State, half: usize, each: &mut impl FnMut(&[u8])) -> Result<()> {
@@ -480,8 +486,13 @@ impl Keep {
         Ok(())
     }
 
-    /// Removes the file: the image was closed in order and nothing needs to be kept.
+    /// Removes the file: the image was closed in order and nothing needs to be kept. What an
+    /// earlier process kept for a guest that has not come back stays where it is.
     pub fn discard(&self) -> Result<()> {
+        if self.awaited().is_some() {
+            tracing::info!(path = %self.path.display(), "kept for a guest that has not come back");
+            return Ok(());
+        }
         let mut state = self.lock();
         self.put(at::VALID, 0)?;
         *state = State::default();

@@ -353,7 +353,8 @@ impl Shared {
             runs = ranges.len(),
             "took over what the guest wrote and did not flush"
         );
-        self.flush_all().await
+        self.flush_all().await?;
+        keep.reset()
     }
 
     /// Sets the bits of a range of any length.

@@ -153,6 +153,7 @@ impl Qcow2 {
             records = records.len(),
             "took over what the guest wrote and did not flush"
         );
-        self.checkpoint().await
+        self.checkpoint().await?;
+        keep.reset()
     }
 }

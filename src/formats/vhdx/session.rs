@@ -129,7 +129,7 @@ impl Vhdx {
         let context = || format!("{}: redoing {}", self.name(), keep.path().display());
         self.redo_all(&records).await.context(context)?;
         tracing::info!("{}: {} kept changes were redone", self.name(), records.len());
-        Ok(())
+        keep.reset()
     }
 
     /// Redoes changes. Some of them may be on disk already: a kill can come after a commit and before
@@ -218,6 +218,9 @@ impl Vhdx {
         // Before anything is cut off: a record that is redone must find its place in the file.
         if let Some(keep) = &self.keep {
             keep.discard()?;
+            if keep.awaited().is_some() {
+                return Ok(());
+            }
         }
         self.cut_unused_end().await
     }
