@@ -240,6 +240,7 @@ fn apply_overlay(path: &Path, format: ImageFormat, content: &mut [u64]) {
         backing: BackingChoice::Nothing,
         allow_dirs: Vec::new(),
         state_dir: StateDir::None,
+        settled: None,
     };
     let image = open_format(&open_protocol(&file).unwrap(), &alone).unwrap();
     let mut at = 0;

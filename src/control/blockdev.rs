@@ -337,6 +337,7 @@ fn open_format(
     let protocol = layer.image.clone();
     // Its rights on the host belong to whoever uses it; two formats in one file are none.
     disks.graph().check_unused(&below)?;
+    let mut settled = None;
     let backing = match options.backing() {
         None => BackingChoice::AsNamed,
         Some(BlockdevRefOrNull::Null(())) => BackingChoice::Nothing,
@@ -344,11 +345,13 @@ fn open_format(
             let node = by_name(disks.graph(), name)?;
             // Not where a job changes what is shown.
             drop(node.hold("a node", Rights::CONSISTENT_READ, Rights::ALL.and(Rights::GRAPH))?);
+            settled = disks.settle(&node)?;
             BackingChoice::Image(Box::new(disks.image_to_stand_on(&node)?))
         }
         Some(BlockdevRefOrNull::Definition(options)) => {
             let read = Inherited { read_only: Some(true), ..inherited };
             let node = open(disks, options, Some(read), options.node_name.is_some())?;
+            settled = disks.settle(&node)?;
             BackingChoice::Image(Box::new(disks.image_to_stand_on(&node)?))
         }
     };
@@ -365,6 +368,7 @@ fn open_format(
         backing,
         allow_dirs: disks.layers.allow_dirs().to_vec(),
         state_dir: disks.layers.state_dir().clone(),
+        settled,
     };
     let image = blockdev::open_format(&protocol, &request)?;
     if let Some(backing) = image.node.backing() {
@@ -607,6 +611,7 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
     if let Some(backing) = backing.as_ref().filter(|_| moves) {
         disks.graph().check_cycle(&node, backing, "backing")?;
         check_backing(disks, Some(&node), &layer.image, backing)?;
+        disks.settle(backing)?;
     }
     if access == Access::Read && disks.is_written(&node) {
         return Err(QmpError::generic(format!(

@@ -143,6 +143,16 @@ impl Disks {
         Ok(Image { node: node.clone(), ..image })
     }
 
+    /// Has a node show what the guest of an earlier process saw completed, before another node comes to
+    /// stand on it. Returns that guest's session.
+    pub fn settle(&mut self, node: &Node) -> QmpResult<Option<u128>> {
+        // Such a guest is still to come back, to this very disk.
+        if self.is_written_by_guest(node) {
+            return Ok(None);
+        }
+        Ok(self.layers.settle(node)?)
+    }
+
     /// The node that is recorded: this one, or one that it filters; else the image below.
     pub fn recorded(&self, node: &Node) -> QmpResult<Node> {
         let mut below = self.layers.through_filters(node);

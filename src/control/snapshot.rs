@@ -434,6 +434,7 @@ fn create_overlay(
             backing: BackingChoice::Image(Box::new(below)),
             allow_dirs: disks.layers.allow_dirs().to_vec(),
             state_dir: disks.layers.state_dir().clone(),
+            settled: None,
         },
     )?;
     let file = disks.layers.add_protocol(protocol, false)?;

@@ -167,6 +167,9 @@ pub struct FormatRequest {
     pub allow_dirs: Vec<PathBuf>,
     /// Where is kept what must outlive the process.
     pub state_dir: StateDir,
+    /// The session whose records were redone in the image that it is to stand on
+    /// ([`Layers::settle`](crate::images::Layers::settle)).
+    pub settled: Option<u128>,
 }
 
 /// Opens a format node on a protocol node.
@@ -222,6 +225,7 @@ fn with_opening<T>(
     let mut chain = Chain::default();
     chain.push(&protocol.file)?;
     let mut opening = Opening::new(&by_path, Arc::clone(&protocol.file), &gate, &mut chain);
+    opening.settled = request.settled;
     opening.overridden = match &request.backing {
         BackingChoice::AsNamed => None,
         BackingChoice::Nothing => Some(None),

@@ -1,8 +1,12 @@
 //! What must outlive the process of whoever serves an image: where it goes, and what an earlier process
 //! has left of it ([`crate::block::keep`]).
 
+use std::path::Path;
+
 use crate::block::Keep;
 use crate::error::{ErrorKind, Result};
+use crate::images::lock::lock;
+use crate::images::open::guess;
 use crate::images::request::{Access, OpenRequest, StateDir};
 use crate::images::{ImageFormat, frozen, open};
 use crate::io::{File, HostFile, OpenOptions, block_on};
@@ -33,40 +37,150 @@ pub(super) fn open_keep(
     }
 }
 
-/// Redoes what a process that was killed has kept for an image that a snapshot had frozen: until
-/// such an image has been flushed, once, writes that its guest saw completed may be in its keep and
-/// nowhere else. Returns the session they are of. Images without a snapshot's mark are left alone.
+/// Redoes what a process that was killed has kept for an image that another stands on: writes that
+/// its guest saw completed may be in its keep and nowhere else, if a snapshot had just frozen it.
+/// Returns the session they are of.
 pub(super) fn settle(request: &OpenRequest) -> Result<Option<u128>> {
     let (StateDir::IfPossible(dir) | StateDir::Required(dir)) = &request.settle_in else {
         return Ok(None);
     };
-    let Some(format) = request.format.filter(|format| *format != ImageFormat::Raw) else {
-        return Ok(None);
-    };
     let Ok(file) = HostFile::open(&request.path, OpenOptions::default()) else { return Ok(None) };
-    if frozen::overlay_of(&file).is_none() {
-        return Ok(None);
-    }
-    let identity = file.identity()?;
+    let Ok(format) = request.format.map_or_else(|| guess(&file), Ok) else { return Ok(None) };
+    let found = match look(dir, &file, format) {
+        Err(err) if err.kind() == ErrorKind::Busy => {
+            // Until who was killed is gone, or there is nobody who would write.
+            lock(&file, request, format)?;
+            look_among_others(dir, &file, format)?
+        }
+        found => found?,
+    };
+    let Some((session, true)) = found else { return Ok(found.map(|(session, _)| session)) };
+    let is_marked = frozen::overlay_of(&file).is_some();
     drop(file);
-    if !Keep::is_there(dir, identity, format.name()) {
-        return Ok(None);
-    }
-    let keep = Keep::open(dir, identity, format.name())?;
-    let (session, found) = (keep.session(), keep.found());
-    drop(keep);
-    let Some(nonce) = found else { return Ok(session) };
     let image = open(&OpenRequest {
         access: Access::Write,
+        format: Some(format),
         state_dir: request.settle_in.clone(),
         settle_in: StateDir::None,
         ..request.clone()
     })?;
-    tracing::info!("{}: redoing what was kept of it when a snapshot was taken", image.name());
+    tracing::info!("{}: redoing what was kept of it by an earlier process", image.name());
     let driver = image.node.driver();
     block_on(async {
-        driver.resume(Some(nonce)).await?;
+        driver.resume(Some(session)).await?;
         driver.close().await
     })?;
-    Ok(Some(nonce))
+    let identity = image.file.identity()?;
+    drop((driver, image));
+    if !is_marked {
+        // Its guest may come back to this very image, and is known by the session.
+        Keep::open(dir, identity, format.name())?.begin(session)?;
+    }
+    Ok(Some(session))
+}
+
+/// The session that an earlier process has kept in `dir` for an image, and whether there are records
+/// that nobody has redone.
+///
+/// # Errors
+/// Kind [`Busy`](ErrorKind::Busy) if a process has it open.
+pub(super) fn look(
+    dir: &Path,
+    file: &HostFile,
+    format: ImageFormat,
+) -> Result<Option<(u128, bool)>> {
+    let identity = file.identity()?;
+    if format == ImageFormat::Raw || !Keep::is_there(dir, identity, format.name()) {
+        return Ok(None);
+    }
+    let keep = Keep::open(dir, identity, format.name())?;
+    Ok(keep.session().map(|session| (session, keep.awaited().is_some())))
+}
+
+/// The same, of an image that others read. Who has it open and does not write has redone what there
+/// was.
+pub(super) fn look_among_others(
+    dir: &Path,
+    file: &HostFile,
+    format: ImageFormat,
+) -> Result<Option<(u128, bool)>> {
+    match look(dir, file, format) {
+        Err(err) if err.kind() == ErrorKind::Busy => Ok(None),
+        found => found,
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::block::keep::tests::state_dir;
+    use crate::images::{self, CreateRequest, Image};
+    use crate::io::AlignedBuf;
+
+    /// The session of the guest whose daemon was killed.
+    pub const SESSION: u128 = 7;
+
+    /// The first byte of the disk.
+    pub fn first_byte(image: &Image) -> u8 {
+        let buf = AlignedBuf::zeroed(512, 512);
+        block_on(image.node.read(0, buf.buffers())).unwrap();
+        buf.to_vec()[0]
+    }
+
+    /// A qcow2 image whose guest has written 2 into its first sector and seen that completed, when the
+    /// daemon was killed.
+    pub fn killed(path: &Path, state: &Path) {
+        make(path, None);
+        let image = open(&OpenRequest {
+            state_dir: StateDir::Required(state.into()),
+            ..OpenRequest::write(path).format(Some(ImageFormat::Qcow2))
+        });
+        let image = image.unwrap();
+        image.node.driver().begin_session(SESSION).unwrap();
+        let buf = AlignedBuf::from_slice(&[2; 512], 512);
+        block_on(image.node.write(0, buf.buffers(), false)).unwrap();
+    }
+
+    /// A qcow2 image, on another if so.
+    pub fn make(path: &Path, below: Option<&Path>) {
+        let made = images::create(&CreateRequest {
+            path: path.into(),
+            format: ImageFormat::Qcow2,
+            size: Some(1 << 20),
+            options: Vec::new(),
+            backing: below.map(|below| below.to_str().unwrap().into()),
+            backing_format: below.map(|_| ImageFormat::Qcow2),
+            backing_unchecked: true,
+        });
+        made.unwrap();
+    }
+
+    #[test]
+    fn what_was_kept_of_a_base_is_redone_with_or_without_a_mark() {
+        for is_marked in [false, true] {
+            let (dir, state) = (tempfile::tempdir().unwrap(), state_dir());
+            let (base, over) = (dir.path().join("base"), dir.path().join("over"));
+            killed(&base, state.path());
+            make(&over, Some(&base));
+            let file = HostFile::open(&base, OpenOptions { write: true, ..Default::default() });
+            if is_marked {
+                frozen::mark(&file.unwrap(), &over);
+            }
+            let request = OpenRequest {
+                state_dir: StateDir::Required(state.path().into()),
+                ..OpenRequest::write(&over).format(Some(ImageFormat::Qcow2))
+            };
+            let image = open(&request).unwrap();
+            assert_eq!(first_byte(&image), 2, "marked: {is_marked}");
+            let keep = |image: &Image| image.node.driver().keep().unwrap().session();
+            assert_eq!(keep(&image), Some(SESSION));
+            drop(image);
+            if !is_marked {
+                // Its guest may yet come back to itself.
+                let image = open(&OpenRequest { path: base, ..request }).unwrap();
+                assert_eq!(keep(&image), Some(SESSION));
+                assert_eq!(image.node.driver().keep().unwrap().found(), None);
+            }
+        }
+    }
 }

@@ -18,8 +18,9 @@ use std::time::Duration;
 
 use crate::block::open_gate::MAX_DEPTH;
 use crate::block::{Graph, Node, Quiesced, graph};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
+use crate::images::kept::look_among_others;
 use crate::images::lock::lock_rights;
 use crate::images::open::protocol_name;
 use crate::images::{Access, Image, ImageFormat, StateDir, frozen};
@@ -339,6 +340,36 @@ impl Layers {
         self.reopen_for_writing(&self.layers[at].clone(), quiesced)
     }
 
+    /// Redoes what an earlier process has kept for an image that another comes to stand on: that shows
+    /// what the image's guest saw completed. Returns the session of that guest.
+    ///
+    /// # Errors
+    /// If the image cannot be opened for writing, or what was kept does not fit it.
+    pub fn settle(&mut self, node: &Node) -> Result<Option<u128>> {
+        let (_, node) = node.skip_filters();
+        let (StateDir::IfPossible(dir) | StateDir::Required(dir)) = &self.state_dir else {
+            return Ok(None);
+        };
+        let Some(image) = self.of(&node).map(|layer| layer.image.clone()) else { return Ok(None) };
+        let found = match node.driver().keep() {
+            Some(keep) if keep.is_recording() => None,
+            Some(keep) => keep.session().map(|session| (session, keep.awaited().is_some())),
+            None => look_among_others(dir, &image.file, image.format)?,
+        };
+        let Some((session, true)) = found else { return Ok(found.map(|(session, _)| session)) };
+        let graph = Arc::clone(&self.graph);
+        let quiesced = graph.quiesce(std::slice::from_ref(&node));
+        let redone = self.set_access(&node, Access::Write, &quiesced).and_then(|()| {
+            let redone = block_on(node.driver().resume(Some(session)));
+            self.set_access(&node, image.access, &quiesced)?;
+            redone
+        });
+        graph.resume(quiesced);
+        redone
+            .context(|| format!("{}: redoing what an earlier process kept of it", image.name()))?;
+        Ok(Some(session))
+    }
+
     /// All nodes on a file (a format and its protocol) share its rights.
     fn note_access(&mut self, file: &Arc<HostFile>, access: Access, quiesced: &Quiesced) {
         for layer in self.layers.iter_mut().filter(|l| Arc::ptr_eq(&l.image.file, file)) {
@@ -426,6 +457,7 @@ impl Layers {
                     },
                     allow_dirs: self.allow_dirs.clone(),
                     state_dir: self.state_dir.clone(),
+                    settled: None,
                 };
                 blockdev::open_driver(new, &request)?
             };
@@ -510,6 +542,7 @@ mod tests {
                 backing: BackingChoice::AsNamed,
                 allow_dirs: Vec::new(),
                 state_dir: StateDir::None,
+                settled: None,
             }
         }
 
@@ -698,5 +731,40 @@ mod tests {
         let all = crate::units::ByteRange { offset: 0, len: 1 << 20 };
         block_on(node.discard(all)).unwrap();
         assert_eq!(first_byte(&node), 1);
+    }
+
+    /// As `--blockdev` for each has it.
+    #[test]
+    fn what_was_kept_of_a_node_is_redone_before_another_stands_on_it() {
+        use crate::images::kept::tests::{SESSION, first_byte, killed, make};
+        for access in [Access::Read, Access::Write] {
+            let state = crate::block::keep::tests::state_dir();
+            let mut bench = Bench::new();
+            let state_dir = StateDir::Required(state.path().into());
+            bench.layers = Layers::new(Graph::new(), Vec::new(), state_dir.clone());
+            killed(&bench.path("killed"), state.path());
+            make(&bench.path("over"), Some(&bench.path("killed")));
+            let mut add = |name: &str, access, backing, settled| {
+                let protocol = blockdev::open_protocol(&bench.protocol(name, access)).unwrap();
+                let format = bench.format(name, ImageFormat::Qcow2, access);
+                let state_dir = state_dir.clone();
+                let request = FormatRequest { backing, state_dir, settled, ..format };
+                let image = blockdev::open_format(&protocol, &request).unwrap();
+                let below = bench.layers.add_protocol(protocol, true).unwrap();
+                bench.layers.add_format(image.clone(), Some(below), true).unwrap();
+                let settled = bench.layers.settle(&image.node).unwrap();
+                (bench.layers.of(&image.node).unwrap().image.clone(), settled)
+            };
+            let (base, settled) = add("killed", access, BackingChoice::Nothing, None);
+            assert_eq!((base.access, settled), (access, Some(SESSION)));
+            let backing = BackingChoice::Image(Box::new(base));
+            let (over, _) = add("over", Access::Write, backing, settled);
+            assert_eq!(first_byte(&over), 2);
+            assert_eq!(over.node.driver().keep().unwrap().session(), Some(SESSION));
+            // Nothing is left that would be redone over what is written from now on.
+            assert_eq!(bench.layers.settle(&over.node.backing().unwrap()).unwrap(), Some(SESSION));
+            drop(over);
+            bench.layers.close_all().unwrap();
+        }
     }
 }

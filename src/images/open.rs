@@ -188,7 +188,7 @@ pub struct Opening<'a> {
     /// Whether discards are ignored.
     pub(super) keeps_space: bool,
     /// The session whose records were redone below this image.
-    settled: Option<u128>,
+    pub(super) settled: Option<u128>,
     /// The file with the data, where that is another.
     pub(super) image_file: Option<Arc<HostFile>>,
     /// The image below, once it was opened.

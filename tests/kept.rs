@@ -1,0 +1,74 @@
+//! What an earlier process kept for its guest, and what is done with the disk before that is back: the
+//! guest must find every write that it saw completed, or nothing may have been done.
+
+mod common;
+
+use common::guest::sector;
+use common::{Host, Setup, ok};
+use vublk::frontend::Session;
+
+const DISK: u64 = 1 << 20;
+
+/// A daemon that was killed: its guest has seen a write completed that is in a keep and nowhere else.
+fn killed(format: &'static str) -> (Host, Session) {
+    let mut host = Host::with_base(DISK);
+    ok(host.dir.path(), &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"]);
+    host.backend = host.setup(format, "disk", &[]).start();
+    let mut guest = host.backend.qemu();
+    guest.write(0, 0, &sector(1)).unwrap();
+    host.backend.kill();
+    (host, guest)
+}
+
+/// The guest comes back, and finds what it has written.
+fn comes_back(host: &Host, guest: &mut Session) {
+    let back = guest.reconnect();
+    back.unwrap_or_else(|err| panic!("{err}\n{}", host.backend.log()));
+    assert!(guest.read(0, 0, 512).unwrap() == sector(1), "a completed write is lost");
+}
+
+/// In order; nothing is kept any more.
+fn ends(host: &mut Host, guest: &mut Session) {
+    guest.stop().unwrap();
+    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+    let left: Vec<_> = std::fs::read_dir(host.state.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_base_that_the_operator_names_is_as_its_guest_knows_it() {
+    for read_only in ["on", "off"] {
+        let (mut host, mut guest) = killed("qcow2");
+        ok(host.dir.path(), &["create", "-q", "-f", "qcow2", "-b", "disk", "-F", "qcow2", "over"]);
+        let path = |name: &str| host.path(name).to_str().unwrap().to_string();
+        let state = host.state.path().to_str().unwrap();
+        let base = format!("qcow2,node-name=b,file.driver=file,file.filename={}", path("disk"));
+        let base = format!("{base},read-only={read_only}");
+        let over = format!("qcow2,node-name=o,file.driver=file,file.filename={}", path("over"));
+        let over = format!("{over},backing=b");
+        let export = format!(
+            "vhost-user-blk,id=e0,node-name=o,addr.type=unix,addr.path={},writable=on",
+            guest.path.display()
+        );
+        let args = ["--blockdev", &base, "--blockdev", &over, "--export", &export];
+        let backend = Setup::new(&[&["--state-dir", state], &args[..]].concat()).many().start();
+        // The socket of before is in its directory.
+        let _before = std::mem::replace(&mut host.backend, backend);
+        comes_back(&host, &mut guest);
+        ends(&mut host, &mut guest);
+    }
+}
+
+/// A restart that is one too many loses nothing.
+#[test]
+fn what_is_kept_stays_until_the_guest_is_back() {
+    for format in ["add-cow", "qcow2"] {
+        let (mut host, mut guest) = killed(format);
+        host.backend.spawn();
+        drop(host.qmp());
+        assert!(host.backend.terminate().success());
+        host.backend.spawn();
+        comes_back(&host, &mut guest);
+        ends(&mut host, &mut guest);
+    }
+}
