@@ -205,6 +205,27 @@ fn layers_below_the_top_are_committed() {
     host.is_disk(&guest, "raw", "base");
 }
 
+/// What the base holds behind the end of a shorter layer was hidden by that layer, and stays hidden.
+#[test]
+fn a_layer_shorter_than_its_base_is_committed() {
+    const SHORT: u64 = (1 << 20) + SECTOR;
+    let mut host = Host::with_base(DISK);
+    let dir = host.dir.path();
+    let (short, long) = (SHORT.to_string(), DISK.to_string());
+    ok(dir, &["create", "-q", "-f", "add-cow", "-b", "base", "-F", "raw", "mid", &short]);
+    ok(dir, &["create", "-q", "-f", "add-cow", "-b", "mid", "-F", "add-cow", "disk", &long]);
+    host.backend = host.setup("add-cow", "disk", &[]).start();
+    let mut guest = host.backend.open(SessionOptions::new(Personality::Qemu));
+    let mut qmp = host.qmp();
+    let behind = (DISK - SHORT) as usize;
+    let start = guest.read(0, 0, SHORT as u32).unwrap();
+    assert!(guest.read(0, SHORT, behind as u32).unwrap() == vec![0; behind]);
+    let (top, base) = (host.path("mid"), host.path("base"));
+    run(&mut qmp, "block-commit", json!({"device": "disk", "top": top, "base": base}));
+    assert!(guest.read(0, SHORT, behind as u32).unwrap() == vec![0; behind]);
+    assert!(guest.read(0, 0, SHORT as u32).unwrap() == start);
+}
+
 #[test]
 fn a_layer_is_streamed_down_to_a_base() {
     let (mut host, mut qmp, mut guest) = tall("a_layer_is_streamed_down_to_a_base");

@@ -59,6 +59,8 @@ struct Commit {
     root: Root,
     on_error: OnError,
     backing_file: Option<String>,
+    /// How much of the base is seen once the layers above it are gone, in bytes.
+    seen: u64,
     /// What the base was opened for before.
     base_access: Access,
     /// In front of the top, as long as it is there; `None` for a layer below the top.
@@ -113,9 +115,12 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
         layers.collect();
         return Err(err);
     }
+    // Behind the end of the top its overlays read zeros, and must go on to.
+    let seen = overlays.iter().map(Node::size).max().unwrap_or(0).min(base.size());
+    let seen = seen.max(top.size());
     let intercept = Mutex::new(intercept);
     let spec = Spec { roots: vec![root.clone()], holds, ..spec };
-    let body = Commit { top, base, root, on_error, backing_file, base_access, intercept };
+    let body = Commit { top, base, root, on_error, backing_file, seen, base_access, intercept };
     jobs.start(spec, body)
 }
 
@@ -144,8 +149,8 @@ impl Commit {
     async fn run_below(&self, context: &Context) -> Result<()> {
         let copy = CopyDown::new(&self.top, &self.base);
         let pace = Pace::new(context, self.on_error);
-        context.set_total(self.top.size());
-        pace.copy(&copy, ByteRange { offset: 0, len: self.top.size() }).await?;
+        context.set_total(self.seen);
+        pace.copy(&copy, ByteRange { offset: 0, len: self.seen }).await?;
         pace.copy_left_out(&copy).await?;
         let _turn = context.turn().await;
         self.base.flush().await

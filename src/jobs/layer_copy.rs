@@ -118,7 +118,8 @@ pub struct CopyDown<'a> {
 
 impl<'a> CopyDown<'a> {
     /// From `top`, which stands on `base` (with others between, perhaps), which is writable and at
-    /// least as large. Nobody else writes to the base.
+    /// least as large. Nobody else writes to the base. Behind the end of the top there are zeros to
+    /// be copied.
     pub fn new(top: &Node, base: &Node) -> CopyDown<'a> {
         let align = top.limits().request_alignment.max(base.limits().request_alignment);
         CopyDown { top: top.clone(), base: base.clone(), align, mirror: None }
@@ -154,7 +155,7 @@ impl<'a> CopyDown<'a> {
                 return Ok(Step { done: end - range.offset, copied: 0 });
             }
         }
-        let end = align_up(run.end(), self.align).unwrap_or(run.end()).min(self.top.size());
+        let end = align_up(run.end(), self.align).unwrap_or(run.end()).min(self.base.size());
         let whole = ByteRange::between(align_down(run.offset, self.align), end);
         if held == Held::Zero && whole == run {
             let zeroed = self.base.write_zeroes(run, true).await;
@@ -280,11 +281,12 @@ impl Copier for FillUp<'_> {
     }
 }
 
-/// Copies a run of what one node reads as to another, whoever holds it.
+/// Copies a run of what one node reads as to another, whoever holds it. Behind its end that is zeros.
 async fn copy(from: &Node, to: &Node, range: ByteRange) -> Result<(), (Operation, Error)> {
     let memory = from.limits().memory_alignment.max(to.limits().memory_alignment).max(4096);
     let buf = AlignedBuf::zeroed(range.len as usize, memory);
-    let read = from.read(range.offset, buf.buffers()).await;
+    let inside = from.size().saturating_sub(range.offset).min(range.len);
+    let read = from.read(range.offset, buf.buffers().slice(0, inside)).await;
     read.context(|| format!("reading {range} of {}", from.name()))
         .map_err(|err| (Operation::Read, err))?;
     let written = to.write(range.offset, buf.buffers(), false).await;
