@@ -9,7 +9,8 @@ mod common;
 use common::{Qmp, wait_until};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, Session, SessionOptions};
-use vublk::images::{self, CreateRequest, ImageFormat};
+use vublk::images::{self, CreateRequest, ImageFormat, frozen};
+use vublk::io::{HostFile, OpenOptions};
 
 const DISK: u64 = 1 << 20;
 
@@ -747,6 +748,51 @@ fn what_is_frozen_is_not_served_for_writing() {
     let mut qmp = Qmp::connect(&dir.path().join("qmp.sock"));
     qmp.ok("quit", json!({}));
     drop(again);
+}
+
+/// An image that another disk goes on above of does not become an overlay, and a snapshot that is
+/// undone leaves the marks of its overlay as they were.
+#[test]
+fn marks_of_an_overlay_are_respected() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name);
+    for name in ["b", "c"] {
+        let create = ["create", "-q", "-f", "qcow2", name, &DISK.to_string()];
+        common::ok(daemon.dir.path(), &create);
+    }
+    let options = OpenOptions { write: true, ..OpenOptions::default() };
+    let b = HostFile::open(&path("b"), options).unwrap();
+    frozen::mark(&b, &path("c"));
+    let content = std::fs::read(path("b")).unwrap();
+    qmp.ok(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "b", "backing": null,
+               "file": {"driver": "file", "filename": path("b")}}),
+    );
+    let snapshot = json!({"node": "d0", "overlay": "b"});
+    let undone = json!({"actions": [{"type": "blockdev-snapshot", "data": snapshot},
+                                    {"type": "abort", "data": {}}]});
+    let onto_file = json!({"device": "e0", "snapshot-file": path("b")});
+    for (command, arguments) in [
+        ("blockdev-snapshot", snapshot.clone()),
+        ("transaction", undone.clone()),
+        ("blockdev-snapshot-sync", onto_file),
+    ] {
+        let err = qmp.fails(command, arguments);
+        assert!(err.contains("the disk goes on in"), "{command}: {err}");
+        assert_eq!(frozen::overlay_of(&b), Some(path("c")), "{command}");
+    }
+    assert_eq!(std::fs::read(path("b")).unwrap(), content);
+    // One that its disk has left may be used again.
+    frozen::clear(&b);
+    frozen::mark_moved(&b, &path("c"));
+    let err = qmp.fails("transaction", undone);
+    assert!(err.contains("abort") || err.contains("Abort"), "{err}");
+    assert_eq!(frozen::moved_to(&b), Some(path("c")));
+    qmp.ok("blockdev-snapshot", snapshot);
+    assert_eq!(frozen::moved_to(&b), None);
+    daemon.quit(&mut qmp);
 }
 
 #[test]

@@ -40,7 +40,7 @@ use crate::control::{Daemon, QmpError};
 use crate::error::{Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
-use crate::io::block_on;
+use crate::io::{HostFile, block_on};
 
 /// Something that happens at the barrier of a transaction. Made by what prepares it; dropping it
 /// before `commit` undoes the preparation.
@@ -146,6 +146,10 @@ pub struct Snapshot {
     graph: Arc<Graph>,
     /// What was made for it.
     created: Created,
+    /// The overlay's file.
+    overlay_file: Arc<HostFile>,
+    /// Where a disk went that has left the overlay earlier, as a mark on it says.
+    overlay_moved: Option<PathBuf>,
     /// Whether the node got its mark from us.
     marked: Option<Image>,
     is_done: bool,
@@ -233,8 +237,8 @@ impl Snapshot {
             node.hold(name, Rights::GRAPH, Rights::ALL)?,
             overlay.hold(name, Rights::GRAPH, Rights::ALL.and(Rights::GRAPH))?,
         ];
-        // It may have been left by another disk earlier.
-        frozen::clear(&overlay_image.file);
+        // Its content belongs to the disk that goes on above it.
+        frozen::check_not_frozen(&overlay_image.file)?;
         let marked = frozen::overlay_of(&image.file).is_none().then(|| image.clone());
         if marked.is_some() {
             frozen::mark(&image.file, overlay_image.file.path());
@@ -247,6 +251,8 @@ impl Snapshot {
             node,
             overlay,
             created: Created::default(),
+            overlay_moved: frozen::moved_to(&overlay_image.file),
+            overlay_file: overlay_image.file,
             marked,
             is_done: false,
             is_named: false,
@@ -286,6 +292,8 @@ impl Action for Snapshot {
         let moved = frozen.and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced));
         match moved {
             Ok(()) => {
+                // A disk is in it again.
+                frozen::clear_moved(&self.overlay_file);
                 if self.access == Access::Write {
                     self.overlay.owe_flush_of(self.node.clone());
                 }
@@ -325,6 +333,9 @@ impl Action for Snapshot {
 
 impl Snapshot {
     fn restore(&self, disks: &mut Disks, quiesced: &Quiesced) {
+        if let Some(target) = &self.overlay_moved {
+            frozen::mark_moved(&self.overlay_file, target);
+        }
         let access = disks.layers.set_access(&self.node, self.access, quiesced);
         let backing = self.overlay.set_backing(self.overlay_backing.clone(), quiesced);
         for err in [access.err(), backing.err()].into_iter().flatten() {
@@ -451,11 +462,16 @@ fn create_file(
 ) -> QmpResult<()> {
     let path = &request.file;
     let is_new = std::fs::symlink_metadata(path).is_err();
-    if !is_new && is_used_by(path, below)? {
-        return Err(QmpError::generic(format!(
-            "{}: an image cannot be its own backing file",
-            path.display()
-        )));
+    if !is_new {
+        let old = HostFile::open(path, crate::io::OpenOptions::default())?;
+        if old.identity()? == below.file.identity()? {
+            return Err(QmpError::generic(format!(
+                "{}: an image cannot be its own backing file",
+                path.display()
+            )));
+        }
+        // Neither is it overwritten where a disk goes on above it.
+        frozen::check_not_frozen(&old)?;
     }
     if is_new {
         created.new.push(path.clone());
@@ -498,11 +514,6 @@ fn data_file(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".raw");
     name.into()
-}
-
-fn is_used_by(path: &Path, image: &Image) -> Result<bool> {
-    let file = crate::io::HostFile::open(path, crate::io::OpenOptions::default())?;
-    Ok(file.identity()? == image.file.identity()?)
 }
 
 /// Has a new file survive a power cut, its name included.

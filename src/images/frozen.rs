@@ -75,6 +75,11 @@ pub fn clear(file: &HostFile) {
     take(file, MOVED);
 }
 
+/// Takes away the mark that says where the disk has moved to; durable on return.
+pub fn clear_moved(file: &HostFile) {
+    take(file, MOVED);
+}
+
 fn take(file: &HostFile, attribute: &str) {
     let removed = match rustix::fs::fremovexattr(file.as_fd(), attribute) {
         Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
@@ -166,25 +171,8 @@ fn is_gone(path: &Path) -> bool {
 /// # Errors
 /// Kind [`Busy`](ErrorKind::Busy), with the image to serve instead.
 pub fn check(file: &HostFile) -> Result<()> {
+    check_not_frozen(file)?;
     let name = file.name();
-    if let Some(overlay) = overlay_of(file) {
-        let shown = overlay.display();
-        if !is_gone(&overlay) {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!(
-                    "{name}: a snapshot was taken of this disk while it was served, and the disk \
-                     goes on in {shown}; serve that one (writing here would destroy it). To go back \
-                     to the snapshot and give up what was written since, remove {shown} first"
-                ),
-            ));
-        }
-        tracing::warn!(
-            "{name}: the overlay {shown} that a snapshot had put on it is gone; the disk is as it \
-             was at the snapshot"
-        );
-        clear(file);
-    }
     if let Some(target) = moved_to(file) {
         let shown = target.display();
         if !is_gone(&target) {
@@ -197,8 +185,31 @@ pub fn check(file: &HostFile) -> Result<()> {
             ));
         }
         tracing::warn!("{name}: the image {shown} that the disk had moved to is gone");
-        clear(file);
+        take(file, MOVED);
     }
+    Ok(())
+}
+
+/// The same, but for an image that its disk has left: what it holds may be given up.
+pub fn check_not_frozen(file: &HostFile) -> Result<()> {
+    let name = file.name();
+    let Some(overlay) = overlay_of(file) else { return Ok(()) };
+    let shown = overlay.display();
+    if !is_gone(&overlay) {
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "{name}: a snapshot was taken of this disk while it was served, and the disk goes on \
+                 in {shown}; serve that one (writing here would destroy it). To go back to the \
+                 snapshot and give up what was written since, remove {shown} first"
+            ),
+        ));
+    }
+    tracing::warn!(
+        "{name}: the overlay {shown} that a snapshot had put on it is gone; the disk is as it was \
+         at the snapshot"
+    );
+    take(file, ATTRIBUTE);
     Ok(())
 }
 
