@@ -50,7 +50,7 @@ use crate::filters::write_log::batch::Pending;
 use crate::filters::write_log::copies::MAX_DATA;
 use crate::filters::write_log::recorder::Recorder;
 use crate::io::{Buffers, Fut};
-use crate::units::{ByteRange, align_down, align_up};
+use crate::units::ByteRange;
 use crate::write_log::layout::{Flags, RawEntry};
 
 use open::Closed;
@@ -179,31 +179,14 @@ impl WriteLog {
         self.append(self.without_data(header, sectors, submitted)).await.map(|_| ())
     }
 
+    /// A replay makes zeros of a discard. What is below might leave old data, at the edges of its units
+    /// or everywhere, or show its backing: so it is told to make zeros, in the way that frees space.
     async fn discard_and_log(&self, range: ByteRange) -> Result<()> {
         let submitted = self.recorder.tail().event();
         let _place = self.enter(range).await;
-        self.below.discard(range).await?;
-        self.zero_the_edges(range).await?;
+        self.below.write_zeroes(range, true).await?;
         let header = self.recorder.header(Flags::DISCARD, range, 0);
         self.append(self.without_data(header, 0, submitted)).await.map(|_| ())
-    }
-
-    /// A replay makes zeros of a discard. What is below frees whole units only, and may leave old
-    /// data at the edges; with zeros there the disk is what a replay makes of it.
-    async fn zero_the_edges(&self, range: ByteRange) -> Result<()> {
-        let unit = self.below.limits().discard_granularity;
-        if !unit.is_power_of_two() {
-            return Ok(());
-        }
-        let start = align_up(range.offset, unit).unwrap_or(u64::MAX).min(range.end());
-        let end = align_down(range.end(), unit).max(start);
-        for edge in [ByteRange::between(range.offset, start), ByteRange::between(end, range.end())]
-        {
-            if !edge.is_empty() {
-                self.below.write_zeroes(edge, true).await?;
-            }
-        }
-        Ok(())
     }
 
     async fn flush_and_log(&self) -> Result<()> {

@@ -8,8 +8,10 @@ use std::task::{Context, Poll, Waker};
 
 use super::*;
 use crate::ErrorKind;
+use crate::block::{FormatDriver, Node, NodeOptions};
 use crate::crash::enumerate::Reach;
 use crate::crash::simulated::Simulation;
+use crate::formats::addcow::{self, AddCow, Backing, Header};
 use crate::formats::raw::Raw;
 use crate::io::sim::{Fault, Rng, Sim, SimFile, SimOp, SimTask};
 use crate::io::{AlignedBuf, block_on};
@@ -147,6 +149,38 @@ fn each_kind_of_request_is_logged_as_the_format_has_it() {
     assert_eq!(bed.words(), expected);
     assert_eq!(replay(&bed.log.volatile(), 99), bed.disk.volatile());
     assert_eq!(bed.log.durable(), bed.log.volatile());
+}
+
+/// A discard on an overlay shows what is below again, and a replay knows of nothing below.
+#[test]
+fn a_discard_leaves_zeros_on_an_overlay_as_well() {
+    let bed = Bed::new();
+    let base = Raw::open(Arc::new(SimFile::from_bytes("base", vec![7; SIZE as usize])), true);
+    let file = SimFile::new("x.add-cow");
+    let header = Header { backing: Some("base".into()), image: "disk".into() };
+    let options = addcow::OpenOptions {
+        read_only: false,
+        image: Arc::new(bed.disk.clone()),
+        backing: Backing::Node(Node::new(Arc::new(base.unwrap()), NodeOptions::default())),
+        backing_format: None,
+        keep: None,
+    };
+    let filter = Sim::new(0).block_on(async {
+        addcow::create::create(&file, &header, SIZE).await.unwrap();
+        let overlay = AddCow::open(Arc::new(file.clone()), options).await.unwrap();
+        let below: Arc<dyn Driver> = Arc::new(FormatDriver::new(overlay));
+        let subject = Subject { below, is_raw: false, ..bed.subject() };
+        let (log, sidecar) = (Arc::new(bed.log.clone()), Arc::new(bed.sidecar.clone()));
+        open(subject, log, sidecar, Settings::default()).await.unwrap().0
+    });
+    let buf = AlignedBuf::zeroed(SIZE as usize, 512);
+    block_on(async {
+        filter.discard(sectors(5, 90)).await.unwrap();
+        filter.read(0, buf.buffers()).await.unwrap();
+    });
+    let mut expected = vec![7; SIZE as usize];
+    expected[5 * 512..95 * 512].fill(0);
+    assert!(buf.to_vec() == expected);
 }
 
 #[test]
