@@ -414,9 +414,16 @@ impl Graph {
             Parent::Root(root) => root.replace_node(to.clone(), quiesced).map(drop),
             Parent::Node(node, "backing") => node.set_backing(Some(to.clone()), quiesced),
             Parent::Node(node, _) if node.driver().is_filter() => {
+                let before = node.backing();
                 node.set_backing(Some(to.clone()), quiesced)?;
-                let roots = self.roots_on(node);
-                roots.iter().try_for_each(|root| root.renew_session(quiesced))
+                let renew =
+                    || self.roots_on(node).iter().try_for_each(|r| r.renew_session(quiesced));
+                if let Err(err) = renew() {
+                    node.set_backing(before, quiesced)?;
+                    renew()?;
+                    return Err(err);
+                }
+                Ok(())
             }
             Parent::Node(node, role) => Err(Error::unsupported(format!(
                 "the {role} of node '{}' cannot be replaced",
@@ -504,6 +511,7 @@ mod tests {
         backing: Mutex<Option<Node>>,
         session: Mutex<Option<u128>>,
         has_no_sessions: bool,
+        is_filter: bool,
         /// How often it was asked for its children.
         asked: std::sync::atomic::AtomicUsize,
     }
@@ -542,7 +550,11 @@ mod tests {
         }
         fn children(&self) -> Vec<(&'static str, Node)> {
             self.asked.fetch_add(1, Ordering::Relaxed);
-            self.backing.lock().unwrap().iter().map(|node| ("backing", node.clone())).collect()
+            let role = if self.is_filter { "file" } else { "backing" };
+            self.backing.lock().unwrap().iter().map(|node| (role, node.clone())).collect()
+        }
+        fn is_filter(&self) -> bool {
+            self.is_filter
         }
         fn set_backing(&self, backing: Option<Node>, _: &Quiesced) -> Result<()> {
             *self.backing.lock().unwrap() = backing;
@@ -551,6 +563,10 @@ mod tests {
         fn begin_session(&self, nonce: u128) -> Result<()> {
             if self.has_no_sessions {
                 return Err(Error::unsupported("no sessions here"));
+            }
+            if self.is_filter {
+                let below = self.backing.lock().unwrap().clone();
+                return below.map_or(Ok(()), |below| below.driver().begin_session(nonce));
             }
             *self.session.lock().unwrap() = Some(nonce);
             Ok(())
@@ -688,6 +704,50 @@ mod tests {
         let pause = graph.resume(quiesced);
         assert_eq!((graph.pauses().count, graph.pauses().last), (1, pause));
         assert_eq!(graph.pauses().permille(990), pause);
+    }
+
+    /// A front-end comes while the graph changes; its session is begun by another thread.
+    #[test]
+    fn a_session_that_just_begins_moves_too() {
+        use std::sync::mpsc::sync_channel;
+        let (_graph, root, ..) = sample();
+        let driver = Arc::new(Dummy::default());
+        let overlay = node_of(driver.clone(), "overlay");
+        let (begins, begun) = sync_channel(1);
+        let (moves, moved) = sync_channel(1);
+        std::thread::scope(|scope| {
+            let mover = root.clone();
+            scope.spawn(move || {
+                begun.recv().unwrap();
+                mover.replace_node(overlay, &mover.quiesce()).unwrap();
+                let _ = moves.send(());
+            });
+            let between = move |_| {
+                let _ = begins.try_send(());
+                // The root is moved before the session is known to it, or waits for that.
+                let _ = moved.recv_timeout(Duration::from_millis(100));
+            };
+            root.begin_session(7, between).unwrap();
+        });
+        assert_eq!((root.node().name(), root.session()), ("overlay", Some(7)));
+        assert_eq!(*driver.session.lock().unwrap(), Some(7));
+    }
+
+    /// The same with a filter in between, whose place changes and not the root's.
+    #[test]
+    fn a_filter_whose_session_cannot_move_stays() {
+        let (graph, _root, top, _base) = sample();
+        let filter = node_of(Arc::new(Dummy { is_filter: true, ..Dummy::default() }), "filter");
+        graph.add(filter.clone(), None, true).unwrap();
+        let root = Root::new("export 'e1'", filter.clone());
+        graph.add_root(&root).unwrap();
+        let deaf = Arc::new(Dummy { has_no_sessions: true, ..Dummy::default() });
+        let overlay = node_of(deaf, "overlay");
+        let quiesced = graph.quiesce(&[filter.clone()]);
+        filter.set_backing(Some(top.clone()), &quiesced).unwrap();
+        root.begin_session(1, |_| {}).unwrap();
+        message(graph.replace(&top, &overlay, &quiesced));
+        assert!(filter.backing().unwrap().is_same(&top));
     }
 
     #[test]

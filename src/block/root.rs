@@ -37,7 +37,8 @@ struct RootInner {
     /// Replaced only while the gate is closed.
     node: RwLock<Node>,
     gate: Gate,
-    /// The guest's session that runs, if what it writes must outlive this process.
+    /// The guest's session that runs, if what it writes must outlive this process. Locked while one
+    /// begins or goes on elsewhere, so that the node is the one it runs on.
     session: Mutex<Option<Session>>,
 }
 
@@ -101,7 +102,9 @@ impl Root {
     /// # Errors
     /// If the new driver cannot keep a session. Then the root stays where it is.
     pub fn replace_node(&self, node: Node, _quiesced: &Quiesced) -> Result<Node> {
-        if let Some(session) = &*self.inner.session.lock().unwrap() {
+        // Until the node is another: a session that begins meanwhile would begin on the old one.
+        let session = self.inner.session.lock().unwrap();
+        if let Some(session) = &*session {
             session.begin(&*node.driver())?;
         }
         Ok(std::mem::replace(&mut *self.inner.node.write().unwrap(), node))
@@ -136,8 +139,10 @@ impl Root {
         note_kept: impl Fn(bool) + Send + 'static,
     ) -> Result<()> {
         let session = Session { nonce, note_kept: Box::new(note_kept) };
+        // Whoever changes the graph finds it either known here, or not begun anywhere.
+        let mut known = self.inner.session.lock().unwrap();
         session.begin(&*self.node().driver())?;
-        *self.inner.session.lock().unwrap() = Some(session);
+        *known = Some(session);
         Ok(())
     }
 
