@@ -295,6 +295,12 @@ impl Node {
         self.inner.owes_flush.store(true, Ordering::Release);
     }
 
+    /// Takes [`Node::owe_flush_of`] back: nobody came to stand here after all.
+    pub fn owe_nothing(&self) {
+        *self.inner.owed.lock().unwrap() = None;
+        self.inner.owes_flush.store(false, Ordering::Release);
+    }
+
     /// Whether a flush has to go through [`Node::flush`], not straight to the driver.
     #[inline]
     pub fn owes_flush(&self) -> bool {

@@ -249,8 +249,14 @@ pub fn move_roots(graph: &Graph, roots: &[Root], from: &Node, to: &Node) -> QmpR
     for (done, root) in roots.iter().enumerate() {
         if let Err(err) = root.replace_node(to.clone(), &quiesced) {
             for root in &roots[..done] {
-                // It was there a moment ago.
-                let _ = root.replace_node(from.clone(), &quiesced);
+                // It was there a moment ago, and its session still is.
+                if let Err(err) = root.replace_node(from.clone(), &quiesced) {
+                    tracing::error!(
+                        "{} cannot be put back on '{}': {err}",
+                        root.name(),
+                        from.name()
+                    );
+                }
             }
             result = Err(err.into());
             break;

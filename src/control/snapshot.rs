@@ -239,6 +239,12 @@ impl Snapshot {
         ];
         // Its content belongs to the disk that goes on above it.
         frozen::check_not_frozen(&overlay_image.file)?;
+        // Better told now than at the barrier. Nobody uses the overlay, so this closes no gate.
+        let overlay_backing = overlay.backing();
+        let quiesced = disks.graph().quiesce(std::slice::from_ref(&overlay));
+        put_on(disks.graph(), &overlay, &node, &quiesced)?;
+        overlay.set_backing(overlay_backing.clone(), &quiesced)?;
+        drop(quiesced);
         let marked = frozen::overlay_of(&image.file).is_none().then(|| image.clone());
         if marked.is_some() {
             frozen::mark(&image.file, overlay_image.file.path());
@@ -246,7 +252,7 @@ impl Snapshot {
         Ok(Snapshot {
             name,
             access: image.access,
-            overlay_backing: overlay.backing(),
+            overlay_backing,
             graph: Arc::clone(disks.graph()),
             node,
             overlay,
@@ -261,6 +267,19 @@ impl Snapshot {
     }
 }
 
+/// Has the overlay stand on the node, if it does not yet.
+fn put_on(graph: &Graph, overlay: &Node, node: &Node, quiesced: &Quiesced) -> QmpResult<()> {
+    if overlay.backing().is_some_and(|below| below.is_same(node)) {
+        return Ok(());
+    }
+    graph.set_backing(overlay, Some(node), quiesced).map_err(|err| match err.kind() {
+        crate::ErrorKind::Unsupported => {
+            QmpError::generic("The overlay does not support backing images")
+        }
+        _ => err.into(),
+    })
+}
+
 impl Action for Snapshot {
     fn name(&self) -> &'static str {
         self.name
@@ -273,30 +292,20 @@ impl Action for Snapshot {
     fn commit(&mut self, disks: &mut Disks, quiesced: &Quiesced) -> QmpResult<()> {
         // Once more: an action before this one may have made the chain longer somewhere else.
         disks.layers.check_chain(Some(&self.node), &disks.image_of(&self.overlay)?, &self.node)?;
-        if self.overlay.backing().is_none_or(|below| !below.is_same(&self.node)) {
-            disks.graph().set_backing(&self.overlay, Some(&self.node), quiesced).map_err(
-                |err| match err.kind() {
-                    crate::ErrorKind::Unsupported => {
-                        QmpError::generic("The overlay does not support backing images")
-                    }
-                    _ => err.into(),
-                },
-            )?;
-        }
+        put_on(&self.graph, &self.overlay, &self.node, quiesced)?;
         // What they keep from the disk is part of it.
-        for filter in self.graph.filters_on(&self.node) {
+        let prepared = self.graph.filters_on(&self.node).iter().try_for_each(|filter| {
             block_on(filter.driver().prepare_for_overlay())
-                .context(|| format!("filter '{}' before the snapshot", filter.name()))?;
-        }
-        let frozen = disks.layers.set_access(&self.node, Access::Read, quiesced);
-        let moved = frozen.and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced));
+                .context(|| format!("filter '{}' before the snapshot", filter.name()))
+        });
+        let moved = prepared
+            .and_then(|()| disks.layers.set_access(&self.node, Access::Read, quiesced))
+            .and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced));
         match moved {
             Ok(()) => {
                 // A disk is in it again.
                 frozen::clear_moved(&self.overlay_file);
-                if self.access == Access::Write {
-                    self.overlay.owe_flush_of(self.node.clone());
-                }
+                self.owe_flush();
                 self.is_done = true;
                 Ok(())
             }
@@ -308,11 +317,12 @@ impl Action for Snapshot {
     }
 
     fn undo(&mut self, disks: &mut Disks, quiesced: &Quiesced) {
-        if let Err(err) = self.graph.replace(&self.overlay, &self.node, quiesced) {
-            tracing::error!("a snapshot that failed is not undone in full: {err}");
+        self.is_done = false;
+        match self.graph.replace(&self.overlay, &self.node, quiesced) {
+            Ok(()) => self.overlay.owe_nothing(),
+            Err(err) => tracing::error!("a snapshot that failed is not undone in full: {err}"),
         }
         self.restore(disks, quiesced);
-        self.is_done = false;
     }
 
     fn clean(&mut self, disks: &mut Disks) {
@@ -332,7 +342,32 @@ impl Action for Snapshot {
 }
 
 impl Snapshot {
-    fn restore(&self, disks: &mut Disks, quiesced: &Quiesced) {
+    /// What was completed before the snapshot is still to be flushed.
+    fn owe_flush(&self) {
+        if self.access == Access::Write {
+            self.overlay.owe_flush_of(self.node.clone());
+        }
+    }
+
+    /// Nobody stands on the overlay any more: all is as it was. Where somebody could not be put back,
+    /// what he stands on stays, and is done.
+    fn restore(&mut self, disks: &mut Disks, quiesced: &Quiesced) {
+        if let Some(user) = self.graph.parents(&self.overlay).first() {
+            tracing::error!(
+                "node '{}' stays below its overlay '{}', which {user} could not leave; commit the \
+                 overlay to undo the snapshot",
+                self.node.name(),
+                self.overlay.name()
+            );
+            frozen::clear_moved(&self.overlay_file);
+            self.owe_flush();
+            self.is_done = true;
+            self.created.keep();
+            if self.is_named {
+                self.graph.set_explicit(&self.overlay, true);
+            }
+            return;
+        }
         if let Some(target) = &self.overlay_moved {
             frozen::mark_moved(&self.overlay_file, target);
         }
@@ -522,4 +557,165 @@ fn sync_with_directory(path: &Path) -> Result<()> {
     std::fs::File::open(path).and_then(|file| file.sync_all()).context(what)?;
     let directory = crate::block::open_gate::directory_of(path);
     std::fs::File::open(directory).and_then(|dir| dir.sync_all()).context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{BlockStatus, Driver, Limits, Root};
+    use crate::control::disks::WorkerOptions;
+    use crate::error::Error;
+    use crate::images::{Layers, OpenRequest, StateDir};
+    use crate::io::{AlignedBuf, Buffers, EngineKind, Fut};
+    use crate::units::ByteRange;
+
+    const SIZE: u64 = 1 << 20;
+
+    /// A daemon with the disk `base` (qcow2), and the root of somebody whose guest's session runs.
+    struct Bench {
+        dir: tempfile::TempDir,
+        disks: Disks,
+        base: Node,
+        root: Root,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let workers = WorkerOptions { engine: EngineKind::Threads, threads: None, poll_us: 0 };
+            let layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
+            let dir = tempfile::tempdir().unwrap();
+            let mut disks = Disks::new(layers, workers);
+            let base = add(&mut disks, dir.path(), "base", ImageFormat::Qcow2);
+            let root = Root::new("export 'e0'", base.clone());
+            root.begin_session(7, |_| {}).unwrap();
+            disks.graph().add_root(&root).unwrap();
+            Bench { dir, disks, base, root }
+        }
+
+        /// A snapshot into `overlay`, which is made for it; it is committed.
+        fn snapshot(&mut self) -> (Box<dyn Action>, Quiesced) {
+            let request = OverlayRequest {
+                device: None,
+                node_name: Some("base".into()),
+                file: self.dir.path().join("overlay"),
+                snapshot_node_name: Some("overlay".into()),
+                format: ImageFormat::Qcow2,
+                exists: false,
+            };
+            let mut action = Snapshot::of_file(&mut self.disks, &request).unwrap();
+            write(&self.base, 1);
+            let quiesced = self.disks.graph().quiesce(&action.nodes());
+            action.commit(&mut self.disks, &quiesced).unwrap();
+            assert_eq!(self.root.node().name(), "overlay");
+            (action, quiesced)
+        }
+    }
+
+    fn add(disks: &mut Disks, dir: &Path, name: &str, format: ImageFormat) -> Node {
+        images::create(&CreateRequest {
+            path: dir.join(name),
+            format,
+            size: Some(SIZE),
+            options: Vec::new(),
+            backing: None,
+            backing_format: None,
+            backing_unchecked: false,
+        })
+        .unwrap();
+        let request = OpenRequest::write(dir.join(name)).format(Some(format));
+        let image = images::open(&OpenRequest { node_name: name.into(), ..request }).unwrap();
+        disks.layers.add_format(image, None, true).unwrap()
+    }
+
+    fn write(node: &Node, value: u8) {
+        let memory = AlignedBuf::from_slice(&[value; 512], 512);
+        block_on(node.write(0, memory.buffers(), false)).unwrap();
+    }
+
+    fn first_byte(node: &Node) -> u8 {
+        let memory = AlignedBuf::zeroed(512, 512);
+        block_on(node.read(0, memory.buffers())).unwrap();
+        memory.to_vec()[0]
+    }
+
+    /// The guest writes until the barrier, so something is left to flush there.
+    #[test]
+    fn a_snapshot_under_a_guest_that_writes_is_undone() {
+        let mut bench = Bench::new();
+        let (mut action, quiesced) = bench.snapshot();
+        let overlay = bench.root.node();
+        action.undo(&mut bench.disks, &quiesced);
+        assert!(bench.root.node().is_same(&bench.base));
+        assert!(!overlay.owes_flush());
+        drop((overlay, quiesced));
+        abandon(&mut bench.disks, vec![action]);
+        assert!(!bench.dir.path().join("overlay").exists());
+        write(&bench.base, 2);
+        assert_eq!(first_byte(&bench.base), 2);
+    }
+
+    #[test]
+    fn an_overlay_that_its_guest_cannot_leave_stays_whole() {
+        let mut bench = Bench::new();
+        let (mut action, quiesced) = bench.snapshot();
+        let old = bench.base.replace_driver(Arc::new(Stubborn(bench.base.driver())), &quiesced);
+        action.undo(&mut bench.disks, &quiesced);
+        bench.base.replace_driver(old, &quiesced);
+        drop(quiesced);
+        abandon(&mut bench.disks, vec![action]);
+        let overlay = bench.root.node();
+        assert_eq!(overlay.name(), "overlay");
+        assert!(bench.dir.path().join("overlay").exists());
+        assert!(overlay.backing().is_some_and(|below| below.is_same(&bench.base)));
+        assert_eq!(first_byte(&overlay), 1);
+        block_on(overlay.flush()).unwrap();
+        assert!(!overlay.owes_flush());
+    }
+
+    #[test]
+    fn an_overlay_that_can_stand_on_nothing_is_refused_before_the_barrier() {
+        let mut bench = Bench::new();
+        let raw = add(&mut bench.disks, bench.dir.path(), "raw", ImageFormat::Raw);
+        let refused = Snapshot::of_node(&mut bench.disks, "base", "raw").map(drop).unwrap_err();
+        assert_eq!(refused.to_string(), "The overlay does not support backing images");
+        assert!(raw.backing().is_none());
+        let overlay = add(&mut bench.disks, bench.dir.path(), "other", ImageFormat::Qcow2);
+        let action = Snapshot::of_node(&mut bench.disks, "base", "other").unwrap();
+        assert!(overlay.backing().is_none());
+        drop(action);
+    }
+
+    /// A driver that no session goes to.
+    #[derive(Debug)]
+    struct Stubborn(Arc<dyn Driver>);
+
+    impl Driver for Stubborn {
+        fn name(&self) -> &'static str {
+            "stubborn"
+        }
+        fn limits(&self) -> Limits {
+            self.0.limits()
+        }
+        fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
+            self.0.read(offset, buf)
+        }
+        fn write<'a>(&'a self, offset: u64, buf: Buffers, fua: bool) -> Fut<'a, ()> {
+            self.0.write(offset, buf, fua)
+        }
+        fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
+            self.0.write_zeroes(range, may_unmap)
+        }
+        fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+            self.0.discard(range)
+        }
+        fn flush<'a>(&'a self) -> Fut<'a, ()> {
+            self.0.flush()
+        }
+        fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
+            self.0.block_status(range)
+        }
+        fn begin_session(&self, _: u128) -> Result<()> {
+            Err(Error::unsupported("no session comes here"))
+        }
+    }
 }
