@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use vublk::frontend::{Layout, Personality, Request, SessionOptions};
 use vublk::units::ByteRange;
+use vublk::write_log::sidecar::Record;
 use vublk::write_log::{Flags, LogBuilder};
 
 mod common;
@@ -461,7 +462,7 @@ fn kinds(dir: &Path, log: &str) -> Vec<String> {
 
 #[test]
 fn a_recorded_log_is_sound_and_replays_to_the_image() {
-    for options in [&[][..], &["--log-sector-size", "4096", "--block-size", "4096"]] {
+    for options in [&[][..], &["--log-sector-size", "4K", "--block-size", "4096"]] {
         let dir = recorded(options);
         let d = dir.path();
         let kinds = kinds(d, "w.log");
@@ -479,6 +480,21 @@ fn a_recorded_log_is_sound_and_replays_to_the_image() {
         let stored =
             std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(d.join("w.log")).unwrap());
         assert!(stored * 512 < 65536, "{stored} blocks");
+        // A changed byte of a record, of an entry that is counted and of what comes behind it.
+        let sidecar = std::fs::read(d.join("w.log.sidecar")).unwrap();
+        let counted = verified["counted-entries"].as_u64().unwrap();
+        let mut damaged = sidecar.clone();
+        damaged[Record::position(2) as usize + 20] ^= 1;
+        damaged.resize(Record::position(counted + 1) as usize, 9);
+        std::fs::write(d.join("w.log.sidecar"), damaged).unwrap();
+        let text = ok_or(d, &["log", "verify", "w.log"], 2);
+        let torn = format!("entry 2: its record at byte {} of", Record::position(2));
+        assert!(text.starts_with(&torn), "{text}");
+        assert!(
+            text.contains(&format!("note: entry {counted}, which is not counted: its")),
+            "{text}"
+        );
+        std::fs::write(d.join("w.log.sidecar"), sidecar).unwrap();
         // A changed byte of data.
         let mut bytes = std::fs::read(d.join("w.log")).unwrap();
         let data = if options.is_empty() { 1024 } else { 8192 };
@@ -595,6 +611,8 @@ fn recording_is_refused_where_it_cannot_be_right() {
     let err = refused(&["--log-writes", "new.log", "--log-sector-size", "1000", "disk.raw"]);
     assert!(err.contains("new.log: invalid log sector size 1000"), "{err}");
     assert!(!d.join("new.log").exists(), "a refused log was made");
+    let err = refused(&["--log-writes", "new.log", "--log-sector-size", "128K", "disk.raw"]);
+    assert!(err.contains("new.log: invalid log sector size 131072 (a power of two"), "{err}");
     let err = refused(&["--log-writes", "new.log", "--log-sector-size", "4096", "disk.raw"]);
     assert!(err.contains("--block-size 4096"), "{err}");
     std::fs::write(d.join("notes"), "some text").unwrap();

@@ -14,6 +14,7 @@ use crate::filters::write_log::open::DEFAULT_INTERVAL;
 use crate::filters::write_log::{Existing, Order, Settings};
 use crate::images::recording::RecordRequest;
 use crate::images::{CacheMode, Locking};
+use crate::units::parse_size;
 
 /// Where flushes stand in a log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -23,6 +24,12 @@ pub enum LogOrder {
     Strict,
     /// Before every write that had not completed when the flush had ended, as in QEMU
     Completion,
+}
+
+/// What sizes there are is for the log to say.
+fn parse_sector_size(text: &str) -> std::result::Result<u32, String> {
+    let size = parse_size(text).map_err(|err| err.to_string())?;
+    u32::try_from(size).map_err(|_| "a power of two from 512 to 64K is expected".into())
 }
 
 /// Recording.
@@ -35,7 +42,8 @@ pub struct RecordingArgs {
     pub log_writes: Option<PathBuf>,
     /// Size of the log's sectors; the guest's blocks must not be smaller. A power of two from 512
     /// to 64K, 512 if not given
-    #[arg(long, value_name = "BYTES", requires = "log_writes", conflicts_with = "log_append")]
+    #[arg(long, value_name = "SIZE", requires = "log_writes", conflicts_with = "log_append",
+          value_parser = parse_sector_size)]
     log_sector_size: Option<u32>,
     /// Add to the log whatever image it was of
     #[arg(long, requires = "log_writes", conflicts_with = "log_overwrite")]

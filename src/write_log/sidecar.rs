@@ -300,6 +300,17 @@ const CRC_AT: usize = 12;
 /// How many records are read at a time.
 const WINDOW: u64 = 1024;
 
+/// What a sidecar has for an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// Nothing.
+    Empty,
+    /// Bytes that are no record of it: a torn one, or one of another entry.
+    Broken,
+    /// Its record.
+    Record(Record),
+}
+
 /// A sidecar, for reading.
 #[derive(Debug)]
 pub struct Sidecar {
@@ -334,29 +345,42 @@ impl Sidecar {
         self.file.name()
     }
 
-    /// The record of an entry; `None` if it has none.
+    /// The record of an entry; `None` if it has none that is whole.
     pub async fn record(&mut self, entry: u64) -> Result<Option<Record>> {
+        Ok(match self.slot(entry).await? {
+            Slot::Record(record) => Some(record),
+            Slot::Empty | Slot::Broken => None,
+        })
+    }
+
+    /// What there is for an entry.
+    pub async fn slot(&mut self, entry: u64) -> Result<Slot> {
         let position = Record::position(entry);
         let end = position.saturating_add(RECORD_LEN);
         if entry < self.header.first_entry || end > self.len {
-            return Ok(None);
+            return Ok(Slot::Empty);
         }
         let in_window = |window: &(u64, Vec<u8>)| {
             let at = usize::try_from(entry.checked_sub(window.0)?).ok()? * RECORD_LEN as usize;
-            window.1.get(at..at + RECORD_LEN as usize).map(Record::from_bytes)
+            let bytes = window.1.get(at..at + RECORD_LEN as usize)?;
+            Some(match Record::from_bytes(bytes).filter(|record| record.entry == entry) {
+                Some(record) => Slot::Record(record),
+                None if bytes.iter().all(|byte| *byte == 0) => Slot::Empty,
+                None => Slot::Broken,
+            })
         };
-        let record = match in_window(&self.window) {
-            Some(record) => record,
+        let slot = match in_window(&self.window) {
+            Some(slot) => slot,
             None => {
                 let len = (WINDOW * RECORD_LEN).min(self.len - position);
                 let bytes = read_at(&*self.file, position, len)
                     .await
                     .context(|| format!("{}: reading records", self.name()))?;
                 self.window = (entry, bytes);
-                in_window(&self.window).flatten()
+                in_window(&self.window).unwrap_or(Slot::Empty)
             }
         };
-        Ok(record.filter(|record| record.entry == entry))
+        Ok(slot)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{HostFile, OpenOptions, block_on};
-use crate::write_log::sidecar::{self, Record, Sidecar};
+use crate::write_log::sidecar::{self, Record, Sidecar, Slot};
 use crate::write_log::{Entry, Flags, Kind, Log};
 
 /// The log is damaged.
@@ -119,19 +119,37 @@ async fn verify(
         };
         findings.entries += 1;
         findings.note_what_others_refuse(&entry);
-        if let Some(sidecar) = &mut sidecar
-            && let Some(record) = sidecar.record(entry.number).await?
-        {
-            findings.compare(log, &entry, &record, completed).await?;
-            completed = Some(record.completed);
+        if let Some(sidecar) = &mut sidecar {
+            match sidecar.slot(entry.number).await? {
+                Slot::Record(record) => {
+                    findings.compare(log, &entry, &record, completed).await?;
+                    completed = Some(record.completed);
+                }
+                Slot::Broken => findings.damage.push((entry.number, torn(sidecar, entry.number))),
+                Slot::Empty => {}
+            }
         }
         progress.advance(entry.end_position() - done);
         done = entry.end_position();
     }
     if let Some(sidecar) = sidecar {
         findings.uncounted = count_behind(log, sidecar, walk.sector(), completed).await?;
+        let last = log.entries() + findings.uncounted;
+        if sidecar.slot(last).await? == Slot::Broken {
+            let torn = torn(sidecar, last);
+            findings.notes.push(format!("entry {last}, which is not counted: {torn}"));
+        }
     }
     Ok(findings)
+}
+
+/// What is wrong with a record that is none.
+fn torn(sidecar: &Sidecar, entry: u64) -> String {
+    format!(
+        "its record at byte {} of {} is torn, or of another entry",
+        Record::position(entry),
+        sidecar.name()
+    )
 }
 
 /// How many entries behind the count are whole, as the next recording process would find.
