@@ -795,6 +795,41 @@ fn marks_of_an_overlay_are_respected() {
     daemon.quit(&mut qmp);
 }
 
+/// A base that a commit changes shows other things to whatever else stands on it.
+#[test]
+fn what_stands_on_the_base_of_a_commit_is_not_served() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name);
+    let top = json!({"device": "e0", "snapshot-file": path("top"), "snapshot-node-name": "top"});
+    qmp.ok("blockdev-snapshot-sync", top);
+    let over = json!({"device": "e0", "snapshot-file": path("over"), "snapshot-node-name": "over"});
+    qmp.ok("blockdev-snapshot-sync", over);
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "n", &DISK.to_string()]);
+    qmp.ok(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "n", "backing": "d0",
+               "file": {"driver": "file", "filename": path("n")}}),
+    );
+    let commit = json!({"job-id": "j", "device": "over", "base-node": "d0"});
+    qmp.ok("block-commit", commit);
+    let export = |node: &str, writable: bool| {
+        json!({"type": "vhost-user-blk", "id": "x", "node-name": node, "writable": writable,
+               "addr": {"type": "unix", "path": path("x.sock")}})
+    };
+    let busy = "Node 'd0' is busy: block device is in use by block job: commit";
+    assert_eq!(qmp.fails("block-export-add", export("n", true)), busy);
+    assert_eq!(qmp.fails("block-export-add", export("n", false)), busy);
+    assert_eq!(qmp.fails("block-export-add", export("d0", false)), busy);
+    // The top shows what it showed.
+    qmp.ok("block-export-add", export("over", false));
+    qmp.ok("block-export-del", json!({"id": "x"}));
+    qmp.ok("job-cancel", json!({"id": "j"}));
+    wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
+    qmp.ok("block-export-add", export("n", true));
+    daemon.quit(&mut qmp);
+}
+
 #[test]
 fn misuse_of_the_command_line_is_told() {
     let dir = prepare();

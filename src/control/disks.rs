@@ -247,6 +247,7 @@ impl Disks {
         let reads = Rights::CONSISTENT_READ;
         let rights = if request.writable { reads.and(Rights::WRITE) } else { reads };
         drop(node.hold("an export", rights, Rights::ALL.and(Rights::GRAPH))?);
+        check_steady(node, "an export")?;
         if request.writable {
             self.check_no_node_on(node, "write", &format!("export '{id}'"))?;
         }
@@ -353,4 +354,21 @@ impl Disks {
         let closed = self.layers.close_all();
         (served, closed.and(self.recordings.images_were_closed()))
     }
+}
+
+/// Refuses to read through a node where a job changes what it shows, on whatever layer below it.
+///
+/// # Errors
+/// In QEMU's words, with the layer and the job.
+pub fn check_steady(node: &Node, who: &str) -> crate::error::Result<()> {
+    let all = Rights::ALL.and(Rights::GRAPH);
+    let mut left = vec![node.clone()];
+    while let Some(node) = left.pop() {
+        drop(node.hold(who, Rights::CONSISTENT_READ, all)?);
+        // What a job keeps steady hides what it changes below.
+        if node.hold(who, Rights::GRAPH, all).is_ok() {
+            left.extend(node.driver().children().into_iter().map(|(_, below)| below));
+        }
+    }
+    Ok(())
 }
