@@ -830,6 +830,29 @@ fn what_stands_on_the_base_of_a_commit_is_not_served() {
     daemon.quit(&mut qmp);
 }
 
+/// What is described in place goes with its parent, whatever it is called, and does not stay behind
+/// where that cannot be made.
+#[test]
+fn children_that_are_described_in_place_go_with_their_parent() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    std::fs::File::create(daemon.path("a.raw")).unwrap().set_len(DISK).unwrap();
+    let node = |driver: &str, name: &str, file: &str| {
+        json!({"driver": driver, "node-name": name,
+               "file": {"driver": "file", "node-name": format!("{name}f"),
+                        "filename": daemon.path(file)}})
+    };
+    let before = names(&qmp.ok("query-named-block-nodes", json!({})));
+    let err = qmp.fails("blockdev-add", node("qcow2", "x", "a.raw"));
+    assert_eq!(qmp.fails("blockdev-add", node("qcow2", "x", "a.raw")), err);
+    qmp.ok("blockdev-add", node("raw", "y", "a.raw"));
+    let err = qmp.fails("blockdev-del", json!({"node-name": "yf"}));
+    assert_eq!(err, "Node yf is in use: node 'y' (file)");
+    qmp.ok("blockdev-del", json!({"node-name": "y"}));
+    assert_eq!(names(&qmp.ok("query-named-block-nodes", json!({}))), before);
+    daemon.quit(&mut qmp);
+}
+
 #[test]
 fn misuse_of_the_command_line_is_told() {
     let dir = prepare();

@@ -350,7 +350,7 @@ fn open_format(
         }
         Some(BlockdevRefOrNull::Definition(options)) => {
             let read = Inherited { read_only: Some(true), ..inherited };
-            let node = open(disks, options, Some(read), options.node_name.is_some())?;
+            let node = open(disks, options, Some(read), false)?;
             settled = disks.settle(&node)?;
             BackingChoice::Image(Box::new(disks.image_to_stand_on(&node)?))
         }
@@ -523,9 +523,8 @@ fn child(
 ) -> QmpResult<Node> {
     match reference {
         BlockdevRef::Reference(name) => by_name(disks.graph(), name),
-        BlockdevRef::Definition(options) => {
-            open(disks, options, inherited, options.node_name.is_some())
-        }
+        // Not the operator's, whatever its name is: it goes with its parent.
+        BlockdevRef::Definition(options) => open(disks, options, inherited, false),
     }
 }
 
