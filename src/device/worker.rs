@@ -281,6 +281,9 @@ impl Worker {
                 self.counts.kicks.add(1);
                 if let Some(served) = self.rings.iter_mut().find(|r| r.watch == event.user) {
                     served.ring.disable_notifications();
+                    if event.result < 0 {
+                        served.lose_kick();
+                    }
                 }
             } else {
                 self.part_done(event.user as u32, (event.user >> 32) as usize, event.result);

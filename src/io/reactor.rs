@@ -188,6 +188,9 @@ impl Reactor {
                 self.complete((event.user & !ASYNC) as u32, event.result);
             } else if event.user != WAKE {
                 sink.push(event);
+            } else if event.result < 0 {
+                // Nobody could wake this thread any more.
+                self.engine.borrow_mut().watch(self.exec.wake_fd(), WAKE);
             }
         }
         self.events.replace(events);

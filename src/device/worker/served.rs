@@ -47,6 +47,16 @@ impl Served {
         }
     }
 
+    /// Kicks cannot be heard any more.
+    #[cold]
+    pub(super) fn lose_kick(&mut self) {
+        self.kick = None;
+        tracing::warn!(
+            queue = self.index,
+            "the queue is looked at all the time until the front-end sets another kick descriptor"
+        );
+    }
+
     /// The memory table of that number.
     pub(super) fn table_of(&self, table: u32) -> &GuestMemory {
         match self.retired.iter().find(|(number, ..)| *number == table) {

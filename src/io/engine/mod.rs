@@ -85,7 +85,8 @@ pub const MAX_IOVECS: usize = 1024;
 pub struct Event {
     /// What was passed with the operation or watch.
     pub user: u64,
-    /// The result: as the system call's, errors negative. Of a watch: positive.
+    /// The result: as the system call's, errors negative. Of a watch: positive; if it could not be
+    /// kept up and is over, an error.
     pub result: i32,
 }
 

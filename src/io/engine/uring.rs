@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, opcode, squeue, types};
 
@@ -34,15 +35,30 @@ pub struct UringEngine {
     /// The kernel tells by a flag whether there are completions to process.
     has_taskrun_flag: bool,
     enters: u64,
-    /// Watches by user number, to arm them again when the kernel ends a multishot poll.
-    watches: Vec<(u64, RawFd)>,
+    /// Watches, to arm them again when the kernel ends a multishot poll.
+    watches: Vec<Watch>,
     /// Completions taken out of the queue because the kernel accepted nothing before.
     aside: Vec<Event>,
-    /// Whether a watch among the completions taken has ended.
-    watch_ended: bool,
+    /// Watches whose poll is among the completions taken as ended, and which are still wanted.
+    ended: Vec<u64>,
     /// What the halves borrow from. The last field: dropped after them.
     _ring: RingBox,
 }
+
+/// A descriptor that is watched.
+struct Watch {
+    user: u64,
+    fd: RawFd,
+    /// How often in a row its poll has ended with an error, and when it did so last.
+    failures: u32,
+    failed: Option<Instant>,
+}
+
+/// So many failures of a poll in a row, and the watch is given up. The pauses between them add up to a
+/// quarter of a second, in case the kernel has no memory.
+const MAX_FAILURES: u32 = 9;
+/// Failures that are further apart are not in a row.
+const IN_A_ROW: Duration = Duration::from_secs(5);
 
 /// Owns the ring that the engine's halves borrow from.
 struct RingBox(*mut IoUring);
@@ -100,7 +116,7 @@ impl UringEngine {
             enters: 0,
             watches: Vec::new(),
             aside: Vec::new(),
-            watch_ended: false,
+            ended: Vec::new(),
             _ring: ring,
         })
     }
@@ -175,7 +191,7 @@ impl UringEngine {
 
     /// See [`super::Engine::watch`].
     pub fn watch(&mut self, fd: RawFd, user: u64) {
-        self.watches.push((user, fd));
+        self.watches.push(Watch { user, fd, failures: 0, failed: None });
         self.arm(fd, user);
     }
 
@@ -187,7 +203,7 @@ impl UringEngine {
 
     /// See [`super::Engine::unwatch`].
     pub fn unwatch(&mut self, user: u64) {
-        self.watches.retain(|(u, _)| *u != user);
+        self.watches.retain(|watch| watch.user != user);
         self.push_entry(opcode::PollRemove::new(user).build().user_data(IGNORE));
         // The descriptor may be closed right after this returns.
         self.enter(0);
@@ -240,8 +256,8 @@ impl UringEngine {
             out.append(&mut self.aside);
         }
         self.collect(out);
-        if std::mem::take(&mut self.watch_ended) {
-            self.rearm(out);
+        if !self.ended.is_empty() {
+            self.rearm();
         }
     }
 
@@ -254,23 +270,30 @@ impl UringEngine {
             if user == IGNORE {
                 continue;
             }
-            if user & WATCH != 0 && !io_uring::cqueue::more(cqe.flags()) && cqe.result() > 0 {
-                self.watch_ended = true;
+            let mut result = cqe.result();
+            if user & WATCH != 0 && !io_uring::cqueue::more(cqe.flags()) {
+                match watch_ended(&mut self.watches, &mut self.ended, user, result) {
+                    Some(reported) => result = reported,
+                    None => continue,
+                }
             }
-            out.push(Event { user, result: cqe.result() });
+            out.push(Event { user, result });
         }
         self.cq.sync();
     }
 
-    /// Arms again the watches that the kernel has ended (it may at any time), if still wanted.
+    /// Arms again the watches that the kernel has ended.
     #[cold]
-    fn rearm(&mut self, events: &[Event]) {
-        for (user, fd) in self.watches.clone() {
-            if events.iter().any(|e| e.user == user) {
-                // Harmless if another one of the same number is still armed: remove that first.
-                self.push_entry(opcode::PollRemove::new(user).build().user_data(IGNORE));
-                self.arm(fd, user);
+    fn rearm(&mut self) {
+        for user in std::mem::take(&mut self.ended) {
+            let Some(watch) = self.watches.iter().find(|watch| watch.user == user) else {
+                continue;
+            };
+            let fd = watch.fd;
+            if watch.failures > 1 {
+                std::thread::sleep(Duration::from_millis(1 << (watch.failures - 2)));
             }
+            self.arm(fd, user);
         }
     }
 
@@ -278,6 +301,35 @@ impl UringEngine {
     pub fn enters(&self) -> u64 {
         self.enters
     }
+}
+
+/// The kernel has ended a watch's poll, as it may at any time, well or with an error. Returns what to
+/// report of it, if anything: a kick may have come meanwhile.
+#[cold]
+fn watch_ended(
+    watches: &mut Vec<Watch>,
+    ended: &mut Vec<u64>,
+    user: u64,
+    result: i32,
+) -> Option<i32> {
+    // One that is not there any more was ended by ourselves.
+    let at = watches.iter().position(|watch| watch.user == user)?;
+    let watch = &mut watches[at];
+    if result > 0 {
+        watch.failures = 0;
+    } else {
+        let now = Instant::now();
+        let is_in_a_row = watch.failed.replace(now).is_some_and(|last| now - last < IN_A_ROW);
+        watch.failures = if is_in_a_row { watch.failures + 1 } else { 1 };
+        if watch.failures >= MAX_FAILURES {
+            let err = Error::from_errno(-result);
+            tracing::error!("a descriptor cannot be watched any more: {err}");
+            watches.swap_remove(at);
+            return Some(result.min(-1));
+        }
+    }
+    ended.push(user);
+    Some(libc::POLLIN.into())
 }
 
 #[inline]
@@ -355,5 +407,63 @@ impl Drop for UringEngine {
 impl fmt::Debug for UringEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "UringEngine({} enters)", self.enters)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    const USER: u64 = WATCH | 7;
+
+    /// What a watch reports soon.
+    fn next(engine: &mut UringEngine) -> Option<Event> {
+        let until = Instant::now() + Duration::from_secs(5);
+        let mut events = Vec::new();
+        while events.is_empty() && Instant::now() < until {
+            engine.enter(0);
+            engine.reap(&mut events);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        events.first().copied()
+    }
+
+    /// Some kernels end a poll with an error of their own; here it is made to look so.
+    #[test]
+    fn a_watch_that_ends_with_an_error_goes_on() {
+        let Ok(mut engine) = UringEngine::new(256) else { return };
+        let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        engine.watch(kick.as_raw_fd(), USER);
+        engine.enter(0);
+        for _ in 0..3 {
+            engine.push_entry(opcode::PollRemove::new(USER).build().user_data(IGNORE));
+            // It may have missed a kick, so that is taken for one.
+            assert!(next(&mut engine).is_some_and(|event| event.result > 0));
+            rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+            assert!(next(&mut engine).is_some_and(|event| event.result > 0), "the watch is lost");
+            rustix::io::read(&kick, &mut [0; 8]).unwrap();
+        }
+        engine.unwatch(USER);
+        assert_eq!(next(&mut engine), None, "armed again after it was given up");
+    }
+
+    /// What cannot be watched at all is reported, once, instead of being tried for ever.
+    #[test]
+    fn a_watch_that_cannot_be_armed_is_given_up() {
+        let Ok(mut engine) = UringEngine::new(256) else { return };
+        engine.watch(-1, USER);
+        let mut last = next(&mut engine).expect("a word of it");
+        while last.result > 0 {
+            last = next(&mut engine).expect("a word of it");
+        }
+        assert_eq!(last, Event { user: USER, result: -libc::EBADF });
+        let kick = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
+        engine.watch(kick.as_raw_fd(), USER + 1);
+        assert_eq!(next(&mut engine).map(|event| event.user), Some(USER + 1));
+        assert_eq!(next(&mut engine), None);
     }
 }
