@@ -44,6 +44,14 @@ pub struct ExportOptions {
     pub read_only: bool,
 }
 
+/// Bytes of data that all workers of an export have under way at a time, about. The guest may name the
+/// same memory in as many requests as it likes, but what some of them need is ours: a request that
+/// O_DIRECT cannot use as it is takes a buffer. And a drain lasts as long as what is under way.
+const DATA_IN_FLIGHT: u64 = 512 << 20;
+/// The most and the least of it that one worker has.
+const MOST_DATA: u64 = 64 << 20;
+const LEAST_DATA: u64 = 8 << 20;
+
 /// A served disk. Shared by the message thread and the workers.
 #[derive(Debug)]
 pub struct Export {
@@ -60,6 +68,10 @@ pub struct Export {
     guest_write_through: AtomicBool,
     /// What each worker that there is or was has done.
     workers: Mutex<Vec<Arc<Counters>>>,
+    /// Workers that run.
+    running: Mutex<u64>,
+    /// How many bytes of data each of them may have under way when it takes one more request.
+    data_limit: AtomicU64,
     /// Hears of requests that fail.
     observer: Observer,
 }
@@ -199,6 +211,8 @@ impl Export {
             config: Mutex::new(config),
             guest_write_through: AtomicBool::new(false),
             workers: Mutex::default(),
+            running: Mutex::new(0),
+            data_limit: AtomicU64::new(MOST_DATA),
             observer: Observer::default(),
         }
     }
@@ -206,6 +220,29 @@ impl Export {
     /// The node that is served now.
     pub fn node(&self) -> Node {
         self.root.node()
+    }
+
+    /// One more worker runs.
+    pub(super) fn worker_starts(&self) {
+        self.share_data(|running| running + 1);
+    }
+
+    /// A worker has ended.
+    pub(super) fn worker_ends(&self) {
+        self.share_data(|running| running - 1);
+    }
+
+    fn share_data(&self, change: impl FnOnce(u64) -> u64) {
+        let mut running = self.running.lock().unwrap();
+        *running = change(*running);
+        let limit = (DATA_IN_FLIGHT / (*running).max(1)).clamp(LEAST_DATA, MOST_DATA);
+        self.data_limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// With so many bytes of data under way a worker takes no more requests.
+    #[inline]
+    pub(super) fn data_limit(&self) -> u64 {
+        self.data_limit.load(Ordering::Relaxed)
     }
 
     /// Has `observer` hear of requests that fail, on the worker's thread; it must not wait. Only

@@ -77,7 +77,9 @@ pub(super) fn run(
     let party = export.root.gate().join(name, reactor.notifier()).holds_flushes();
     let _ = ready.send(Ok(()));
     let entered = Rc::clone(&reactor);
-    entered.enter(|| Worker::new(export, mailbox, reactor, party).serve());
+    export.worker_starts();
+    entered.enter(|| Worker::new(Arc::clone(&export), mailbox, reactor, party).serve());
+    export.worker_ends();
 }
 
 /// See the module's text.
@@ -103,6 +105,10 @@ struct Worker {
     free_slots: Vec<u32>,
     /// Requests in flight on all rings.
     in_flight: usize,
+    /// Bytes of their data.
+    data_in_flight: u64,
+    /// The ring that batches are taken from first.
+    first: usize,
     /// Flushes among them that have been started.
     flushing: usize,
     /// Flushes among them that wait for the gate: slots, oldest first.
@@ -163,6 +169,8 @@ impl Worker {
             slots: Vec::new(),
             free_slots: Vec::new(),
             in_flight: 0,
+            data_in_flight: 0,
+            first: 0,
             flushing: 0,
             held: Vec::new(),
             in_place: None,
@@ -204,9 +212,7 @@ impl Worker {
             let open = self.pass_gate();
             let mut busy = false;
             if open {
-                for at in 0..self.rings.len() {
-                    busy |= self.take_batch(at);
-                }
+                busy = self.take_batches();
             }
             if busy && self.may_sleep() {
                 busy = false;
@@ -224,6 +230,31 @@ impl Worker {
             self.pass_gate();
             self.turn(true);
         }
+    }
+
+    /// Takes a batch from each ring. True if there was anything.
+    #[inline]
+    fn take_batches(&mut self) -> bool {
+        let rings = self.rings.len();
+        let first = if self.first < rings { self.first } else { 0 };
+        let mut busy = false;
+        for step in first..first + rings {
+            busy |= self.take_batch(if step < rings { step } else { step - rings });
+        }
+        // Where one ring's requests leave nothing for the others, each is the first in its turn.
+        self.first = match (self.is_sated(), busy) {
+            (false, _) => 0,
+            (true, true) => first + 1,
+            (true, false) => first,
+        };
+        busy
+    }
+
+    /// Whether so many bytes are under way that some have to be done before more are taken. A single
+    /// request may be larger than that.
+    #[inline]
+    fn is_sated(&self) -> bool {
+        self.data_in_flight >= self.export.data_limit()
     }
 
     /// Whether requests may be popped. Reports quiet when the gate is closed and all is drained, and
@@ -334,7 +365,8 @@ impl Worker {
     /// Nothing is to be done: asks for kicks, looks once more, sleeps.
     fn idle(&mut self, open: bool) {
         let mut kickless = false;
-        if open {
+        // Who is sated waits for completions, whatever there is in the rings.
+        if open && !self.is_sated() {
             for served in &mut self.rings {
                 if served.stopping.is_none() && served.ring.enable_notifications() {
                     // Something came meanwhile. What was left for the wait begins now.

@@ -187,6 +187,7 @@ impl Worker {
         served.unpublished += 1;
         served.release_table(slot.table);
         self.in_flight -= 1;
+        self.data_in_flight -= slot.request.data_len;
         self.free_slots.push(index);
     }
 

@@ -29,7 +29,7 @@ impl Worker {
         }
         let mut taken = 0;
         let batch = self.pace.batch(self.in_flight);
-        while taken < batch {
+        while taken < batch && !self.is_sated() {
             let served = &mut self.rings[at];
             let head = match served.resubmit.pop_front() {
                 Some(head) => head,
@@ -74,7 +74,9 @@ impl Worker {
         }
         // SAFETY: the ring keeps the memory that the chain was walked in mapped, now and (in
         // `retired`) until this request has completed.
-        match unsafe { slot.request.parse(&self.chain, &served.limits) } {
+        let parsed = unsafe { slot.request.parse(&self.chain, &served.limits) };
+        self.data_in_flight += slot.request.data_len;
+        match parsed {
             Parsed::Done(status) => self.finish(index, status),
             Parsed::Submit => self.submit(at, index),
         }
