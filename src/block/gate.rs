@@ -35,7 +35,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// Pauses and drains all parties of a root. Cheap to clone; clones are the same gate.
@@ -81,6 +81,8 @@ struct PartyInner {
     /// Whether the party can be asked to hold flushes.
     holds_flushes: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
+    /// Called each second that somebody waits for the party.
+    nudge: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// What a party is asked for.
@@ -159,6 +161,7 @@ impl Gate {
             calm: AtomicBool::new(true),
             holds_flushes: AtomicBool::new(false),
             wake: Box::new(wake),
+            nudge: OnceLock::new(),
         });
         state.parties.push(Arc::downgrade(&inner));
         Party { inner, shared: Arc::clone(&self.shared) }
@@ -224,12 +227,22 @@ impl Shared {
             if noisy.is_empty() {
                 return;
             }
-            let wait = self.changed.wait_timeout(state, Duration::from_secs(10)).unwrap();
-            state = wait.0;
-            if wait.1.timed_out() && !warned {
-                warned = true;
-                let names: Vec<_> = noisy.iter().map(|p| p.name.as_str()).collect();
-                tracing::warn!("still waiting for {what} of {} to complete", names.join(", "));
+            let since = Instant::now();
+            loop {
+                let wait = self.changed.wait_timeout(state, Duration::from_secs(1)).unwrap();
+                state = wait.0;
+                if !wait.1.timed_out() {
+                    break;
+                }
+                noisy.iter().filter_map(|party| party.nudge.get()).for_each(|nudge| nudge());
+                if since.elapsed() >= Duration::from_secs(10) {
+                    if !std::mem::replace(&mut warned, true) {
+                        let names: Vec<_> = noisy.iter().map(|p| p.name.as_str()).collect();
+                        let names = names.join(", ");
+                        tracing::warn!("still waiting for {what} of {names} to complete");
+                    }
+                    break;
+                }
             }
         }
     }
@@ -276,6 +289,13 @@ impl Party {
         self.inner.holds_flushes.store(true, Ordering::SeqCst);
         self.inner.set_phase(state.phase());
         drop(state);
+        self
+    }
+
+    /// A party that something may keep from looking at the gate: `nudge` gets it out of there. It is
+    /// called each second that somebody waits for the party, and must not wait.
+    pub fn nudged_by(self, nudge: impl Fn() + Send + Sync + 'static) -> Party {
+        let _ = self.inner.nudge.set(Box::new(nudge));
         self
     }
 

@@ -12,6 +12,7 @@
 //!                  ▲──── inflight    requests we owe, for the process after us
 //! chain ─► ring                      descriptors to iovecs; heads in, used elements out
 //! request                            iovecs to a checked virtio-blk request
+//! bell                               interrupts, and who waits for a worker that sends one
 //! features, config_space             what the device says about itself
 //! ```
 //!
@@ -20,6 +21,7 @@
 //! shared memory.
 
 pub mod backend_channel;
+mod bell;
 pub mod chain;
 pub mod config_space;
 pub mod connection;

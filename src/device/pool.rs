@@ -9,11 +9,12 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use crate::block::Keep;
+use crate::device::bell::{self, Bell};
 use crate::device::config_space::ConfigSpace;
 use crate::device::dirty_log::DirtyLog;
 use crate::device::export::Export;
@@ -71,6 +72,8 @@ pub(super) struct Mailbox {
     full: AtomicBool,
     /// Makes the worker leave its wait. Set by the worker once its reactor exists.
     notify: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// How the worker tells the guest something.
+    bell: Arc<Bell>,
 }
 
 impl Mailbox {
@@ -79,6 +82,7 @@ impl Mailbox {
             commands: Mutex::default(),
             full: AtomicBool::new(false),
             notify: OnceLock::new(),
+            bell: Arc::default(),
         })
     }
 
@@ -93,6 +97,16 @@ impl Mailbox {
     /// Called by the worker before its first look into the mailbox.
     pub(super) fn set_notify(&self, notify: impl Fn() + Send + Sync + 'static) {
         let _ = self.notify.set(Box::new(notify));
+    }
+
+    /// The worker's bell.
+    pub(super) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
+    }
+
+    /// Waits for the answer to a command.
+    fn wait<T>(&self, answer: &Receiver<T>) -> std::result::Result<T, RecvError> {
+        bell::wait(answer, || self.bell.nudge())
     }
 
     /// Whether a command waits.
@@ -208,7 +222,8 @@ impl Pool {
         drop(reply);
         for _ in &mailboxes {
             // A worker that is gone has nothing left to apply the change to.
-            let _ = answers.recv();
+            let _ =
+                bell::wait(&answers, || mailboxes.iter().for_each(|mailbox| mailbox.bell.nudge()));
         }
     }
 }
@@ -277,7 +292,7 @@ impl Rings for Pool {
         let mailbox = self.worker_of(index)?;
         let (reply, answer) = sync_channel(1);
         mailbox.post(Command::Start { index, start: Box::new(start), reply });
-        answer.recv().map_err(|_| Error::invalid("the worker thread died"))??;
+        mailbox.wait(&answer).map_err(|_| Error::invalid("the worker thread died"))??;
         self.live.lock().unwrap()[index] = true;
         Ok(())
     }
@@ -286,7 +301,7 @@ impl Rings for Pool {
         let mailbox = self.mailbox_of_live(index)?;
         let (reply, answer) = sync_channel(1);
         mailbox.post(Command::Stop { index, reply });
-        let last_avail = answer.recv().ok();
+        let last_avail = mailbox.wait(&answer).ok();
         self.live.lock().unwrap()[index] = false;
         last_avail
     }

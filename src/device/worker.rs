@@ -74,7 +74,10 @@ pub(super) fn run(
     };
     mailbox.set_notify(reactor.notifier());
     let name = format!("queue worker {number}");
+    let bell = Arc::clone(mailbox.bell());
+    bell.belongs_here();
     let party = export.root.gate().join(name, reactor.notifier()).holds_flushes();
+    let party = party.nudged_by(move || bell.nudge());
     let _ = ready.send(Ok(()));
     let entered = Rc::clone(&reactor);
     export.worker_starts();

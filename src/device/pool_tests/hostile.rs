@@ -132,3 +132,44 @@ fn a_worker_takes_no_more_than_so_many_bytes_at_a_time() {
         }
     }
 }
+
+/// The descriptor of the interrupt is the front-end's as well: it can be made to block after it was
+/// given to us. Whoever waits for the worker then gets it out of there.
+#[test]
+fn an_interrupt_that_blocks_keeps_nobody_waiting() {
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let export = export(Slow::new(), engine, 1);
+        let pool = Arc::new(Pool::new(Arc::clone(&export)));
+        let memory = guest_memory();
+        let queues = [0, 1].map(|index| Queue::new(&memory, index, true));
+        let full = || {
+            let flags = rustix::event::EventfdFlags::CLOEXEC;
+            let full = rustix::event::eventfd(0, flags).unwrap();
+            rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+            Arc::new(full)
+        };
+        pool.start(0, start_of(&queues[0].ring, 0, true, &memory)).unwrap();
+        pool.set_call(0, Some(full()));
+        let waits = |what, act: Box<dyn FnOnce(&Pool) + Send>| {
+            let (done, is_done) = channel();
+            let pool = Arc::clone(&pool);
+            std::thread::spawn(move || {
+                act(&pool);
+                done.send(()).unwrap();
+            });
+            let timeout = Duration::from_secs(20);
+            is_done.recv_timeout(timeout).unwrap_or_else(|_| panic!("{what} hangs"));
+        };
+        waits("a change of the graph", Box::new(|pool| drop(pool.export().root.quiesce())));
+        pool.set_call(0, Some(full()));
+        let start = start_of(&queues[1].ring, 0, true, &memory);
+        waits("another ring's start", Box::new(move |pool| pool.start(1, start).unwrap()));
+        pool.set_call(0, Some(full()));
+        let table = table(&memory);
+        waits("a new memory table", Box::new(move |pool| pool.set_memory(table)));
+        pool.set_call(1, Some(full()));
+        waits("a stop", Box::new(|pool| assert_eq!(pool.stop(0), Some(0))));
+        waits("the other stop", Box::new(|pool| assert_eq!(pool.stop(1), Some(0))));
+        waits("the end", Box::new(|pool| pool.disconnected()));
+    }
+}

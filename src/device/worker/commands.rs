@@ -108,6 +108,7 @@ impl Worker {
             limits,
             kick: start.kick,
             call: start.call,
+            bell: Arc::clone(self.mailbox.bell()),
             err: start.err,
             watch,
             in_flight_here: 0,

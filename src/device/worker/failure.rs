@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use super::Worker;
-use super::served::signal;
 use crate::device::request::Kind;
 use crate::error::{Error, ErrorKind};
 
@@ -21,7 +20,8 @@ impl Worker {
             "the queue is broken and no longer served until the guest resets the device: {why}"
         );
         if let Some(err) = &served.err {
-            signal(err);
+            // One that blocks is written to once.
+            let _ = served.bell.ring(err);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::device::bell::Bell;
 use crate::device::memory::GuestMemory;
 use crate::device::pool::Stopped;
 use crate::device::request::Limits;
@@ -17,6 +18,8 @@ pub(super) struct Served {
     /// Never read; kept open for the watch.
     pub(super) kick: Option<Notifier>,
     pub(super) call: Option<Notifier>,
+    /// What interrupts are sent with.
+    pub(super) bell: Arc<Bell>,
     pub(super) err: Option<Notifier>,
     /// User number of the kick's watch.
     pub(super) watch: u64,
@@ -42,9 +45,21 @@ impl Served {
     /// Sends an interrupt, if the guest has asked to be told.
     #[inline]
     pub(super) fn interrupt(&mut self) {
-        if let Some(call) = &self.call {
-            signal(call);
+        if let Some(call) = &self.call
+            && !self.bell.ring(call)
+        {
+            self.lose_call();
         }
+    }
+
+    /// The interrupt's descriptor blocks.
+    #[cold]
+    fn lose_call(&mut self) {
+        self.call = None;
+        tracing::error!(
+            queue = self.index,
+            "the front-end lets the queue's call descriptor block: no interrupts until it sets another"
+        );
     }
 
     /// Kicks cannot be heard any more.
@@ -79,11 +94,4 @@ impl Served {
             self.retired.swap_remove(at);
         }
     }
-}
-
-/// Adds one to an eventfd of the front-end's. A failure is the front-end's loss: the file is of its
-/// choosing.
-#[inline]
-pub(super) fn signal(fd: &Notifier) {
-    let _ = rustix::io::write(fd.as_ref(), &1u64.to_ne_bytes());
 }
