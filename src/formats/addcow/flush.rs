@@ -54,6 +54,9 @@ pub(super) struct Durability {
     changed: AtomicBool,
     /// Whether a flush is under way.
     flushing: AtomicBool,
+    /// Whether bits beyond the size on disk are set: these must not be kept, as a process that comes
+    /// after a kill finds no such sectors. Growing ends with a flush.
+    pub is_growing: AtomicBool,
     /// Whether the keep was rotated for a flush that has not completed.
     rotated: AtomicBool,
     /// Held by the flush that runs.
@@ -72,6 +75,7 @@ impl Durability {
     pub fn new(keep: Option<Keep>, file_len: u64) -> Durability {
         Durability {
             keep,
+            is_growing: AtomicBool::new(false),
             session: AtomicBool::new(false),
             unkept: AtomicU64::new(0),
             unkept_set: AtomicU64::new(0),
@@ -136,7 +140,7 @@ impl Durability {
                 self.changed.store(true, Ordering::SeqCst);
             }
         };
-        if self.session.load(Ordering::SeqCst) {
+        if self.session.load(Ordering::SeqCst) && !self.is_growing.load(Ordering::SeqCst) {
             let record = [range.offset.to_le_bytes(), range.len.to_le_bytes()];
             let pieces = [&record[0][..], &record[1][..]];
             let kept = match &self.keep {

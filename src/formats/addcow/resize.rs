@@ -81,7 +81,10 @@ impl Shared {
             self.data.set_len(size).await?;
             self.data.flush().await
         };
+        let is_growing = &self.durability.is_growing;
+        is_growing.store(true, Ordering::SeqCst);
         let result = grown.await;
+        is_growing.store(false, Ordering::SeqCst);
         if result.is_err() {
             self.size.store(old, Ordering::Release);
         }

@@ -616,6 +616,43 @@ fn growing_hides_what_the_backing_had_behind_the_end() {
     assert!(err.to_string().contains("multiple of 512"), "{err}");
 }
 
+/// What is kept must name sectors of the disk that the next process finds.
+#[test]
+fn a_guest_comes_back_after_a_kill_while_the_disk_grows() {
+    use crate::io::sim::{Sim, SimTask};
+    let mut is_done = false;
+    for stop in 0.. {
+        if is_done {
+            break;
+        }
+        let dir = state_dir();
+        let base = numbered(0x80, 40);
+        let file = SimFile::from_bytes("x.add-cow", new_file(5 * 512, true));
+        let image = SimFile::from_bytes("disk.raw", vec![0; 5 * 512]);
+        let open = |file: &SimFile, image: &SimFile| {
+            let keep = open_keep(dir.path(), 4096);
+            open_disk(file, image, backing_of(Some(&base)), Some(keep))
+        };
+        let disk = open(&file, &image);
+        disk.begin_session(7).unwrap();
+        block_on(write(&disk, 512, &[1; 512])).unwrap();
+        let sim = Sim::new(stop);
+        sim.attach(&file);
+        sim.attach(&image);
+        let grow: SimTask<'_> = Box::pin(async {
+            disk.resize(50 * 512).await.unwrap();
+            is_done = true;
+        });
+        sim.run_until(vec![grow], |step| step >= stop);
+        drop(disk);
+        let (file, image) = killed(&file, &image);
+        let disk = open(&file, &image);
+        let back = block_on(disk.resume(Some(7)));
+        back.unwrap_or_else(|err| panic!("killed after {stop} steps: {err}"));
+        assert_eq!(block_on(read(&disk, 512, 512)), [1; 512]);
+    }
+}
+
 #[test]
 fn the_check_finds_and_repairs() {
     let check = |file: &SimFile, image_len, leaks, all| {

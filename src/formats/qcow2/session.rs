@@ -35,7 +35,8 @@ impl Qcow2 {
     /// Settles how a change is going to survive a kill; `None` if the keep is full. Called with
     /// meta held, so that no checkpoint comes between this and the record.
     pub(super) fn promise(&self, payload: u64) -> Option<Promise<'_>> {
-        if !self.session.load(Ordering::Acquire) {
+        // What lies beyond the size on disk must not be kept; growing ends with a checkpoint.
+        if !self.session.load(Ordering::Acquire) || self.resizing.load(Ordering::SeqCst) {
             return Some(Promise::Nothing);
         }
         let len = RECORD_HEADER as u64 + payload;

@@ -215,3 +215,36 @@ fn a_mapped_cluster_costs_no_record() {
     block_on(write(&driver, 4096, &[2; 4096])).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().blocks(), blocks, "recorded without need");
 }
+
+/// What is kept must lie inside the disk that the next process finds.
+#[test]
+fn a_guest_comes_back_after_a_kill_while_the_disk_grows() {
+    let base = random_bytes(5, 2 << 20);
+    let mut is_done = false;
+    for stop in 0.. {
+        if is_done {
+            break;
+        }
+        let dir = state_dir();
+        let file = new_image(&backed(100 << 10, 65536, true), Alignment::NONE);
+        let open = |file: &SimFile| {
+            let keep = Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+            open_image(file, Some(raw_node(&base, Alignment::NONE)), Some(keep))
+        };
+        let driver = open(&file);
+        driver.begin_session(7).unwrap();
+        block_on(write(&driver, 512, &[1; 512])).unwrap();
+        let sim = Sim::new(stop);
+        sim.attach(&file);
+        let grow: SimTask<'_> = Box::pin(async {
+            driver.resize(1 << 20).await.unwrap();
+            is_done = true;
+        });
+        sim.run_until(vec![grow], |step| step >= stop);
+        drop(driver);
+        let driver = open(&file.after_kill());
+        let back = block_on(driver.resume(Some(7)));
+        back.unwrap_or_else(|err| panic!("killed after {stop} steps: {err}"));
+        assert_eq!(block_on(read(&driver, 512, 512)), [1; 512]);
+    }
+}
