@@ -5,6 +5,7 @@ mod common;
 
 use common::guest::sector;
 use common::{Host, Setup, ok};
+use serde_json::{Value, json};
 use vublk::frontend::Session;
 
 const DISK: u64 = 1 << 20;
@@ -57,6 +58,54 @@ fn a_base_that_the_operator_names_is_as_its_guest_knows_it() {
         comes_back(&host, &mut guest);
         ends(&mut host, &mut guest);
     }
+}
+
+/// Nothing that relies on the disk, or changes it, is begun.
+fn waits_for_the_guest(format: &'static str, command: &str, arguments: impl Fn(&Host) -> Value) {
+    let (mut host, mut guest) = killed(format);
+    host.backend.spawn();
+    let refusal = host.qmp().fails(command, arguments(&host));
+    assert!(refusal.contains("has not come back yet"), "{command}: {refusal}");
+    assert!(!host.path("new").exists());
+    comes_back(&host, &mut guest);
+    host.qmp().ok(command, arguments(&host));
+}
+
+#[test]
+fn a_stream_waits_for_the_guest() {
+    for format in ["add-cow", "qcow2"] {
+        waits_for_the_guest(format, "block-stream", |_| json!({"device": "disk", "job-id": "j"}));
+    }
+}
+
+#[test]
+fn a_commit_waits_for_the_guest() {
+    for format in ["add-cow", "qcow2"] {
+        waits_for_the_guest(format, "block-commit", |_| json!({"device": "disk", "job-id": "j"}));
+    }
+}
+
+#[test]
+fn a_snapshot_waits_for_the_guest() {
+    let new = |host: &Host| {
+        let file = host.path("new");
+        json!({"device": "disk", "snapshot-file": file, "format": "qcow2"})
+    };
+    waits_for_the_guest("qcow2", "blockdev-snapshot-sync", new);
+}
+
+#[test]
+fn a_new_size_waits_for_the_guest() {
+    for format in ["add-cow", "qcow2"] {
+        let larger = |_: &Host| json!({"device": "disk", "size": 2 * DISK});
+        waits_for_the_guest(format, "block_resize", larger);
+    }
+}
+
+#[test]
+fn a_write_log_waits_for_the_guest() {
+    let log = |host: &Host| json!({"device": "disk", "log": host.path("new")});
+    waits_for_the_guest("qcow2", "x-vublk-log-start", log);
 }
 
 /// A restart that is one too many loses nothing.

@@ -370,6 +370,28 @@ impl Node {
         (filters, node)
     }
 
+    /// Checks that the node shows all that its guest relies on. It does not after a kill, until what
+    /// was kept for that guest has been redone: nothing may be made of the node before.
+    ///
+    /// # Errors
+    /// Kind [`Busy`](crate::error::ErrorKind::Busy), with what to wait for.
+    pub fn check_guest_is_back(&self) -> Result<()> {
+        let driver = self.driver();
+        let Some(keep) = driver.keep().filter(|keep| keep.awaited().is_some()) else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "node '{}': the guest of an earlier process has not come back yet, and what it \
+                 completed last is in {} and nowhere else. Wait until it has connected; if it never \
+                 will, connect a new guest, which drops that",
+                self.name(),
+                keep.path().display()
+            ),
+        ))
+    }
+
     /// Changes the size, with the gate closed.
     pub async fn resize(&self, size: u64, _quiesced: &Quiesced) -> Result<()> {
         if self.limits().read_only {

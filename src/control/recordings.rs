@@ -117,6 +117,7 @@ impl Recordings {
             )));
         }
         let hold = hold(node, &request.log.display().to_string())?;
+        node.check_guest_is_back()?;
         let recording = record(image, node.driver(), request)?;
         recording.say(image.name());
         let filter = Arc::clone(&recording.filter) as Arc<dyn Driver>;

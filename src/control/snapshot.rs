@@ -165,6 +165,8 @@ impl Snapshot {
         let overlay = disks.graph().find(overlay).ok_or_else(|| {
             QmpError::generic(format!("Cannot find device='{overlay}' nor node-name='{overlay}'"))
         })?;
+        // Nobody's guest comes back to a node without an export.
+        disks.settle(&node)?;
         let name = "blockdev-snapshot";
         if !disks.graph().parents(&overlay).is_empty() {
             return Err(QmpError::generic(format!(
@@ -194,6 +196,8 @@ impl Snapshot {
         }
         // Before any file is made.
         drop(disks.hold_graph(&node, name)?);
+        disks.settle(&node)?;
+        node.check_guest_is_back()?;
         let mut created = Created::default();
         let overlay = create_overlay(disks, &node, request, &mut created);
         match overlay.and_then(|overlay| Snapshot::new(disks, name, node, overlay)) {
@@ -213,6 +217,8 @@ impl Snapshot {
         if node.is_same(&overlay) || disks.graph().reaches(&node, &overlay) {
             disks.graph().check_cycle(&overlay, &node, "backing")?;
         }
+        node.check_guest_is_back()?;
+        overlay.check_guest_is_back()?;
         let image = disks.image_of(&node)?;
         let overlay_image = disks.image_of(&overlay)?;
         disks.layers.check_chain(Some(&node), &overlay_image, &node)?;

@@ -83,6 +83,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     let steady: Vec<_> = overlays.iter().chain([&top]).cloned().collect();
     let mut holds = chain::hold(JobKind::Commit, &steady, &nodes[1..])?;
     jobs.check_id(&spec.id)?;
+    nodes.iter().try_for_each(Node::check_guest_is_back)?;
     chain::check_alone(&graph, &nodes)?;
     let name = chain::name_of(layers, &base)?;
     for overlay in &overlays {

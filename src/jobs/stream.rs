@@ -71,6 +71,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spe
     let nodes = chain::between(&top, base.as_ref()).unwrap_or_default();
     let mut holds = chain::hold(JobKind::Stream, &nodes, &[])?;
     jobs.check_id(&spec.id)?;
+    nodes.iter().try_for_each(Node::check_guest_is_back)?;
     let image = chain::image_of(layers, &top)?;
     if top.backing().is_some() {
         let name = match (&base, &backing_file) {

@@ -57,6 +57,8 @@ impl MainCommand for BlockResize {
         let _hold = disks.hold_graph(&node, "block_resize")?;
         disks.check_no_node_on(&node, "resize", "block_resize")?;
         frozen::check(&disks.image_below(&node)?.file)?;
+        // What is kept is of the size that the disk has.
+        node.check_guest_is_back()?;
         let graph = Arc::clone(disks.graph());
         let quiesced = graph.quiesce(std::slice::from_ref(&node));
         let resized = block_on(node.resize(size, &quiesced));
