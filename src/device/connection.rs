@@ -34,14 +34,11 @@ use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_S
 use vhost::vhost_user::{BackendReqHandler, Error as WireError};
 
 use super::handler::{Device, Handler};
+use super::lines::limited;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// Size of a message's header: request, flags, size of the body.
 const HEADER_LEN: usize = 12;
-/// Refused messages of one connection that are logged as warnings; a front-end (or a guest through
-/// it) cannot fill the log's disk.
-const LOGGED_REFUSALS: u32 = 32;
-
 /// Why a connection ended without a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -119,8 +116,7 @@ fn serve_messages(
     handler: &Handler,
     stop: &Stop,
 ) -> Result<Ended> {
-    let name = handler.device().name();
-    let mut refusals = 0;
+    let (name, lines) = (handler.device().name(), handler.device().lines());
     let mut silent = true;
     loop {
         if stop.is_requested() {
@@ -134,7 +130,7 @@ fn serve_messages(
             });
         };
         if std::mem::take(&mut silent) {
-            tracing::info!("{name}: front-end connected");
+            limited!(lines, info, "{name}: front-end connected");
         }
         let (request, files) = (RequestName(peeked.request), peeked.files.len());
         tracing::trace!("{name}: {request}");
@@ -151,12 +147,7 @@ fn serve_messages(
         match result {
             Ok(()) => {}
             Err(WireError::ReqHandlerError(err)) => {
-                refusals += 1;
-                if refusals <= LOGGED_REFUSALS {
-                    tracing::warn!("{name}: {request} refused: {err}");
-                } else {
-                    tracing::debug!("{name}: {request} refused: {err}");
-                }
+                limited!(lines, warn, "{name}: {request} refused: {err}");
             }
             Err(_) if stop.is_requested() => return Ok(Ended::Stopped),
             Err(WireError::Disconnected) => return Ok(Ended::FrontEndLeft),

@@ -54,6 +54,7 @@ use super::device_state::{self, DeviceState};
 use super::dirty_log::DirtyLog;
 use super::features;
 use super::inflight::InflightRegion;
+use super::lines::{Lines, limited};
 use super::memory::GuestMemory;
 use super::rings::{RingStart, Rings, Session};
 use crate::error::{Error, Result, ResultExt};
@@ -72,6 +73,8 @@ pub struct Device {
     told_capacity: Mutex<Option<u64>>,
     /// Whether a new guest finds the write cache on.
     default_writeback: bool,
+    /// What front-ends may put into the log.
+    lines: Lines,
 }
 
 impl Device {
@@ -83,12 +86,18 @@ impl Device {
             rings,
             client: Mutex::new(None),
             told_capacity: Mutex::new(None),
+            lines: Lines::new(),
         })
     }
 
     /// What log lines call this device.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What front-ends may put into the log.
+    pub(super) fn lines(&self) -> &Lines {
+        &self.lines
     }
 
     /// Tells the guest that the config space (the size of the disk) has changed: now, or when its
@@ -115,10 +124,17 @@ impl Device {
     fn log_notified(&self, notified: Option<Notified>) {
         match notified {
             Some(Notified::Sent) => {
-                tracing::info!("{}: front-end told that the config space changed", self.name);
+                limited!(
+                    self.lines,
+                    info,
+                    "{}: front-end told that the config space changed",
+                    self.name
+                );
             }
             Some(Notified::Broken) => {
-                tracing::warn!(
+                limited!(
+                    self.lines,
+                    warn,
                     "{}: back-end channel broken, the front-end will not learn of changes of size",
                     self.name
                 );
@@ -302,7 +318,9 @@ impl Handler {
             Some(region) => {
                 let queue = u16::try_from(index).ok().and_then(|index| region.queue(index));
                 if queue.is_none() {
-                    tracing::warn!(
+                    limited!(
+                        self.device.lines,
+                        warn,
                         "{}: queue {index}: not in the in-flight region, so its requests will not \
                          survive our death",
                         self.name()
@@ -437,7 +455,7 @@ impl Handler {
                 && let Err(err) =
                     state.rings[index].check_areas(&memory, state.rings[index].features)
             {
-                tracing::warn!("{}: queue {index}: stopped: {err}", self.name());
+                limited!(self.device.lines, warn, "{}: queue {index}: stopped: {err}", self.name());
                 self.stop(state, index);
             }
         }
@@ -453,7 +471,7 @@ impl Handler {
                 && let Err(err) = self.try_start(state, index)
             {
                 // The memory was taken over, so the message has succeeded.
-                tracing::warn!("{}: {err}", self.name());
+                limited!(self.device.lines, warn, "{}: {err}", self.name());
             }
         }
     }
@@ -495,7 +513,7 @@ impl Handler {
     /// Takes over a state that the front-end has written into `pipe`.
     fn load_state(&self, pipe: File) -> Result<()> {
         let Some(saved) = device_state::load(pipe, device_state::LOAD_TIMEOUT)? else {
-            tracing::info!("{}: empty device state loaded", self.name());
+            limited!(self.device.lines, info, "{}: empty device state loaded", self.name());
             return Ok(());
         };
         saved.check_against(&self.device_state())?;

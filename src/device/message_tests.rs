@@ -15,7 +15,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -52,6 +52,33 @@ struct FrontEnd {
     stop: Arc<Stop>,
     thread: JoinHandle<Result<Ended>>,
     memory: File,
+    /// Lines that an operator finds in the log.
+    lines: Arc<AtomicUsize>,
+}
+
+/// Counts them.
+struct Lines(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::INFO
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
 }
 
 /// An in-flight region as a front-end keeps it.
@@ -107,9 +134,14 @@ impl FrontEnd {
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let stop = Arc::new(Stop::default());
+        let lines = Arc::new(AtomicUsize::new(0));
         let thread = std::thread::spawn({
-            let (device, stop) = (device.clone(), stop.clone());
-            move || connection::serve(theirs, &device, &stop)
+            let (device, stop, lines) = (device.clone(), stop.clone(), Lines(lines.clone()));
+            move || {
+                tracing::subscriber::with_default(lines, || {
+                    connection::serve(theirs, &device, &stop)
+                })
+            }
         });
         FrontEnd {
             socket,
@@ -117,6 +149,7 @@ impl FrontEnd {
             device: device.clone(),
             stop,
             thread,
+            lines,
             memory: memfd_create("guest", MEMORY, false).unwrap(),
         }
     }

@@ -13,6 +13,7 @@
 //! chain ─► ring                      descriptors to iovecs; heads in, used elements out
 //! request                            iovecs to a checked virtio-blk request
 //! bell                               interrupts, and who waits for a worker that sends one
+//! lines                              the log is not a front-end's to fill
 //! features, config_space             what the device says about itself
 //! ```
 //!
@@ -36,6 +37,7 @@ pub mod handler;
 pub mod identity;
 pub mod inflight;
 pub mod latency;
+mod lines;
 pub mod mapping;
 pub mod memory;
 #[doc(hidden)]

@@ -35,6 +35,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 
 use super::connection::{self, Ended, Stop};
 use super::handler::Device;
+use super::lines::limited;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// Longest path of a socket: `sun_path` has 108 bytes, one of them for the end.
@@ -454,12 +455,12 @@ fn accept(
 
 /// Serves one client and logs how it ended.
 fn serve(stream: UnixStream, device: &Arc<Device>, shared: &Shared) {
-    let name = device.name();
+    let (name, lines) = (device.name(), device.lines());
     match connection::serve(stream, device, &shared.stop) {
-        Ok(Ended::FrontEndLeft) => tracing::info!("{name}: front-end left"),
+        Ok(Ended::FrontEndLeft) => limited!(lines, info, "{name}: front-end left"),
         Ok(Ended::Silent) => tracing::debug!("{name}: somebody connected and left"),
         Ok(Ended::Stopped) => tracing::info!("{name}: stopped"),
-        Err(err) => tracing::error!("{name}: {err}"),
+        Err(err) => limited!(lines, error, "{name}: {err}"),
     }
 }
 

@@ -19,6 +19,7 @@ use crate::device::device_state;
 use crate::device::dirty_log::DirtyLog;
 use crate::device::features;
 use crate::device::inflight::InflightRegion;
+use crate::device::lines::limited;
 use crate::device::memory::{GuestMemory, MAX_MEMORY_SLOTS, MemoryRegion};
 use crate::device::rings::Notifier;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -56,7 +57,9 @@ impl VhostUserBackendReqHandler for Handler {
             }
             let changed = (state.features ^ features) & !features::LOG_ALL;
             if changed != 0 && state.any_live() {
-                tracing::warn!(
+                limited!(
+                    self.device.lines,
+                    warn,
                     "{}: feature bits {changed:#x} changed while queues run: they keep theirs \
                      until they start again",
                     self.name()
@@ -165,7 +168,12 @@ impl VhostUserBackendReqHandler for Handler {
     fn get_vring_base(&self, index: u32) -> WireResult<VhostUserVringState> {
         let mut state = self.state();
         let Ok(at) = self.index(&state, index) else {
-            tracing::warn!("{}: GET_VRING_BASE: no queue {index}, answered 0", self.name());
+            limited!(
+                self.device.lines,
+                warn,
+                "{}: GET_VRING_BASE: no queue {index}, answered 0",
+                self.name()
+            );
             return Ok(VhostUserVringState::new(index, 0));
         };
         self.stop(&mut state, at);
@@ -295,7 +303,9 @@ impl VhostUserBackendReqHandler for Handler {
     fn set_backend_req_fd(&self, _backend: Backend) {
         match self.state().peeked_socket.take() {
             Some(socket) => self.device.log_notified(self.channel.set_socket(socket)),
-            None => tracing::warn!(
+            None => limited!(
+                self.device.lines,
+                warn,
                 "{}: SET_BACKEND_REQ_FD came in pieces: the front-end will not learn of changes \
                  of size",
                 self.name()
@@ -322,7 +332,9 @@ impl VhostUserBackendReqHandler for Handler {
                 Ok((VhostUserInflight::new(new.mmap_size, 0, queues, size), new.file))
             }
             Err(err) => {
-                tracing::warn!(
+                limited!(
+                    self.device.lines,
+                    warn,
                     "{}: GET_INFLIGHT_FD: no region for {queues} queues of {size}, requests in \
                      flight will not survive our death: {err}",
                     self.name()
@@ -408,7 +420,7 @@ impl VhostUserBackendReqHandler for Handler {
         });
         // The codec answers for us and forgets the reason.
         if let Err(err) = &result {
-            tracing::warn!("{}: SET_DEVICE_STATE_FD: {err}", self.name());
+            limited!(self.device.lines, warn, "{}: SET_DEVICE_STATE_FD: {err}", self.name());
         }
         result.map(|()| None)
     }
@@ -424,7 +436,7 @@ impl VhostUserBackendReqHandler for Handler {
             None => Ok(()),
         };
         result.map_err(|err| {
-            tracing::warn!("{}: CHECK_DEVICE_STATE: {err}", self.name());
+            limited!(self.device.lines, warn, "{}: CHECK_DEVICE_STATE: {err}", self.name());
             refused(err)
         })
     }

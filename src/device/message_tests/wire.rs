@@ -164,3 +164,36 @@ fn connections_leak_no_files() {
     // Other tests run beside this one and have files of their own.
     assert!(count() < before + 250, "{before} files before, {} after", count());
 }
+
+/// Whatever it sends, and however often it comes: it is not the front-end that decides how full the
+/// disk with the log is.
+#[test]
+fn a_front_end_cannot_fill_the_log() {
+    let fe = FrontEnd::new(2);
+    fe.negotiate(FEATURES);
+    for _ in 0..200 {
+        fe.vring_base(5000);
+        fe.get_inflight((1000, 16));
+        assert!(!fe.accepts(R::SET_VRING_NUM, &words(&[0, 3]), &[]));
+        fe.ask(R::CHECK_DEVICE_STATE, &[]);
+    }
+    // Queues that lose their memory, and features that change under queues.
+    fe.run(2);
+    for _ in 0..100 {
+        assert!(fe.accepts(R::REM_MEM_REG, &region(0, MEMORY, 0), &[]));
+        fe.add_memory();
+        assert!(fe.accepts(R::SET_FEATURES, &longs(&[FEATURES | CONFIG_WCE]), &[]));
+        assert!(fe.accepts(R::SET_FEATURES, &longs(&[FEATURES]), &[]));
+    }
+    let mut lines = fe.lines.load(Ordering::SeqCst);
+    let (device, rings) = (fe.device.clone(), fe.rings.clone());
+    fe.leave().unwrap();
+    for _ in 0..200 {
+        let fe = FrontEnd::connect(&device, &rings);
+        fe.sync();
+        let count = Arc::clone(&fe.lines);
+        fe.leave().unwrap();
+        lines += count.load(Ordering::SeqCst);
+    }
+    assert!((10..300).contains(&lines), "{lines} lines");
+}
