@@ -21,9 +21,9 @@ use crate::block::{Graph, Node, Quiesced, graph};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::kept::look_among_others;
-use crate::images::lock::lock_rights;
+use crate::images::lock::{self, lock_rights};
 use crate::images::open::protocol_name;
-use crate::images::{Access, Image, ImageFormat, StateDir, frozen};
+use crate::images::{Access, Image, ImageFormat, Locking, StateDir, frozen};
 use crate::io::{File, HostFile, Rights, block_on};
 
 /// A node and the image behind it.
@@ -379,7 +379,10 @@ impl Layers {
     }
 
     fn reopen_for_writing(&mut self, layer: &Layer, quiesced: &Quiesced) -> Result<()> {
-        let old = &layer.image;
+        let mut on_file =
+            self.layers.iter().filter(|l| Arc::ptr_eq(&l.image.file, &layer.image.file));
+        let image_file = on_file.find_map(|layer| layer.image.image_file.clone());
+        let old = &Image { image_file, ..layer.image.clone() };
         let request = ProtocolRequest {
             node_name: graph::auto_name(),
             path: old.file.path().to_path_buf(),
@@ -387,35 +390,46 @@ impl Layers {
             access: Access::Write,
             auto_read_only: false,
             cache: old.cache,
-            locking: old.locking,
+            // Those of the old files would be in the way: locks belong to open files.
+            locking: Locking::Off,
             lock_wait: Duration::ZERO,
             keeps_space: false,
         };
-        let had = lock_rights(old.locking, old.access);
-        // Ours would be in the way of the new file's: locks belong to open files.
-        let old_files = || [Some(&old.file), old.image_file.as_ref()].into_iter().flatten();
-        old_files().for_each(|file| file.unlock());
+        // First where the image is open already, then beside that in the new files: so it is never
+        // without a lock that somebody else could take.
+        let rights =
+            lock_rights(old.locking, old.access).zip(lock_rights(old.locking, Access::Write));
+        if let Some((from, to)) = rights {
+            relock(old, from, to)?;
+        }
         let result = blockdev::open_protocol(&request).and_then(|new| {
-            if new.file.identity()? != old.file.identity()? {
-                return Err(Error::invalid(format!(
-                    "{}: is another file now than when it was opened",
-                    old.name()
-                )));
-            }
+            check_same(&new.file, &old.file)?;
             let drivers = self.drivers_on(&new, &old.file)?;
+            let data = drivers.iter().find_map(|(_, (_, data))| data.as_ref());
+            if let (Some(new), Some(old)) = (data, &old.image_file) {
+                check_same(new, old)?;
+            }
+            if let Some((_, (held, shared))) = rights {
+                for file in std::iter::once(&new.file).chain(data) {
+                    file.lock_beside(held, shared)?;
+                }
+            }
             Ok((new, drivers))
         });
         let (new, drivers) = match result {
             Ok(opened) => opened,
             Err(err) => {
-                if let Some((held, shared)) = had {
-                    for file in old_files() {
-                        file.lock(held, shared)?;
-                    }
+                if let Some((from, to)) = rights
+                    && let Err(err) = relock(old, to, from)
+                {
+                    tracing::error!("{}: its locks are not what they were: {err}", old.name());
                 }
                 return Err(err);
             }
         };
+        for file in std::iter::once(&old.file).chain(&old.image_file) {
+            file.unlock();
+        }
         for (node, (driver, image_file)) in drivers {
             node.replace_driver(driver, quiesced);
             for layer in self.layers.iter_mut().filter(|l| l.image.node.is_same(&node)) {
@@ -467,6 +481,14 @@ impl Layers {
     }
 }
 
+/// Refuses a file that has taken the place of another.
+fn check_same(new: &HostFile, old: &HostFile) -> Result<()> {
+    if new.identity()? == old.identity()? {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{}: is another file now than when it was opened", old.name())))
+}
+
 /// How many files an image itself has.
 fn files_of(image: &Image) -> usize {
     1 + usize::from(image.image_file.is_some())
@@ -474,9 +496,9 @@ fn files_of(image: &Image) -> usize {
 
 /// Changes the locks on all files of an image, or on none.
 fn relock(image: &Image, from: (Rights, Rights), to: (Rights, Rights)) -> Result<()> {
-    image.file.relock(from, to)?;
+    lock::relock(&image.file, from, to)?;
     let Some(data) = &image.image_file else { return Ok(()) };
-    data.relock(from, to).inspect_err(|_| {
+    lock::relock(data, from, to).inspect_err(|_| {
         if let Err(err) = image.file.relock(to, from) {
             tracing::error!("{}: its locks are not what they were: {err}", image.name());
         }
@@ -485,11 +507,13 @@ fn relock(image: &Image, from: (Rights, Rights), to: (Rights, Rights)) -> Result
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
     use super::*;
     use crate::block::Gate;
     use crate::error::ErrorKind;
-    use crate::images::{self, CacheMode, Locking, OpenRequest};
-    use crate::io::AlignedBuf;
+    use crate::images::{self, CacheMode, OpenRequest};
+    use crate::io::{AlignedBuf, OpenOptions};
 
     struct Bench {
         dir: tempfile::TempDir,
@@ -628,12 +652,27 @@ mod tests {
         assert!(!protocol.limits().read_only);
         bench.layers.set_access(&base, Access::Read, &quiesced).unwrap();
         write(&base, 3).unwrap_err();
-        // A file that took its place is not written.
+        // A file that took its place is not written, and nobody gets in while that is found out.
         let mut bench = Bench::new();
         let top = bench.add("top", ImageFormat::Qcow2, Access::Write);
         std::fs::rename(bench.path("base"), bench.path("gone")).unwrap();
         std::fs::write(bench.path("base"), [9; 512]).unwrap();
-        let err = bench.layers.set_access(&top.backing().unwrap(), Access::Write, &quiesced);
+        let base = top.backing().unwrap();
+        let stop = AtomicBool::new(false);
+        let other = HostFile::open(&bench.path("gone"), OpenOptions::default()).unwrap();
+        std::thread::scope(|scope| {
+            let taken = scope.spawn(|| {
+                let (held, shared) = lock_rights(Locking::Guard, Access::Write).unwrap();
+                let tries =
+                    std::iter::from_fn(|| (!stop.load(Relaxed)).then(|| other.lock(held, shared)));
+                tries.filter(Result::is_ok).count()
+            });
+            let thaw = |_| bench.layers.set_access(&base, Access::Write, &quiesced).unwrap_err();
+            let errors: Vec<_> = (0..300).map(thaw).collect();
+            stop.store(true, Relaxed);
+            assert_eq!(taken.join().unwrap(), 0, "somebody else has locked it: {}", errors[299]);
+        });
+        let err = bench.layers.set_access(&base, Access::Write, &quiesced);
         assert!(err.unwrap_err().to_string().contains("is another file now"));
     }
 

@@ -100,18 +100,29 @@ fn lock_host(
                 );
                 deadline = Instant::now() + orphaned_wait;
             }
-            Err(err) if err.kind() == ErrorKind::Busy => {
-                let users = users::of(file);
-                let open_in = if users.is_empty() {
-                    String::new()
-                } else {
-                    format!("; it is open in {}", users.join(", "))
-                };
-                return Err(Error::new(ErrorKind::Busy, format!("{err}{open_in}{advice}")));
-            }
-            other => return other,
+            Err(err) => return Err(with_users(file, err, advice)),
+            Ok(()) => return Ok(()),
         }
     }
+}
+
+/// Changes the locks of a host file; see [`HostFile::relock`].
+pub(super) fn relock(file: &HostFile, from: (Rights, Rights), to: (Rights, Rights)) -> Result<()> {
+    file.relock(from, to).map_err(|err| with_users(file, err, ""))
+}
+
+/// Adds to a refusal who has the file open.
+fn with_users(file: &HostFile, err: Error, advice: &str) -> Error {
+    if err.kind() != ErrorKind::Busy {
+        return err;
+    }
+    let users = users::of(file);
+    let open_in = if users.is_empty() {
+        String::new()
+    } else {
+        format!("; it is open in {}", users.join(", "))
+    };
+    Error::new(ErrorKind::Busy, format!("{err}{open_in}{advice}"))
 }
 
 #[cfg(test)]

@@ -370,6 +370,11 @@ impl HostFile {
         lock::lock(self.as_fd(), held, shared).context(|| self.name.clone())
     }
 
+    /// Takes image locks that another open file of ours has; see [`lock::lock_beside`].
+    pub fn lock_beside(&self, held: Rights, shared: Rights) -> Result<()> {
+        lock::lock_beside(self.as_fd(), held, shared).context(|| self.name.clone())
+    }
+
     /// Changes the image locks from (held, shared) rights to others; see [`lock::relock`].
     pub fn relock(&self, from: (Rights, Rights), to: (Rights, Rights)) -> Result<()> {
         lock::relock(self.as_fd(), from, to).context(|| self.name.clone())

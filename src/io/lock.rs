@@ -126,7 +126,16 @@ pub fn unlock(fd: BorrowedFd<'_>) {
     }
 }
 
-fn take(fd: BorrowedFd<'_>, held: Rights, shared: Rights) -> Result<()> {
+/// Takes the locks that another open file of ours has, which is about to be unlocked: without a look
+/// for others, since that would find ours, and while it has them nobody else can be in the way.
+///
+/// # Errors
+/// As for [`lock`].
+pub fn lock_beside(fd: BorrowedFd<'_>, held: Rights, shared: Rights) -> Result<()> {
+    set_all(fd, held, shared).inspect_err(|_| unlock(fd))
+}
+
+fn set_all(fd: BorrowedFd<'_>, held: Rights, shared: Rights) -> Result<()> {
     for (i, (right, _)) in Rights::EACH.iter().enumerate() {
         if held.contains(*right) {
             set(fd, HELD_BASE + i as i64)?;
@@ -135,6 +144,11 @@ fn take(fd: BorrowedFd<'_>, held: Rights, shared: Rights) -> Result<()> {
             set(fd, UNSHARED_BASE + i as i64)?;
         }
     }
+    Ok(())
+}
+
+fn take(fd: BorrowedFd<'_>, held: Rights, shared: Rights) -> Result<()> {
+    set_all(fd, held, shared)?;
     for (i, (right, name)) in Rights::EACH.iter().enumerate() {
         if held.contains(*right) && is_locked(fd, UNSHARED_BASE + i as i64)? {
             return Err(busy(format!("another process does not share the right '{name}'")));
