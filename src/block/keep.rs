@@ -52,6 +52,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 
+use crate::block::open_gate;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::SharedMemory;
 use crate::units::align_up;
@@ -658,6 +659,15 @@ fn is_tmpfs(path: &Path) -> Result<bool> {
 /// Makes the directory if need be and checks that it is one of ours, in memory.
 fn prepare_dir(dir: &Path) -> Result<()> {
     use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    let on_disk = || {
+        Error::unsupported(
+            "is not on tmpfs, so what is kept there would survive a power cut that the disk's \
+             own content did not; name a directory on tmpfs with --state-dir",
+        )
+    };
+    if std::fs::symlink_metadata(dir).is_err() && !is_tmpfs(open_gate::directory_of(dir))? {
+        return Err(on_disk());
+    }
     match std::fs::DirBuilder::new().mode(0o700).create(dir) {
         Err(err) if err.kind() != std::io::ErrorKind::AlreadyExists => return Err(err.into()),
         _ => {}
@@ -672,10 +682,7 @@ fn prepare_dir(dir: &Path) -> Result<()> {
         ));
     }
     if !is_tmpfs(dir)? {
-        return Err(Error::unsupported(
-            "is not on tmpfs, so what is kept there would survive a power cut that the disk's \
-             own content did not; name a directory on tmpfs with --state-dir",
-        ));
+        return Err(on_disk());
     }
     Ok(())
 }
@@ -898,6 +905,11 @@ pub(crate) mod tests {
             let err = Keep::open(on_disk.path(), (1, 1), "test").unwrap_err();
             assert_eq!(err.kind(), ErrorKind::Unsupported);
             assert!(err.to_string().contains("--state-dir"), "{err}");
+            // Nor is one made there.
+            let missing = on_disk.path().join("missing");
+            let err = Keep::open(&missing, (1, 1), "test").unwrap_err();
+            assert_eq!(err.kind(), ErrorKind::Unsupported);
+            assert!(!missing.exists());
         }
     }
 }
