@@ -853,6 +853,40 @@ fn children_that_are_described_in_place_go_with_their_parent() {
     daemon.quit(&mut qmp);
 }
 
+/// Nodes that are reopened with one command change together, or not at all.
+#[test]
+fn reopening_is_all_or_nothing() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let mut guest = daemon.guest("e0.sock");
+    guest.write(0, 0, &[1; 512]).unwrap();
+    let top = json!({"device": "e0", "snapshot-file": daemon.path("top"),
+                     "snapshot-node-name": "top"});
+    qmp.ok("blockdev-snapshot-sync", top);
+    std::fs::File::create(daemon.path("a.raw")).unwrap().set_len(DISK).unwrap();
+    let fault = json!({"driver": "fault", "node-name": "bad", "file":
+                       {"driver": "raw", "node-name": "a", "file":
+                        {"driver": "file", "node-name": "fa", "filename": daemon.path("a.raw")}}});
+    qmp.ok("blockdev-add", fault);
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    let top_file = qmp_children(&nodes, "top");
+    let options = json!([
+        {"driver": "raw", "node-name": "d0", "file": "f0", "discard": "unmap", "read-only": false},
+        {"driver": "qcow2", "node-name": "top", "file": top_file, "backing": null,
+         "discard": "unmap"},
+        {"driver": "fault", "node-name": "bad", "file": "a", "inject-error": [{"iotype": "read"}]},
+        {"driver": "raw", "node-name": "a", "file": "nope"},
+    ]);
+    let err = qmp.fails("blockdev-reopen", json!({"options": options}));
+    assert_eq!(err, "Cannot change the option 'file'");
+    assert!(qmp.ok("query-named-block-nodes", json!({"flat": true})) == nodes, "they have changed");
+    assert_eq!(guest.read(0, 0, 512).unwrap(), [1; 512]);
+    qmp.ok("blockdev-reopen", json!({"options": options.as_array().unwrap()[..2]}));
+    assert_eq!(guest.read(0, 0, 512).unwrap(), [0; 512]);
+    drop(guest);
+    daemon.quit(&mut qmp);
+}
+
 #[test]
 fn misuse_of_the_command_line_is_told() {
     let dir = prepare();

@@ -10,18 +10,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::block::{Graph, Node, NodeOptions, Rights, graph};
+use crate::block::{Graph, Node, NodeOptions, Quiesced, Rights, graph};
 use crate::control::QmpError;
 use crate::control::disks::Disks;
-use crate::control::faults::{self, FaultOptions};
+use crate::control::faults::FaultOptions;
 use crate::control::qapi::{Flat, QmpResult};
 use crate::control::recordings::LogOptions;
 use crate::crash::{self, StateName};
+use crate::filters::fault::{Fault, Settings};
 use crate::filters::write_log::Stand;
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::recording::record_to;
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, crash_state};
-use crate::io::HostFile;
+use crate::io::{HostFile, block_on};
 use crate::qapi;
 
 /// How long a node waits for a file that is locked: a killed predecessor's locks stay until the
@@ -536,8 +537,93 @@ pub fn by_name(graph: &Graph, name: &str) -> QmpResult<Node> {
 }
 
 /// Changes nodes that exist: `read-only` and `backing` may differ from how they were added, and
-/// nothing else. Options that are absent go back to their defaults, as in QEMU.
-pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
+/// nothing else. Options that are absent go back to their defaults, as in QEMU. Guests see all
+/// changes at once, or none where one is refused.
+pub fn reopen(disks: &mut Disks, options: &[BlockdevOptions]) -> QmpResult<()> {
+    let Some((first, others)) = options.split_first() else { return Ok(()) };
+    // Here, so that most refusals cost guests no pause. Others may depend on those before them.
+    let first = prepare_reopen(disks, first)?;
+    let graph = Arc::clone(disks.graph());
+    let mut nodes = vec![first.node.clone()];
+    nodes.extend(others.iter().filter_map(|options| graph.find(options.node_name.as_deref()?)));
+    let quiesced = graph.quiesce(&nodes);
+    let mut undo = Vec::new();
+    let mut result = first.apply(disks, &quiesced).map(|back| undo.push(back));
+    for options in others {
+        result = result.and_then(|()| {
+            let change = prepare_reopen(disks, options)?;
+            undo.push(change.apply(disks, &quiesced)?);
+            Ok(())
+        });
+    }
+    if result.is_err() {
+        for back in undo.into_iter().rev() {
+            let name = back.node.name().to_string();
+            if let Err(err) = back.apply(disks, &quiesced) {
+                tracing::error!("node '{name}' is not what it was before blockdev-reopen: {err}");
+            }
+        }
+    }
+    let pause = graph.resume(quiesced);
+    let names: Vec<_> = nodes.iter().map(Node::name).collect();
+    tracing::info!(
+        "blockdev-reopen of '{}': guests paused for {} us",
+        names.join("', '"),
+        pause.as_micros()
+    );
+    result
+}
+
+/// How a node is to be.
+struct Change {
+    node: Node,
+    to: Target,
+}
+
+enum Target {
+    Fault(Arc<Fault>, Settings),
+    /// What it may be used for, and what it stands on if that changes.
+    Image(Access, Option<Option<Node>>),
+}
+
+impl Change {
+    /// Does it, and tells how to take it back. The gates of all that reach the node are closed.
+    ///
+    /// # Errors
+    /// If that is not possible. Then the node is as it was.
+    fn apply(self, disks: &mut Disks, quiesced: &Quiesced) -> QmpResult<Change> {
+        let Change { node, to } = self;
+        let back = match to {
+            Target::Fault(filter, settings) => {
+                let before = filter.settings();
+                block_on(filter.set(settings))?;
+                Target::Fault(filter, before)
+            }
+            Target::Image(access, backing) => {
+                // What was written so far is durable below the old backing.
+                if !node.limits().read_only {
+                    block_on(node.flush())?;
+                }
+                let before = disks.image_of(&node)?.access;
+                let stood_on = node.backing();
+                disks.layers.set_access(&node, access, quiesced)?;
+                if let Some(backing) = &backing
+                    && let Err(err) = disks.graph().set_backing(&node, backing.as_ref(), quiesced)
+                {
+                    if let Err(err) = disks.layers.set_access(&node, before, quiesced) {
+                        tracing::error!("node '{}' is not as it was: {err}", node.name());
+                    }
+                    return Err(err.into());
+                }
+                Target::Image(before, backing.map(|_| stood_on))
+            }
+        };
+        Ok(Change { node, to: back })
+    }
+}
+
+/// Checks what is asked for.
+fn prepare_reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Change> {
     let Some(name) = &options.node_name else {
         return Err(QmpError::generic("node-name not specified"));
     };
@@ -555,7 +641,8 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
         }
         refuse_for_filters(options)?;
         let settings = filter.faults.read()?;
-        return faults::change(disks.graph(), &faulty, settings);
+        let to = Target::Fault(faulty.filter, settings);
+        return Ok(Change { node, to });
     }
     let layer = disks.layers.of(&node).cloned();
     let Some(layer) = layer.filter(|layer| layer.image.format != ImageFormat::CrashState) else {
@@ -618,13 +705,9 @@ pub fn reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<()> {
             disks.users_of(&node)
         )));
     }
-    let _hold = disks.hold_graph(&node, "blockdev-reopen")?;
-    let graph = Arc::clone(disks.graph());
-    let quiesced = graph.quiesce(std::slice::from_ref(&node));
-    let changed = change(disks, &node, access, moves.then_some(backing.as_ref()), &quiesced);
-    let pause = graph.resume(quiesced);
-    tracing::info!("blockdev-reopen of '{name}': guests paused for {} us", pause.as_micros());
-    changed
+    // Not where a job works. None comes before we are done.
+    drop(disks.hold_graph(&node, "blockdev-reopen")?);
+    Ok(Change { node, to: Target::Image(access, moves.then_some(backing)) })
 }
 
 /// A base that is written to would change every state that stands on it.
@@ -637,22 +720,4 @@ fn check_no_state_on(graph: &Graph, node: &Node) -> QmpResult<()> {
         ))),
         None => Ok(()),
     }
-}
-
-fn change(
-    disks: &mut Disks,
-    node: &Node,
-    access: Access,
-    backing: Option<Option<&Node>>,
-    quiesced: &crate::block::Quiesced,
-) -> QmpResult<()> {
-    // What was written so far is durable below the old backing.
-    if !node.limits().read_only {
-        crate::io::block_on(node.flush())?;
-    }
-    disks.layers.set_access(node, access, quiesced)?;
-    if let Some(backing) = backing {
-        disks.graph().set_backing(node, backing, quiesced)?;
-    }
-    Ok(())
 }

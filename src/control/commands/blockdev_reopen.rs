@@ -20,9 +20,7 @@ impl MainCommand for BlockdevReopen {
     type Returns = Nothing;
 
     fn run(daemon: &mut Daemon, arguments: BlockdevReopenArguments) -> QmpResult<Nothing> {
-        for options in &arguments.options {
-            blockdev::reopen(daemon.disks_mut(), options)?;
-        }
+        blockdev::reopen(daemon.disks_mut(), &arguments.options)?;
         Ok(Nothing {})
     }
 }
