@@ -37,7 +37,7 @@ use crate::block::{Graph, Node, Quiesced, Rights};
 use crate::control::disks::Disks;
 use crate::control::qapi::QmpResult;
 use crate::control::{Daemon, QmpError};
-use crate::error::{Result, ResultExt};
+use crate::error::{Error, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
 use crate::io::{HostFile, block_on};
@@ -304,9 +304,10 @@ impl Action for Snapshot {
             block_on(filter.driver().prepare_for_overlay())
                 .context(|| format!("filter '{}' before the snapshot", filter.name()))
         });
+        // In this order: a front-end that connects now asks what it may do with the disk.
         let moved = prepared
-            .and_then(|()| disks.layers.set_access(&self.node, Access::Read, quiesced))
-            .and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced));
+            .and_then(|()| self.graph.replace(&self.node, &self.overlay, quiesced))
+            .and_then(|()| disks.layers.set_access(&self.node, Access::Read, quiesced));
         match moved {
             Ok(()) => {
                 // A disk is in it again.
@@ -316,19 +317,26 @@ impl Action for Snapshot {
                 Ok(())
             }
             Err(err) => {
-                self.restore(disks, quiesced);
+                self.undo(disks, quiesced);
                 Err(err.into())
             }
         }
     }
 
     fn undo(&mut self, disks: &mut Disks, quiesced: &Quiesced) {
-        self.is_done = false;
-        match self.graph.replace(&self.overlay, &self.node, quiesced) {
-            Ok(()) => self.overlay.owe_nothing(),
-            Err(err) => tracing::error!("a snapshot that failed is not undone in full: {err}"),
+        let left = (disks.layers.set_access(&self.node, self.access, quiesced))
+            .and_then(|()| self.graph.replace(&self.overlay, &self.node, quiesced));
+        if let Err(err) = left {
+            return self.stay(disks, quiesced, &err);
         }
-        self.restore(disks, quiesced);
+        self.is_done = false;
+        self.overlay.owe_nothing();
+        if let Some(target) = &self.overlay_moved {
+            frozen::mark_moved(&self.overlay_file, target);
+        }
+        if let Err(err) = self.overlay.set_backing(self.overlay_backing.clone(), quiesced) {
+            tracing::error!("a snapshot that failed is not undone in full: {err}");
+        }
     }
 
     fn clean(&mut self, disks: &mut Disks) {
@@ -355,32 +363,23 @@ impl Snapshot {
         }
     }
 
-    /// Nobody stands on the overlay any more: all is as it was. Where somebody could not be put back,
-    /// what he stands on stays, and is done.
-    fn restore(&mut self, disks: &mut Disks, quiesced: &Quiesced) {
-        if let Some(user) = self.graph.parents(&self.overlay).first() {
-            tracing::error!(
-                "node '{}' stays below its overlay '{}', which {user} could not leave; commit the \
-                 overlay to undo the snapshot",
-                self.node.name(),
-                self.overlay.name()
-            );
-            frozen::clear_moved(&self.overlay_file);
-            self.owe_flush();
-            self.is_done = true;
-            self.created.keep();
-            if self.is_named {
-                self.graph.set_explicit(&self.overlay, true);
-            }
-            return;
+    /// Somebody could not be taken off the overlay: what he stands on stays, and is done.
+    fn stay(&mut self, disks: &mut Disks, quiesced: &Quiesced, err: &Error) {
+        tracing::error!(
+            "node '{}' stays below its overlay '{}', which cannot be left ({err}); commit the overlay \
+             to undo the snapshot",
+            self.node.name(),
+            self.overlay.name()
+        );
+        if let Err(err) = disks.layers.set_access(&self.node, Access::Read, quiesced) {
+            tracing::error!("node '{}' is not made read-only: {err}", self.node.name());
         }
-        if let Some(target) = &self.overlay_moved {
-            frozen::mark_moved(&self.overlay_file, target);
-        }
-        let access = disks.layers.set_access(&self.node, self.access, quiesced);
-        let backing = self.overlay.set_backing(self.overlay_backing.clone(), quiesced);
-        for err in [access.err(), backing.err()].into_iter().flatten() {
-            tracing::error!("a snapshot that failed is not undone in full: {err}");
+        frozen::clear_moved(&self.overlay_file);
+        self.owe_flush();
+        self.is_done = true;
+        self.created.keep();
+        if self.is_named {
+            self.graph.set_explicit(&self.overlay, true);
         }
     }
 }
@@ -567,10 +566,11 @@ fn sync_with_directory(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
     use crate::block::{BlockStatus, Driver, Limits, Root};
     use crate::control::disks::WorkerOptions;
-    use crate::error::Error;
     use crate::images::{Layers, OpenRequest, StateDir};
     use crate::io::{AlignedBuf, Buffers, EngineKind, Fut};
     use crate::units::ByteRange;
@@ -583,6 +583,8 @@ mod tests {
         disks: Disks,
         base: Node,
         root: Root,
+        /// Whether the disk was read-only while a guest stood on it.
+        seen_read_only: Arc<AtomicBool>,
     }
 
     impl Bench {
@@ -593,9 +595,13 @@ mod tests {
             let mut disks = Disks::new(layers, workers);
             let base = add(&mut disks, dir.path(), "base", ImageFormat::Qcow2);
             let root = Root::new("export 'e0'", base.clone());
-            root.begin_session(7, |_| {}).unwrap();
+            // As one that connects at the barrier would.
+            let (seen, asks) = (Arc::new(AtomicBool::new(false)), base.clone());
+            let sees = Arc::clone(&seen);
+            let look = move |_| _ = sees.fetch_or(asks.limits().read_only, Ordering::Relaxed);
+            root.begin_session(7, look).unwrap();
             disks.graph().add_root(&root).unwrap();
-            Bench { dir, disks, base, root }
+            Bench { dir, disks, base, root, seen_read_only: seen }
         }
 
         /// A snapshot into `overlay`, which is made for it; it is committed.
@@ -661,6 +667,15 @@ mod tests {
     }
 
     #[test]
+    fn no_guest_finds_its_disk_read_only_at_the_barrier() {
+        let mut bench = Bench::new();
+        let (mut action, quiesced) = bench.snapshot();
+        assert!(!bench.seen_read_only.load(Ordering::Relaxed) && bench.base.limits().read_only);
+        action.undo(&mut bench.disks, &quiesced);
+        assert!(!bench.seen_read_only.load(Ordering::Relaxed) && !bench.base.limits().read_only);
+    }
+
+    #[test]
     fn an_overlay_that_its_guest_cannot_leave_stays_whole() {
         let mut bench = Bench::new();
         let (mut action, quiesced) = bench.snapshot();
@@ -673,6 +688,7 @@ mod tests {
         assert_eq!(overlay.name(), "overlay");
         assert!(bench.dir.path().join("overlay").exists());
         assert!(overlay.backing().is_some_and(|below| below.is_same(&bench.base)));
+        assert!(bench.base.limits().read_only);
         assert_eq!(first_byte(&overlay), 1);
         block_on(overlay.flush()).unwrap();
         assert!(!overlay.owes_flush());
