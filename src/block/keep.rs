@@ -23,14 +23,15 @@
 //! kept record covers must be recorded too, even if by itself it would not need to be. An owner
 //! whose redo is not idempotent puts a sequence number into its records.
 //!
-//! A keep belongs to an image (device and inode number), a format, a boot of the host and a
+//! A keep belongs to an image (device, inode number and time of birth), a format, a boot of the host and a
 //! session (a random nonce, which the device puts into the in-flight region that the front-end
 //! hands back). Records of anything else are never given out.
 //!
 //! # The file
 //!
 //! ```text
-//! 0      header: magic, boot id, image, format, nonce, and of each half: generation, committed
+//! 0      header: magic, boot id, image, format, nonce, and of each half: generation, committed;
+//!        when the image was born
 //! 4096   half 0: records ▏length, CRC32C, payload, padding to 8▕ …
 //! 4096+N half 1: the same; the half with the higher generation is the one appended to
 //! ```
@@ -54,7 +55,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 
 use crate::block::open_gate;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::io::SharedMemory;
+use crate::io::{HostFile, SharedMemory};
 use crate::units::align_up;
 
 /// Space for records between two flushes, in bytes, if the owner does not say otherwise.
@@ -81,7 +82,9 @@ mod at {
     pub const CAPACITY: usize = 120;
     /// Generation and committed length, twice.
     pub const HALVES: usize = 128;
-    pub const END: usize = 160;
+    /// When the image's file was made, in nanoseconds since 1970; 0 if that is not known.
+    pub const BORN: usize = 160;
+    pub const END: usize = 168;
 }
 
 /// Keeps records of one image in memory that outlives the process. See the [module](self).
@@ -94,6 +97,8 @@ pub struct Keep {
     file: File,
     boot_id: [u8; 40],
     image: (u64, u64),
+    /// When the image's file was made, in nanoseconds since 1970; 0 if that is not known.
+    born_ns: i64,
     format: [u8; 32],
     /// Of one half.
     capacity: u64,
@@ -136,6 +141,12 @@ impl Keep {
         Keep::open_with_capacity(dir, image, format, DEFAULT_CAPACITY)
     }
 
+    /// As [`Keep::open`], for an image in this file: what was kept for a file that had its inode
+    /// number before is void.
+    pub fn open_for(dir: &Path, file: &HostFile, format: &str) -> Result<Keep> {
+        Keep::open_born(dir, file.identity()?, file.born_ns(), format, DEFAULT_CAPACITY)
+    }
+
     /// As [`Keep::open`], with room for `capacity` bytes of records between two flushes.
     pub fn open_with_capacity(
         dir: &Path,
@@ -143,10 +154,20 @@ impl Keep {
         format: &str,
         capacity: u64,
     ) -> Result<Keep> {
+        Keep::open_born(dir, image, 0, format, capacity)
+    }
+
+    fn open_born(
+        dir: &Path,
+        image: (u64, u64),
+        born_ns: i64,
+        format: &str,
+        capacity: u64,
+    ) -> Result<Keep> {
         assert!(format.len() <= 31, "format name too long");
         Keep::check_dir(dir)?;
         let path = dir.join(file_name(image, format));
-        let keep = Keep::open_file(&path, image, format, capacity)
+        let keep = Keep::open_file(&path, image, born_ns, format, capacity)
             .context(|| format!("{}", path.display()))?;
         Ok(keep)
     }
@@ -164,7 +185,13 @@ impl Keep {
         dir.join(file_name(image, format)).exists()
     }
 
-    fn open_file(path: &Path, image: (u64, u64), format: &str, capacity: u64) -> Result<Keep> {
+    fn open_file(
+        path: &Path,
+        image: (u64, u64),
+        born_ns: i64,
+        format: &str,
+        capacity: u64,
+    ) -> Result<Keep> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let file = loop {
             let file: File = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600))?.into();
@@ -183,6 +210,7 @@ impl Keep {
             file,
             boot_id: read_boot_id()?,
             image,
+            born_ns,
             format: name,
             capacity: align_up(capacity, 4096).unwrap_or(capacity),
             state: Mutex::default(),
@@ -256,6 +284,7 @@ impl Keep {
         header[at::FORMAT..at::FORMAT + 32].copy_from_slice(&self.format);
         header[at::NONCE..at::NONCE + 16].copy_from_slice(&nonce.to_le_bytes());
         put_u64(&mut header, at::CAPACITY, self.capacity);
+        put_u64(&mut header, at::BORN, self.born_ns as u64);
         state.halves[0].generation = 1;
         put_u64(&mut header, at::HALVES, 1);
         self.file.write_all_at(&header, 0)?;
@@ -534,7 +563,9 @@ impl Keep {
             && header[at::BOOT_ID..at::BOOT_ID + 40] == self.boot_id
             && (get_u64(&header, at::DEV), get_u64(&header, at::INO)) == self.image
             && header[at::FORMAT..at::FORMAT + 32] == self.format;
-        if !fits {
+        // Versions before this field left zeros there.
+        let born_ns = get_u64(&header, at::BORN) as i64;
+        if !fits || (born_ns != self.born_ns && born_ns != 0 && self.born_ns != 0) {
             return None;
         }
         let nonce = u128::from_le_bytes(header[at::NONCE..at::NONCE + 16].try_into().ok()?);
@@ -780,6 +811,22 @@ pub(crate) mod tests {
         refused(keep.append_and(&[b"three"], || panic!("changed without a record")));
         keep.begin(2).unwrap();
         assert_eq!(keep.found(), None);
+    }
+
+    /// Inode numbers are used again.
+    #[test]
+    fn what_was_kept_for_an_image_that_is_gone_is_void() {
+        let dir = state_dir();
+        let open = |born_ns| Keep::open_born(dir.path(), (7, 42), born_ns, "test", 4096).unwrap();
+        for (written, read, is_found) in
+            [(5, 5, true), (5, 6, false), (0, 6, true), (5, 0, true), (-5, -5, true)]
+        {
+            let keep = open(written);
+            keep.begin(1).unwrap();
+            keep.append(&[b"one"]).unwrap();
+            drop(keep);
+            assert_eq!(open(read).found().is_some(), is_found, "{written}, {read}");
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! has left of it ([`crate::block::keep`]).
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::block::Keep;
 use crate::error::{ErrorKind, Result};
@@ -22,7 +23,7 @@ pub(super) fn open_keep(
         StateDir::IfPossible(dir) => (dir, false),
         StateDir::Required(dir) => (dir, true),
     };
-    match Keep::open(dir, file.identity()?, format) {
+    match Keep::open_for(dir, file, format) {
         Ok(keep) => Ok(Some(keep)),
         // Whoever serves the image from this very directory is in the way; nobody may ignore that.
         Err(err) if required || err.kind() == ErrorKind::Busy => Err(err),
@@ -70,11 +71,11 @@ pub(super) fn settle(request: &OpenRequest) -> Result<Option<u128>> {
         driver.resume(Some(session)).await?;
         driver.close().await
     })?;
-    let identity = image.file.identity()?;
+    let file = Arc::clone(&image.file);
     drop((driver, image));
     if !is_marked {
         // Its guest may come back to this very image, and is known by the session.
-        Keep::open(dir, identity, format.name())?.begin(session)?;
+        Keep::open_for(dir, &file, format.name())?.begin(session)?;
     }
     Ok(Some(session))
 }
@@ -89,11 +90,10 @@ pub(super) fn look(
     file: &HostFile,
     format: ImageFormat,
 ) -> Result<Option<(u128, bool)>> {
-    let identity = file.identity()?;
-    if format == ImageFormat::Raw || !Keep::is_there(dir, identity, format.name()) {
+    if format == ImageFormat::Raw || !Keep::is_there(dir, file.identity()?, format.name()) {
         return Ok(None);
     }
-    let keep = Keep::open(dir, identity, format.name())?;
+    let keep = Keep::open_for(dir, file, format.name())?;
     Ok(keep.session().map(|session| (session, keep.awaited().is_some())))
 }
 
