@@ -4,7 +4,7 @@
 mod common;
 
 use common::guest::sector;
-use common::{Host, Setup, ok};
+use common::{Host, Setup, fails, ok};
 use serde_json::{Value, json};
 use vublk::frontend::Session;
 
@@ -119,5 +119,41 @@ fn what_is_kept_stays_until_the_guest_is_back() {
         host.backend.spawn();
         comes_back(&host, &mut guest);
         ends(&mut host, &mut guest);
+    }
+}
+
+/// With the directory that is the default, where commands look.
+#[test]
+fn commands_that_write_wait_for_the_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "raw", "base", "1M"]);
+    for format in ["add-cow", "qcow2"] {
+        ok(d, &["create", "-q", "-f", format, "-b", "base", "-F", "raw", format]);
+        let mut backend = Setup::new(&[]).format(format, &d.join(format)).start();
+        let mut guest = backend.qemu();
+        guest.write(0, 0, &sector(1)).unwrap();
+        backend.kill();
+        for command in [
+            &["resize", "-f", format, format, "2M"][..],
+            &["commit", "-d", "-f", format, format],
+            &["rebase", "-f", format, "-b", "", format],
+            &["rebase", "-u", "-f", format, "-b", "", format],
+            &["convert", "-n", "-f", "raw", "-O", format, "base", format],
+            &["check", "-r", "all", "-f", format, format],
+        ] {
+            let refusal = fails(d, command, 1);
+            assert!(refusal.contains("let the guest come back first"), "{command:?}: {refusal}");
+        }
+        let mut read = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"));
+        read.args(["convert", "-f", format, "-O", "raw", format, "out"]).current_dir(d);
+        let said = String::from_utf8(read.output().unwrap().stderr).unwrap();
+        assert!(said.contains("does not show here"), "{said}");
+        backend.spawn();
+        guest.reconnect().unwrap();
+        assert!(guest.read(0, 0, 512).unwrap() == sector(1));
+        guest.stop().unwrap();
+        assert!(backend.terminate().success());
+        ok(d, &["resize", "-q", "-f", format, format, "2M"]);
     }
 }

@@ -157,6 +157,22 @@ impl Keep {
         Keep::open_born(dir, image, 0, format, capacity)
     }
 
+    /// The keep of an image in this file, if there is one in `dir` that no process uses.
+    pub fn find(dir: &Path, file: &HostFile, format: &str) -> Result<Option<Keep>> {
+        let path = dir.join(file_name(file.identity()?, format));
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let there: File = match rustix::fs::open(&path, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            there => there.context(|| path.display().to_string())?.into(),
+        };
+        match rustix::fs::flock(&there, FlockOperation::NonBlockingLockShared) {
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            locked => locked.context(|| path.display().to_string())?,
+        }
+        drop(there);
+        Keep::open_for(dir, file, format).map(Some)
+    }
+
     fn open_born(
         dir: &Path,
         image: (u64, u64),

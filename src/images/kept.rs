@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::Keep;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::images::lock::lock;
 use crate::images::open::guess;
 use crate::images::request::{Access, OpenRequest, StateDir};
-use crate::images::{ImageFormat, frozen, open};
+use crate::images::{ImageFormat, Locking, frozen, open};
 use crate::io::{File, HostFile, OpenOptions, block_on};
 
 /// Opens the place for what must outlive this process, if a guest is to be served.
@@ -108,6 +108,46 @@ pub(super) fn look_among_others(
         Err(err) if err.kind() == ErrorKind::Busy => Ok(None),
         found => found,
     }
+}
+
+/// Looks whether an image that a command opens, and no guest is served from, is what its own guest
+/// knows: after a kill, what that completed last may be in `dir` only. `file` is locked.
+///
+/// # Errors
+/// Kind [`Busy`](ErrorKind::Busy) if so and the image is to be written: what is redone later would not
+/// fit it any more. Who reads it is warned.
+pub(super) fn check_settled(
+    request: &OpenRequest,
+    dir: &Path,
+    file: &HostFile,
+    format: ImageFormat,
+) -> Result<()> {
+    let is_served = [&request.state_dir, &request.settle_in].iter().any(|d| **d != StateDir::None);
+    if is_served || request.locking != Locking::Guard || format == ImageFormat::Raw {
+        return Ok(());
+    }
+    // A directory that is not ours to use holds nothing of ours.
+    let Ok(Some(keep)) = Keep::find(dir, file, format.name()) else { return Ok(()) };
+    if keep.awaited().is_none() {
+        return Ok(());
+    }
+    let what = format!(
+        "{}: the process that served it was killed, and what its guest completed last is in {} and not \
+         in the image",
+        file.name(),
+        keep.path().display()
+    );
+    if request.access == Access::Read {
+        tracing::warn!("{what}; it does not show here before the guest has come back");
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Busy,
+        format!(
+            "{what}. Serve it again and let the guest come back first; if it never will, remove that \
+             file"
+        ),
+    ))
 }
 
 #[cfg(test)]

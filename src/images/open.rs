@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::cache_mode::CacheMode;
 use crate::images::crash_state::{self, Named};
 use crate::images::drivers::{open_qcow2, open_raw, open_vhdx, warn_if_whole};
-use crate::images::kept::{open_keep, settle};
+use crate::images::kept::{check_settled, open_keep, settle};
 use crate::images::lock::{Locking, lock};
 use crate::images::request::{Access, OpenRequest, StateDir};
 use crate::images::{ImageFormat, add_cow, probe};
@@ -381,6 +381,7 @@ fn open_locked(
     if request.locking == Locking::Inspect {
         lock(&file, request, format)?;
     }
+    check_settled(request, &Keep::default_dir(), &file, format)?;
     Ok((file, format, guessed))
 }
 
