@@ -12,7 +12,8 @@
 //! ```
 //!
 //! All or nothing: an action that fails leaves everything as it was, and files that were made for
-//! the transaction are removed.
+//! the transaction are removed. Should a guest be unable to go back to where it was, then what it
+//! stands on stays, with its files, and the log says so.
 //!
 //! # Order of a snapshot, for crashes
 //!
