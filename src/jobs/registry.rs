@@ -160,10 +160,7 @@ impl Jobs {
         let job = self.find(id).ok_or(VerbError::NotFound)?;
         let mut state = job.state();
         if !verb.is_allowed(state.status) {
-            return Err(VerbError::Refused(format!(
-                "Job '{id}' in state '{}' cannot accept command verb '{verb}'",
-                state.status
-            )));
+            return Err(refused(id, state.status, verb));
         }
         match verb {
             Verb::Pause if state.paused => {
@@ -217,7 +214,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// Ends a job that is ready as it is (the guest stays where it is), and cancels any other.
+    /// Ends a job that is ready as it is (the guest stays where it is), and cancels any other; refused
+    /// by one that was told to complete.
     pub fn cancel_gently(&self, id: &str) -> Result<(), VerbError> {
         let job = self.find(id).ok_or(VerbError::NotFound)?;
         let mut state = job.state();
@@ -230,7 +228,11 @@ impl Jobs {
             drop(state);
             return self.apply(id, Verb::Cancel);
         }
-        state.ending.get_or_insert(Ending::Stay);
+        if state.ending == Some(Ending::Complete) {
+            // It would go over to the copy all the same.
+            return Err(refused(id, state.status, Verb::Cancel));
+        }
+        state.ending = Some(Ending::Stay);
         drop(state);
         job.waiters().wake();
         Ok(())
@@ -241,11 +243,7 @@ impl Jobs {
         let job = self.find(id).ok_or(VerbError::NotFound)?;
         let mut state = job.state();
         if !Verb::SetSpeed.is_allowed(state.status) {
-            return Err(VerbError::Refused(format!(
-                "Job '{id}' in state '{}' cannot accept command verb '{}'",
-                state.status,
-                Verb::SetSpeed
-            )));
+            return Err(refused(id, state.status, Verb::SetSpeed));
         }
         state.limit.set_speed(speed);
         drop(state);
@@ -287,6 +285,13 @@ impl Jobs {
     pub(super) fn on_main(&self, task: MainTask) {
         self.inner.listener.on_main(task);
     }
+}
+
+/// A verb that a job does not obey in this state, in QEMU's words.
+fn refused(id: &str, status: Status, verb: Verb) -> VerbError {
+    VerbError::Refused(format!(
+        "Job '{id}' in state '{status}' cannot accept command verb '{verb}'"
+    ))
 }
 
 impl Job {

@@ -285,6 +285,10 @@ fn ready_paused_and_completed_or_not() {
     bench.desk.verb(Verb::Resume);
     assert_eq!(bench.desk.refused(Verb::Resume), "Can't resume a job that was not paused");
     bench.desk.verb(Verb::Complete);
+    // It cannot stay any more.
+    let err = bench.desk.jobs.cancel_gently("j").unwrap_err();
+    let refusal = "Job 'j' in state 'ready' cannot accept command verb 'cancel'";
+    assert_eq!(err, VerbError::Refused(refusal.into()));
     let end = bench.desk.until("null");
     assert_eq!(end, ["ready", "waiting", "pending", &whole, "concluded", "null"]);
     assert_eq!(bench.finalized(), ["Complete"]);
