@@ -795,6 +795,45 @@ fn marks_of_an_overlay_are_respected() {
     daemon.quit(&mut qmp);
 }
 
+/// After a stream or a commit, marks tell what the disk stands on now, and nothing of what it stands on no more:
+/// who gives that up must not be sent to the disk.
+#[test]
+fn marks_follow_a_job() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name);
+    for name in ["s1", "s2", "s3", "s4"] {
+        let snapshot =
+            json!({"device": "e0", "snapshot-file": path(name), "snapshot-node-name": name});
+        qmp.ok("blockdev-snapshot-sync", snapshot);
+    }
+    let mark = |name: &str| {
+        frozen::overlay_of(&HostFile::open(&path(name), OpenOptions::default()).unwrap())
+    };
+    let stream = |qmp: &mut Qmp, arguments: Value| {
+        qmp.ok("block-stream", arguments);
+        wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
+    };
+    stream(&mut qmp, json!({"device": "e0", "base-node": "s1"}));
+    // What stands on s2 needs it.
+    let expected = [("disk.raw", Some("s1")), ("s1", Some("s4")), ("s2", Some("s3")), ("s3", None)];
+    for (image, overlay) in expected {
+        assert_eq!(mark(image), overlay.map(path), "{image}");
+    }
+    stream(&mut qmp, json!({"device": "e0"}));
+    assert_eq!((mark("s1"), mark("disk.raw")), (None, Some(path("s1"))));
+
+    for name in ["t1", "t2"] {
+        let snapshot =
+            json!({"device": "e1", "snapshot-file": path(name), "snapshot-node-name": name});
+        qmp.ok("blockdev-snapshot-sync", snapshot);
+    }
+    qmp.ok("block-commit", json!({"device": "e1", "top-node": "t1"}));
+    wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
+    assert_eq!((mark("t1"), mark("more.qcow2")), (None, Some(path("t2"))));
+    daemon.quit(&mut qmp);
+}
+
 /// A base that a commit changes shows other things to whatever else stands on it.
 #[test]
 fn what_stands_on_the_base_of_a_commit_is_not_served() {

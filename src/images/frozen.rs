@@ -75,6 +75,11 @@ pub fn clear(file: &HostFile) {
     take(file, MOVED);
 }
 
+/// Takes away the mark that names an overlay; durable on return.
+pub fn clear_overlay(file: &HostFile) {
+    take(file, ATTRIBUTE);
+}
+
 /// Takes away the mark that says where the disk has moved to; durable on return.
 pub fn clear_moved(file: &HostFile) {
     take(file, MOVED);
@@ -95,6 +100,11 @@ fn take(file: &HostFile, attribute: &str) {
 /// The overlay that the disk of this image goes on in, if it is marked.
 pub fn overlay_of(file: &HostFile) -> Option<PathBuf> {
     get(file, ATTRIBUTE)
+}
+
+/// Whether the image is marked as frozen below this one.
+pub fn is_frozen_below(file: &HostFile, overlay: &Path) -> bool {
+    overlay_of(file).is_some_and(|marked| Ok(marked) == std::path::absolute(overlay).map_err(drop))
 }
 
 /// The image that the disk of this one has moved to, if it is marked so.
@@ -180,7 +190,8 @@ pub fn check(file: &HostFile) -> Result<()> {
                 ErrorKind::Busy,
                 format!(
                     "{name}: this disk was committed or streamed while it was served, and goes on in \
-                     {shown}; serve that one (what is here is old)"
+                     {shown}; serve that one, in its own format (-f raw if it is raw): what is here \
+                     is old"
                 ),
             ));
         }

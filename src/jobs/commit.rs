@@ -286,7 +286,12 @@ impl Commit {
             if result.is_ok() {
                 restore_access(layers, &self.base, self.base_access, &quiesced);
                 if let Some(overlay) = overlays.first() {
-                    frozen::mark(&base.file, chain::image_of(layers, overlay)?.file.path());
+                    let overlay = chain::image_of(layers, overlay)?.file;
+                    frozen::mark(&base.file, overlay.path());
+                    // It stands on the top no more.
+                    if frozen::is_frozen_below(&top.file, overlay.path()) {
+                        frozen::clear_overlay(&top.file);
+                    }
                 }
             }
             graph.resume(quiesced);

@@ -18,6 +18,7 @@
 //! top is flushed, with all that was copied; then its header names what it stands on from now on;
 //! then the graph follows. Either name shows the same disk.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::layer_copy::FillUp;
@@ -26,8 +27,8 @@ use super::{Body, Context, Ending, JobKind, Jobs, OnError, Spec, chain};
 use crate::block::{Node, Quiesced, Root};
 use crate::error::Result;
 use crate::filters::Intercept;
-use crate::images::{Access, ImageFormat, Layers};
-use crate::io::{Fut, block_on};
+use crate::images::{Access, ImageFormat, Layers, frozen};
+use crate::io::{Fut, HostFile, block_on};
 use crate::units::ByteRange;
 
 /// What to stream.
@@ -139,6 +140,29 @@ impl Stream {
         chain::rename_backing(layers, &self.top, name.as_deref(), format)
     }
 
+    /// The files of the layers that the top stands on, down to the base.
+    fn files_below(&self, layers: &Layers) -> Vec<Arc<HostFile>> {
+        let nodes = chain::between(&self.top, self.base.as_ref()).unwrap_or_default();
+        let images = nodes.iter().skip(1).filter_map(|node| layers.of(node));
+        images.map(|layer| Arc::clone(&layer.image.file)).collect()
+    }
+
+    /// Has the marks of snapshots say what the top stands on now. A dropped layer that another one
+    /// stands on keeps its mark: that one needs it.
+    fn renew_marks(&self, top: &Path, below: &[Arc<HostFile>]) {
+        let (base, dropped) = match (&self.base, below.split_last()) {
+            (Some(_), Some((base, dropped))) => (Some(base), dropped),
+            _ => (None, below),
+        };
+        let (Some(first), Some(last)) = (dropped.first(), dropped.last()) else { return };
+        if frozen::is_frozen_below(first, top) {
+            frozen::clear_overlay(first);
+        }
+        if let Some(base) = base.filter(|base| frozen::is_frozen_below(base, last.path())) {
+            frozen::mark(base, top);
+        }
+    }
+
     /// Puts the top on the base. Guests wait.
     fn swap(&self, layers: &mut Layers, quiesced: &Quiesced) -> Result<()> {
         let graph = Arc::clone(layers.graph());
@@ -182,6 +206,8 @@ impl Body for Stream {
             }
             None => None,
         };
+        let top = chain::image_of(layers, &self.top)?.file;
+        let below = self.files_below(layers);
         let quiesced = graph.quiesce(std::slice::from_ref(&self.top));
         let swapped = match old.is_some() || self.drops_top {
             true => self.swap(layers, &quiesced),
@@ -198,6 +224,7 @@ impl Body for Stream {
             }
             return Err(err);
         }
+        self.renew_marks(top.path(), &below);
         tracing::info!(
             "the stream to '{}' has ended; guests paused for {} us",
             self.top.name(),
