@@ -329,7 +329,7 @@ fn under_load(base: &'static str, format: ImageFormat, count: usize) {
 
 /// Makes one file of the whole chain again, while the guest writes.
 fn commit_all(mut host: Host, mut guest: Guest, format: ImageFormat, count: usize) {
-    let top = host.path(&format!("s{}", count - 1));
+    let top = host.path(format!("s{}", count - 1));
     host.backend = host.setup(format.name(), &top, &[]).start();
     guest.disk = host.backend.open(SessionOptions::new(Personality::Qemu).queues(QUEUES));
     let mut qmp = host.qmp();
@@ -348,7 +348,7 @@ fn commit_all(mut host: Host, mut guest: Guest, format: ImageFormat, count: usiz
     };
     if format == ImageFormat::AddCow {
         // All but two layers at once, then what is left of it.
-        let second = host.path(&format!("s{}", count - 2));
+        let second = host.path(format!("s{}", count - 2));
         qmp.ok("block-commit", json!({"device": "disk", "top": second, "base": host.path("disk")}));
         completed(&mut qmp);
         let disk = qmp.ok("query-block", json!({}))[0]["inserted"].take();
@@ -392,7 +392,7 @@ fn check_all(
             let below = numbers(&std::fs::read(host.path("out.raw")).unwrap());
             assert!(below == content, "snapshot {i} read through its chain");
         }
-        apply_overlay(&host.path(&format!("s{i}")), format, &mut content);
+        apply_overlay(&host.path(format!("s{i}")), format, &mut content);
     }
     assert!(content == guest.now(), "the last overlay is the disk");
     if format == ImageFormat::Qcow2 && have("qemu-img") {
@@ -424,7 +424,7 @@ fn killed(format: &'static str, overlays: &'static str, name: &str) {
             }
         });
         std::thread::sleep(Duration::from_millis(5 + 7 * (round % 3)));
-        let overlay = host.path(&format!("k{round}.qcow2"));
+        let overlay = host.path(format!("k{round}.qcow2"));
         let file = overlay.clone();
         // Its answer is not waited for: the daemon may be gone before it answers.
         let arguments = json!({"device": "disk", "snapshot-file": file, "format": overlays});
