@@ -743,7 +743,7 @@ mod tests {
         graph.add_root(&root).unwrap();
         let deaf = Arc::new(Dummy { has_no_sessions: true, ..Dummy::default() });
         let overlay = node_of(deaf, "overlay");
-        let quiesced = graph.quiesce(&[filter.clone()]);
+        let quiesced = graph.quiesce(std::slice::from_ref(&filter));
         filter.set_backing(Some(top.clone()), &quiesced).unwrap();
         root.begin_session(1, |_| {}).unwrap();
         message(graph.replace(&top, &overlay, &quiesced));
