@@ -429,6 +429,18 @@ fn a_chain_does_not_become_longer_than_one_that_opens() {
     let err = qmp.fails("transaction", json!({"actions": both}));
     assert!(err.contains("513 files"), "{err}");
     assert!(!path(256).exists() && !daemon.path("m").exists());
+    // Overlays that stand on nothing before the barrier are counted there.
+    for name in ["x", "y"] {
+        common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", name, &DISK.to_string()]);
+        let node = json!({"driver": "qcow2", "node-name": name, "backing": null,
+                          "file": file(daemon.path(name))});
+        qmp.ok("blockdev-add", node);
+    }
+    let both = [("s255", "x"), ("s254", "y")].map(|(node, overlay)| {
+        json!({"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}})
+    });
+    let err = qmp.fails("transaction", json!({"actions": both}));
+    assert!(err.contains("513 files"), "{err}");
     let exports = qmp.ok("query-block-exports", json!({}));
     assert_eq!(exports[1]["node-name"], "s255");
     qmp.ok("blockdev-snapshot-sync", snapshot(256, "qcow2"));
