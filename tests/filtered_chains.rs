@@ -180,7 +180,7 @@ fn killed_after_a_snapshot_below_a_filter_nothing_completed_is_lost() {
         // What was kept of the frozen layers stays, without records, until the host's next start.
         guest.disk.stop().unwrap();
         assert!(host.backend.terminate().success(), "{}", host.backend.log());
-        host.is_disk(&guest, format, "k3");
+        host.is_disk_of_killed(&guest, format, "k3");
     }
 }
 

@@ -9,7 +9,7 @@ mod common;
 
 use common::guest::{Guest, SECTOR, words};
 use common::host::base_word;
-use common::{Host, Qmp, Random, ok, vublk};
+use common::{Host, Qmp, Random, ok};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, SessionOptions};
 
@@ -475,13 +475,7 @@ fn killed(command: &str, top: &'static str, below: &'static str, rounds: u32) {
     guest.disk.stop().unwrap();
     assert!(host.backend.terminate().success(), "{}", host.backend.log());
     let image = served.image.to_str().unwrap();
-    if served.format == "qcow2" {
-        // What was allocated when a kill came belongs to nobody; nothing else may be wrong.
-        let check = vublk(host.dir.path(), &["check", "-f", "qcow2", image]);
-        assert!(matches!(check.status.code(), Some(0 | 3)), "{check:?}");
-        return host.shows(&guest, "qcow2", image);
-    }
-    host.is_disk(&guest, served.format, image);
+    host.is_disk_of_killed(&guest, served.format, image);
 }
 
 /// Has the guest write until `work`, which kills its daemon, is done.
