@@ -112,6 +112,9 @@ pub async fn open(
     let name = log.name().to_string();
     let opening = Opening { subject: &subject, log: &log, sidecar: &sidecar, settings };
     let found = opening.find().await.context(|| name.clone())?;
+    if found.as_ref().is_none_or(|found| found.sidecar.is_none()) {
+        opening.check_disk_is_whole().context(|| name.clone())?;
+    }
     let (start, header, began) = match found {
         None => opening.start().await.context(|| name)?,
         Some(found) => opening.go_on(found).await.context(|| name)?,
@@ -164,6 +167,25 @@ impl Opening<'_> {
                 Err(err) => Err(err),
             },
         }
+    }
+
+    /// Refuses a disk that does not show yet all that its guest relies on: what a recording begins
+    /// with could not be told.
+    fn check_disk_is_whole(&self) -> Result<()> {
+        let Subject { below, image, .. } = self.subject;
+        let Some(keep) = below.keep().filter(|keep| keep.awaited().is_some()) else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "cannot begin with {}: the process that served it was killed, its guest has not come \
+                 back yet, and what that completed last is in {} and not in the image. Serve it \
+                 without a log until the guest is back; if it never will, remove that file",
+                image.path.display(),
+                keep.path().display()
+            ),
+        ))
     }
 
     /// What to do with a log that is there.
