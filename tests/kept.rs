@@ -108,6 +108,24 @@ fn a_write_log_waits_for_the_guest() {
     waits_for_the_guest("qcow2", "x-vublk-log-start", log);
 }
 
+/// Nobody could tell what the disk was when such a log began.
+#[test]
+fn a_log_from_the_start_waits_for_the_guest() {
+    let (mut host, mut guest) = killed("qcow2");
+    let path = |name: &str| host.path(name).to_str().unwrap().to_string();
+    let (disk, log, socket) = (path("disk"), path("new"), path("vu.sock"));
+    let state = host.state.path().to_str().unwrap();
+    let serve = ["serve", "-f", "qcow2", "--state-dir", state, "--socket-path", &socket];
+    let recorded = [&serve[..], &["--log-writes", &log, &disk]].concat();
+    let refusal = fails(host.dir.path(), &recorded, 1);
+    assert!(refusal.contains("its guest has not come back yet"), "{refusal}");
+    assert!(!host.path("new").exists());
+    host.backend.spawn();
+    comes_back(&host, &mut guest);
+    ends(&mut host, &mut guest);
+    assert!(!host.path("new").exists() && !host.path("new.sidecar").exists());
+}
+
 /// A restart that is one too many loses nothing.
 #[test]
 fn what_is_kept_stays_until_the_guest_is_back() {
@@ -122,31 +140,35 @@ fn what_is_kept_stays_until_the_guest_is_back() {
     }
 }
 
-/// With the directory that is the default, where commands look.
+/// With the directory that is the default, and with another that the image is marked with.
 #[test]
 fn commands_that_write_wait_for_the_guest() {
     let dir = tempfile::tempdir().unwrap();
+    let state = tempfile::Builder::new().prefix("vublk-").tempdir_in("/dev/shm").unwrap();
     let d = dir.path();
     ok(d, &["create", "-q", "-f", "raw", "base", "1M"]);
-    for format in ["add-cow", "qcow2"] {
-        ok(d, &["create", "-q", "-f", format, "-b", "base", "-F", "raw", format]);
-        let mut backend = Setup::new(&[]).format(format, &d.join(format)).start();
+    let named = ["--state-dir", state.path().to_str().unwrap()];
+    for (name, format, args) in
+        [("a", "add-cow", &[][..]), ("b", "qcow2", &[]), ("c", "qcow2", &named)]
+    {
+        ok(d, &["create", "-q", "-f", format, "-b", "base", "-F", "raw", name]);
+        let mut backend = Setup::new(args).format(format, &d.join(name)).start();
         let mut guest = backend.qemu();
         guest.write(0, 0, &sector(1)).unwrap();
         backend.kill();
         for command in [
-            &["resize", "-f", format, format, "2M"][..],
-            &["commit", "-d", "-f", format, format],
-            &["rebase", "-f", format, "-b", "", format],
-            &["rebase", "-u", "-f", format, "-b", "", format],
-            &["convert", "-n", "-f", "raw", "-O", format, "base", format],
-            &["check", "-r", "all", "-f", format, format],
+            &["resize", "-f", format, name, "2M"][..],
+            &["commit", "-d", "-f", format, name],
+            &["rebase", "-f", format, "-b", "", name],
+            &["rebase", "-u", "-f", format, "-b", "", name],
+            &["convert", "-n", "-f", "raw", "-O", format, "base", name],
+            &["check", "-r", "all", "-f", format, name],
         ] {
             let refusal = fails(d, command, 1);
             assert!(refusal.contains("let the guest come back first"), "{command:?}: {refusal}");
         }
         let mut read = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"));
-        read.args(["convert", "-f", format, "-O", "raw", format, "out"]).current_dir(d);
+        read.args(["convert", "-f", format, "-O", "raw", name, "out"]).current_dir(d);
         let said = String::from_utf8(read.output().unwrap().stderr).unwrap();
         assert!(said.contains("does not show here"), "{said}");
         backend.spawn();
@@ -154,6 +176,6 @@ fn commands_that_write_wait_for_the_guest() {
         assert!(guest.read(0, 0, 512).unwrap() == sector(1));
         guest.stop().unwrap();
         assert!(backend.terminate().success());
-        ok(d, &["resize", "-q", "-f", format, format, "2M"]);
+        ok(d, &["resize", "-q", "-f", format, name, "2M"]);
     }
 }

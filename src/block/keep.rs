@@ -95,14 +95,20 @@ pub struct Keep {
     path: PathBuf,
     /// Locked (flock) for as long as this lives.
     file: File,
+    owner: Owner,
+    /// Of one half.
+    capacity: u64,
+    state: Mutex<State>,
+}
+
+/// Whom a keep belongs to, besides the session.
+#[derive(Debug)]
+struct Owner {
     boot_id: [u8; 40],
     image: (u64, u64),
     /// When the image's file was made, in nanoseconds since 1970; 0 if that is not known.
     born_ns: i64,
     format: [u8; 32],
-    /// Of one half.
-    capacity: u64,
-    state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
@@ -116,6 +122,12 @@ struct State {
     reserved: u64,
     /// The file as memory, from `begin` on: records may be appended.
     memory: Option<SharedMemory>,
+}
+
+impl State {
+    fn holds_records(&self) -> bool {
+        self.halves.iter().any(|half| half.committed > 0)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -157,10 +169,12 @@ impl Keep {
         Keep::open_born(dir, image, 0, format, capacity)
     }
 
-    /// The keep of an image in this file, if there is one in `dir` that no process uses.
-    pub fn find(dir: &Path, file: &HostFile, format: &str) -> Result<Option<Keep>> {
-        let path = dir.join(file_name(file.identity()?, format));
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    /// Where in `dir` records of an image in this file are that no process uses, if there are any: its
+    /// guest is still to come back. Nothing is changed, and the directory may be somebody else's.
+    pub fn left_in(dir: &Path, file: &HostFile, format: &str) -> Result<Option<PathBuf>> {
+        let image = file.identity()?;
+        let path = dir.join(file_name(image, format));
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let there: File = match rustix::fs::open(&path, flags, Mode::empty()) {
             Err(rustix::io::Errno::NOENT) => return Ok(None),
             there => there.context(|| path.display().to_string())?.into(),
@@ -169,8 +183,9 @@ impl Keep {
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
             locked => locked.context(|| path.display().to_string())?,
         }
-        drop(there);
-        Keep::open_for(dir, file, format).map(Some)
+        let owner = Owner::new(image, file.born_ns(), format)?;
+        let left = owner.read_header(&there).filter(|(state, _)| state.holds_records());
+        Ok(left.map(|_| path))
     }
 
     fn open_born(
@@ -219,23 +234,11 @@ impl Keep {
         };
         // The header must never fail to be written once a session runs.
         rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, HEADER_LEN)?;
-        let mut name = [0; 32];
-        name[..format.len()].copy_from_slice(format.as_bytes());
-        let mut keep = Keep {
-            path: path.to_path_buf(),
-            file,
-            boot_id: read_boot_id()?,
-            image,
-            born_ns,
-            format: name,
-            capacity: align_up(capacity, 4096).unwrap_or(capacity),
-            state: Mutex::default(),
-        };
-        if let Some((state, capacity)) = keep.read_header() {
-            keep.state = Mutex::new(state);
-            keep.capacity = capacity;
-        }
-        Ok(keep)
+        let owner = Owner::new(image, born_ns, format)?;
+        let found = owner.read_header(&file);
+        let (state, capacity) = found
+            .unwrap_or_else(|| (State::default(), align_up(capacity, 4096).unwrap_or(capacity)));
+        Ok(Keep { path: path.to_path_buf(), file, owner, capacity, state: Mutex::new(state) })
     }
 
     /// The state directory to use if the operator names none: `/run/vublk-keep` for root where `/run`
@@ -281,33 +284,41 @@ impl Keep {
     }
 
     /// Starts a session: drops all that is kept, and from now on appends are allowed. `nonce` is
-    /// what [`Keep::take_over`] will ask for.
+    /// what [`Keep::take_over`] will ask for. A session of that name that is here already is never
+    /// gone in between.
     pub fn begin(&self, nonce: u128) -> Result<()> {
         let mut state = self.lock();
         self.begin_locked(&mut state, nonce).context(|| self.path.display().to_string())
     }
 
     fn begin_locked(&self, state: &mut State, nonce: u128) -> Result<()> {
+        if state.nonce == Some(nonce) {
+            self.clear(state)?;
+            if state.memory.is_none() {
+                state.memory = Some(self.map()?);
+            }
+            return Ok(());
+        }
         // Killed within this, the keep holds nothing, which is what the caller wants.
         self.put(at::VALID, 0)?;
         *state = State::default();
         rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
         let mut header = [0u8; at::END];
         header[at::MAGIC..at::MAGIC + 8].copy_from_slice(MAGIC);
-        header[at::BOOT_ID..at::BOOT_ID + 40].copy_from_slice(&self.boot_id);
-        put_u64(&mut header, at::DEV, self.image.0);
-        put_u64(&mut header, at::INO, self.image.1);
-        header[at::FORMAT..at::FORMAT + 32].copy_from_slice(&self.format);
+        self.owner.put(&mut header);
         header[at::NONCE..at::NONCE + 16].copy_from_slice(&nonce.to_le_bytes());
         put_u64(&mut header, at::CAPACITY, self.capacity);
-        put_u64(&mut header, at::BORN, self.born_ns as u64);
         state.halves[0].generation = 1;
         put_u64(&mut header, at::HALVES, 1);
         self.file.write_all_at(&header, 0)?;
         self.put(at::VALID, 1)?;
         state.nonce = Some(nonce);
-        state.memory = Some(SharedMemory::map(&self.file, HEADER_LEN + 2 * self.capacity)?);
+        state.memory = Some(self.map()?);
         Ok(())
+    }
+
+    fn map(&self) -> Result<SharedMemory> {
+        SharedMemory::map(&self.file, HEADER_LEN + 2 * self.capacity)
     }
 
     /// Sets room for one record aside, so that a later append cannot find the keep full. `None` if
@@ -409,12 +420,13 @@ impl Keep {
     /// Drops all records; the session goes on. For owners that let nothing complete during a
     /// flush, instead of `rotate` and `release`.
     pub fn reset(&self) -> Result<()> {
-        let mut state = self.lock();
+        self.clear(&mut self.lock())
+    }
+
+    fn clear(&self, state: &mut State) -> Result<()> {
         // The older half first: killed in between, what is left is redone on top of more.
-        let old = 1 - state.active;
-        self.clear_half(&mut state, old)?;
-        let active = state.active;
-        self.clear_half(&mut state, active)
+        self.clear_half(state, 1 - state.active)?;
+        self.clear_half(state, state.active)
     }
 
     fn clear_half(&self, state: &mut State, half: usize) -> Result<()> {
@@ -475,7 +487,7 @@ impl Keep {
     /// The session whose records are here, if there are any.
     pub fn found(&self) -> Option<u128> {
         let state = self.lock();
-        state.nonce.filter(|_| state.halves.iter().any(|half| half.committed > 0))
+        state.nonce.filter(|_| state.holds_records())
     }
 
     /// The session of a guest that is still to come back: records of an earlier process are here that
@@ -569,11 +581,27 @@ impl Keep {
             .write_all_at(&value.to_le_bytes(), at as u64)
             .context(|| self.path.display().to_string())
     }
+}
 
-    /// What an earlier process left, if it is of this image, format and boot.
-    fn read_header(&self) -> Option<(State, u64)> {
+impl Owner {
+    fn new(image: (u64, u64), born_ns: i64, format: &str) -> Result<Owner> {
+        let mut name = [0; 32];
+        name[..format.len()].copy_from_slice(format.as_bytes());
+        Ok(Owner { boot_id: read_boot_id()?, image, born_ns, format: name })
+    }
+
+    fn put(&self, header: &mut [u8]) {
+        header[at::BOOT_ID..at::BOOT_ID + 40].copy_from_slice(&self.boot_id);
+        put_u64(header, at::DEV, self.image.0);
+        put_u64(header, at::INO, self.image.1);
+        header[at::FORMAT..at::FORMAT + 32].copy_from_slice(&self.format);
+        put_u64(header, at::BORN, self.born_ns as u64);
+    }
+
+    /// What an earlier process left in a keep, if it is of this image, format and boot; and the capacity.
+    fn read_header(&self, file: &File) -> Option<(State, u64)> {
         let mut header = [0u8; at::END];
-        self.file.read_exact_at(&mut header, 0).ok()?;
+        file.read_exact_at(&mut header, 0).ok()?;
         let fits = header[at::MAGIC..at::MAGIC + 8] == *MAGIC
             && get_u64(&header, at::VALID) == 1
             && header[at::BOOT_ID..at::BOOT_ID + 40] == self.boot_id

@@ -1,7 +1,10 @@
 //! What must outlive the process of whoever serves an image: where it goes, and what an earlier process
 //! has left of it ([`crate::block::keep`]).
 
-use std::path::Path;
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::block::Keep;
@@ -11,6 +14,10 @@ use crate::images::open::guess;
 use crate::images::request::{Access, OpenRequest, StateDir};
 use crate::images::{ImageFormat, Locking, frozen, open};
 use crate::io::{File, HostFile, OpenOptions, block_on};
+
+/// The name of the attribute of an image that says where something may be kept of it, if that is not
+/// where commands look anyway.
+const ATTRIBUTE: &str = "user.vublk.state-dir";
 
 /// Opens the place for what must outlive this process, if a guest is to be served.
 pub(super) fn open_keep(
@@ -24,7 +31,10 @@ pub(super) fn open_keep(
         StateDir::Required(dir) => (dir, true),
     };
     match Keep::open_for(dir, file, format) {
-        Ok(keep) => Ok(Some(keep)),
+        Ok(keep) => {
+            mark(file, dir, format);
+            Ok(Some(keep))
+        }
         // Whoever serves the image from this very directory is in the way; nobody may ignore that.
         Err(err) if required || err.kind() == ErrorKind::Busy => Err(err),
         Err(err) => {
@@ -36,6 +46,36 @@ pub(super) fn open_keep(
             Ok(None)
         }
     }
+}
+
+/// Leaves a mark on the image that says where something is kept of it. It need not survive the power,
+/// and so is not flushed.
+fn mark(file: &HostFile, dir: &Path, format: &str) {
+    let marked = marked(file);
+    let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.into());
+    if marked.as_ref() == Some(&dir) || (marked.is_none() && dir == Keep::default_dir()) {
+        return;
+    }
+    if let Some(Ok(Some(left))) = marked.map(|other| Keep::left_in(&other, file, format)) {
+        tracing::warn!(
+            "{}: the process that served it was killed, and what its guest completed last is in {}; \
+             that guest can only come back if --state-dir names that directory",
+            file.name(),
+            left.display()
+        );
+        return;
+    }
+    let flags = rustix::fs::XattrFlags::empty();
+    // File systems without attributes, and devices: commands look in the default directory only.
+    let _ = rustix::fs::fsetxattr(file.as_fd(), ATTRIBUTE, dir.as_os_str().as_bytes(), flags);
+}
+
+/// Where the image's mark says that something may be kept of it.
+fn marked(file: &HostFile) -> Option<PathBuf> {
+    let mut value = vec![0; 4096];
+    let len = rustix::fs::fgetxattr(file.as_fd(), ATTRIBUTE, &mut value[..]).ok()?;
+    value.truncate(len);
+    Some(OsString::from_vec(value).into())
 }
 
 /// Redoes what a process that was killed has kept for an image that another stands on: writes that
@@ -111,14 +151,14 @@ pub(super) fn look_among_others(
 }
 
 /// Looks whether an image that a command opens, and no guest is served from, is what its own guest
-/// knows: after a kill, what that completed last may be in `dir` only. `file` is locked.
+/// knows: after a kill, what that completed last may be in the default state directory only, or in the
+/// one that the image is marked with. `file` is locked.
 ///
 /// # Errors
 /// Kind [`Busy`](ErrorKind::Busy) if so and the image is to be written: what is redone later would not
 /// fit it any more. Who reads it is warned.
 pub(super) fn check_settled(
     request: &OpenRequest,
-    dir: &Path,
     file: &HostFile,
     format: ImageFormat,
 ) -> Result<()> {
@@ -126,16 +166,15 @@ pub(super) fn check_settled(
     if is_served || request.locking != Locking::Guard || format == ImageFormat::Raw {
         return Ok(());
     }
-    // A directory that is not ours to use holds nothing of ours.
-    let Ok(Some(keep)) = Keep::find(dir, file, format.name()) else { return Ok(()) };
-    if keep.awaited().is_none() {
-        return Ok(());
-    }
+    let mut dirs = std::iter::once(Keep::default_dir()).chain(marked(file));
+    // What cannot be read is of somebody else's guests.
+    let left = dirs.find_map(|dir| Keep::left_in(&dir, file, format.name()).ok().flatten());
+    let Some(left) = left else { return Ok(()) };
     let what = format!(
         "{}: the process that served it was killed, and what its guest completed last is in {} and not \
          in the image",
         file.name(),
-        keep.path().display()
+        left.display()
     );
     if request.access == Access::Read {
         tracing::warn!("{what}; it does not show here before the guest has come back");

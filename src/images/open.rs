@@ -381,7 +381,7 @@ fn open_locked(
     if request.locking == Locking::Inspect {
         lock(&file, request, format)?;
     }
-    check_settled(request, &Keep::default_dir(), &file, format)?;
+    check_settled(request, &file, format)?;
     Ok((file, format, guessed))
 }
 

@@ -73,6 +73,36 @@ fn a_keep_that_was_waited_for_is_in_its_place() {
     assert_eq!(open(dir.path()).session(), Some(2));
 }
 
+/// Killed while its session begins again, on an overlay or with another driver, a guest is let in all
+/// the same.
+#[test]
+fn a_session_that_begins_again_is_never_gone() {
+    let dir = state_dir();
+    let keep = open(dir.path());
+    keep.begin(1).unwrap();
+    drop(keep);
+    let has_begun = std::sync::atomic::AtomicBool::new(false);
+    let keep = open(dir.path());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..2000 {
+                keep.append(&[b"one"]).unwrap_or_else(|err| assert!(!keep.is_recording(), "{err}"));
+                keep.begin(1).unwrap();
+            }
+            has_begun.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !has_begun.load(std::sync::atomic::Ordering::Relaxed) {
+            let (state, _) =
+                keep.owner.read_header(&keep.file).expect("the session is there at every instant");
+            assert_eq!(state.nonce, Some(1));
+        }
+    });
+    assert_eq!(records(&keep, 1), Some(vec![]));
+    keep.append(&[b"two"]).unwrap();
+    drop(keep);
+    assert_eq!(records(&open(dir.path()), 1), Some(vec![b"two".to_vec()]));
+}
+
 /// As when a guest that is kept for leaves in the middle of a request, and another comes.
 #[test]
 fn without_a_session_a_record_is_refused() {
