@@ -156,6 +156,7 @@ fn commands_that_write_wait_for_the_guest() {
         let mut guest = backend.qemu();
         guest.write(0, 0, &sector(1)).unwrap();
         backend.kill();
+        ok(d, &["create", "-q", "-f", "qcow2", "-b", name, "-F", format, "over"]);
         for command in [
             &["resize", "-f", format, name, "2M"][..],
             &["commit", "-d", "-f", format, name],
@@ -163,6 +164,10 @@ fn commands_that_write_wait_for_the_guest() {
             &["rebase", "-u", "-f", format, "-b", "", name],
             &["convert", "-n", "-f", "raw", "-O", format, "base", name],
             &["check", "-r", "all", "-f", format, name],
+            &["commit", "-f", "qcow2", "-d", "over"],
+            &["create", "-f", "raw", name, "1M"],
+            &["create", "-f", "qcow2", name, "1M"],
+            &["convert", "-f", "raw", "-O", "vhdx", "base", name],
         ] {
             let refusal = fails(d, command, 1);
             assert!(refusal.contains("let the guest come back first"), "{command:?}: {refusal}");

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2;
+use crate::images::kept::check_nobody_comes_back;
 use crate::images::lock::lock_for_writing;
 use crate::images::{Image, ImageFormat, OpenRequest, add_cow, open};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
@@ -151,6 +152,9 @@ impl NewFile {
         let file = HostFile::open(path, OpenOptions { create: !existed, ..write })?;
         let new = NewFile { file: Arc::new(file), remove: (!existed).then(|| path.to_path_buf()) };
         lock_for_writing(&new.file)?;
+        if existed {
+            check_nobody_comes_back(&new.file)?;
+        }
         if new.file.kind() == HostKind::Regular {
             block_on(new.file.set_len(0)).context(|| new.file.name().to_string())?;
         }

@@ -166,17 +166,26 @@ pub(super) fn check_settled(
     if is_served || request.locking != Locking::Guard || format == ImageFormat::Raw {
         return Ok(());
     }
-    let mut dirs = std::iter::once(Keep::default_dir()).chain(marked(file));
-    // What cannot be read is of somebody else's guests.
-    let left = dirs.find_map(|dir| Keep::left_in(&dir, file, format.name()).ok().flatten());
-    let Some(left) = left else { return Ok(()) };
+    check_guest_is_back(file, format, request.access)
+}
+
+/// The same, of a file that is known to be nobody's but ours.
+///
+/// # Errors
+/// As [`check_settled`].
+pub(super) fn check_guest_is_back(
+    file: &HostFile,
+    format: ImageFormat,
+    access: Access,
+) -> Result<()> {
+    let Some(left) = left_of(file, format) else { return Ok(()) };
     let what = format!(
         "{}: the process that served it was killed, and what its guest completed last is in {} and not \
          in the image",
         file.name(),
         left.display()
     );
-    if request.access == Access::Read {
+    if access == Access::Read {
         tracing::warn!("{what}; it does not show here before the guest has come back");
         return Ok(());
     }
@@ -187,6 +196,24 @@ pub(super) fn check_settled(
              file"
         ),
     ))
+}
+
+/// Refuses to make a new image of a file that a guest may come back to, whatever its format is: what
+/// is redone then would be redone to the new one.
+///
+/// # Errors
+/// As [`check_settled`].
+pub(super) fn check_nobody_comes_back(file: &HostFile) -> Result<()> {
+    ImageFormat::SUPPORTED
+        .iter()
+        .try_for_each(|format| check_guest_is_back(file, *format, Access::Write))
+}
+
+/// What is kept for a guest of an image that is still to come back.
+fn left_of(file: &HostFile, format: ImageFormat) -> Option<PathBuf> {
+    let mut dirs = std::iter::once(Keep::default_dir()).chain(marked(file));
+    // What cannot be read is of somebody else's guests.
+    dirs.find_map(|dir| Keep::left_in(&dir, file, format.name()).ok().flatten())
 }
 
 #[cfg(test)]

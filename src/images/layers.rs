@@ -20,7 +20,7 @@ use crate::block::open_gate::MAX_DEPTH;
 use crate::block::{Graph, Node, Quiesced, graph};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
-use crate::images::kept::look_among_others;
+use crate::images::kept::{check_guest_is_back, look_among_others};
 use crate::images::lock::{self, lock_rights};
 use crate::images::open::protocol_name;
 use crate::images::{Access, Image, ImageFormat, Locking, StateDir, frozen};
@@ -383,6 +383,9 @@ impl Layers {
             self.layers.iter().filter(|l| Arc::ptr_eq(&l.image.file, &layer.image.file));
         let image_file = on_file.find_map(|layer| layer.image.image_file.clone());
         let old = &Image { image_file, ..layer.image.clone() };
+        if self.state_dir == StateDir::None && old.locking == Locking::Guard {
+            check_guest_is_back(&old.file, old.format, Access::Write)?;
+        }
         let request = ProtocolRequest {
             node_name: graph::auto_name(),
             path: old.file.path().to_path_buf(),
