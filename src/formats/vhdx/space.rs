@@ -23,6 +23,10 @@ use crate::units::{ByteRange, MIB};
 use super::bat::Checker;
 use super::scan::Used;
 
+/// The most free places that are known at a time: a file may be long, and have next to nothing in it.
+/// What does not count is found when the image is opened again.
+const MAX_PLACES: usize = 1 << 18;
+
 /// A place for a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -50,7 +54,9 @@ impl Space {
     /// Of a file of `file_len` bytes. Without `used`, what is free inside of it is not known.
     pub fn new(checker: &Checker, file_len: u64, used: Option<&Used>) -> Space {
         let block_size = checker.geometry.block_size();
-        let end = file_len.next_multiple_of(MIB);
+        // A region that nobody knows may lie behind the end of the file.
+        let reserved = checker.reserved.iter().map(|range| range.end());
+        let end = reserved.fold(file_len, u64::max).next_multiple_of(MIB);
         let mut space = Space { block_size, end, free: BTreeMap::new(), scraps: BTreeSet::new() };
         if let Some(used) = used {
             let blocks = used.blocks.iter().chain(&used.anchors);
@@ -70,11 +76,12 @@ impl Space {
         let end = ByteRange { offset: self.end, len: 0 };
         for range in taken.iter().chain([&end]) {
             let gap_end = range.offset.min(self.end);
-            while at + self.block_size <= gap_end {
+            while at + self.block_size <= gap_end && self.free.len() < MAX_PLACES {
                 self.free.insert(at, false);
                 at += self.block_size;
             }
-            while at + MIB <= gap_end {
+            let is_scrap = at + self.block_size > gap_end;
+            while is_scrap && at + MIB <= gap_end && self.scraps.len() < MAX_PLACES {
                 self.scraps.insert(at);
                 at += MIB;
             }
@@ -94,7 +101,7 @@ impl Space {
     /// `file_len` bytes. `None` if the next place is not.
     pub fn take_ready_block(&mut self, file_len: u64) -> Option<Place> {
         let is_ready = match self.free.first_key_value() {
-            Some((_, is_zeroed)) => *is_zeroed,
+            Some((offset, is_zeroed)) => *is_zeroed && offset + self.block_size <= file_len,
             None => self.end + self.block_size <= file_len,
         };
         is_ready.then(|| self.take_block())
@@ -250,6 +257,34 @@ mod tests {
         assert_eq!((again.offset, again.is_fresh, again.is_zeroed), (18 * MIB, false, true));
         space.give_back(4 * MIB, false);
         assert_eq!(space.take_ready_block(99 * MIB), None);
+    }
+
+    #[test]
+    fn a_place_that_the_file_does_not_hold_yet_is_not_ready() {
+        let mut space = Space::new(&checker(2 * MIB), 8 * MIB, None);
+        let place = space.take_block().offset;
+        space.give_back(place, true);
+        assert_eq!(space.take_ready_block(place + 2 * MIB - 512), None);
+        assert_eq!(space.take_ready_block(place + 2 * MIB).map(|p| p.offset), Some(place));
+    }
+
+    #[test]
+    fn a_region_behind_the_end_is_not_used() {
+        for used in [None, Some(&Used::default())] {
+            let mut checker = checker(2 * MIB);
+            checker.reserved.push(ByteRange { offset: 7 * MIB, len: MIB });
+            let mut space = Space::new(&checker, 4 * MIB, used);
+            let offsets = [(); 3].map(|()| space.take_block().offset / MIB);
+            let expected = if used.is_some() { [4, 8, 10] } else { [8, 10, 12] };
+            assert_eq!(offsets, expected);
+        }
+    }
+
+    #[test]
+    fn a_long_file_with_next_to_nothing_in_it_takes_little_memory() {
+        let mut space = Space::new(&checker(MIB), 1 << 50, Some(&Used::default()));
+        assert_eq!((space.free.len(), space.scraps.len()), (MAX_PLACES, 0));
+        assert_eq!(space.take_block().offset, 4 * MIB);
     }
 
     #[test]
