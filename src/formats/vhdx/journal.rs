@@ -261,6 +261,9 @@ impl Vhdx {
                 return Ok(Published::Full);
             }
         };
+        // First: who sees the changes must see that they are not on disk yet.
+        journal.changes += 1;
+        self.changes.store(journal.changes, Ordering::SeqCst);
         // Whoever writes to such a block later has to wait for the commit, too.
         let unsettled = if outcome == Outcome::CommitFirst { UNSETTLED } else { 0 };
         for edit in edits {
@@ -274,8 +277,6 @@ impl Vhdx {
         journal.dirty.extend(&pages);
         journal.data_first |= with.data_first;
         journal.frees.extend(with.frees);
-        journal.changes += 1;
-        self.changes.store(journal.changes, Ordering::SeqCst);
         Ok(Published::Done(outcome))
     }
 

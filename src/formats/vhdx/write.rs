@@ -71,6 +71,10 @@ impl Vhdx {
             push_merged(plan, PlanExtent::File { file: host, offset, len: part.len });
             at = ByteRange::between(part.end(), at.end());
         }
+        // What was read of the mapping may have come to be meanwhile.
+        if fua && self.is_dirty() {
+            return Planned::NotNow;
+        }
         plan.pin = Some(Pin(pin as Arc<_>));
         Planned::Ready
     }
