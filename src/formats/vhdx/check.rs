@@ -129,7 +129,10 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
         found.say(Finding::no_room_in_headers(&err));
     }
     if let Some(replay) = &structure.replay {
-        found.say(Finding::dirty_log(replay.entries().len()));
+        found.say(match replay.cut_off() {
+            None => Finding::dirty_log(replay.entries().len()),
+            Some(entries) => Finding::cut_off(entries),
+        });
     }
     for copy in (0..2).filter(|copy| !structure.regions.valid[*copy]) {
         found.say(Finding::damaged_region_table(copy));

@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use super::check::{Found, Repair, check};
 use super::create::{CreateOptions, Parent, create};
-use super::layout::{HEADER_OFFSETS, REGION_TABLE_OFFSETS};
+use super::header::{Header, HeaderSlots};
+use super::layout::{Guid, HEADER_OFFSETS, REGION_TABLE_OFFSETS};
 use super::locator::Locator;
+use super::log::NewEntry;
+use super::resize::resize;
 use super::{OpenOptions, Structure, Vhdx};
 use crate::block::Format;
 use crate::io::sim::{Fault, SimFile};
@@ -303,6 +306,55 @@ fn a_repair_cut_short_can_be_repeated() {
         }
     }
     assert!(cuts > 100, "{cuts}");
+}
+
+/// An entry in the middle of the log is damaged, and whole ones lie behind it: what they hold is given
+/// up by nobody but who asks for that.
+#[test]
+fn entries_behind_a_damaged_one_are_not_lost_by_writing() {
+    let sim = SimFile::from_bytes("test.vhdx", image());
+    let file: Arc<dyn File> = Arc::new(sim.clone());
+    let mut headers = block_on(HeaderSlots::read(&file)).unwrap();
+    let log_guid = Guid([5; 16]);
+    block_on(headers.update(&file, Header { log_guid, ..headers.current })).unwrap();
+    let mut content = sim.volatile();
+    let log = headers.current.log.offset as usize;
+    let len = content.len() as u64;
+    for (place, sequence) in [(0, 5), (2, 7), (3, 8)] {
+        let entry = NewEntry {
+            guid: log_guid,
+            sequence,
+            tail: 0,
+            flushed_file_offset: len,
+            last_file_offset: len,
+        };
+        let bytes = entry.encode(&[]);
+        content[log + place * 4096..][..bytes.len()].copy_from_slice(&bytes);
+    }
+    let damaged = "entries up to 8 are there, but none just before 7";
+    for repair in [None, Some(Repair::ReplayOnly)] {
+        let (found, after) = checked(&content, repair);
+        assert!(words(&found).contains(damaged), "{}", words(&found));
+        assert_eq!((found.corruptions, found.fixed), (1, 0));
+        assert!(after == content, "{repair:?} changes it");
+    }
+    let open = |read_only| {
+        let sim = SimFile::from_bytes("test.vhdx", content.clone());
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let options = OpenOptions { read_only, ..OpenOptions::default() };
+        let opened = block_on(async { Vhdx::open(Structure::read(&file).await?, options).await });
+        assert!(sim.volatile() == content);
+        (opened.map(drop), block_on(resize(&file, 4 * MIB, None)))
+    };
+    assert!(open(true).0.is_ok());
+    let (opened, resized) = open(false);
+    for refused in [opened, resized] {
+        let err = refused.unwrap_err().to_string();
+        assert!(err.contains("entries 7 to 8 are whole, but one before them is not"), "{err}");
+    }
+    let (found, after) = checked(&content, Some(Repair::All));
+    assert_eq!((found.corruptions, found.fixed), (0, 1), "{}", words(&found));
+    assert_eq!(words(&checked(&after, None).0), "");
 }
 
 /// Repairs a sample with a dirty log, and compares the content.

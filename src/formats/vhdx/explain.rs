@@ -21,6 +21,8 @@ pub enum Remedy {
     RewriteHeaders,
     /// Replays the log.
     Replay,
+    /// Replays the part of the log that is in front of a damaged entry.
+    ReplayPart,
     /// Replaces this copy of the region table by the other one.
     CopyRegionTable(usize),
     /// Gives an entry of the BAT this value.
@@ -159,6 +161,22 @@ impl Finding {
             "replays the log, as every opening for writing does",
         );
         Finding { is_corruption: false, ..finding }
+    }
+
+    /// Whole entries of the log lie behind a damaged one.
+    pub(super) fn cut_off((first, last): (u64, u64)) -> Finding {
+        Finding::new(
+            Remedy::ReplayPart,
+            format!(
+                "the log is damaged: entries up to {last} are there, but none just before {first}"
+            ),
+            "the log".into(),
+            "what was written, and maybe flushed, after the damaged entry is not seen: the disk is as it \
+             was before. That is no power cut's doing where each entry is flushed before the next, as \
+             QEMU and vublk do",
+            "gives up the entries behind the damage. Copy the file first: they hold what may yet be \
+             wanted",
+        )
     }
 
     /// One of the region tables has no right checksum.

@@ -209,6 +209,11 @@ fn what_no_region_table_may_say() {
         (regions(bat + 16, (64 * TIB).to_le_bytes()), "truncated"),
         (regions(bat + 16, (2 * MIB).to_le_bytes()), "overlap"),
         (regions(bat + 16, MIB.to_le_bytes()), "overlaps the log"),
+        (
+            regions(bat + 16, (4096 * TIB).to_le_bytes()),
+            "further back than any VHDX image can reach",
+        ),
+        (third_region(7, 2048 * TIB, 1 << 20, 0), "further back than any VHDX image can reach"),
         (third_region(7, 5 * MIB, 1 << 20, 1), "which is unknown"),
         (third_region(7, 2 * MIB, 1 << 20, 0), "overlap"),
         (
@@ -339,7 +344,7 @@ fn what_no_log_may_say() {
         (log(9 * MIB, flushed, last, good), "beyond the end of the file"),
         (log(4 * MIB, 9 * MIB, last, good), "the file had 9437184 bytes at least"),
         (log(4 * MIB, flushed, u64::MAX, good), "more than any can need"),
-        (log(4 * MIB, flushed, 65 * TIB, good), "more than any can need"),
+        (log(4 * MIB, flushed, 3000 * TIB, good), "more than any can need"),
         (log_zeros(64 << 10, 8192), "are never logged"),
         (log_zeros(0, 4 * MIB), "are never logged"),
         (log_zeros(7 * MIB, 2 * MIB), "beyond the end of the file"),

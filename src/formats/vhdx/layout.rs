@@ -78,6 +78,8 @@ pub const PARAMETERS_HAS_PARENT: u32 = 2;
 pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 1 << 20..=256 << 20;
 /// The largest disk.
 pub const MAX_DISK_SIZE: u64 = 64 * TIB;
+/// The longest file that is believed, in bytes: what the largest disk needs, and much room to spare.
+pub const MAX_FILE_LEN: u64 = 2048 * TIB;
 
 /// The most entries of a parent locator that are looked at.
 pub const MAX_LOCATOR_ENTRIES: u16 = 256;

@@ -103,6 +103,14 @@ impl PageSource {
     }
 }
 
+/// What is to be replayed of a log.
+pub struct Active {
+    /// The entries, oldest first. There is at least one.
+    pub entries: Vec<Entry>,
+    /// Sequence numbers of the first and the last whole entry that is later than those.
+    pub cut_off: Option<(u64, u64)>,
+}
+
 /// Reads a log.
 pub struct LogReader<'a> {
     file: &'a Arc<dyn File>,
@@ -125,11 +133,11 @@ impl<'a> LogReader<'a> {
         LogReader { file, log, guid, pieces: Default::default() }
     }
 
-    /// The entries to replay, oldest first. There is at least one.
+    /// The entries to replay.
     ///
     /// # Errors
     /// Kind [`Corrupt`](crate::ErrorKind::Corrupt) if no entry counts.
-    pub async fn active(&mut self) -> Result<Vec<Entry>> {
+    pub async fn active(&mut self) -> Result<Active> {
         let valid = self.valid_entries().await?;
         let best = chains(&valid, self.log.len)
             .into_iter()
@@ -139,14 +147,17 @@ impl<'a> LogReader<'a> {
                 Some(chain[from..].to_vec())
             })
             .max_by_key(|chain| chain.last().map(|entry| entry.sequence));
-        best.ok_or_else(|| {
+        let entries = best.ok_or_else(|| {
             Error::corrupt(format!(
                 "the header says that the log of {} must be replayed, but it holds no valid \
                  sequence of entries ({} valid ones)",
                 self.log,
                 valid.len()
             ))
-        })
+        })?;
+        let last = entries.last().map_or(0, |entry| entry.sequence);
+        let later = || valid.iter().map(|entry| entry.sequence).filter(|sequence| *sequence > last);
+        Ok(Active { cut_off: later().min().zip(later().max()), entries })
     }
 
     /// All valid entries, whether or not they count.
@@ -415,7 +426,7 @@ mod tests {
     fn active(entries: &[(u64, Vec<u8>)]) -> Result<Vec<u64>> {
         let file = file(entries);
         let found = block_on(LogReader::new(&file, LOG, GUID).active())?;
-        Ok(found.iter().map(|entry| entry.sequence).collect())
+        Ok(found.entries.iter().map(|entry| entry.sequence).collect())
     }
 
     fn empty(sequence: u64, tail: u64) -> Vec<u8> {
@@ -434,7 +445,7 @@ mod tests {
         let file = file(&[(56 << 10, new(u64::from(u32::MAX) + 9, 56 << 10).encode(&listed))]);
         block_on(async {
             let mut reader = LogReader::new(&file, LOG, GUID);
-            let found = reader.active().await.unwrap();
+            let found = reader.active().await.unwrap().entries;
             assert_eq!((found.len(), found[0].last_file_offset), (1, 4 * MIB));
             let changes = reader.changes(&found[0]).await.unwrap();
             for (change, (offset, page)) in changes.iter().zip(&listed) {
@@ -454,7 +465,12 @@ mod tests {
         // Torn: the entry before is the last one.
         assert_eq!(active(&chain[..2]).unwrap(), [5, 6]);
         // A hole in the chain: what comes after has no tail.
-        assert_eq!(active(&[chain[0].clone(), chain[2].clone()]).unwrap(), [5]);
+        let damaged = [chain[0].clone(), chain[2].clone(), (at(3), empty(8, at(1)))];
+        assert_eq!(active(&damaged).unwrap(), [5]);
+        let found = block_on(LogReader::new(&file(&damaged), LOG, GUID).active()).unwrap();
+        assert_eq!(found.cut_off, Some((7, 8)));
+        let found = block_on(LogReader::new(&file(&chain), LOG, GUID).active()).unwrap();
+        assert_eq!(found.cut_off, None);
         // Nothing counts.
         let err = active(&chain[2..]).unwrap_err().to_string();
         assert!(err.contains("no valid sequence of entries (1 valid ones)"), "{err}");

@@ -298,6 +298,10 @@ impl Vhdx {
         if !options.read_only {
             structure.headers.check_room()?;
         }
+        match structure.check_log() {
+            Err(err) if options.read_only => tracing::warn!("{}: {err}", structure.raw_file.name()),
+            checked => checked?,
+        }
         if let Some(keep) = &options.keep
             && options.read_only
         {

@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::disk;
 use super::layout::{
-    FIRST_ALLOCATION, Guid, MAX_REGION_ENTRIES, REGION_REQUIRED, REGION_SIGNATURE,
+    FIRST_ALLOCATION, Guid, MAX_FILE_LEN, MAX_REGION_ENTRIES, REGION_REQUIRED, REGION_SIGNATURE,
     REGION_TABLE_LEN, REGION_TABLE_OFFSETS, RawRegionEntry, RawRegionHeader, checksum, guid,
 };
 use crate::error::{Error, Result};
@@ -122,11 +122,21 @@ fn parse(bytes: &[u8]) -> Result<Option<Vec<Region>>> {
 }
 
 fn check(all: &[Region], log: ByteRange, file_len: u64) -> Result<()> {
+    if file_len > MAX_FILE_LEN {
+        return Err(Error::corrupt(format!(
+            "the file has {file_len} bytes, more than any VHDX image can need"
+        )));
+    }
     for (i, region) in all.iter().enumerate() {
         let Region { guid: id, range, required } = region;
         if range.is_empty() || !range.is_aligned(MIB) || range.offset < FIRST_ALLOCATION {
             return Err(Error::corrupt(format!(
                 "region {id} of {range} does not start and end at multiples of 1 MiB after the first"
+            )));
+        }
+        if range.end() > MAX_FILE_LEN {
+            return Err(Error::corrupt(format!(
+                "region {id} of {range} lies further back than any VHDX image can reach"
             )));
         }
         let known = [guid::BAT_REGION, guid::METADATA_REGION].contains(id);

@@ -12,14 +12,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::layout::{HEADER_OFFSETS, MAX_DISK_SIZE, PAGE, REGION_TABLE_OFFSETS};
-use super::log::{Change, Entry, LogReader, PageSource};
+use super::layout::{HEADER_OFFSETS, MAX_FILE_LEN, PAGE, REGION_TABLE_OFFSETS};
+use super::log::{Active, Change, Entry, LogReader, PageSource};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{Alignment, Buffers, File, Fut, Hole};
 use crate::units::{ByteRange, MIB, align_down, align_up};
-
-/// The longest file that is believed: the largest disk, its bitmaps, its BAT and room to spare.
-const MAX_FILE_LEN: u64 = MAX_DISK_SIZE + (MAX_DISK_SIZE >> 8);
 
 /// How many pages are in memory at once while they are put in place.
 const AT_ONCE: usize = 256;
@@ -35,6 +32,8 @@ pub struct Replay {
     len: u64,
     /// The entries, oldest first.
     entries: Vec<Entry>,
+    /// Sequence numbers of the first and the last entry that is later, whole, and out of reach.
+    cut_off: Option<(u64, u64)>,
 }
 
 impl Replay {
@@ -43,7 +42,7 @@ impl Replay {
     /// # Errors
     /// If there are none, if one reaches where it must not, or if the file is shorter than it was.
     pub async fn read(mut reader: LogReader<'_>, log: ByteRange, file_len: u64) -> Result<Replay> {
-        let entries = reader.active().await.context(|| "log")?;
+        let Active { entries, cut_off } = reader.active().await.context(|| "log")?;
         let last = *entries.last().expect("an active sequence has an entry");
         if last.flushed_file_offset > file_len {
             return Err(Error::corrupt(format!(
@@ -64,6 +63,7 @@ impl Replay {
             zeros: BTreeMap::new(),
             len: end.max(file_len),
             entries: Vec::new(),
+            cut_off,
         };
         for entry in &entries {
             for change in reader.changes(entry).await? {
@@ -78,6 +78,12 @@ impl Replay {
     /// The entries that were replayed, oldest first.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
+    }
+
+    /// Sequence numbers of the first and the last entry behind a damaged one. They cannot be replayed
+    /// without that, though what is in them was written later.
+    pub fn cut_off(&self) -> Option<(u64, u64)> {
+        self.cut_off
     }
 
     /// How many pages it changes.

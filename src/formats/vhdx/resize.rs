@@ -71,6 +71,7 @@ pub async fn resize(file: &Arc<dyn File>, size: u64, parent_size: Option<u64>) -
 
 async fn resize_unnamed(file: &Arc<dyn File>, size: u64, parent_size: Option<u64>) -> Result<()> {
     let structure = Structure::read(file).await?;
+    structure.check_log()?;
     match Change::prepare(file, &structure, size, parent_size).await? {
         Some(change) => change.make().await,
         None => Ok(()),

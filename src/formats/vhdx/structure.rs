@@ -122,6 +122,22 @@ impl Structure {
         })
     }
 
+    /// Checks that nothing in the log is out of reach of a replay.
+    ///
+    /// # Errors
+    /// If whole entries lie behind a damaged one. What they hold is not lost before the image is
+    /// written to.
+    pub fn check_log(&self) -> Result<()> {
+        match self.replay.as_ref().and_then(|replay| replay.cut_off()) {
+            None => Ok(()),
+            Some((first, last)) => Err(Error::corrupt(format!(
+                "the log is damaged: entries {first} to {last} are whole, but one before them is not, so \
+                 the disk is as it was before. Read-only it can be used like that. To write to it, copy the \
+                 file first, then give up what those entries hold with check -r all"
+            ))),
+        }
+    }
+
     /// The ranges of the file that no block may lie in.
     pub fn reserved(&self) -> Vec<ByteRange> {
         let mut reserved = vec![ByteRange { offset: 0, len: FIRST_ALLOCATION }];
