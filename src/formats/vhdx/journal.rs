@@ -195,6 +195,12 @@ impl Vhdx {
         self.changes.load(Ordering::SeqCst) != self.changes_saved.load(Ordering::SeqCst)
     }
 
+    /// Whether bits of sector bitmaps wait for a commit, and so do the requests that set them. Whoever
+    /// relies on a bit looks at this after it.
+    pub(super) fn has_unsettled_bits(&self) -> bool {
+        self.unsettled_bits.load(Ordering::SeqCst) > self.changes_saved.load(Ordering::SeqCst)
+    }
+
     /// The most pages that may wait for a commit: what fits an entry, and leaves the cache room.
     fn max_dirty(&self) -> usize {
         let log = self.log.len - 3 * LOG_SECTOR;
@@ -266,6 +272,9 @@ impl Vhdx {
         self.changes.store(journal.changes, Ordering::SeqCst);
         // Whoever writes to such a block later has to wait for the commit, too.
         let unsettled = if outcome == Outcome::CommitFirst { UNSETTLED } else { 0 };
+        if unsettled != 0 && edits.iter().any(|edit| matches!(edit, Edit::Bits { .. })) {
+            self.unsettled_bits.store(journal.changes, Ordering::SeqCst);
+        }
         for edit in edits {
             self.change(edit, unsettled);
             if let Edit::Entry { index, .. } = edit

@@ -231,6 +231,8 @@ pub struct Vhdx {
     /// Counts publications, and those that the last commit covered.
     changes: AtomicU64,
     changes_saved: AtomicU64,
+    /// Which publication was the last that set bits whose requests wait for the commit.
+    unsettled_bits: AtomicU64,
     /// Why writes are refused, if they are.
     poison: Mutex<Option<String>>,
     poisoned: AtomicBool,
@@ -377,6 +379,7 @@ impl Vhdx {
             completed: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             changes_saved: AtomicU64::new(0),
+            unsettled_bits: AtomicU64::new(0),
             poison: Mutex::default(),
             poisoned: AtomicBool::new(false),
         })

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::journal::{Conditions, Edit, Outcome};
 use super::testing::{Driven, Fixture, read, write};
 use super::{OpenOptions, Structure, Vhdx};
 use crate::block::driver::{Plan, PlanExtent, PlanOp, Planned};
@@ -99,6 +100,26 @@ fn a_write_maps_a_block_if_a_place_is_ready() {
     assert_eq!(place_of(&disk, 40), Some(8 * MIB));
     assert_eq!(place_of(&disk, 10), Some(20 * MIB));
     assert_eq!(block_on(read(&disk, 2 * MIB, 512)), [1; 512]);
+}
+
+/// Nothing is kept, so who sets a bit waits until it is on disk; and so does who relies on it.
+#[test]
+fn bits_that_wait_for_a_commit_keep_others_waiting() {
+    let host = Host::new(&Fixture { has_parent: true, ..Fixture::new(64 * MIB) });
+    let disk = host.open(None);
+    let image = disk.format();
+    disk.begin_session(1).unwrap();
+    write_at(&disk, 0, 1);
+    assert!(!image.is_dirty());
+    // As by a request that was not completed.
+    let bitmap = block_on(image.bitmap_of(0)).unwrap();
+    let bits = Edit::Bits { bitmap, first: 1, count: 1, set: true };
+    let outcome = block_on(image.publish(&[bits], Conditions::default())).unwrap();
+    assert_eq!(outcome, Outcome::CommitFirst);
+    assert_eq!(planned(&disk, WRITE, 512, 512), None);
+    write_at(&disk, 512, 2);
+    assert!(!image.is_dirty(), "completed before the bit is on disk");
+    assert!(planned(&disk, WRITE, 0, 1024).is_some());
 }
 
 #[test]

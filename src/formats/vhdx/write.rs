@@ -61,7 +61,7 @@ impl Vhdx {
                 PRESENT => {}
                 PARTIAL => {
                     let bits = self.bitmap_now(block).and_then(|b| self.bits_now(b, block, part));
-                    if bits != Some((true, part.len)) {
+                    if bits != Some((true, part.len)) || self.has_unsettled_bits() {
                         return Planned::NotNow;
                     }
                 }
@@ -314,7 +314,10 @@ impl Vhdx {
         range: ByteRange,
     ) -> Result<Outcome> {
         if self.bits(bitmap, block, range).await? == (true, range.len) {
-            return Ok(Outcome::Kept);
+            return Ok(match self.has_unsettled_bits() {
+                true => Outcome::CommitFirst,
+                false => Outcome::Kept,
+            });
         }
         let shift = self.geometry().sector_shift;
         let first = self.geometry().first_bit(block)
