@@ -592,6 +592,22 @@ fn qemu_appends_to_our_log() {
     ok(d, &["log", "verify", "w.log"]);
 }
 
+/// Each would overwrite what the other one needs to go on.
+#[test]
+fn two_logs_never_share_a_sidecar() {
+    let dir = recorded(&[]);
+    let d = dir.path();
+    let path = |name: &str| d.join(name).to_str().unwrap().to_string();
+    let (log, sidecar) = (path("other.log"), path("s"));
+    let mut other = Setup::new(&["--log-writes", &log, "--log-sidecar", &sidecar]).start();
+    let serve = ["serve", "--socket-path", "x", "-f", "raw", "--log-writes", "new.log"];
+    let err = fails(d, &[&serve[..], &["--log-sidecar", "s", "disk.raw"]].concat(), 1);
+    assert!(err.contains("new.log: its sidecar: s"), "{err}");
+    assert!(!d.join("new.log").exists());
+    assert!(other.terminate().success(), "{}", other.log());
+    ok(d, &["log", "verify", "other.log", "--sidecar", "s"]);
+}
+
 #[test]
 fn recording_is_refused_where_it_cannot_be_right() {
     let dir = recorded(&[]);

@@ -459,8 +459,9 @@ fn open_log(
     let image = disks.image_below(&file)?;
     let log_file = writable_file(disks, &log)?;
     let sidecar = filter.options.log_sidecar.as_ref().map(Path::new);
-    let stand = Arc::new(Stand::new(file.clone(), log));
-    let recording = record_to(&image, stand, &log_file, sidecar, settings)?;
+    let stand = Arc::new(Stand::new(file.clone(), log.clone()));
+    let locking = disks.layers.of(&log).map_or(Locking::Guard, |layer| layer.image.locking);
+    let recording = record_to(&image, stand, &log_file, sidecar, locking, settings)?;
     recording.say(file.name());
     // What is not discarded below must not be in the log.
     let keeps_space = disks.layers.through_filters(&file).any(|node| node.keeps_space());

@@ -3,7 +3,7 @@
 //!
 //! The log is locked as an image is that somebody writes to, so two processes never record into the
 //! same one, and a process that takes over from one that was killed waits for the host to be done
-//! with its I/O. Its sidecar is used by whoever holds the log.
+//! with its I/O. So is its sidecar, which another log may have been given by mistake.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::block::{Driver, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::{self, Began, Settings, Subject, WriteLog};
-use crate::images::lock::lock;
+use crate::images::lock::{lock, lock_for_writing};
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::write_log::sidecar::{self, ImageIdentity, Record};
@@ -56,7 +56,7 @@ pub fn record(image: &Image, below: Arc<dyn Driver>, request: &RecordRequest) ->
     let RecordRequest { sidecar, settings, .. } = request;
     let sidecar_path = sidecar.clone().unwrap_or_else(|| sidecar::default_path(&request.log));
     let had_sidecar = sidecar_path.exists();
-    let recording = record_to(image, below, &log, sidecar.as_deref(), *settings);
+    let recording = record_to(image, below, &log, sidecar.as_deref(), request.locking, *settings);
     let recording = recording.and_then(|recording| {
         recording.check_for_guest(request.block_size)?;
         Ok(recording)
@@ -70,7 +70,8 @@ pub fn record(image: &Image, below: Arc<dyn Driver>, request: &RecordRequest) ->
     recording
 }
 
-/// The same with a log that is open, and locked as somebody locks it who writes to it.
+/// The same with a log that is open, and locked as somebody locks it who writes to it. `locking` is for
+/// the sidecar.
 ///
 /// # Errors
 /// Names the log and the way out.
@@ -79,6 +80,7 @@ pub fn record_to(
     below: Arc<dyn Driver>,
     log: &Arc<HostFile>,
     sidecar: Option<&Path>,
+    locking: Locking,
     settings: Settings,
 ) -> Result<Recording> {
     check_is_written(image, &*below)?;
@@ -98,6 +100,9 @@ pub fn record_to(
     };
     let (sidecar, is_new) =
         open_sidecar(&sidecar, image, log).context(|| format!("{name}: its sidecar"))?;
+    if locking != Locking::Off {
+        lock_for_writing(&sidecar).context(|| format!("{name}: its sidecar"))?;
+    }
     let unwanted = is_new.then(|| sidecar.path().to_path_buf());
     let subject = Subject {
         below,
