@@ -491,3 +491,18 @@ fn rebase_keeps_the_disk_as_qemu_img_has_it() {
     let err = fails(d, &["rebase", "-f", "qcow2", "-b", "ours", "-F", "qcow2", "ours"], 1);
     assert!(err.contains("cannot be its own backing file"), "{err}");
 }
+
+/// QEMU could not go back to such a snapshot any more.
+#[test]
+fn a_version_2_image_with_snapshots_keeps_its_size() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    tool_ok(d, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "v2", "4M"]);
+    tool_ok(d, "qemu-img", &["snapshot", "-c", "a", "v2"]);
+    let err = fails(d, &["resize", "-f", "qcow2", "v2", "8M"], 1);
+    assert!(err.contains("Can't resize a v2 image which has snapshots"), "{err}");
+    tool_ok(d, "qemu-img", &["snapshot", "-a", "a", "v2"]);
+}

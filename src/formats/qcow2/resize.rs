@@ -28,6 +28,7 @@ impl Qcow2 {
                 self.name()
             )));
         }
+        self.check_growth(size)?;
         // The new size must not become durable before the new space reads as zeros.
         self.checkpoint().await?;
         self.resizing.store(true, Ordering::SeqCst);
@@ -37,6 +38,29 @@ impl Qcow2 {
             self.set_poison(err);
         }
         result
+    }
+
+    /// Refuses what cannot be before anything is done: a failure later refuses all writes.
+    fn check_growth(&self, size: u64) -> Result<()> {
+        /// Entries of the longest L1 table that QEMU takes.
+        const MAX_L1: u64 = 4 << 20;
+        if self.header.version < 3 && self.header.snapshots > 0 {
+            return Err(Error::unsupported(format!(
+                "{}: Can't resize a v2 image which has snapshots",
+                self.name()
+            )));
+        }
+        let covered = u128::from(self.cluster_size) * u128::from(self.cluster_size / 8);
+        let most = covered * u128::from(MAX_L1);
+        if u128::from(size) > most {
+            return Err(Error::unsupported(format!(
+                "{}: a size of {size} bytes is more than the {most} that an image with clusters of {} \
+                 bytes can have",
+                self.name(),
+                self.cluster_size
+            )));
+        }
+        Ok(())
     }
 
     async fn grow_and_zero(&self, old: u64, size: u64) -> Result<()> {

@@ -371,3 +371,20 @@ fn grows_and_the_new_space_reads_as_zeros() {
         check_with_qemu(&file.durable(), Some(&expected), Some(&base), "grown");
     }
 }
+
+/// Nothing was done then, and a guest whose disk was to grow by a slip goes on.
+#[test]
+fn a_size_that_cannot_be_changes_nothing() {
+    let options = CreateOptions::new(1 << 20);
+    let file = new_image(&options, Alignment::NONE);
+    let disk = open_image(&file, None, None);
+    for size in [3 << 50, i64::MAX as u64 & !511] {
+        let err = block_on(disk.resize(size)).unwrap_err().to_string();
+        assert!(err.contains("is more than the 2251799813685248 that"), "{err}");
+        let buf = AlignedBuf::from_slice(&[1; 512], 512);
+        block_on(disk.write(0, buf.buffers(), false)).unwrap();
+        block_on(disk.flush()).unwrap();
+        assert_eq!(disk.limits().size, 1 << 20);
+    }
+    block_on(disk.resize(2 << 20)).unwrap();
+}
