@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::addcow::{self, AddCow, Backing, Header};
 use crate::images::check::CheckReport;
 use crate::images::crash_state;
-use crate::images::create::{NewFile, only_one, open_backing};
+use crate::images::create::{NewFile, check_not_own_backing, only_one, open_backing};
 use crate::images::open::{Opening, guess, open_host};
 use crate::images::{Access, CreateRequest, Created, Image, ImageFormat, OpenRequest, open};
 use crate::io::{AlignedBuf, File, HostFile, OpenOptions, block_on};
@@ -258,6 +258,10 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
     let below = match (backing, format) {
         (Some(file), Some(format)) if !request.backing_unchecked => {
             Some(open_backing(request, file, Some(format))?)
+        }
+        (Some(file), _) => {
+            check_not_own_backing(request, file)?;
+            None
         }
         _ => None,
     };

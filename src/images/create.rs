@@ -13,7 +13,7 @@ use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2;
 use crate::images::kept::check_nobody_comes_back;
 use crate::images::lock::lock_for_writing;
-use crate::images::{Image, ImageFormat, OpenRequest, add_cow, open};
+use crate::images::{Image, ImageFormat, OpenRequest, add_cow, frozen, open};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
@@ -154,6 +154,9 @@ impl NewFile {
         lock_for_writing(&new.file)?;
         if existed {
             check_nobody_comes_back(&new.file)?;
+            frozen::check_not_frozen(&new.file)?;
+            // What disk this was no longer matters.
+            frozen::clear(&new.file);
         }
         if new.file.kind() == HostKind::Regular {
             block_on(new.file.set_len(0)).context(|| new.file.name().to_string())?;
@@ -256,7 +259,11 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
             let format = named.format.as_deref().map(str::parse).transpose()?;
             Some(open_backing(request, &named.file, format)?)
         }
-        _ => None,
+        Some(named) => {
+            check_not_own_backing(request, &named.file)?;
+            None
+        }
+        None => None,
     };
     options.size = size_of(request, backing.as_ref())?;
     let new = NewFile::create(&request.path)?;
@@ -318,16 +325,24 @@ pub(super) fn open_backing(
     format: Option<ImageFormat>,
 ) -> Result<Image> {
     let path = open_gate::combine(&request.path, file);
-    let image = open(&OpenRequest::read(path).format(format)).context(|| "the backing file")?;
-    if let Ok(target) = HostFile::open(&request.path, OpenOptions::default())
-        && target.identity()? == image.file.identity()?
-    {
-        return Err(Error::invalid(format!(
+    check_not_own_backing(request, file)?;
+    open(&OpenRequest::read(path).format(format)).context(|| "the backing file")
+}
+
+/// Refuses the image's own file as its backing file: it would be emptied. One that is not there, or
+/// cannot be opened, is another one.
+pub(super) fn check_not_own_backing(request: &CreateRequest, backing: &str) -> Result<()> {
+    let path = open_gate::combine(&request.path, backing);
+    let identity = |path: &Path| {
+        HostFile::open(path, OpenOptions::default()).and_then(|file| file.identity()).ok()
+    };
+    match identity(&request.path) {
+        Some(target) if identity(&path) == Some(target) => Err(Error::invalid(format!(
             "{}: an image cannot be its own backing file",
             request.path.display()
-        )));
+        ))),
+        _ => Ok(()),
     }
-    Ok(image)
 }
 
 /// Writes real zeros, so that the host has stored every block.

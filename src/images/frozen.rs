@@ -237,6 +237,34 @@ mod tests {
     }
 
     #[test]
+    fn a_new_image_has_no_mark_and_is_never_made_of_a_frozen_one() {
+        use crate::images::{CreateRequest, ImageFormat, create};
+        let dir = tempfile::tempdir().unwrap();
+        let file = image(dir.path());
+        let overlay = dir.path().join("overlay");
+        let create = || {
+            create(&CreateRequest {
+                path: file.path().into(),
+                format: ImageFormat::Raw,
+                size: Some(512),
+                options: Vec::new(),
+                backing: None,
+                backing_format: None,
+                backing_unchecked: false,
+            })
+        };
+        mark_moved(&file, &overlay);
+        create().unwrap();
+        assert_eq!(moved_to(&file), None);
+        check(&file).unwrap();
+        std::fs::write(file.path(), "x").unwrap();
+        mark(&file, &overlay);
+        let err = create().unwrap_err().to_string();
+        assert!(err.contains("serve that one (writing here would destroy it)"), "{err}");
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"x");
+    }
+
+    #[test]
     fn a_marked_image_names_its_overlay_until_that_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let base = image(dir.path());

@@ -3,7 +3,10 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::{CreateRequest, Created, NewFile, OptionHelp, check_size, only_one, open_backing};
+use super::{
+    CreateRequest, Created, NewFile, OptionHelp, check_not_own_backing, check_size, only_one,
+    open_backing,
+};
 use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::vhdx::create::{CreateOptions, Parent, default_block_size};
@@ -202,6 +205,7 @@ fn parent_of(request: &CreateRequest) -> Result<Option<Below>> {
     }
     let (structure, file, image) = match request.backing_unchecked {
         true => {
+            check_not_own_backing(request, reference)?;
             let path = open_gate::combine(&request.path, reference);
             let file = Arc::new(HostFile::open(&path, OpenOptions::default()).context(|| {
                 "a VHDX image names its backing file by an identity that is in that file, so it \
