@@ -24,7 +24,7 @@ use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
-use crate::io::{AlignedBuf, HostFile, HostKind, OpenOptions, block_on};
+use crate::io::{AlignedBuf, File as _, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::{ByteRange, MIB, align_down, align_up};
 
 /// How much is copied at a time.
@@ -117,15 +117,24 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
     Ok(DONE)
 }
 
-/// A file that is its own target would be emptied before it is read.
+/// A file that is its own target, or that the source stands on, would be emptied before it is read.
 fn refuse_same_file(source: &Image, target: &std::path::Path) -> Result<()> {
     // A target that cannot be opened is not there yet, or the next step says why.
     let Ok(target) = HostFile::open(target, OpenOptions::default()) else { return Ok(()) };
-    if target.identity()? == source.file.identity()? {
-        return Err(Error::invalid(format!(
-            "{}: source and target are the same file",
-            source.name()
-        )));
+    let target = target.identity()?;
+    for image in std::iter::successors(Some(source), |image| image.backing.as_deref()) {
+        for file in [Some(&image.file), image.image_file.as_ref()].into_iter().flatten() {
+            if file.identity()? == target {
+                return Err(Error::invalid(match std::ptr::eq(image, source) {
+                    true => format!("{}: source and target are the same file", source.name()),
+                    false => format!(
+                        "{}: is what the source {} stands on, and cannot be its target",
+                        file.name(),
+                        source.name()
+                    ),
+                }));
+            }
+        }
     }
     Ok(())
 }
@@ -181,8 +190,10 @@ struct Copy<'a> {
     target: &'a Node,
     /// Whether the target reads as zeros where nothing was written yet.
     target_is_zero: bool,
-    /// Whether what the source's top layer does not hold is left to the target's backing file.
+    /// Whether the target shows its backing file where nothing is written.
     target_has_backing: bool,
+    /// Whether what the source's top layer does not hold is left to the target's backing file.
+    leaves_backing: bool,
     /// Zeros of this length become holes; 0 stores everything.
     sparse_size: u64,
     /// What requests to both sides must be multiples of, but for the source's end.
@@ -220,12 +231,15 @@ impl<'a> Copy<'a> {
             // Less than a cluster does not become a hole.
             _ => to.optimal_io.clamp(SPARSE_SIZE, CHUNK),
         };
+        let target_has_backing =
+            args.backing.is_some() || (!args.no_create && target.node.backing().is_some());
         let created_zero = !args.no_create && target.file.kind() == HostKind::Regular;
         Ok(Copy {
             source: &source.node,
             target: &target.node,
             target_is_zero: created_zero || args.target_is_zero,
-            target_has_backing: args.backing.is_some(),
+            target_has_backing,
+            leaves_backing: target_has_backing && source.node.backing().is_some(),
             sparse_size,
             align,
             granule: unit.max(512).max(align),
@@ -270,7 +284,7 @@ impl<'a> Copy<'a> {
     /// The next run of the source and what to do with it. Runs keep to the alignment: a unit that
     /// holds some data is data.
     async fn next_run(&self, rest: ByteRange) -> Result<(ByteRange, Work)> {
-        let status = match self.target_has_backing {
+        let status = match self.leaves_backing {
             true => self.source.block_status(rest).await,
             false => self.source.block_status_deep(rest).await,
         };
@@ -278,7 +292,7 @@ impl<'a> Copy<'a> {
             status.context(|| format!("finding out what is allocated at {}", rest.offset))?;
         let work = match status.kind {
             StatusKind::Data => Work::Copy,
-            StatusKind::Unallocated if self.target_has_backing => Work::Skip,
+            StatusKind::Unallocated if self.leaves_backing => Work::Skip,
             _ if self.sparse_size == 0 => Work::Copy,
             _ if self.target_is_zero && !self.target_has_backing => Work::Skip,
             _ => Work::Zero,

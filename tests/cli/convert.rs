@@ -162,3 +162,49 @@ fn block_devices_can_be_targets() {
     let line = fails(d, &["resize", "-f", "raw", device.name(), "8M"], 1);
     assert!(line.contains("block device cannot be changed"), "{line}");
 }
+
+/// What the source does not hold hides the target's backing file, however that is named.
+#[test]
+fn convert_onto_a_backing_file_keeps_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base.raw"), vec![b'B'; 8 << 20]).unwrap();
+    ok(d, &["create", "-q", "-f", "raw", "src.raw", "8M"]);
+    let source = File::options().write(true).open(d.join("src.raw")).unwrap();
+    source.write_all_at(b"hello", 3 << 20).unwrap();
+    ok(d, &["convert", "-f", "raw", "-O", "qcow2", "src.raw", "src.qcow2"]);
+    for (source, format) in [("src.raw", "raw"), ("src.qcow2", "qcow2")] {
+        for (i, (to, options)) in [
+            ("qcow2", &["-B", "base.raw", "-F", "raw"][..]),
+            ("qcow2", &["-o", "backing_file=base.raw,backing_fmt=raw"]),
+            ("add-cow", &["-o", "backing-file=base.raw,backing-fmt=raw"]),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let target = format!("{format}-{i}");
+            let convert = ["convert", "-f", format, "-O", to];
+            ok(d, &[&convert, options, &[source, &target]].concat());
+            ok(d, &["compare", "-f", "raw", "-F", to, "src.raw", &target]);
+        }
+    }
+}
+
+/// It would be emptied before it is read, and locks do not tell with -U.
+#[test]
+fn what_an_image_stands_on_is_neither_its_copy_nor_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base.raw"), vec![b'B'; 1 << 20]).unwrap();
+    for format in ["qcow2", "add-cow"] {
+        ok(d, &["create", "-q", "-f", format, "-b", "base.raw", "-F", "raw", format]);
+        let err = fails(d, &["convert", "-U", "-f", format, "-O", "raw", format, "base.raw"], 1);
+        assert!(err.contains(&format!("is what the source {format} stands on")), "{err}");
+        let before = std::fs::read(d.join(format)).unwrap();
+        let own = ["create", "-u", "-f", format, "-b", format, "-F", "qcow2", format, "1M"];
+        let err = fails(d, &own, 1);
+        assert!(err.contains("cannot be its own backing file"), "{err}");
+        assert!(std::fs::read(d.join(format)).unwrap() == before);
+    }
+    assert!(std::fs::read(d.join("base.raw")).unwrap() == vec![b'B'; 1 << 20]);
+}
