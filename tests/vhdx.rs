@@ -120,6 +120,11 @@ fn differencing_images_name_their_parent_both_ways() {
     std::fs::create_dir(d.join("moved")).unwrap();
     std::fs::rename(d.join("sub/grandchild.avhdx"), d.join("moved/g.avhdx")).unwrap();
     ok(d, &["map", "--allow-dir", allow, "moved/g.avhdx"]);
+    std::fs::create_dir_all(d.join("further/down")).unwrap();
+    std::fs::copy(d.join("moved/g.avhdx"), d.join("further/down/g.avhdx")).unwrap();
+    let info = ["info", "--backing-chain", "--allow-dir", allow, "further/down/g.avhdx"];
+    let text = ok(d, &info);
+    assert!(text.contains(&format!("(actual path: {absolute})")), "{text}");
     if let Some(read) = libvhdi::reads(d, &["moved/g.avhdx", "child.avhdx", "base.vhdx"]) {
         let empty = tool_ok(d, "sh", &["-c", "head -c 5242880 /dev/zero | sha256sum"]);
         assert_eq!(read, (5 << 20, empty.split(' ').next().unwrap().to_string()));

@@ -93,7 +93,14 @@ fn human(info: &Value) -> String {
         lines.push(format!("    file length: {} ({len} bytes)", human_size(len)));
         lines.push(format!("    disk size: {}", human_size(size(&node["actual-size"]))));
     }
-    lines.join("\n") + "\n"
+    printable(&(lines.join("\n") + "\n"))
+}
+
+/// Without what a terminal would take for a command: names and texts come from the image.
+fn printable(text: &str) -> String {
+    let is_command = |c: char| c.is_control() && c != '\n';
+    let shown = |c: char| if is_command(c) { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(shown).collect()
 }
 
 /// Writes an object as indented lines, `key: value`.
@@ -109,5 +116,17 @@ fn push_tree(lines: &mut Vec<String>, object: &Map<String, Value>, depth: usize)
             Value::String(text) => lines.push(format!("{indent}{key}: {text}")),
             other => lines.push(format!("{indent}{key}: {other}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_reaches_the_terminal_as_a_command() {
+        let info = serde_json::json!({ "filename": "a\u{1b}[31mb\u{9b}ü" });
+        let said = human(&info);
+        assert!(said.starts_with("image: a\\u{1b}[31mb\\u{9b}ü\n"), "{said:?}");
     }
 }

@@ -148,6 +148,17 @@ fn list_of(parts: &vhdx::salvage::Parts) -> String {
     list.join(", ")
 }
 
+/// The names that an image's details give its backing file, the one to try first first. None if it has
+/// none.
+pub(super) fn backing_names(details: &serde_json::Value) -> Vec<String> {
+    let Some(locator) = details["parent-locator"].as_object() else {
+        return details["backing-filename"].as_str().map(String::from).into_iter().collect();
+    };
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_string();
+    let entries = locator.iter().map(|(key, value)| (key.clone(), text(value))).collect();
+    vhdx::locator::Locator { entries }.paths()
+}
+
 /// Opens the parent that the operator says, or else the first that is there of those that the image
 /// names.
 fn open_vhdx_parent(opening: &mut Opening<'_>, paths: &[String]) -> Result<Option<Node>> {

@@ -5,10 +5,13 @@
 //! (`cluster-size`, `backing-filename`, `backing-filename-format`, `encrypted`, `compressed`,
 //! `dirty-flag`, `snapshots`) go there, all others under `format-specific.data`.
 
+use std::path::PathBuf;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::{Result, ResultExt};
 use crate::images::Image;
+use crate::images::drivers::backing_names;
 use crate::images::open::{full_backing_name, protocol_name};
 use crate::io::File;
 use crate::units::SECTOR_SIZE;
@@ -46,8 +49,10 @@ pub fn describe(image: &Image) -> Result<Value> {
     info.insert("format".into(), image.format.name().into());
     info.insert("actual-size".into(), actual_size.into());
     info.insert("dirty-flag".into(), false.into());
+    let details = image.node.driver().details();
+    let names = backing_names(&details);
     let mut specific = Map::new();
-    if let Value::Object(details) = image.node.driver().details() {
+    if let Value::Object(details) = details {
         for (key, value) in details {
             match TOP_KEYS.contains(&key.as_str()) {
                 true => info.insert(key, value),
@@ -59,8 +64,10 @@ pub fn describe(image: &Image) -> Result<Value> {
         let typed = json!({ "type": image.format.name(), "data": specific });
         info.insert("format-specific".into(), typed);
     }
-    if let Some(reference) = info.get("backing-filename").and_then(Value::as_str) {
-        let full = full_backing_name(image.file.path(), reference).display().to_string();
+    let paths = names.iter().map(|name| full_backing_name(image.file.path(), name));
+    let paths: Vec<PathBuf> = paths.collect();
+    if let Some(path) = paths.iter().find(|path| path.exists()).or(paths.first()) {
+        let full = path.display().to_string();
         info.insert("full-backing-filename".into(), full.into());
     }
     Ok(Value::Object(info))

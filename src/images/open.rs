@@ -18,7 +18,7 @@ use crate::block::{Driver, Keep, Node, NodeOptions, graph};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::cache_mode::CacheMode;
 use crate::images::crash_state::{self, Named};
-use crate::images::drivers::{open_qcow2, open_raw, open_vhdx, warn_if_whole};
+use crate::images::drivers::{backing_names, open_qcow2, open_raw, open_vhdx, warn_if_whole};
 use crate::images::kept::{check_settled, open_keep, settle};
 use crate::images::lock::{Locking, lock};
 use crate::images::request::{Access, OpenRequest, StateDir};
@@ -138,7 +138,14 @@ fn open_each(request: &OpenRequest) -> Result<Vec<Image>> {
     loop {
         let top = images.last().expect("never empty");
         let details = top.node.driver().details();
-        let Some(reference) = details["backing-filename"].as_str() else { return Ok(images) };
+        let names = backing_names(&details);
+        let is_there = |name: &&String| {
+            let resolved = gate.resolve(top.file.path(), name);
+            !resolved.is_err_and(|err| err.kind() == ErrorKind::NotFound)
+        };
+        let Some(reference) = names.iter().find(is_there).or(names.first()) else {
+            return Ok(images);
+        };
         if crash_state::is_name(reference) {
             return Ok(images);
         }
