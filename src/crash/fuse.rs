@@ -66,7 +66,8 @@ fn sweep(temp: &Path) {
             continue;
         };
         if !lives(pid) {
-            let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
+            // A link that somebody put there is not ours.
+            let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
             let _ = rustix::mount::unmount(entry.path(), flags);
             let _ = std::fs::remove_dir(entry.path());
         }

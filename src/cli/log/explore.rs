@@ -25,6 +25,8 @@ use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
 use crate::write_log::{Start, sidecar};
 
+/// How long a checker may take, in seconds, if nobody says.
+const TIMEOUT: u64 = 60;
 /// Exit code if a state is not good.
 const FAILED: u8 = 1;
 
@@ -74,7 +76,7 @@ pub struct ExploreArgs {
     #[arg(short = 'j', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: Option<u16>,
     /// A checker that takes longer is killed, and the state is not good
-    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+    #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT,
           value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
     /// Check states, too, that differ from a good one only where the checker did not look; for a
@@ -251,7 +253,11 @@ fn resume(path: &Path, subject: &Subject) -> Result<Report> {
 /// The command line that checks one state; its name is put at the end.
 fn again(args: &ExploreArgs, history: &History) -> String {
     let check = quoted(&args.check.as_ref().map(ToString::to_string).unwrap_or_default());
-    format!("vublk log explore {} --check {check} --state ", log_and_base(args, history))
+    let timeout = match args.timeout {
+        TIMEOUT => String::new(),
+        seconds => format!(" --timeout {seconds}"),
+    };
+    format!("vublk log explore {} --check {check}{timeout} --state ", log_and_base(args, history))
 }
 
 /// The command line that serves one state to a guest; its name is put at the end.
