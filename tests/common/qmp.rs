@@ -33,18 +33,31 @@ impl Qmp {
         qmp
     }
 
-    /// Connects and negotiates; `None` if nobody listens, or the connection is closed before that.
+    /// Connects and negotiates; `None` if nobody listens, or the connection is closed or forgotten
+    /// before that.
     pub fn try_connect(path: &Path) -> Option<Qmp> {
         let mut qmp = Qmp::new(UnixStream::connect(path).ok()?);
+        qmp.timeout(5);
         let mut line = String::new();
         qmp.reader.read_line(&mut line).ok().filter(|len| *len > 0)?;
-        qmp.greet(serde_json::from_str(&line).expect("JSON"));
+        assert!(line.contains("QMP"), "{line}");
+        qmp.reader.get_mut().write_all(b"{\"execute\":\"qmp_capabilities\"}\n").ok()?;
+        line.clear();
+        qmp.reader.read_line(&mut line).ok().filter(|len| *len > 0)?;
+        assert!(line.contains("return"), "{line}");
+        qmp.timeout(60);
         Some(qmp)
     }
 
+    fn timeout(&self, seconds: u64) {
+        let timeout = Some(std::time::Duration::from_secs(seconds));
+        self.reader.get_ref().set_read_timeout(timeout).unwrap();
+    }
+
     fn new(stream: UnixStream) -> Qmp {
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
-        Qmp { reader: BufReader::new(stream), events: VecDeque::new() }
+        let qmp = Qmp { reader: BufReader::new(stream), events: VecDeque::new() };
+        qmp.timeout(60);
+        qmp
     }
 
     fn greet(&mut self, greeting: Value) {
