@@ -47,9 +47,10 @@ fn a_planted_bug_is_found_shrunk_and_reproduced() {
     let (code, report) = explore(dir.path(), PLANTED, &["--results", "r.json", "--check-alike"]);
     assert_eq!(code, Some(1));
     assert_eq!(report["finished"], true);
-    assert_eq!(report["states"], 3 * 64);
+    // And what the last flush has left, with nothing after it.
+    assert_eq!(report["states"], 3 * 64 + 1);
     // Nothing of an epoch is all of the one before, after the first.
-    assert_eq!(report["duplicates"], 2);
+    assert_eq!(report["duplicates"], 3);
     assert_eq!(report["checked"], 3 * 64 - 2);
     assert_eq!(report["failed"], 16, "of 64 subsets, those with the one and without the other");
     let failure = &report["failures"][0];
@@ -76,7 +77,7 @@ fn a_planted_bug_is_found_shrunk_and_reproduced() {
     let junit = ok(dir.path(), &["log", "report", "r.json", "--output", "junit"]);
     assert!(junit.contains("failures=\"1\"") && junit.contains("E9:s=0111"), "{junit}");
     let text = ok(dir.path(), &["log", "report", "r.json"]);
-    assert!(text.contains("192 of 192 states") && text.contains("1 dropped, 0 torn"), "{text}");
+    assert!(text.contains("193 of 193 states") && text.contains("1 dropped, 0 torn"), "{text}");
     let base = std::fs::read(dir.path().join("base.img")).unwrap();
     assert!(base.iter().all(|byte| *byte == 0), "the base is never written to");
 }
@@ -103,7 +104,7 @@ fn states_that_differ_where_nobody_looks_are_checked_once() {
         |at: u32| format!("dd if={{}} bs=4096 skip={at} count=1 2>/dev/null | od -An -tu1 -N1");
     let planted = format!("test $({}) != 15 || test $({}) != 2", look(4), look(1));
     let (code, report) = explore(dir.path(), &planted, &["-j", "1"]);
-    assert_eq!((code, &report["states"]), (Some(1), &128.into()), "{report}");
+    assert_eq!((code, &report["states"]), (Some(1), &129.into()), "{report}");
     assert_eq!(report["failures"][0]["state"], "E9:s=0111", "{report}");
     if Path::new("/dev/fuse").exists() {
         // All that fail are looked at, and one for each way in which the others look.
@@ -117,7 +118,7 @@ fn states_that_differ_where_nobody_looks_are_checked_once() {
     assert_eq!((&report["checked"], &report["alike"]), (&127.into(), &0.into()), "{report}");
     let args = ["log", "explore", "w.log", "--base", "base.img", "--check", "true {}", "-j", "1"];
     let text = ok(dir.path(), &args);
-    let all = "128 of 128 states: 2 checked, 1 duplicates, 125 alike, 0 failed";
+    let all = "129 of 129 states: 2 checked, 2 duplicates, 125 alike, 0 failed";
     assert!(text.contains(all) || !Path::new("/dev/fuse").exists(), "{text}");
 }
 
@@ -157,11 +158,11 @@ fn an_exploration_goes_on_after_a_kill_and_after_ctrl_c() {
     assert!(before["finished"] == false && before["done"].as_u64().unwrap() > 0, "{before}");
     let (code, report) = explore(dir.path(), &check, &["--results", "r.json"]);
     assert_eq!((code, &report["finished"]), (Some(1), &true.into()));
-    assert_eq!((&report["done"], &report["states"]), (&256.into(), &256.into()));
+    assert_eq!((&report["done"], &report["states"]), (&257.into(), &257.into()));
     assert_eq!(report["failures"][0]["state"], "E9:s=0111");
     // Those in hand when the first was killed are checked twice, and none is left out.
     let answered = report["checked"].as_u64().unwrap() + report["alike"].as_u64().unwrap();
-    assert_eq!((answered, &report["duplicates"]), (253, &3.into()), "{report}");
+    assert_eq!((answered, &report["duplicates"]), (253, &4.into()), "{report}");
 
     let error = fails(dir.path(), &[&args[..], &["--check", "true {}"]].concat(), 1);
     assert!(error.contains("r.json: holds the results of another exploration"), "{error}");
@@ -195,6 +196,27 @@ fn a_checker_is_told_the_last_mark() {
     assert_eq!(failure["state"], "E5", "the epoch just after the mark is part of it");
     assert_eq!(failure["mark-before"], "it's 1 (entry 3)");
     assert_eq!(failure["mark-after"], "it's 2 (entry 7)");
+}
+
+/// Nothing follows the last flush, and what it promised is looked at all the same.
+#[test]
+fn what_the_last_flush_has_left_is_looked_at() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base.img"), vec![0; SIZE]).unwrap();
+    let log = LogBuilder::new(512).write(0, &[b'x'; 512]).flush().mark("synced");
+    std::fs::write(dir.path().join("w.log"), log.finish()).unwrap();
+    for states in ["flush", "reorder"] {
+        let check = "test \"$(head -c 1 {})\" != x || test {mark} != synced";
+        let (code, report) = explore(dir.path(), check, &["--states", states]);
+        assert_eq!((code, &report["failed"]), (Some(1), &1.into()), "{report}");
+        let failure = &report["failures"][0];
+        assert_eq!(
+            (&failure["state"], &failure["mark-before"]),
+            (&"E2".into(), &"synced (entry 2)".into())
+        );
+    }
+    let (code, report) = explore(dir.path(), "test -e {}", &["--limit", "1"]);
+    assert_eq!((code, &report["states"]), (Some(0), &2.into()), "{report}");
 }
 
 /// A killed exploration goes, mount and all, while its checker still has a disk with changes in the

@@ -44,7 +44,7 @@ const DESCRIBED: usize = 8;
 pub struct Plan {
     /// Which states.
     pub reach: Reach,
-    /// Only epochs whose first write is in this range of entries.
+    /// Only epochs whose first write is in this range of entries; without a write, the flush before.
     pub entries: std::ops::Range<u64>,
     /// The checker, if states are to be checked and not only counted.
     pub checker: Option<Checker>,
@@ -342,7 +342,9 @@ pub fn explore(
 
 fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoch> + 'a {
     // By the first write: a mark just after a flush is part of the epoch, and yet before all of it.
-    history.epochs().filter(|epoch| plan.entries.contains(&epoch.writes[0]))
+    // Without a write, by the flush that it follows.
+    let at = |epoch: &Epoch| *epoch.writes.first().unwrap_or(&epoch.start.saturating_sub(1));
+    history.epochs().filter(move |epoch| plan.entries.contains(&at(epoch)))
 }
 
 /// A worker: checks states until there are no more, or no more are wanted.

@@ -82,22 +82,23 @@ impl History {
         self.len() == 0
     }
 
-    /// All epochs that have writes, in the order of the log.
+    /// All epochs that have writes, in the order of the log, and what follows the last flush if it has
+    /// none: that flush has promised the most.
     pub fn epochs(&self) -> impl Iterator<Item = Epoch> + '_ {
-        let mut start = 0;
+        let mut next = Some(0);
         std::iter::from_fn(move || {
-            while start < self.len() {
-                let epoch = self.window(start);
+            loop {
+                let epoch = self.window(next?);
                 // A flush without data begins nothing by itself.
-                start = match self.index.entries().get(epoch.end as usize) {
-                    Some(entry) if entry.target.is_empty() => epoch.end + 1,
-                    _ => epoch.end,
-                };
-                if !epoch.writes.is_empty() {
+                next =
+                    self.index.entries().get(epoch.end as usize).map(|flush| {
+                        if flush.target.is_empty() { epoch.end + 1 } else { epoch.end }
+                    });
+                let is_after_all = next.is_none() && epoch.start > 0;
+                if is_after_all || !epoch.writes.is_empty() {
                     return Some(epoch);
                 }
             }
-            None
         })
     }
 

@@ -161,7 +161,7 @@ impl Failure {
         };
         // The marks around the first fault, or around the cut if there is none. (A mark just after a
         // flush is before the writes of the epoch, and what the flush made true.)
-        let first = epoch.writes.first().map_or(epoch.start, |number| *number);
+        let first = epoch.writes.first().map_or(epoch.end, |number| *number);
         let cut = last.map_or(first, |last| epoch.writes[last]);
         let fault = writes.iter().find(|row| row.fate == "dropped" || row.fate.starts_with("torn"));
         let fault = fault.map_or(cut, |row| row.entry);

@@ -44,7 +44,7 @@ fn take_back(
     loop {
         let before = faults(&name);
         let last = name.applied.iter().rposition(|applied| *applied).unwrap_or(0);
-        for write in 0..=last.min(name.applied.len().saturating_sub(1)) {
+        for write in 0..name.applied.len().min(last + 1) {
             let mut whole = name.clone();
             whole.applied[write] = true;
             whole.torn.retain(|tear| tear.write != write);

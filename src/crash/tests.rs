@@ -236,6 +236,15 @@ fn epochs_begin_with_the_flush_that_carries_data() {
     let expected = [(0, 2, vec![1]), (4, 7, vec![4, 6]), (7, 9, vec![7, 8])];
     let found: Vec<_> = epochs.iter().map(|e| (e.start, e.end, e.writes.clone())).collect();
     assert_eq!(found, expected);
+    let after = |log: &LogBuilder| {
+        let last = self::history(log).epochs().last().unwrap();
+        (last.start, last.end, last.writes.len())
+    };
+    assert_eq!(after(&log), (7, 9, 2));
+    // What the last flush made durable, and what was promised then.
+    let log = log.flush();
+    assert_eq!(after(&log), (10, 10, 0));
+    assert_eq!(after(&log.mark("synced")), (10, 11, 0));
     // The data of the flush has FUA: without it nothing that came after it.
     let possible = |text: &str| {
         let (epoch, name) = history.expanded(&text.parse().unwrap()).unwrap();
