@@ -38,15 +38,21 @@ impl Qmp {
     pub fn try_connect(path: &Path) -> Option<Qmp> {
         let mut qmp = Qmp::new(UnixStream::connect(path).ok()?);
         qmp.timeout(5);
-        let mut line = String::new();
-        qmp.reader.read_line(&mut line).ok().filter(|len| *len > 0)?;
-        assert!(line.contains("QMP"), "{line}");
-        qmp.reader.get_mut().write_all(b"{\"execute\":\"qmp_capabilities\"}\n").ok()?;
-        line.clear();
-        qmp.reader.read_line(&mut line).ok().filter(|len| *len > 0)?;
-        assert!(line.contains("return"), "{line}");
+        let greeting = qmp.try_read()?;
+        assert!(greeting.get("QMP").is_some(), "{greeting}");
+        let negotiate = json!({"execute": "qmp_capabilities"}).to_string() + "\n";
+        qmp.reader.get_mut().write_all(negotiate.as_bytes()).ok()?;
+        let answer = qmp.try_read()?;
+        assert!(answer.get("return").is_some(), "{answer}");
         qmp.timeout(60);
         Some(qmp)
+    }
+
+    /// The next message; `None` if none comes.
+    fn try_read(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).ok().filter(|len| *len > 0)?;
+        Some(serde_json::from_str(&line).expect("JSON"))
     }
 
     fn timeout(&self, seconds: u64) {
