@@ -41,6 +41,7 @@ impl Qcow2 {
         may_unmap: bool,
     ) -> Result<()> {
         self.check_writable()?;
+        self.give_up_claims().await?;
         let mut whole = ByteRange::between(range.offset, range.offset);
         if self.header.version > 2 {
             let start = align_up(range.offset, self.cluster_size).unwrap_or(u64::MAX);

@@ -181,6 +181,9 @@ pub struct Qcow2 {
     completed: AtomicU64,
     /// Number of the snapshot that the next change will be part of.
     generation: AtomicU64,
+    /// Whether the image on disk says that what we do not keep up to date (persistent bitmaps) is: not
+    /// before anything is written, and not any more then.
+    has_claims: AtomicBool,
     /// Counts changes of metadata and records, to tell whether a checkpoint has anything to do.
     changes: AtomicU64,
     /// The count that the last completed snapshot covered.
@@ -244,6 +247,7 @@ impl Qcow2 {
                 keep.path().display()
             )));
         }
+        let has_claims = !options.read_only && header.autoclear != 0;
         Ok(Qcow2 {
             size: AtomicU64::new(header.size),
             cluster_size,
@@ -265,6 +269,7 @@ impl Qcow2 {
             begun: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             generation: AtomicU64::new(1),
+            has_claims: AtomicBool::new(has_claims),
             changes: AtomicU64::new(0),
             changes_saved: AtomicU64::new(0),
             revocations: AtomicU64::new(0),

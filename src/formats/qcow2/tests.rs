@@ -388,3 +388,30 @@ fn a_size_that_cannot_be_changes_nothing() {
     }
     block_on(disk.resize(2 << 20)).unwrap();
 }
+
+/// A persistent bitmap that were still consistent would leave the write out of the next backup.
+#[test]
+fn nothing_is_written_while_the_header_claims_what_that_makes_untrue() {
+    const AUTOCLEAR: usize = 88;
+    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
+    let disk = open_image(&file, None, None);
+    let buf = AlignedBuf::from_slice(&[1; 512], 512);
+    let write = |disk: &Driven| block_on(disk.write(0, buf.buffers(), false)).unwrap();
+    write(&disk);
+    block_on(disk.close()).unwrap();
+    let mut content = file.durable();
+    content[AUTOCLEAR + 7] = 1;
+    let claims = |file: &SimFile| file.durable()[AUTOCLEAR + 7] == 1;
+    for change in ["write", "discard", "zeroes"] {
+        let file = SimFile::from_bytes("test.qcow2", content.clone());
+        let disk = open_image(&file, None, None);
+        assert!(claims(&file), "before anything is written");
+        let cluster = ByteRange { offset: 0, len: 65536 };
+        match change {
+            "write" => write(&disk),
+            "discard" => block_on(disk.discard(cluster)).unwrap(),
+            _ => block_on(disk.write_zeroes(cluster, false)).unwrap(),
+        }
+        assert!(!claims(&file), "{change}");
+    }
+}

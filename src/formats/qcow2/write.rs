@@ -77,6 +77,7 @@ impl Qcow2 {
     /// A place for a write of a prefix of `range`.
     pub(super) async fn place(&self, range: ByteRange) -> Result<Prepared<'_>> {
         self.check_writable()?;
+        self.give_up_claims().await?;
         let range = ByteRange { offset: range.offset, len: range.len.min(MAX_RUN) };
         if let Some(place) = self.place_in_use(range).await? {
             return Ok(place);
@@ -87,6 +88,16 @@ impl Qcow2 {
             }
             self.checkpoint().await?;
         }
+    }
+
+    /// Makes sure that the header does not claim any more, on disk, what the first write makes untrue.
+    pub(super) async fn give_up_claims(&self) -> Result<()> {
+        if self.has_claims.load(Ordering::Acquire) {
+            self.changes.fetch_add(1, Ordering::SeqCst);
+            self.checkpoint().await?;
+            self.has_claims.store(false, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// A place that is mapped on disk already.
@@ -106,6 +117,7 @@ impl Qcow2 {
     /// Whether a mapping got when `revocations` were counted may be written through without more.
     pub(super) fn may_write_through(&self, range: ByteRange, revocations: u64) -> bool {
         self.revocations.load(Ordering::SeqCst) == revocations
+            && !self.has_claims.load(Ordering::Relaxed)
             && !self.pending.lock().unwrap().overlaps(range)
     }
 
