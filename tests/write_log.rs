@@ -600,6 +600,8 @@ fn two_logs_never_share_a_sidecar() {
     let path = |name: &str| d.join(name).to_str().unwrap().to_string();
     let (log, sidecar) = (path("other.log"), path("s"));
     let mut other = Setup::new(&["--log-writes", &log, "--log-sidecar", &sidecar]).start();
+    // Its socket is there when its log is.
+    other.qemu().stop().unwrap();
     let serve = ["serve", "--socket-path", "x", "-f", "raw", "--log-writes", "new.log"];
     let err = fails(d, &[&serve[..], &["--log-sidecar", "s", "disk.raw"]].concat(), 1);
     assert!(err.contains("new.log: its sidecar: s"), "{err}");
