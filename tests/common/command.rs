@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// The program under test, in `dir`, with quiet logs.
+/// The program under test, in `dir`, with quiet logs. Exit code 124 if it does not end: a server that
+/// was to be refused, say.
 pub fn vublk(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    let mut command = Command::new("timeout");
     command.current_dir(dir).env_remove("VUBLK_LOG").env_remove("LISTEN_FDS");
+    command.args(["--kill-after=10", "300", env!("CARGO_BIN_EXE_vublk")]);
     command.args(["--log-level", "error"]).args(args).output().expect("it starts")
 }
 
