@@ -34,7 +34,7 @@ impl Qmp {
     }
 
     /// Connects and negotiates; `None` if nobody listens, or the connection is closed or forgotten
-    /// before that.
+    /// before that. QEMU greets twice who comes while its monitor is being set up.
     pub fn try_connect(path: &Path) -> Option<Qmp> {
         let mut qmp = Qmp::new(UnixStream::connect(path).ok()?);
         qmp.timeout(5);
@@ -43,9 +43,9 @@ impl Qmp {
         let negotiate = json!({"execute": "qmp_capabilities"}).to_string() + "\n";
         qmp.reader.get_mut().write_all(negotiate.as_bytes()).ok()?;
         let answer = qmp.try_read()?;
-        assert!(answer.get("return").is_some(), "{answer}");
+        assert!(answer.get("return").or(answer.get("QMP")).is_some(), "{answer}");
         qmp.timeout(60);
-        Some(qmp)
+        answer.get("return").is_some().then_some(qmp)
     }
 
     /// The next message; `None` if none comes.

@@ -182,6 +182,9 @@ fn a_durable_write_that_is_lost_fails() {
     backend.assert_lives();
 }
 
+/// Longer than any machine takes to answer.
+const SLOW: Duration = Duration::from_secs(30);
+
 #[test]
 fn too_few_file_descriptors_are_said_clearly() {
     let mut served = 0;
@@ -215,28 +218,36 @@ fn too_few_file_descriptors_are_said_clearly() {
         // connection ends, and the process waits for the next one.
         let mut options = SessionOptions::default().queues(8);
         options.timeout = Duration::from_millis(700);
-        let outcome = Session::open(&backend.socket, options).and_then(|mut session| {
-            // QEMU asks for no acknowledgement of what it said last.
-            session.client.get_features()?;
-            session.write(0, 0, &[1; 512])
-        });
-        match outcome {
-            Ok(()) => served += 1,
-            Err(err) => {
-                let deadline = Instant::now() + Duration::from_secs(5);
-                while !complains(backend.log()) {
-                    assert!(Instant::now() < deadline, "{limit}: {err}\n{}", backend.log());
-                    std::thread::sleep(Duration::from_millis(1));
-                }
+        loop {
+            let outcome =
+                Session::open(&backend.socket, options.clone()).and_then(|mut session| {
+                    // QEMU asks for no acknowledgement of what it said last.
+                    session.client.get_features()?;
+                    session.write(0, 0, &[1; 512])
+                });
+            let Err(err) = outcome else {
+                served += 1;
+                break;
+            };
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while !complains(backend.log()) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
             }
+            if complains(backend.log()) {
+                break;
+            }
+            // Where the machine has much else to do, that was too short for any answer.
+            assert_ne!(options.timeout, SLOW, "{limit}: {err}\n{}", backend.log());
+            options.timeout = SLOW;
         }
-        if !backend.lives() {
-            // It came as far as its socket, and no further; not by a crash.
-            let status = backend.wait_end();
-            assert!(status.code().is_some_and(|code| code > 0 && code < 100), "{limit}: {status}");
-            continue;
-        }
-        assert!(backend.terminate().success(), "{limit}: {}", backend.log());
+        // It may have come as far as its socket, and no further, and be ending right now; not by a
+        // crash.
+        let lived = backend.lives();
+        let status = if lived { backend.terminate() } else { backend.wait_end() };
+        let log = backend.log();
+        let gave_up = status.code().is_some_and(|code| code > 0 && code < 100)
+            && log.lines().any(|line| line.starts_with("vublk: ") && complains(line.to_string()));
+        assert!(gave_up || lived && status.success(), "{limit}: {status}, {log}");
     }
     // All 8 queues with their descriptors do not fit into any of these limits but the last.
     assert!(served <= 3, "{served} clients were served");
