@@ -40,6 +40,7 @@ pub mod blockdev;
 pub mod client;
 pub mod command;
 pub mod commands;
+pub mod crash_states;
 pub mod daemon;
 pub mod disks;
 pub mod error;
