@@ -331,9 +331,9 @@ fn states(log: &std::path::Path) -> Vec<(String, u32)> {
     states
 }
 
-/// Records a guest's work on a file system, and shows another guest what a power cut could have left,
-/// one state after the other.
-fn assert_recovered_by_a_guest(kind: &str) {
+/// Records a guest's work on a file system. With `lies`, flushes are answered and not done once it is
+/// made.
+fn record_synced(kind: &str, lies: bool) -> Recorded {
     let recorded = Recorded::new(MOUNTED);
     let mut backend = recorded.serve(MOUNTED);
     let boot = Boot::new(&recorded.scratch, "files", synced_job(kind));
@@ -341,6 +341,10 @@ fn assert_recovered_by_a_guest(kind: &str) {
     let mut qmp = backend.qmp(guest.end());
     guest.expect("made");
     mark(&guest, &mut qmp, "made");
+    if lies {
+        let faults = json!({"device": "disk", "flush-lies-one-in": 1});
+        qmp.run("x-vublk-fault-set", faults, guest.end());
+    }
     guest.tell("go on");
     for file in 1..=MOUNTED_FILES {
         assert_eq!(guest.expect("synced"), file.to_string());
@@ -349,7 +353,12 @@ fn assert_recovered_by_a_guest(kind: &str) {
     }
     guest.finish();
     backend.assert_stops();
+    recorded
+}
 
+/// Shows another guest what a power cut could have left, one state after the other.
+fn assert_recovered_by_a_guest(kind: &str) {
+    let recorded = record_synced(kind, false);
     let states = states(&recorded.log);
     assert!(states.len() > MOUNTED_FILES as usize, "hardly any states: {states:?}");
     let disk = Disk::raw(&recorded.base).crash_state(&recorded.log, &states[0].0).controlled();
@@ -390,17 +399,91 @@ fn a_guest_goes_through_crashes_of_ext4() {
 }
 
 #[test]
-fn a_guest_goes_through_crashes_of_xfs() {
-    need_guests!("a_guest_goes_through_crashes_of_xfs");
-    need_vublk!("a_guest_goes_through_crashes_of_xfs", "knows no crash states");
-    assert_recovered_by_a_guest("xfs");
-}
-
-#[test]
 fn a_guest_goes_through_crashes_of_btrfs() {
     need_guests!("a_guest_goes_through_crashes_of_btrfs");
     need_vublk!("a_guest_goes_through_crashes_of_btrfs", "knows no crash states");
     assert_recovered_by_a_guest("btrfs");
+}
+
+// ---- a guest that is asked ----------------------------------------------------------------------
+
+/// Answers what the explorer asks: the file system must be mountable and have each file that was
+/// synced before the last mark, by either of its names, and no damage.
+fn answering_job(kind: &str) -> String {
+    let (_, check) = tools(kind);
+    format!(
+        r#"
+kill $explainer
+cat >/tmp/look <<'END'
+set -e
+{CONTENT}
+found() {{ [ -f $1 ] && [ "$(cat $1)" = "$(content $2)" ]; }}
+mount -t {kind} /dev/vda /mnt
+missing=
+case $MARK in synced*)
+  last=${{MARK#synced }}
+  for j in $(seq $last); do
+    if [ $((j % 3)) = 1 ] && [ $((j + 2)) -le $last ]; then continue; fi
+    found /mnt/d/file.$j $j || found /mnt/d/new.$j $j || missing="$missing $j"
+  done ;;
+esac
+umount /mnt
+[ -z "$missing" ] || {{ echo missing:$missing; exit 9; }}
+{check} /dev/vda
+END
+crash-guest /dev/vda /dev/vdb sh /tmp/look
+"#
+    )
+}
+
+/// Explores with a guest as the checker; the exit code, and the report.
+fn ask_a_guest(recorded: &Recorded, kind: &str, options: &[&str]) -> (Option<i32>, Value) {
+    let report = recorded.scratch.file("report.json");
+    let known = ["--log", text(&recorded.log), "--base", text(&recorded.base), "-f", "raw"];
+    let how = ["--output", "json", "--start-mark", "made"];
+    let arguments = [&known[..], &how, options].concat();
+    let mut explorer = Backend::explore(&recorded.scratch, &explorer().0, &arguments, &report);
+    let boot = Boot::new(&recorded.scratch, "asked", answering_job(kind)).with_mailbox();
+    let mut guest = boot.deadline(Duration::from_secs(300)).start(&explorer);
+    guest.finish();
+    let status = explorer.await_end(guest.end());
+    let report = std::fs::read(&report).expect("a report");
+    let report = serde_json::from_slice(&report)
+        .unwrap_or_else(|error| panic!("{error}: {status}, {}", explorer.log()));
+    (status.code(), report)
+}
+
+#[test]
+fn a_guest_is_asked_about_crashes_of_xfs() {
+    need_guests!("a_guest_is_asked_about_crashes_of_xfs");
+    need_vublk!("a_guest_is_asked_about_crashes_of_xfs", "knows no crash states");
+    let recorded = record_synced("xfs", false);
+    let (code, report) = ask_a_guest(&recorded, "xfs", &["--states", "flush"]);
+    assert_eq!((code, &report["failed"]), (Some(0), &0.into()), "{report:#}");
+    let number = |name: &str| report[name].as_f64().expect("a number");
+    assert!(number("checked") > f64::from(MOUNTED_FILES), "hardly any states: {report:#}");
+    announce(&format!(
+        "xfs, asked by mailbox: {} states in {:.1} s: {:.1} states/s",
+        number("checked"),
+        number("seconds"),
+        number("checked") / number("seconds"),
+    ));
+
+    let recorded = record_synced("xfs", true);
+    let (code, report) = ask_a_guest(&recorded, "xfs", &["--stop-after", "1"]);
+    assert_eq!(code, Some(1), "a disk that lies was not caught: {report:#}");
+    let failure = &report["failures"][0];
+    assert_eq!((&failure["shrunk"], &failure["flaky"]), (&true.into(), &false.into()));
+    let verdict = failure["verdict"].as_str().expect("a verdict");
+    assert!(verdict.starts_with("the guest says: exit code"), "{failure:#}");
+    let again = failure["reproduce"].as_str().expect("a command");
+    assert!(again.contains(" --guest "), "{again}");
+    announce(&format!(
+        "xfs on a disk that lies: {}, {verdict}, after {} checks in {:.1} s",
+        failure["state"],
+        report["checked"],
+        report["seconds"].as_f64().unwrap(),
+    ));
 }
 
 // ---- disks that do not --------------------------------------------------------------------------

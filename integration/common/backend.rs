@@ -143,6 +143,37 @@ impl Backend {
         backend
     }
 
+    /// Has `vublk` explore with these arguments, and show states to a guest. What it prints goes to
+    /// `report`.
+    pub fn explore(scratch: &Scratch, vublk: &Path, arguments: &[&str], report: &Path) -> Backend {
+        let socket = scratch.socket("explore.sock");
+        let log = scratch.file("explore.log");
+        let child = Command::new(vublk)
+            .args(["log", "explore", "--guest", text(&socket)])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(File::create(report).expect("a file for the report"))
+            .stderr(File::create(&log).expect("a log file"))
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {}: {error}", vublk.display()));
+        let disk = Disk::raw(Path::new("a state"));
+        let mut backend = Backend { program: Program::Vublk, disk, socket, log, child };
+        backend.await_socket();
+        backend
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub fn await_end(&mut self, end: Instant) -> ExitStatus {
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a status") {
+                return status;
+            }
+            assert!(Instant::now() < end, "the back-end did not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// The socket it listens on.
     pub fn socket(&self) -> &Path {
         &self.socket
@@ -178,14 +209,7 @@ impl Backend {
     /// Asks it to stop, and returns how it ended. Panics if it takes longer than a minute.
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
-        let end = Instant::now() + Duration::from_secs(60);
-        loop {
-            if let Some(status) = self.child.try_wait().expect("a status") {
-                return status;
-            }
-            assert!(Instant::now() < end, "the back-end did not stop on SIGTERM within a minute");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        self.await_end(Instant::now() + Duration::from_secs(60))
     }
 
     /// Asks it to stop, and asserts that it ends in order.

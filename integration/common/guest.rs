@@ -27,6 +27,7 @@ pub struct Boot<'a> {
     reboots: bool,
     behind_port: bool,
     own_program: bool,
+    mailbox: bool,
     incoming: Option<PathBuf>,
     deadline: Duration,
 }
@@ -43,6 +44,7 @@ impl<'a> Boot<'a> {
             reboots: false,
             behind_port: false,
             own_program: false,
+            mailbox: false,
             incoming: None,
             deadline: Duration::from_secs(BOOT_DEADLINE_S),
         }
@@ -75,6 +77,12 @@ impl<'a> Boot<'a> {
     /// Puts this test program into the guest as `/bin/guest-test`, for [`super::load`].
     pub fn with_own_program(mut self) -> Self {
         self.own_program = true;
+        self
+    }
+
+    /// Gives it the back-end's mailbox as `/dev/vdb`, and `/bin/crash-guest`, which answers there.
+    pub fn with_mailbox(mut self) -> Self {
+        self.mailbox = true;
         self
     }
 
@@ -122,6 +130,18 @@ impl<'a> Boot<'a> {
             command.args(["-device", "pcie-root-port,id=port0,chassis=1,slot=1"]);
         }
         command.args(["-device", &device_line(&device)]);
+        if self.mailbox {
+            let socket = format!("{}.mailbox", text(backend.socket()));
+            command.args([
+                "-chardev",
+                &format!("socket,id=mailbox-socket,path={socket},reconnect-ms=200"),
+            ]);
+            // JSON as the other one: QEMU makes devices of the other form first.
+            let device = serde_json::json!({
+                "driver": "vhost-user-blk-pci", "chardev": "mailbox-socket", "num-queues": 1,
+            });
+            command.args(["-device", &device_line(&device)]);
+        }
         if let Some(state) = &self.incoming {
             command.args(["-incoming", &format!("file:{}", text(state))]);
         }
@@ -182,6 +202,9 @@ impl<'a> Boot<'a> {
             super::run("strip", &["-o", text(&stripped), text(&own)]);
             let bytes = std::fs::read(stripped).expect("this program, stripped");
             archive.file("bin/guest-test", 0o755, &bytes);
+        }
+        if self.mailbox {
+            archive.file("bin/crash-guest", 0o755, include_bytes!("../../contrib/crash-guest"));
         }
         let mut bytes =
             std::fs::read(super::images().join("base.cpio")).expect("the base initramfs");

@@ -26,7 +26,7 @@ use crate::device::export::{CachePolicy, Export};
 use crate::device::exports::Served;
 use crate::device::server::ServerSocket;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::images::{self, Access, Image, Layers, OpenRequest, StateDir, crash_state, frozen};
+use crate::images::{self, Image, Layers, OpenRequest, StateDir, crash_state, frozen};
 use crate::io::footprint::give_back_start_up;
 use crate::io::{EngineKind, reactor};
 
@@ -160,15 +160,7 @@ fn open_image(args: &ServeArgs, request: &OpenRequest) -> Result<Image> {
     if request.state.is_none() || args.read_only {
         return images::open(request);
     }
-    let below = OpenRequest {
-        access: Access::Read,
-        node_name: graph::auto_name(),
-        state_dir: StateDir::None,
-        ..request.clone()
-    };
-    let state = images::open(&below)?;
-    state.check_for_guest(args.block_size)?;
-    crash_state::overlay(state, request, args.overlay.as_deref())
+    crash_state::open_writable(request, args.block_size, args.overlay.as_deref())
 }
 
 fn empty_disks(args: &ServeArgs, engine: EngineKind) -> Disks {

@@ -1,4 +1,4 @@
-//! Checkers: programs that say whether a state is good.
+//! Checkers: programs, or a guest, that say whether a state is good.
 
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -26,6 +26,9 @@ pub enum Checker {
     /// A shell's command line in which `{}` stands for the path of the disk, `{state}` for the name of
     /// the state, and `{mark}` for the last mark before the power cut. Exit code 0 is good.
     Command(String),
+    /// A guest that has the state as its disk; see [`mailbox`](crate::crash::mailbox). It is told the
+    /// last mark.
+    Guest,
 }
 
 /// What stands for the path of the disk in a command.
@@ -71,6 +74,7 @@ impl std::fmt::Display for Checker {
         match self {
             Checker::Ext4 => f.write_str("ext4"),
             Checker::Command(command) => f.write_str(command),
+            Checker::Guest => f.write_str("a guest"),
         }
     }
 }
@@ -78,7 +82,11 @@ impl std::fmt::Display for Checker {
 impl Checker {
     /// Whether the verdict may depend on the last mark, and not on the disk alone.
     pub fn wants_mark(&self) -> bool {
-        matches!(self, Checker::Command(line) if line.contains(MARK))
+        match self {
+            Checker::Ext4 => false,
+            Checker::Command(line) => line.contains(MARK),
+            Checker::Guest => true,
+        }
     }
 
     /// Whether it looks at the disk as a file, and not by the name of its state alone.
@@ -86,6 +94,7 @@ impl Checker {
         match self {
             Checker::Ext4 => true,
             Checker::Command(line) => line.contains(PATH),
+            Checker::Guest => false,
         }
     }
 
@@ -94,6 +103,7 @@ impl Checker {
         match self {
             Checker::Ext4 => true,
             Checker::Command(line) => line.contains(PATH) && !line.contains(STATE),
+            Checker::Guest => false,
         }
     }
 
@@ -111,6 +121,7 @@ impl Checker {
         output: Option<&File>,
     ) -> Result<Verdict> {
         match self {
+            Checker::Guest => Err(Error::invalid("a guest is no program that could be run")),
             Checker::Command(line) => {
                 // The mark comes last: it may hold anything, and is not looked at again.
                 let line = line.replace(PATH, &path.display().to_string());

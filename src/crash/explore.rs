@@ -86,13 +86,30 @@ pub trait Watch {
     fn progress(&mut self, report: &Report);
 }
 
-/// The file in which a worker shows its states.
+/// Where a worker shows its states.
 #[derive(Debug)]
 pub enum Shown {
-    /// By FUSE.
+    /// In a file, by FUSE.
     Fuse(StateFile),
-    /// A copy.
+    /// In a copy.
     Copy(CopiedFile),
+    /// On the disk of a guest, which checks them.
+    Guest(Arc<History>, Box<dyn GuestChecker>),
+}
+
+/// A guest that is shown states and says whether they are good.
+pub trait GuestChecker: Send + std::fmt::Debug {
+    /// Shows it a state, left by a power cut after `mark`. A guest that takes longer than `limit` has
+    /// given a bad verdict. With what it says of the state.
+    ///
+    /// # Errors
+    /// If there is no guest, which says nothing about the disk.
+    fn check(
+        &mut self,
+        state: &StateName,
+        mark: &str,
+        limit: Duration,
+    ) -> Result<(Verdict, String)>;
 }
 
 /// A state that waits for a worker.
@@ -159,6 +176,15 @@ impl Stage {
 }
 
 impl Stage {
+    /// The stage for a guest.
+    pub fn of_guest(history: &Arc<History>, guest: Box<dyn GuestChecker>) -> Stage {
+        Stage {
+            files: vec![Shown::Guest(Arc::clone(history), guest)],
+            _mount: None,
+            how: "states are shown to a guest".into(),
+        }
+    }
+
     /// Checks one state; with the end of what the checker printed.
     ///
     /// # Errors
@@ -184,8 +210,11 @@ impl Shown {
         checker: &Checker,
         limit: Duration,
     ) -> Result<Verdict> {
-        self.show_to(name, checker)?;
         let mark = self.mark(name, checker)?;
+        if let Shown::Guest(_, guest) = self {
+            return Ok(guest.check(name, &mark, limit)?.0);
+        }
+        self.show_to(name, checker)?;
         let verdict = checker.run(self.path(), name, &mark, limit, None)?;
         self.settle(name)?;
         Ok(verdict)
@@ -197,8 +226,11 @@ impl Shown {
         checker: &Checker,
         limit: Duration,
     ) -> Result<(Verdict, String)> {
-        self.show_to(name, checker)?;
         let mark = self.mark(name, checker)?;
+        if let Shown::Guest(_, guest) = self {
+            return guest.check(name, &mark, limit);
+        }
+        self.show_to(name, checker)?;
         let verdict = checker.run_and_listen(self.path(), name, &mark, limit)?;
         self.settle(name)?;
         Ok(verdict)
@@ -208,7 +240,7 @@ impl Shown {
     fn settle(&self, name: &StateName) -> Result<()> {
         match self {
             Shown::Fuse(file) => file.settle().context(|| format!("state {name}")),
-            Shown::Copy(_) => Ok(()),
+            Shown::Copy(_) | Shown::Guest(..) => Ok(()),
         }
     }
 
@@ -232,7 +264,7 @@ impl Shown {
     fn looked_at(&self) -> Option<Vec<ByteRange>> {
         match self {
             Shown::Fuse(file) => Some(file.looked_at()),
-            Shown::Copy(_) => None,
+            Shown::Copy(_) | Shown::Guest(..) => None,
         }
     }
 
@@ -240,6 +272,7 @@ impl Shown {
         match self {
             Shown::Fuse(file) => file.show(name),
             Shown::Copy(file) => file.show(name),
+            Shown::Guest(..) => Ok(()),
         }
     }
 
@@ -247,6 +280,7 @@ impl Shown {
         match self {
             Shown::Fuse(file) => file.path(),
             Shown::Copy(file) => file.path(),
+            Shown::Guest(..) => std::path::Path::new(""),
         }
     }
 
@@ -254,6 +288,7 @@ impl Shown {
         match self {
             Shown::Fuse(file) => file.history(),
             Shown::Copy(file) => file.history(),
+            Shown::Guest(history, _) => Arc::clone(history),
         }
     }
 }

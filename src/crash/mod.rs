@@ -17,6 +17,7 @@
 //! fuse copy    the same as a plain file
 //! syncer       what a checker wrote to it and the kernel still has
 //! check        programs that say whether a disk is good
+//! mailbox      a guest that says so
 //! explore      all states, each different disk checked once
 //! shrink       the fewest dropped writes that still fail
 //! report       what was found, kept in a file
@@ -40,6 +41,7 @@ pub mod explore;
 pub mod fingerprint;
 pub mod fuse;
 pub mod history;
+pub mod mailbox;
 pub mod name;
 pub mod overlay;
 pub mod report;

@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::addcow;
 use crate::images::lock::lock;
 use crate::images::open::{open, open_host, open_over};
-use crate::images::{Access, CreateRequest, Image, ImageFormat, OpenRequest, create};
+use crate::images::{Access, CreateRequest, Image, ImageFormat, OpenRequest, StateDir, create};
 use crate::io::{File, HostFile, OpenOptions, block_on};
 use crate::write_log::Log;
 
@@ -148,12 +148,24 @@ pub fn image(
     })
 }
 
-/// Puts an overlay on a state, for a guest that writes. Without a path it has no name on the host
-/// and is gone with the process.
+/// Opens a state for a guest that writes, in blocks of `block_size` bytes, with an overlay on it. Without
+/// a path for it, that has no name on the host and is gone with the process.
 ///
 /// # Errors
-/// If the overlay at `path` is that of another state.
-pub fn overlay(state: Image, of: &OpenRequest, path: Option<&Path>) -> Result<Image> {
+/// As [`open`], or if the overlay at `path` is that of another state.
+pub fn open_writable(request: &OpenRequest, block_size: u64, path: Option<&Path>) -> Result<Image> {
+    let below = OpenRequest {
+        access: Access::Read,
+        node_name: graph::auto_name(),
+        state_dir: StateDir::None,
+        ..request.clone()
+    };
+    let state = open(&below)?;
+    state.check_for_guest(block_size)?;
+    overlay(state, request, path)
+}
+
+fn overlay(state: Image, of: &OpenRequest, path: Option<&Path>) -> Result<Image> {
     let Some(which) = &of.state else { return Ok(state) };
     let base = state.backing.as_ref().map_or(&state, |base| base);
     let named = Named {

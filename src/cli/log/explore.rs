@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use crate::block::Node;
+use crate::cli::log::guest::{Guest, mailbox_of};
 use crate::cli::log::report::{ReportOutput, print_report};
 use crate::cli::log::source::{LogFileArgs, PartArgs};
 use crate::cli::progress::{ProgressArgs, When};
@@ -27,6 +27,8 @@ use crate::write_log::{Start, sidecar};
 
 /// How long a checker may take, in seconds, if nobody says.
 const TIMEOUT: u64 = 60;
+/// How long to wait for a guest between two looks at signals.
+const LOOK: Duration = Duration::from_millis(200);
 /// Exit code if a state is not good.
 const FAILED: u8 = 1;
 
@@ -55,8 +57,12 @@ pub struct ExploreArgs {
     /// only counted
     #[arg(long, value_name = "ext4|CMD")]
     check: Option<Checker>,
+    /// Have a guest check the states: serve it the disk on SOCKET, another state for each question,
+    /// and the mailbox with the questions on SOCKET.mailbox
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["check", "jobs", "check_alike"])]
+    guest: Option<PathBuf>,
     /// Check this state and no other
-    #[arg(long, value_name = "NAME", requires = "check")]
+    #[arg(long, value_name = "NAME")]
     state: Option<StateName>,
     /// Which states
     #[arg(long, value_enum, value_name = "KIND", value_delimiter = ',',
@@ -111,10 +117,19 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     let request = OpenRequest::read(&args.base).format(args.format);
     let base = images::open(&request)?;
     let history = Arc::new(History::read(log, base.node.size())?);
-    if let (Some(name), Some(checker)) = (&args.state, &args.check) {
-        return check_one(args, &history, &base.node, name, checker);
-    }
     let plan = plan(args, &history)?;
+    if let Some(name) = &args.state {
+        let Some(checker) = &plan.checker else {
+            return Err(Error::invalid("--state wants a checker: --check, or --guest"));
+        };
+        let mut teller = Teller { signals, progress: args.progress.progress };
+        let stage = match &args.guest {
+            Some(socket) => invite(socket, &request, &history, &mut teller)?,
+            None => Some(Stage::new(&history, &base.node, 1, Reads::Unknown)),
+        };
+        let Some(stage) = stage else { return Ok(FAILED) };
+        return check_one(args, &history, stage, name, checker);
+    }
     if explore::count(&history, &plan) == 0 {
         let name = history.log().name();
         return Err(Error::invalid(format!("{name}: has no states in what the options choose")));
@@ -129,10 +144,14 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
         print_report(&report, args.output)?;
         return Ok(exit_code(&report));
     }
-    let workers = if args.check.is_some() { plan.workers } else { 0 };
-    let mut stage = Stage::new(&history, &base.node, workers, plan.reads());
+    let workers = if plan.checker.is_some() { plan.workers } else { 0 };
     let mut teller = Teller { signals, progress: args.progress.progress };
-    if args.check.is_some() {
+    let stage = match &args.guest {
+        Some(socket) => invite(socket, &request, &history, &mut teller)?,
+        None => Some(Stage::new(&history, &base.node, workers, plan.reads())),
+    };
+    let Some(mut stage) = stage else { return Ok(FAILED) };
+    if plan.checker.is_some() {
         teller.say(&stage.how);
     }
     let result =
@@ -142,6 +161,24 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     result?;
     print_report(&report, args.output)?;
     Ok(exit_code(&report))
+}
+
+/// Waits for a guest, as long as it takes; `None` if the operator does not want to.
+fn invite(
+    socket: &Path,
+    base: &OpenRequest,
+    history: &Arc<History>,
+    teller: &mut Teller,
+) -> Result<Option<Stage>> {
+    let guest = Guest::serve(socket, Path::new(history.log().name()), base)?;
+    let mailbox = mailbox_of(socket);
+    tracing::info!("waiting for a guest on {} and {}", socket.display(), mailbox.display());
+    while !guest.wait(LOOK) {
+        if teller.wants_to_stop() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(Stage::of_guest(history, Box::new(guest))))
 }
 
 fn exit_code(report: &Report) -> u8 {
@@ -160,7 +197,7 @@ fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
             seed: args.seed,
         },
         entries: part(args, history)?,
-        checker: args.check.clone(),
+        checker: checker(args),
         workers: args.jobs.map_or(cpus, usize::from),
         limit: Duration::from_secs(args.timeout),
         check_alike: args.check_alike,
@@ -170,6 +207,11 @@ fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
         serve: serve(args, history),
         sidecar: sidecar_of(args, history),
     })
+}
+
+/// Who checks.
+fn checker(args: &ExploreArgs) -> Option<Checker> {
+    args.check.clone().or(args.guest.is_some().then_some(Checker::Guest))
 }
 
 /// The entries that the options choose. Epochs are taken that begin among them.
@@ -208,7 +250,7 @@ fn subject(args: &ExploreArgs, history: &History, size: u64) -> Subject {
         entries: history.len(),
         base: args.base.display().to_string(),
         size,
-        check: args.check.as_ref().map(ToString::to_string).unwrap_or_default(),
+        check: checker(args).as_ref().map(ToString::to_string).unwrap_or_default(),
         options: format!(
             "{states:?} all-subsets={} samples={} seed={} part={:?}{}",
             args.all_subsets,
@@ -252,12 +294,18 @@ fn resume(path: &Path, subject: &Subject) -> Result<Report> {
 
 /// The command line that checks one state; its name is put at the end.
 fn again(args: &ExploreArgs, history: &History) -> String {
-    let check = quoted(&args.check.as_ref().map(ToString::to_string).unwrap_or_default());
+    let check = match (&args.check, &args.guest) {
+        (None, Some(socket)) => format!("--guest {}", quoted(&socket.display().to_string())),
+        (check, _) => {
+            let check = check.as_ref().map(ToString::to_string).unwrap_or_default();
+            format!("--check {}", quoted(&check))
+        }
+    };
     let timeout = match args.timeout {
         TIMEOUT => String::new(),
         seconds => format!(" --timeout {seconds}"),
     };
-    format!("vublk log explore {} --check {check}{timeout} --state ", log_and_base(args, history))
+    format!("vublk log explore {} {check}{timeout} --state ", log_and_base(args, history))
 }
 
 /// The command line that serves one state to a guest; its name is put at the end.
@@ -284,13 +332,12 @@ fn sidecar_of(args: &ExploreArgs, history: &History) -> Option<PathBuf> {
 
 fn check_one(
     args: &ExploreArgs,
-    history: &Arc<History>,
-    base: &Node,
+    history: &History,
+    mut stage: Stage,
     name: &StateName,
     checker: &Checker,
 ) -> Result<u8> {
     let (_, full) = history.expanded(name)?;
-    let mut stage = Stage::new(history, base, 1, Reads::Unknown);
     let limit = Duration::from_secs(args.timeout);
     let (verdict, printed) = stage.check(&full, checker, limit)?;
     let how = match &verdict {

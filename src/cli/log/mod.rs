@@ -6,6 +6,7 @@
 mod apply;
 mod explore;
 mod find;
+mod guest;
 mod info;
 mod list;
 mod mark;
