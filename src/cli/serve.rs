@@ -96,7 +96,7 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         let request = args.open_request()?;
         let mut image = open_image(args, &request)?;
         if !args.read_only {
-            frozen::check(&image.file)?;
+            frozen::check(&image.file, &request.allow_dirs)?;
         }
         let (locking, wait_for) = (request.locking, request.lock_wait);
         let record = args.recording.request(args.cache, locking, wait_for, args.block_size);

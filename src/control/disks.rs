@@ -263,7 +263,7 @@ impl Disks {
             )));
         }
         if request.writable {
-            frozen::check(&image.file)?;
+            frozen::check(&image.file, self.layers.allow_dirs())?;
         }
         let options = ExportOptions {
             serial: request.serial,

@@ -245,7 +245,7 @@ impl Snapshot {
             overlay.hold(name, Rights::GRAPH, Rights::ALL.and(Rights::GRAPH))?,
         ];
         // Its content belongs to the disk that goes on above it.
-        frozen::check_not_frozen(&overlay_image.file)?;
+        frozen::check_not_frozen(&overlay_image.file, disks.layers.allow_dirs())?;
         // Better told now than at the barrier. Nobody uses the overlay, so this closes no gate.
         let overlay_backing = overlay.backing();
         let quiesced = disks.graph().quiesce(std::slice::from_ref(&overlay));
@@ -454,7 +454,7 @@ fn create_overlay(
     let below = disks.image_of(node)?;
     if !request.exists {
         block_on(node.driver().prepare_for_overlay())?;
-        create_file(&below, node, request, created)?;
+        create_file(&below, node, request, disks.layers.allow_dirs(), created)?;
     }
     let protocol = blockdev::open_protocol(&ProtocolRequest {
         node_name: crate::block::graph::auto_name(),
@@ -499,6 +499,7 @@ fn create_file(
     below: &Image,
     node: &Node,
     request: &OverlayRequest,
+    allow_dirs: &[PathBuf],
     created: &mut Created,
 ) -> QmpResult<()> {
     let path = &request.file;
@@ -512,7 +513,7 @@ fn create_file(
             )));
         }
         // Neither is it overwritten where a disk goes on above it.
-        frozen::check_not_frozen(&old)?;
+        frozen::check_not_frozen(&old, allow_dirs)?;
     }
     if is_new {
         created.new.push(path.clone());

@@ -178,6 +178,8 @@ pub fn set_backing(
     format: Option<ImageFormat>,
 ) -> Result<()> {
     check_new_backing(image, backing)?;
+    #[cfg(test)]
+    super::frozen::tests::step();
     let name = || image.name().to_string();
     let named = backing.map(|name| (name, format.unwrap_or(ImageFormat::Raw).name()));
     if image.format != ImageFormat::AddCow {

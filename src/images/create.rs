@@ -154,7 +154,7 @@ impl NewFile {
         lock_for_writing(&new.file)?;
         if existed {
             check_nobody_comes_back(&new.file)?;
-            frozen::check_not_frozen(&new.file)?;
+            frozen::check_not_frozen(&new.file, &[])?;
             // What disk this was no longer matters.
             frozen::clear(&new.file);
         }

@@ -12,8 +12,14 @@
 //! past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
 //! disk goes on, before the guest's first write goes there.
 //!
+//! A job that takes layers out from below an overlay changes the overlay's header and the marks of images
+//! below it, one after the other. So these get a note before (`user.vublk.restacked`) that the marks are
+//! about to change with what that overlay stands on. A process that finds such a note on an image that is
+//! to be written, because the job's was killed, looks at the overlay: if it stands on the image, then that
+//! is frozen below it, and if not, then it is not.
+//!
 //! On a file system without extended attributes a mark is a small file beside the image,
-//! `.NAME.vublk-overlay` or `.NAME.vublk-moved`. It names the image's inode, so it says nothing of a
+//! `.NAME.vublk-overlay`, `.NAME.vublk-moved` or `.NAME.vublk-restacked`. It names the image's inode, so it says nothing of a
 //! file that takes the image's place.
 //!
 //! Block devices take no mark: they have no attributes, nothing beside them in `/dev` outlives the
@@ -30,12 +36,15 @@ use rustix::io::Errno;
 
 use crate::block::open_gate;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::images::open;
 use crate::io::{File, HostFile};
 
 /// The attribute's name.
 const ATTRIBUTE: &str = "user.vublk.overlay";
 /// The name of the one that says where the disk has moved to.
 const MOVED: &str = "user.vublk.moved";
+/// The name of the one that says which overlay is being taken off what it stands on, or put on it.
+const RESTACKED: &str = "user.vublk.restacked";
 /// The longest path that fits.
 const MAX_PATH: usize = 4096;
 /// What a mark beside an image begins with; then come the inode, a line feed, and the path.
@@ -44,6 +53,13 @@ const BESIDE: &str = "vublk: the disk of the file beside this one goes on elsewh
 /// Marks `file` as frozen below the image at `overlay`; durable on return.
 pub fn mark(file: &HostFile, overlay: &Path) {
     put(file, ATTRIBUTE, overlay, "frozen below");
+    take(file, RESTACKED);
+}
+
+/// Notes on `file` that its mark is about to change, with what the image at `overlay` stands on; durable
+/// on return. The note goes with the next change of the mark.
+pub fn note_restacked(file: &HostFile, overlay: &Path) {
+    put(file, RESTACKED, overlay, "standing or not below");
 }
 
 /// Marks `file` as left by its disk, which goes on in the image at `target`; durable on return.
@@ -52,6 +68,8 @@ pub fn mark_moved(file: &HostFile, target: &Path) {
 }
 
 fn put(file: &HostFile, attribute: &str, path: &Path, what: &str) {
+    #[cfg(test)]
+    tests::step();
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let value = absolute.as_os_str().as_bytes();
     let flags = rustix::fs::XattrFlags::empty();
@@ -71,13 +89,19 @@ fn put(file: &HostFile, attribute: &str, path: &Path, what: &str) {
 
 /// Takes the marks away; durable on return.
 pub fn clear(file: &HostFile) {
-    take(file, ATTRIBUTE);
+    clear_overlay(file);
     take(file, MOVED);
 }
 
 /// Takes away the mark that names an overlay; durable on return.
 pub fn clear_overlay(file: &HostFile) {
     take(file, ATTRIBUTE);
+    take(file, RESTACKED);
+}
+
+/// Takes away the note that the mark is about to change.
+pub fn clear_note(file: &HostFile) {
+    take(file, RESTACKED);
 }
 
 /// Takes away the mark that says where the disk has moved to; durable on return.
@@ -86,6 +110,8 @@ pub fn clear_moved(file: &HostFile) {
 }
 
 fn take(file: &HostFile, attribute: &str) {
+    #[cfg(test)]
+    tests::step();
     let removed = match rustix::fs::fremovexattr(file.as_fd(), attribute) {
         Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
         Err(Errno::OPNOTSUPP) => take_beside(file, attribute),
@@ -180,8 +206,8 @@ fn is_gone(path: &Path) -> bool {
 ///
 /// # Errors
 /// Kind [`Busy`](ErrorKind::Busy), with the image to serve instead.
-pub fn check(file: &HostFile) -> Result<()> {
-    check_not_frozen(file)?;
+pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
+    check_not_frozen(file, allow_dirs)?;
     let name = file.name();
     if let Some(target) = moved_to(file) {
         let shown = target.display();
@@ -202,8 +228,9 @@ pub fn check(file: &HostFile) -> Result<()> {
 }
 
 /// The same, but for an image that its disk has left: what it holds may be given up.
-pub fn check_not_frozen(file: &HostFile) -> Result<()> {
+pub fn check_not_frozen(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
     let name = file.name();
+    settle_restacked(file, allow_dirs)?;
     let Some(overlay) = overlay_of(file) else { return Ok(()) };
     let shown = overlay.display();
     if !is_gone(&overlay) {
@@ -224,10 +251,56 @@ pub fn check_not_frozen(file: &HostFile) -> Result<()> {
     Ok(())
 }
 
+/// Has the mark say what the process would have had it say that was killed after it had left a note.
+///
+/// # Errors
+/// If the overlay is there and does not tell what it stands on.
+fn settle_restacked(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
+    let Some(overlay) = get(file, RESTACKED) else { return Ok(()) };
+    if !is_gone(&overlay) {
+        let is_below = open::stands_on(&overlay, file, allow_dirs).context(|| {
+            format!(
+                "{}: a job on the disk that goes on in {} was cut short, and whether that still needs \
+                 this image cannot be seen",
+                file.name(),
+                overlay.display()
+            )
+        })?;
+        match is_below {
+            true => mark(file, &overlay),
+            false if is_frozen_below(file, &overlay) => clear_overlay(file),
+            false => {}
+        }
+    }
+    take(file, RESTACKED);
+    Ok(())
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::io::OpenOptions;
+
+    thread_local! {
+        /// How many more changes of files this thread makes before it dies.
+        static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
+    }
+
+    /// Has the thread panic in place of one of the next changes of marks and headers; with `None` it lives
+    /// on.
+    pub fn die_after(changes: Option<u32>) {
+        LEFT.set(changes);
+    }
+
+    /// A change of a file is about to be made.
+    pub fn step() {
+        if let Some(left) = LEFT.get() {
+            assert!(left > 0, "killed by the test");
+            LEFT.set(Some(left - 1));
+        }
+    }
 
     fn image(dir: &Path) -> HostFile {
         std::fs::write(dir.join("base"), "x").unwrap();
@@ -256,7 +329,7 @@ mod tests {
         mark_moved(&file, &overlay);
         create().unwrap();
         assert_eq!(moved_to(&file), None);
-        check(&file).unwrap();
+        check(&file, &[]).unwrap();
         std::fs::write(file.path(), "x").unwrap();
         mark(&file, &overlay);
         let err = create().unwrap_err().to_string();
@@ -268,7 +341,7 @@ mod tests {
     fn a_marked_image_names_its_overlay_until_that_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let base = image(dir.path());
-        check(&base).unwrap();
+        check(&base, &[]).unwrap();
         mark(&base, &dir.path().join("overlay"));
         if beside(&base, ATTRIBUTE).exists() {
             println!("SKIP: no extended attributes in {}", dir.path().display());
@@ -297,7 +370,7 @@ mod tests {
             // Another file in the image's place is not meant.
             std::fs::rename(dir.path().join("base"), dir.path().join("away")).unwrap();
             let other = image(dir.path());
-            check(&other).unwrap();
+            check(&other, &[]).unwrap();
             mark(&other, &overlay);
             names_its_overlay(dir.path(), &other);
             assert!(!beside(&other, ATTRIBUTE).exists());
@@ -308,17 +381,17 @@ mod tests {
 
     fn names_its_overlay(dir: &Path, base: &HostFile) {
         let path = |name: &str| dir.join(name);
-        let err = check(base).unwrap_err();
+        let err = check(base, &[]).unwrap_err();
         assert_eq!(err.kind(), ErrorKind::Busy);
         assert!(err.to_string().contains(path("overlay").to_str().unwrap()), "{err}");
         // A directory that is away may come back.
         std::fs::create_dir(path("mount")).unwrap();
         mark(base, &path("mount/overlay"));
         std::fs::remove_dir(path("mount")).unwrap();
-        check(base).unwrap_err();
+        check(base, &[]).unwrap_err();
         mark(base, &path("overlay"));
         std::fs::remove_file(path("overlay")).unwrap();
-        check(base).unwrap();
+        check(base, &[]).unwrap();
         assert_eq!(overlay_of(base), None);
         mark(base, &path("overlay"));
         clear(base);

@@ -10,6 +10,7 @@
 //! * A refused image is not modified.
 
 use std::iter;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -179,6 +180,34 @@ pub fn open_backing_of(
     }
     let mut opening = Opening::new(request, Arc::clone(&top.file), &gate, &mut chain);
     opening.child("backing", reference, format.map(ImageFormat::name), Access::Read)
+}
+
+/// Whether the image at `overlay` says that it stands on `file`. A mark on that file names it, so it is
+/// opened by the rules for what an image names.
+///
+/// # Errors
+/// If it cannot be opened, or is no image that could stand on another.
+pub(super) fn stands_on(overlay: &Path, file: &HostFile, allow_dirs: &[PathBuf]) -> Result<bool> {
+    let gate = OpenGate::new(file.path(), allow_dirs)?;
+    let name = || overlay.display().to_string();
+    let Some(reference) = overlay.to_str() else {
+        return Err(Error::invalid("its path is not text").context(name()));
+    };
+    let path = gate.resolve(file.path(), reference)?;
+    let request = OpenRequest { backing: false, ..OpenRequest::read(path).locking(Locking::Off) };
+    let image = open_link(&request, &gate, &mut Chain::default(), None)?;
+    gate.confirm(&image.file)?;
+    if image.format == ImageFormat::Raw {
+        return Err(
+            Error::invalid("is no image of a format that has a backing file").context(name())
+        );
+    }
+    let identity = file.identity()?;
+    let is_file = |name: &String| {
+        let found = std::fs::metadata(open_gate::combine(image.file.path(), name));
+        found.is_ok_and(|found| (found.dev(), found.ino()) == identity)
+    };
+    Ok(backing_names(&image.node.driver().details()).iter().any(is_file))
 }
 
 /// What a format's opening code has at hand.

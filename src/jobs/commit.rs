@@ -16,7 +16,8 @@
 //! changes with its content knows what it will be, too, before anything is changed ([`chain::follow`]).
 //!
 //! * **Below the top**: the base is flushed; then the overlay's header names it instead of the top, at
-//!   one instant; then the graph follows. Either name shows the same disk.
+//!   one instant; then the graph follows. Either name shows the same disk. Marks of snapshots follow the
+//!   header, with a note before it, as in a stream ([`super::stream`]).
 //! * **The active layer**: at the barrier, with all copied, the base is flushed and the guest's
 //!   session goes on there. The base loses the mark that a snapshot left on it, then the old top
 //!   gets one that says where the disk went ([`frozen`]), and only then guests go on. Killed
@@ -25,6 +26,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::layer_copy::{CopyDown, Held, copy_all, held_above};
+use super::marks::Marks;
 use super::pace::{Pace, REST};
 use super::{Body, Context, Ending, JobKind, Jobs, OnError, Operation, Spec, chain};
 use crate::block::graph::Parent;
@@ -32,7 +34,7 @@ use crate::block::{Graph, Node, Quiesced, Root};
 use crate::error::{Error, Result};
 use crate::filters::Intercept;
 use crate::images::{Access, Layers, frozen};
-use crate::io::{Fut, block_on, clock};
+use crate::io::{Fut, HostFile, block_on, clock};
 use crate::units::ByteRange;
 
 /// What to commit.
@@ -271,6 +273,19 @@ impl Commit {
             Some(name) => name.clone(),
             None => chain::name_of(layers, &self.base)?,
         };
+        let overlay = match overlays.first() {
+            Some(overlay) => Some(chain::image_of(layers, overlay)?.file),
+            None => None,
+        };
+        let stands_on_top =
+            |overlay: &Arc<HostFile>| frozen::is_frozen_below(&top.file, overlay.path());
+        let marks = Marks {
+            leaves: overlay.as_ref().filter(|o| stands_on_top(o)).map(|_| Arc::clone(&top.file)),
+            joins: overlay.as_ref().map(|_| Arc::clone(&base.file)),
+        };
+        if let Some(overlay) = &overlay {
+            marks.announce(overlay.path());
+        }
         let mut renamed = Vec::new();
         let mut result = Ok(());
         for overlay in &overlays {
@@ -285,24 +300,24 @@ impl Commit {
             result = graph.replace(&self.top, &self.base, &quiesced);
             if result.is_ok() {
                 restore_access(layers, &self.base, self.base_access, &quiesced);
-                if let Some(overlay) = overlays.first() {
-                    let overlay = chain::image_of(layers, overlay)?.file;
-                    frozen::mark(&base.file, overlay.path());
-                    // It stands on the top no more.
-                    if frozen::is_frozen_below(&top.file, overlay.path()) {
-                        frozen::clear_overlay(&top.file);
-                    }
+                if let Some(overlay) = &overlay {
+                    marks.renew(overlay.path());
                 }
             }
             graph.resume(quiesced);
         }
         if let Err(err) = result {
+            let mut is_as_before = true;
             for overlay in renamed {
                 let back =
                     chain::rename_backing(layers, overlay, Some(&top_name), Some(top.format));
                 if let Err(err) = back {
+                    is_as_before = false;
                     tracing::error!("'{}' names '{name}' already: {err}", overlay.name());
                 }
+            }
+            if is_as_before {
+                marks.keep();
             }
             return Err(err);
         }

@@ -43,6 +43,7 @@ mod error_policy;
 mod job;
 pub mod layer_copy;
 mod limit;
+mod marks;
 mod pace;
 mod query;
 mod registry;
@@ -52,6 +53,8 @@ mod thread;
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod kill_tests;
 #[cfg(test)]
 mod tests;
 

@@ -16,12 +16,14 @@
 //!
 //! Copies show nothing new, so until the end whoever opens the chain reads the same. At the end the
 //! top is flushed, with all that was copied; then its header names what it stands on from now on;
-//! then the graph follows. Either name shows the same disk.
+//! then the graph follows. Either name shows the same disk. The marks that snapshots have left on layers
+//! below the top ([`frozen`]) change after its header, and have a note before it: so whoever finds them
+//! when the process was killed in between knows what they should be.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::layer_copy::FillUp;
+use super::marks::Marks;
 use super::pace::Pace;
 use super::{Body, Context, Ending, JobKind, Jobs, OnError, Spec, chain};
 use crate::block::{Node, Quiesced, Root};
@@ -147,19 +149,20 @@ impl Stream {
         images.map(|layer| Arc::clone(&layer.image.file)).collect()
     }
 
-    /// Has the marks of snapshots say what the top stands on now. A dropped layer that another one
-    /// stands on keeps its mark: that one needs it.
-    fn renew_marks(&self, top: &Path, below: &[Arc<HostFile>]) {
+    /// The marks of snapshots that change once the top stands on the base. A dropped layer that another
+    /// one stands on keeps its mark: that one needs it.
+    fn marks(&self, layers: &Layers, top: &HostFile) -> Marks {
+        let below = self.files_below(layers);
         let (base, dropped) = match (&self.base, below.split_last()) {
             (Some(_), Some((base, dropped))) => (Some(base), dropped),
-            _ => (None, below),
+            _ => (None, &below[..]),
         };
-        let (Some(first), Some(last)) = (dropped.first(), dropped.last()) else { return };
-        if frozen::is_frozen_below(first, top) {
-            frozen::clear_overlay(first);
-        }
-        if let Some(base) = base.filter(|base| frozen::is_frozen_below(base, last.path())) {
-            frozen::mark(base, top);
+        let (Some(first), Some(last)) = (dropped.first(), dropped.last()) else {
+            return Marks::default();
+        };
+        Marks {
+            leaves: Some(first).filter(|file| frozen::is_frozen_below(file, top.path())).cloned(),
+            joins: base.filter(|file| frozen::is_frozen_below(file, last.path())).cloned(),
         }
     }
 
@@ -196,18 +199,19 @@ impl Body for Stream {
 
     fn finalize(&self, _: Ending, layers: &mut Layers) -> Result<()> {
         let graph = Arc::clone(layers.graph());
+        let top = chain::image_of(layers, &self.top)?.file;
+        let marks = self.marks(layers, &top);
         let old = match self.top.backing() {
             Some(below) => {
                 block_on(self.top.flush())?;
                 let name = chain::name_of(layers, &below)?;
                 let format = chain::image_of(layers, &below)?.format;
-                self.rename(layers)?;
+                marks.announce(top.path());
+                self.rename(layers).inspect_err(|_| marks.keep())?;
                 Some((name, format))
             }
             None => None,
         };
-        let top = chain::image_of(layers, &self.top)?.file;
-        let below = self.files_below(layers);
         let quiesced = graph.quiesce(std::slice::from_ref(&self.top));
         let swapped = match old.is_some() || self.drops_top {
             true => self.swap(layers, &quiesced),
@@ -218,13 +222,17 @@ impl Body for Stream {
         if let Err(err) = swapped {
             if let Some((name, format)) = old {
                 let back = chain::rename_backing(layers, &self.top, Some(&name), Some(format));
-                if let Err(err) = back {
-                    tracing::error!("'{}' names its new backing already: {err}", self.top.name());
+                match back {
+                    Ok(()) => marks.keep(),
+                    Err(err) => tracing::error!(
+                        "'{}' names its new backing already: {err}",
+                        self.top.name()
+                    ),
                 }
             }
             return Err(err);
         }
-        self.renew_marks(top.path(), &below);
+        marks.renew(top.path());
         tracing::info!(
             "the stream to '{}' has ended; guests paused for {} us",
             self.top.name(),

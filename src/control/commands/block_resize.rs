@@ -56,7 +56,7 @@ impl MainCommand for BlockResize {
         }
         let _hold = disks.hold_graph(&node, "block_resize")?;
         disks.check_no_node_on(&node, "resize", "block_resize")?;
-        frozen::check(&disks.image_below(&node)?.file)?;
+        frozen::check(&disks.image_below(&node)?.file, disks.layers.allow_dirs())?;
         // What is kept is of the size that the disk has.
         node.check_guest_is_back()?;
         let graph = Arc::clone(disks.graph());

@@ -1,0 +1,186 @@
+//! Jobs that take layers out from below an overlay, killed before each change of a header or a mark: what
+//! the overlay stands on is not given to a guest for writing, and what it needs no more is.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use super::commit::{self, CommitRequest};
+use super::stream::{self, StreamRequest};
+use super::*;
+use crate::block::{Graph, Node};
+use crate::error::Result;
+use crate::images::frozen::tests::die_after;
+use crate::images::{
+    self, CreateRequest, ImageFormat, Layers, Locking, OpenRequest, StateDir, frozen,
+};
+use crate::io::{HostFile, OpenOptions};
+
+const SIZE: u64 = 1 << 20;
+
+/// What the jobs thread wants of this one: a task, or that it ends because the job has.
+struct Desk(Sender<Option<MainTask>>);
+
+impl Listener for Desk {
+    fn event(&self, event: &JobEvent) {
+        if matches!(event, JobEvent::Completed(..)) {
+            let _ = self.0.send(None);
+        }
+    }
+
+    fn on_main(&self, task: MainTask) {
+        let _ = self.0.send(Some(task));
+    }
+}
+
+fn file(dir: &Path, name: &str) -> HostFile {
+    HostFile::open(&dir.join(name), OpenOptions { write: true, ..OpenOptions::default() }).unwrap()
+}
+
+/// A chain of images, the lowest first, each frozen below the next.
+fn make(dir: &Path, chain: &[(&str, ImageFormat)]) {
+    for (at, (name, format)) in chain.iter().enumerate() {
+        let below = at.checked_sub(1).map(|at| chain[at]);
+        images::create(&CreateRequest {
+            path: dir.join(name),
+            format: *format,
+            size: Some(SIZE),
+            options: Vec::new(),
+            backing: below.map(|(name, _)| name.into()),
+            backing_format: below.map(|(_, format)| format),
+            backing_unchecked: false,
+        })
+        .unwrap();
+        if let Some((below, _)) = below {
+            frozen::mark(&file(dir, below), &dir.join(name));
+        }
+    }
+}
+
+/// The top, open for writing, and those below it.
+fn open(dir: &Path, top: (&str, ImageFormat)) -> (Layers, Vec<Node>) {
+    let mut layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
+    let request = OpenRequest::write(dir.join(top.0)).format(Some(top.1)).locking(Locking::Off);
+    let image = images::open(&request).unwrap();
+    let top = layers.add_format(image, None, true).unwrap();
+    (layers, chain::between(&top, None).unwrap())
+}
+
+/// Runs a job and kills it after some changes of headers and marks. Returns whether it came to that.
+fn is_killed(dir: &Path, top: (&str, ImageFormat), start: &Start, after: u32) -> bool {
+    let (to_main, tasks): (_, Receiver<Option<MainTask>>) = channel();
+    let jobs = Jobs::new(Desk(to_main));
+    let (mut layers, nodes) = open(dir, top);
+    start(&jobs, &mut layers, nodes).unwrap();
+    die_after(Some(after));
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let work = || {
+        while let Some(task) = tasks.recv_timeout(deadline - Instant::now()).unwrap() {
+            task(&mut layers);
+        }
+    };
+    let died = catch_unwind(AssertUnwindSafe(work));
+    die_after(None);
+    if let Err(reason) = &died {
+        assert_eq!(reason.downcast_ref(), Some(&"killed by the test"));
+        // Nothing is closed in order.
+        std::mem::forget((jobs, layers));
+    }
+    died.is_err()
+}
+
+type Start = dyn Fn(&Jobs, &mut Layers, Vec<Node>) -> Result<()>;
+
+fn check(dir: &Path, name: &str) -> std::result::Result<(), String> {
+    frozen::check(&file(dir, name), &[]).map_err(|err| err.to_string())
+}
+
+/// The names of an image and of those below it, as their headers say.
+fn names(dir: &Path, top: (&str, ImageFormat)) -> Vec<String> {
+    let request = OpenRequest::read(dir.join(top.0)).format(Some(top.1)).locking(Locking::Off);
+    let name = |image: &images::Image| image.file.path().file_name().unwrap().to_owned();
+    let chain = images::open_chain(&request).unwrap();
+    chain.iter().map(|image| name(image).into_string().unwrap()).collect()
+}
+
+/// Kills a job at each of its steps. What leaves the chain is `chain[leaves]`.
+fn at_each_step(chain: &[(&str, ImageFormat)], leaves: usize, start: &Start) {
+    let top = chain[chain.len() - 1];
+    let (mut before, mut over) = (0, 0);
+    for after in 0.. {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        make(dir, chain);
+        let killed = is_killed(dir, top, start, after);
+        let left = names(dir, top);
+        for name in &left[1..] {
+            let refused = check(dir, name).unwrap_err();
+            assert!(refused.contains("goes on in"), "{after}: {refused}");
+        }
+        let leaves = chain[leaves].0;
+        if left.iter().any(|name| name == leaves) {
+            before += 1;
+        } else {
+            over += 1;
+            check(dir, leaves).unwrap_or_else(|err| panic!("{after}: {err}"));
+            // Nobody needs it, so the operator may remove it.
+            std::fs::remove_file(dir.join(leaves)).unwrap();
+            for name in &left[1..] {
+                let refused = check(dir, name).unwrap_err();
+                let goes_on = format!("goes on in {}", dir.join(top.0).display());
+                assert!(refused.contains(&goes_on), "{after}: {refused}");
+            }
+        }
+        if !killed {
+            break;
+        }
+    }
+    assert!(before > 1 && over > 1, "{before} kills before, {over} after");
+}
+
+fn stream_to(base: Option<usize>) -> Box<Start> {
+    Box::new(move |jobs, layers, nodes| {
+        let request = StreamRequest {
+            top: nodes[0].clone(),
+            base: base.map(|at| nodes[at].clone()),
+            backing_file: None,
+            on_error: OnError::Report,
+            filter_name: None,
+        };
+        stream::start(jobs, layers, request, Spec::new("j", JobKind::Stream))
+    })
+}
+
+#[test]
+fn a_stream_of_the_whole_chain_leaves_no_mark_wherever_it_is_killed() {
+    for format in [ImageFormat::Qcow2, ImageFormat::AddCow] {
+        at_each_step(&[("base", ImageFormat::Raw), ("top", format)], 0, &*stream_to(None));
+    }
+}
+
+#[test]
+fn a_stream_to_a_base_leaves_that_marked_wherever_it_is_killed() {
+    for format in [ImageFormat::Qcow2, ImageFormat::AddCow] {
+        let chain = [("base", ImageFormat::Raw), ("mid", ImageFormat::Qcow2), ("top", format)];
+        at_each_step(&chain, 1, &*stream_to(Some(2)));
+    }
+}
+
+#[test]
+fn a_commit_below_the_top_leaves_the_base_marked_wherever_it_is_killed() {
+    let chain =
+        [("base", ImageFormat::Raw), ("mid", ImageFormat::Qcow2), ("top", ImageFormat::Qcow2)];
+    let start: &Start = &|jobs, layers, nodes| {
+        let request = CommitRequest {
+            top: nodes[1].clone(),
+            base: nodes[2].clone(),
+            is_active: false,
+            backing_file: None,
+            on_error: OnError::Report,
+            filter_name: None,
+        };
+        commit::start(jobs, layers, request, Spec::new("j", JobKind::Commit))
+    };
+    at_each_step(&chain, 1, start);
+}
