@@ -168,6 +168,9 @@ pub(super) struct State {
     pub(super) paused: bool,
     /// How it is to end, once it is ready.
     pub(super) ending: Option<super::Ending>,
+    /// Whether it was asked to end as it is. It obeys unless it was told to complete before, and is not
+    /// told to complete after that.
+    pub(super) asked_to_stay: bool,
     /// Whether it is to end at once.
     pub(super) cancelled: bool,
     /// Turns that are taken.
@@ -211,6 +214,7 @@ impl Job {
                 parties,
                 paused: false,
                 ending: None,
+                asked_to_stay: false,
                 cancelled: false,
                 turns: 0,
                 current: 0,

@@ -178,7 +178,7 @@ impl Jobs {
                 state.io_status = IoStatus::Ok;
                 job.settle(&mut state);
             }
-            Verb::Complete if state.ending.is_some() => {
+            Verb::Complete if state.asked_to_stay => {
                 return Err(VerbError::Refused(format!(
                     "The active block job '{id}' cannot be completed"
                 )));
@@ -214,8 +214,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// Ends a job that is ready as it is (the guest stays where it is), and cancels any other; refused
-    /// by one that was told to complete.
+    /// Ends a job that is ready as it is (the guest stays where it is), and cancels any other. One that
+    /// was told to complete does so all the same.
     pub fn cancel_gently(&self, id: &str) -> Result<(), VerbError> {
         let job = self.find(id).ok_or(VerbError::NotFound)?;
         let mut state = job.state();
@@ -228,11 +228,8 @@ impl Jobs {
             drop(state);
             return self.apply(id, Verb::Cancel);
         }
-        if state.ending == Some(Ending::Complete) {
-            // It would go over to the copy all the same.
-            return Err(refused(id, state.status, Verb::Cancel));
-        }
-        state.ending = Some(Ending::Stay);
+        state.asked_to_stay = true;
+        state.ending.get_or_insert(Ending::Stay);
         drop(state);
         job.waiters().wake();
         Ok(())

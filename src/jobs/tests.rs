@@ -285,24 +285,32 @@ fn ready_paused_and_completed_or_not() {
     bench.desk.verb(Verb::Resume);
     assert_eq!(bench.desk.refused(Verb::Resume), "Can't resume a job that was not paused");
     bench.desk.verb(Verb::Complete);
-    // It cannot stay any more.
-    let err = bench.desk.jobs.cancel_gently("j").unwrap_err();
-    let refusal = "Job 'j' in state 'ready' cannot accept command verb 'cancel'";
-    assert_eq!(err, VerbError::Refused(refusal.into()));
+    bench.desk.verb(Verb::Complete);
+    // It cannot stay any more, and goes over all the same.
+    bench.desk.jobs.cancel_gently("j").unwrap();
+    let refusal = "The active block job 'j' cannot be completed";
+    assert_eq!(bench.desk.refused(Verb::Complete), refusal);
     let end = bench.desk.until("null");
     assert_eq!(end, ["ready", "waiting", "pending", &whole, "concluded", "null"]);
     assert_eq!(bench.finalized(), ["Complete"]);
     // Cancelled without force: the copy is good.
     start();
     bench.desk.jobs.cancel_gently("j").unwrap();
+    assert_eq!(bench.desk.refused(Verb::Complete), refusal);
+    bench.desk.jobs.cancel_gently("j").unwrap();
     let end = bench.desk.until("null");
     assert_eq!(end, ["waiting", "pending", &whole, "concluded", "null"]);
     assert_eq!(bench.finalized(), ["Stay"]);
-    // And with force.
-    start();
-    bench.desk.verb(Verb::Cancel);
-    assert_eq!(bench.desk.until("null"), ["aborting", "CANCELLED", "concluded", "null"]);
-    assert_eq!(bench.finalized(), ["abort"]);
+    // And with force, even if it was told to complete.
+    for completes in [false, true] {
+        start();
+        if completes {
+            bench.desk.verb(Verb::Complete);
+        }
+        bench.desk.verb(Verb::Cancel);
+        assert_eq!(bench.desk.until("null"), ["aborting", "CANCELLED", "concluded", "null"]);
+        assert_eq!(bench.finalized(), ["abort"]);
+    }
 }
 
 #[test]
