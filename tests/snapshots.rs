@@ -537,6 +537,54 @@ fn differencing_vhdx_images_are_put_on_a_disk() {
     }
 }
 
+/// VHDX overlays that were made before the guest wrote, from a disk that nobody had written to since it was
+/// served: they know another DataWriteGuid than the disk has when they are put on it.
+#[test]
+fn differencing_vhdx_images_are_prepared_before_the_guest_writes() {
+    let mut host = Host::with_disk("vhdx", DISK);
+    let mut qmp = host.qmp();
+    let mut guest =
+        guest_of(&host, "differencing_vhdx_images_are_prepared_before_the_guest_writes");
+    let d = host.dir.path().to_path_buf();
+    let make = |name: &str, below: &str| {
+        let size = DISK.to_string();
+        let args = ["create", "-q", "-f", "vhdx", "-u", "-b", below, "-F", "vhdx", name, &size];
+        common::ok(&d, &args);
+    };
+    make("o1", "disk");
+    guest.disk.write(0, 0, &sector(1).repeat(8)).unwrap();
+    let existing = |name: &str| json!({"device": "disk", "snapshot-file": d.join(name), "format": "vhdx", "mode": "existing"});
+    qmp.ok("blockdev-snapshot-sync", existing("o1"));
+    // The same as a node, above one that has just been put there.
+    make("o2", "o1");
+    let file = json!({"driver": "file", "filename": d.join("o2")});
+    let node = json!({"driver": "vhdx", "node-name": "o2", "file": file, "backing": null});
+    qmp.ok("blockdev-add", node);
+    guest.disk.write(0, 4096, &sector(2).repeat(8)).unwrap();
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    let is_o1 = |node: &&serde_json::Value| {
+        node["drv"] == "vhdx" && node["file"].as_str().is_some_and(|file| file.ends_with("/o1"))
+    };
+    let o1 = nodes.as_array().unwrap().iter().find(is_o1).unwrap()["node-name"].clone();
+    qmp.ok("blockdev-snapshot", json!({"node": o1, "overlay": "o2"}));
+    // Before the first write to what it is put on.
+    make("o3", "o2");
+    qmp.ok("blockdev-snapshot-sync", existing("o3"));
+    guest.disk.write(0, 8192, &sector(3).repeat(8)).unwrap();
+    // What was made for another image stays refused.
+    make("wrong", "disk");
+    let err = qmp.fails("blockdev-snapshot-sync", existing("wrong"));
+    assert!(err.contains("was modified since this child was created"), "{err}");
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success(), "{}", host.backend.log());
+    let all = [[1; 8], [2; 8], [3; 8]].concat();
+    for (name, written) in [("disk", 1), ("o1", 2), ("o2", 2), ("o3", 3)] {
+        let mut wanted = vec![0; SECTORS];
+        wanted[..written * 8].copy_from_slice(&all[..written * 8]);
+        assert!(read_image(&host.path(name), ImageFormat::Vhdx) == wanted, "{name}");
+    }
+}
+
 /// Images that qemu-img reads as we do.
 #[test]
 fn qemu_reads_the_chain() {

@@ -344,6 +344,14 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
+    /// The layer has no backing and is about to be put on one that has `identity`. If it holds nothing
+    /// yet, and knows the image that it was made for by an earlier identity of that, it knows it by this
+    /// one from now on; durable on return. Returns whether that is so.
+    fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
+        let _ = identity;
+        Box::pin(async { Ok(false) })
+    }
+
     /// Has the image's own metadata name another backing file and its format, or none; durable on
     /// return, and at any instant the old name or the new one. What it names shows the same where
     /// this layer leaves it to its backing; whoever asks sees to that. The node below stays.

@@ -184,6 +184,12 @@ pub trait Format: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(()) })
     }
 
+    /// See [`Driver::adopt_backing`].
+    fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
+        let _ = identity;
+        Box::pin(async { Ok(false) })
+    }
+
     /// See [`Driver::rename_backing`].
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
         let _ = backing;
@@ -395,6 +401,10 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
         self.format.follow_backing(identity)
+    }
+
+    fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
+        self.format.adopt_backing(identity)
     }
 
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {

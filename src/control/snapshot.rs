@@ -246,6 +246,7 @@ impl Snapshot {
         ];
         // Its content belongs to the disk that goes on above it.
         frozen::check_not_frozen(&overlay_image.file, disks.layers.allow_dirs())?;
+        introduce(&overlay_image, &overlay, &image, &node)?;
         // Better told now than at the barrier. Nobody uses the overlay, so this closes no gate.
         let overlay_backing = overlay.backing();
         let quiesced = disks.graph().quiesce(std::slice::from_ref(&overlay));
@@ -272,6 +273,20 @@ impl Snapshot {
             _holds: holds,
         })
     }
+}
+
+/// Has an overlay that was prepared for this image, and holds nothing yet, know the image as it is now: the
+/// guest may have written since.
+fn introduce(overlay_image: &Image, overlay: &Node, image: &Image, node: &Node) -> Result<()> {
+    let (overlay, below) = (overlay.skip_filters().1.driver(), node.skip_filters().1.driver());
+    let can_write = !below.limits().read_only;
+    let Some(identity) = below.identity(can_write) else { return Ok(()) };
+    let is_meant = images::names_as_backing(overlay_image, &image.file)?;
+    if is_meant && block_on(overlay.adopt_backing(identity))? && can_write {
+        // The guest's first write would change it, too.
+        block_on(below.prepare_for_overlay())?;
+    }
+    Ok(())
 }
 
 /// Has the overlay stand on the node, if it does not yet.
@@ -483,7 +498,12 @@ fn create_overlay(
             format: request.format,
             access: Access::Write,
             keeps_space: node.keeps_space(),
-            backing: BackingChoice::Image(Box::new(below)),
+            backing: match (request.exists, request.format) {
+                // It knows the image below as that was when it was made, and is told how it is now
+                // before it is put there.
+                (true, ImageFormat::Vhdx) => BackingChoice::Nothing,
+                _ => BackingChoice::Image(Box::new(below)),
+            },
             allow_dirs: disks.layers.allow_dirs().to_vec(),
             state_dir: disks.layers.state_dir().clone(),
             settled: None,

@@ -107,6 +107,10 @@ impl Driver for NoFlush {
         self.below.set_backing(backing, quiesced)
     }
 
+    fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
+        self.below.adopt_backing(identity)
+    }
+
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
         self.below.rename_backing(backing)
     }

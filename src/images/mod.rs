@@ -42,7 +42,9 @@ pub use check::{CheckReport, Checked, Repair, check, check_path};
 pub use create::{CreateRequest, Created, create};
 pub use layers::{Layer, Layers};
 pub use lock::Locking;
-pub use open::{Image, Opening, format_of, open, open_alone, open_backing_of, open_chain};
+pub use open::{
+    Image, Opening, format_of, names_as_backing, open, open_alone, open_backing_of, open_chain,
+};
 pub use request::{Access, OpenRequest, StateDir};
 
 use crate::error::Error;

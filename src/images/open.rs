@@ -202,6 +202,14 @@ pub(super) fn stands_on(overlay: &Path, file: &HostFile, allow_dirs: &[PathBuf])
             Error::invalid("is no image of a format that has a backing file").context(name())
         );
     }
+    names_as_backing(&image, file)
+}
+
+/// Whether an image names this file as its backing file.
+///
+/// # Errors
+/// If the file cannot be looked at.
+pub fn names_as_backing(image: &Image, file: &HostFile) -> Result<bool> {
     let identity = file.identity()?;
     let is_file = |name: &String| {
         let found = std::fs::metadata(open_gate::combine(image.file.path(), name));

@@ -26,7 +26,7 @@ use super::disk;
 use super::layout::{Guid, PAGE, guid};
 use super::locator::Locator;
 use super::{ALL, Vhdx};
-use crate::block::Format;
+use crate::block::{ExtentKind, Format};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::File;
 use crate::units::{ByteRange, align_down, align_up};
@@ -54,10 +54,43 @@ impl Vhdx {
     /// If the locator has no room for that; then nothing has changed.
     pub(super) async fn follow_parent(&self, next: Guid) -> Result<()> {
         self.check_writable()?;
-        let context = || format!("{}: its parent locator", self.name());
         let _alone = self.framing.exclusive(ALL).await;
         let parent = self.backing().ok_or_else(|| Error::invalid("has no parent"))?;
-        let now = super::data_guid_of(&parent)?;
+        self.know(super::data_guid_of(&parent)?, next).await
+    }
+
+    /// Has the locator know a parent that has this GUID, if the image was opened without its parent and
+    /// holds nothing: then it shows what any parent has. Durable on return.
+    ///
+    /// # Errors
+    /// As [`Vhdx::follow_parent`].
+    pub(super) async fn adopt_parent(&self, guid: Guid) -> Result<bool> {
+        let may = self.alone && !self.read_only && self.geometry().has_parent;
+        if !may || self.backing().is_some() || !self.is_blank().await? {
+            return Ok(false);
+        }
+        self.check_writable()?;
+        let _alone = self.framing.exclusive(ALL).await;
+        self.know(guid, guid).await?;
+        Ok(true)
+    }
+
+    /// Whether all of the disk is the parent's.
+    async fn is_blank(&self) -> Result<bool> {
+        let mut rest = ByteRange { offset: 0, len: self.geometry().disk_size };
+        while !rest.is_empty() {
+            let extent = self.map_run(rest).await?;
+            if !matches!(extent.kind, ExtentKind::Backing) {
+                return Ok(false);
+            }
+            rest = ByteRange::between(extent.range.end(), rest.end());
+        }
+        Ok(true)
+    }
+
+    /// Has the locator know a parent by what it has, and by what it will have.
+    async fn know(&self, now: Guid, next: Guid) -> Result<()> {
+        let context = || format!("{}: its parent locator", self.name());
         let known = self.known_linkages().context(context)?;
         let steps = steps(known, now, next);
         if steps.is_empty() {
@@ -278,5 +311,33 @@ mod tests {
         let err = block_on(child.follow_backing(7)).unwrap_err().to_string();
         assert!(err.contains("no room for a second GUID") && err.contains("top.vhdx"), "{err}");
         assert!(file.volatile() == before);
+    }
+
+    #[test]
+    fn only_a_child_that_holds_nothing_takes_a_changed_parent() {
+        let base = new_image("base.vhdx", None);
+        let made = block_on(Parent::of(&structure(&base), "base.vhdx", "/base.vhdx")).unwrap();
+        let top = new_image("top.vhdx", Some(made));
+        let guid = |file: &SimFile| structure(file).headers.current.data_write_guid;
+        let alone = |file: &SimFile| {
+            open_with(file, OpenOptions { alone: true, ..OpenOptions::default() }).unwrap()
+        };
+        let change = || {
+            let parent = open_image(&base, None, None).unwrap();
+            block_on(write(&parent, 0, &[1; 4096], true)).unwrap();
+            block_on(parent.close()).unwrap();
+            u128::from_le_bytes(guid(&base).0)
+        };
+        let child = alone(&top);
+        assert!(block_on(child.adopt_backing(change())).unwrap());
+        block_on(child.close()).unwrap();
+        let (_, child) = open_chain(&[base.clone(), top.clone()], false).unwrap();
+        block_on(write(&child, MIB, &[2; 512], false)).unwrap();
+        block_on(child.close()).unwrap();
+        let child = alone(&top);
+        assert!(!block_on(child.adopt_backing(change())).unwrap());
+        block_on(child.close()).unwrap();
+        let err = open_chain(&[base, top], false).map(drop).unwrap_err().to_string();
+        assert!(err.contains("was modified since"), "{err}");
     }
 }

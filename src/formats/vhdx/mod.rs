@@ -547,6 +547,10 @@ impl Format for Vhdx {
         Box::pin(self.follow_parent(Guid(identity.to_le_bytes())))
     }
 
+    fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
+        Box::pin(self.adopt_parent(Guid(identity.to_le_bytes())))
+    }
+
     fn begin_session(&self, nonce: u128) -> Result<()> {
         self.start_keeping(nonce)
     }
