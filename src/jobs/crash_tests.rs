@@ -316,3 +316,47 @@ fn copies_and_mirrored_writes_leave_the_same_on_both_disks() {
         assert!(files[0].volatile() == files[1].volatile(), "seed {seed}");
     }
 }
+
+/// A stream that makes zeros of a part of the disk is dropped at each of its steps, with what it has given
+/// to the host under way (a hole that is punched, say). The guest's next write to that part comes after it.
+#[test]
+fn what_a_dropped_job_has_left_with_the_host_lands_before_the_guests_next_write() {
+    const NEW: u8 = 7;
+    let half = ByteRange { offset: SECTORS / 2 * SECTOR, len: SECTORS / 2 * SECTOR };
+    let mut left = 0;
+    for seed in 0..6 {
+        for at in 0.. {
+            // What is behind the end of the base reads as zeros.
+            let base = SimFile::from_bytes("base", vec![BELOW; half.offset as usize]);
+            let files = Files { base, ..Files::new() };
+            let (_, top) = files.open();
+            let intercept = Arc::new(Intercept::new(top, "top"));
+            let driver = Arc::clone(&intercept) as Arc<dyn Driver>;
+            let disk = Node::new(driver, NodeOptions::default());
+            let sim = Sim::new(seed);
+            for file in [&files.base, &files.file, &files.image] {
+                sim.attach(file);
+            }
+            let done = Cell::new(false);
+            let job = Box::pin(stream(&intercept, &done)) as SimTask<'_>;
+            sim.run_until(vec![job], |step| step == at);
+            left += usize::from(sim.pending() > 0);
+            let write = async {
+                let buf = AlignedBuf::from_slice(&vec![NEW; half.len as usize], 4096);
+                disk.write(half.offset, buf.buffers(), false).await.unwrap();
+            };
+            sim.run(vec![Box::pin(write)]);
+            sim.drain();
+            let found = sim.block_on(async {
+                let buf = AlignedBuf::zeroed(half.len as usize, 4096);
+                disk.read(half.offset, buf.buffers()).await.unwrap();
+                buf.to_vec()
+            });
+            assert!(found == vec![NEW; half.len as usize], "seed {seed}, dropped at step {at}");
+            if done.get() {
+                break;
+            }
+        }
+    }
+    assert!(left > 20, "only {left} times was anything under way");
+}
