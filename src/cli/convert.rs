@@ -25,7 +25,7 @@ use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
 use crate::io::{AlignedBuf, File as _, HostFile, HostKind, OpenOptions, block_on};
-use crate::units::{ByteRange, MIB, align_down, align_up};
+use crate::units::{ByteRange, MIB, SECTOR_SIZE, align_down, align_up};
 
 /// How much is copied at a time.
 const CHUNK: u64 = MIB;
@@ -142,13 +142,17 @@ fn refuse_same_file(source: &Image, target: &std::path::Path) -> Result<()> {
 /// Makes the target, unless it is to exist already, and opens it.
 fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Result<Image> {
     let size = source.node.size();
+    let request = OpenRequest::write(path)
+        .format(Some(args.target_format))
+        .cache(args.target_cache)
+        .allow_dirs(&args.sharing.allow_dirs);
     if !args.no_create {
         let mut options = parse_options(&args.options)?;
         let size = match take_option(&mut options, "size") {
             Some(text) => parse_size(&text).context(|| "-o size")?.max(size),
             None => size,
         };
-        images::create(&CreateRequest {
+        let create = CreateRequest {
             path: path.to_path_buf(),
             format: args.target_format,
             size: Some(size),
@@ -156,12 +160,12 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
             backing: args.backing.clone(),
             backing_format: args.backing_format,
             backing_unchecked: false,
-        })?;
+        };
+        let align = images::create::check_openable(&create, &request)?.request;
+        let is_raw = args.target_format == ImageFormat::Raw;
+        check_end(source, if is_raw { align } else { 1 }, size.next_multiple_of(SECTOR_SIZE))?;
+        images::create(&create)?;
     }
-    let request = OpenRequest::write(path)
-        .format(Some(args.target_format))
-        .cache(args.target_cache)
-        .allow_dirs(&args.sharing.allow_dirs);
     let target = images::open(&request)?;
     if target.node.size() < size {
         return Err(Error::invalid(format!(
@@ -171,6 +175,23 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
         )));
     }
     Ok(target)
+}
+
+/// Refuses a source with a tail that direct I/O does not take, on one side or the other. One that the
+/// target's unit is too large for is filled up with zeros, if there is room.
+fn check_end(source: &Image, target_align: u64, target_size: u64) -> Result<()> {
+    let from = source.node.limits();
+    let is_room = align_up(from.size, target_align).is_some_and(|end| end <= target_size);
+    if from.size.is_multiple_of(from.request_alignment) && is_room {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!(
+        "{}: its size of {} bytes is not a multiple of the {} that direct I/O takes here; use -T \
+         writeback -t writeback",
+        source.name(),
+        from.size,
+        from.request_alignment.max(target_align)
+    )))
 }
 
 /// What happens to a run of the source.
@@ -216,16 +237,7 @@ impl<'a> Copy<'a> {
     ) -> Result<Self> {
         let (from, to) = (source.node.limits(), target.node.limits());
         let align = from.request_alignment.max(to.request_alignment);
-        // A tail that the target's unit is too large for is filled up with zeros, if there is room.
-        let is_room = align_up(from.size, to.request_alignment).is_some_and(|end| end <= to.size);
-        if from.size % from.request_alignment != 0 || !is_room {
-            return Err(Error::unsupported(format!(
-                "{}: its size of {} bytes is not a multiple of the {align} that direct I/O takes \
-                 here; use -T writeback -t writeback",
-                source.name(),
-                from.size
-            )));
-        }
+        check_end(source, to.request_alignment, to.size)?;
         let unit = match target.format {
             ImageFormat::Raw => sparse_size.min(SPARSE_SIZE).next_power_of_two(),
             // Less than a cluster does not become a hole.

@@ -10,7 +10,7 @@ use crate::cli::options::{Output, ReadArgs, parse_options, take_option};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::formats::addcow::layout::{HEADER_LEN, bitmap_len};
+use crate::formats::addcow::layout::file_len;
 use crate::formats::qcow2::{self, CreateOptions};
 use crate::formats::vhdx;
 use crate::images::{self, ImageFormat};
@@ -107,7 +107,7 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
         // Both files: the bitmap, and the image file with a hole where nothing was written.
         ImageFormat::AddCow => {
             let all = size.next_multiple_of(SECTOR_SIZE);
-            let metadata = HEADER_LEN + bitmap_len(all / SECTOR_SIZE);
+            let metadata = file_len(all);
             let data = match &image {
                 Some(image) => block_on(data_clusters(&image.node, SECTOR_SIZE))
                     .context(|| format!("{}: finding out what is allocated", image.name()))?,

@@ -16,10 +16,10 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::addcow::{self, AddCow, Backing, Header};
 use crate::images::check::CheckReport;
 use crate::images::crash_state;
-use crate::images::create::{NewFile, check_not_own_backing, only_one, open_backing};
+use crate::images::create::{NewFile, check_not_own_backing, named_backing, open_backing};
 use crate::images::open::{Opening, guess, open_host};
 use crate::images::{Access, CreateRequest, Created, Image, ImageFormat, OpenRequest, open};
-use crate::io::{AlignedBuf, File, HostFile, OpenOptions, block_on};
+use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::SECTOR_SIZE;
 
 /// The extended attribute with the name of the backing file's format.
@@ -228,16 +228,7 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
         let found = request.options.iter().find(|(key, _)| keys.contains(&key.as_str()));
         found.map(|(_, value)| value.as_str())
     };
-    let backing = only_one(
-        "backing file",
-        request.backing.as_deref(),
-        option(["backing-file", "backing_file"]),
-    )?;
-    let given_format = only_one(
-        "backing file's format",
-        request.backing_format.map(ImageFormat::name),
-        option(["backing-fmt", "backing_fmt"]),
-    )?;
+    let (backing, given_format) = named_backing(request)?;
     let format = match (backing, given_format) {
         // It says itself what it is.
         (Some(file), None) if crash_state::is_name(file) => None,
@@ -269,12 +260,20 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
     };
     let image = image_file(request, option(["image-file", "image_file"]), below.as_ref())?;
     let header = Header { backing: backing.map(str::to_string), image: image.name.clone() };
-    let new = NewFile::create(path)?;
+    header.encode().context(name)?;
+    let new = NewFile::open(path)?;
+    if new.file.kind() != HostKind::Regular {
+        return Err(Error::unsupported(format!(
+            "{}: an add-cow image is a file; a device can be its image file (-o image-file=)",
+            name()
+        )));
+    }
     if new.file.identity()? == image.file.identity()? {
         return Err(Error::invalid(format!("{}: an image cannot be its own image file", name())));
     }
     remember_format(&new.file, format)?;
-    block_on(addcow::create::create(new.file.as_ref(), &header, image.size))?;
+    let len = addcow::layout::file_len(image.size);
+    new.fill(len, addcow::create::create(new.file.as_ref(), &header, image.size))?;
     if let Some(new) = image.new {
         new.keep();
     }
@@ -370,12 +369,12 @@ fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<Imag
             path.display()
         )));
     }
-    let new = NewFile::create(&path)?;
+    let new = NewFile::open(&path)?;
     let made = async {
         new.file.set_len(size).await?;
         new.file.flush().await
     };
-    block_on(made).context(|| path.display().to_string())?;
+    new.fill(size, async { made.await.context(|| path.display().to_string()) })?;
     Ok(ImageFile { name: base.into(), file: Arc::clone(&new.file), size, new: Some(new) })
 }
 

@@ -1,20 +1,21 @@
 //! Making new images.
 //!
 //! An existing file is overwritten, as `qemu-img create` does, but only after its locks say that
-//! nobody uses it. Block devices keep their size: the image must fit.
+//! nobody uses it; and nothing of it changes before all that may be refused has been looked at
+//! ([`NewFile`]). Block devices keep their size: the image must fit.
 
 pub mod vhdx;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::block::open_gate;
+use crate::block::open_gate::{self, OpenGate};
 use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2;
 use crate::images::kept::check_nobody_comes_back;
 use crate::images::lock::lock_for_writing;
-use crate::images::{Image, ImageFormat, OpenRequest, add_cow, frozen, open};
-use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
+use crate::images::{Access, Image, ImageFormat, OpenRequest, add_cow, crash_state, frozen, open};
+use crate::io::{AlignedBuf, Alignment, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
 
@@ -82,7 +83,8 @@ pub fn options(format: ImageFormat) -> &'static [OptionHelp] {
 /// Creates an image.
 ///
 /// # Errors
-/// Names the file or the option. A file that did not exist before does not exist after a failure.
+/// Names the file or the option. A file that did not exist before does not exist after a failure; an
+/// existing one is as it was, unless the error says that what it contained is gone.
 pub fn create(request: &CreateRequest) -> Result<Created> {
     let known = options(request.format);
     for (name, _) in &request.options {
@@ -105,6 +107,41 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
             request.path.display()
         ))),
     }
+}
+
+/// Looks at what would have an image refused when it is opened as `open` says, once it is there: a
+/// backing file out of bounds, say, or no direct I/O on its file system. Returns what its file will demand
+/// of requests then.
+///
+/// # Errors
+/// As [`create`] and [`open`](super::open). An existing file is as it was, a new one is not there.
+pub fn check_openable(create: &CreateRequest, request: &OpenRequest) -> Result<Alignment> {
+    let name = || create.path.display().to_string();
+    if let (Some(file), format) = named_backing(create)?
+        && !crash_state::is_name(file)
+    {
+        let context = || format!("{}: its backing file", name());
+        let gate = OpenGate::new(&create.path, &request.allow_dirs)?;
+        let path = gate.resolve(&create.path, file).context(context)?;
+        let format = format.map(str::parse).transpose()?;
+        let access = Access::Read;
+        open(&OpenRequest { path, format, access, ..request.clone() }).context(context)?;
+    }
+    let _new = NewFile::open(&create.path)?;
+    let direct = request.cache.is_direct();
+    let file = OpenOptions { write: true, direct, ..Default::default() };
+    Ok(HostFile::open(&create.path, file)?.alignment())
+}
+
+/// The backing file that is to be named, and its format, whichever way they were given.
+pub(super) fn named_backing(request: &CreateRequest) -> Result<(Option<&str>, Option<&str>)> {
+    let option = |name: &str| {
+        let is_it = |(key, _): &&(String, String)| key.replace('-', "_") == name;
+        request.options.iter().find(is_it).map(|(_, value)| value.as_str())
+    };
+    let file = only_one("backing file", request.backing.as_deref(), option("backing_file"))?;
+    let format = request.backing_format.map(ImageFormat::name);
+    Ok((file, only_one("backing file's format", format, option("backing_fmt"))?))
 }
 
 /// The size of the new disk: as requested, or as the backing file's; a multiple of a sector.
@@ -134,19 +171,20 @@ pub fn check_size(size: u64) -> Result<()> {
     Ok(())
 }
 
-/// A file that is being made into an image. If it did not exist before and is not
-/// [kept](NewFile::keep), dropping this removes it.
+/// A file that is to become an image: open for writing, and locked. Until it is
+/// [filled](NewFile::fill), nothing of one that existed before has changed. One that did not is removed
+/// when this is dropped, unless it was [kept](NewFile::keep).
 #[derive(Debug)]
 pub struct NewFile {
-    /// The file: open for writing, locked and (if regular) empty.
+    /// The file.
     pub file: Arc<HostFile>,
     /// Set if it is to be removed again.
     remove: Option<PathBuf>,
 }
 
 impl NewFile {
-    /// Creates the file, or empties an existing one that nobody uses.
-    pub fn create(path: &Path) -> Result<NewFile> {
+    /// Creates the file, or opens an existing one that nobody uses.
+    pub fn open(path: &Path) -> Result<NewFile> {
         let write = OpenOptions { write: true, ..Default::default() };
         let existed = std::fs::symlink_metadata(path).is_ok();
         let file = HostFile::open(path, OpenOptions { create: !existed, ..write })?;
@@ -155,13 +193,70 @@ impl NewFile {
         if existed {
             check_nobody_comes_back(&new.file)?;
             frozen::check_not_frozen(&new.file, &[])?;
-            // What disk this was no longer matters.
-            frozen::clear(&new.file);
-        }
-        if new.file.kind() == HostKind::Regular {
-            block_on(new.file.set_len(0)).context(|| new.file.name().to_string())?;
         }
         Ok(new)
+    }
+
+    /// Gives up what the file contains, and has `make` write the image, for which the file must have
+    /// room for `len` bytes. Whatever may be refused has been looked at by then.
+    ///
+    /// # Errors
+    /// Names the file. Says so if what it contained is lost.
+    pub fn fill(&self, len: u64, make: impl Future<Output = Result<()>>) -> Result<()> {
+        let name = self.file.name();
+        block_on(self.check_room(len))
+            .context(|| format!("{name}: making it {len} bytes large"))?;
+        // What disk this was no longer matters.
+        frozen::clear(&self.file);
+        block_on(async {
+            self.empty().await.context(|| name.to_string())?;
+            make.await
+        })
+        .map_err(|err| self.given_up(err))
+    }
+
+    /// Refuses a length that the file cannot have.
+    async fn check_room(&self, len: u64) -> Result<()> {
+        let now = self.file.len()?;
+        if len <= now {
+            return Ok(());
+        }
+        match self.file.kind() {
+            // The host knows, and says it of a file that keeps what it contains.
+            HostKind::Regular => {
+                self.file.set_len(len).await?;
+                self.file.set_len(now).await
+            }
+            HostKind::BlockDevice => Err(Error::invalid(format!(
+                "the device has only {now} bytes, and {len} are needed"
+            ))),
+        }
+    }
+
+    /// Empties the file. A device loses its first sector, so that nobody takes what it contains for an
+    /// image of the format that it had.
+    async fn empty(&self) -> Result<()> {
+        match self.file.kind() {
+            HostKind::Regular => self.file.set_len(0).await,
+            HostKind::BlockDevice => {
+                let zeros = AlignedBuf::zeroed(SECTOR_SIZE as usize, 4096);
+                self.file.write(0, zeros.buffers(), false).await?;
+                self.file.flush().await
+            }
+        }
+    }
+
+    /// Leaves nothing half-made behind, and adds to an error what became of a file that existed before.
+    fn given_up(&self, err: Error) -> Error {
+        if self.remove.is_some() {
+            return err;
+        }
+        // The failure that brought us here is what the operator should see.
+        let _ = block_on(self.empty());
+        err.context(format!(
+            "what {} contained is gone, and there is no new image in it",
+            self.file.name()
+        ))
     }
 
     /// Keeps the file.
@@ -173,7 +268,7 @@ impl NewFile {
 impl Drop for NewFile {
     fn drop(&mut self) {
         if let Some(path) = &self.remove {
-            // The failure that brought us here is what the operator should see.
+            // As above.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -193,28 +288,23 @@ fn create_raw(request: &CreateRequest) -> Result<Created> {
         )));
     }
     let size = size_of(request, None)?;
-    let new = NewFile::create(&request.path)?;
+    let new = NewFile::open(&request.path)?;
     let file = &new.file;
-    block_on(async {
-        match file.kind() {
-            HostKind::Regular => file.set_len(size).await?,
-            HostKind::BlockDevice if file.len()? < size => {
-                return Err(Error::invalid(format!(
-                    "the device has only {} bytes, and {size} are needed",
-                    file.len()?
-                )));
+    new.fill(size, async {
+        let made = async {
+            if file.kind() == HostKind::Regular {
+                file.set_len(size).await?;
             }
-            HostKind::BlockDevice => {}
-        }
-        match preallocation {
-            "falloc" if size > 0 => {
-                file.write_zeroes(ByteRange { offset: 0, len: size }, false).await
+            match preallocation {
+                "falloc" if size > 0 => {
+                    file.write_zeroes(ByteRange { offset: 0, len: size }, false).await
+                }
+                "full" => write_zeros(file, size).await,
+                _ => Ok(()),
             }
-            "full" => write_zeros(file, size).await,
-            _ => Ok(()),
-        }
-    })
-    .context(|| format!("{}: making it {size} bytes large", file.name()))?;
+        };
+        made.await.context(|| format!("{}: making it {size} bytes large", file.name()))
+    })?;
     new.keep();
     let mut options = vec![("size".to_string(), size.to_string())];
     if preallocation != "off" {
@@ -244,15 +334,7 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
             )));
         }
     }
-    options.backing = backing_of(
-        request,
-        only_one("backing file", request.backing.as_deref(), option("backing_file"))?,
-        only_one(
-            "backing file's format",
-            request.backing_format.map(ImageFormat::name),
-            option("backing_fmt"),
-        )?,
-    )?;
+    options.backing = backing_of(request)?;
     // Stays open (and locked) until the image is there.
     let backing = match &options.backing {
         Some(named) if !request.backing_unchecked => {
@@ -266,8 +348,9 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
         None => None,
     };
     options.size = size_of(request, backing.as_ref())?;
-    let new = NewFile::create(&request.path)?;
-    block_on(qcow2::create(Arc::clone(&new.file) as Arc<dyn File>, &options))?;
+    let new = NewFile::open(&request.path)?;
+    let image = block_on(qcow2::NewImage::lay_out(Arc::clone(&new.file) as _, &options))?;
+    new.fill(image.file_len(), image.write())?;
     new.keep();
     let pair = |key: &str, value: String| (key.to_string(), value);
     let mut shown = vec![
@@ -283,7 +366,7 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
 }
 
 /// What was given as an option of the command or with `-o`, but not as both.
-pub(super) fn only_one<'a>(
+fn only_one<'a>(
     what: &str,
     argument: Option<&'a str>,
     option: Option<&'a str>,
@@ -296,13 +379,9 @@ pub(super) fn only_one<'a>(
 
 /// The backing file to name in the image. Its format is wanted: guessing it whenever the image is
 /// opened is a hole.
-fn backing_of(
-    request: &CreateRequest,
-    file: Option<&str>,
-    format: Option<&str>,
-) -> Result<Option<qcow2::Backing>> {
+fn backing_of(request: &CreateRequest) -> Result<Option<qcow2::Backing>> {
     let name = request.path.display();
-    match (file, format) {
+    match named_backing(request)? {
         (None, None) => Ok(None),
         (None, Some(_)) => Err(Error::invalid(format!(
             "{name}: the format of a backing file, but no backing file"

@@ -13,6 +13,7 @@ mod common;
 
 mod commands;
 mod convert;
+mod create;
 mod qcow2;
 mod refusals;
 mod serve;

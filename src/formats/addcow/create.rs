@@ -1,6 +1,6 @@
 //! Making an add-cow file.
 
-use super::layout::{HEADER_LEN, Header, bitmap_len};
+use super::layout::{Header, file_len};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{AlignedBuf, File};
 use crate::units::SECTOR_SIZE;
@@ -22,7 +22,7 @@ pub async fn create(file: &dyn File, header: &Header, size: u64) -> Result<()> {
         if file.len()? != 0 {
             return Err(Error::invalid("the file is not empty"));
         }
-        file.set_len(HEADER_LEN + bitmap_len(size / SECTOR_SIZE)).await?;
+        file.set_len(file_len(size)).await?;
         file.flush().await?;
         file.write(0, AlignedBuf::from_slice(&bytes, 512).buffers(), false).await?;
         file.flush().await

@@ -110,6 +110,11 @@ pub fn bitmap_len(sectors: u64) -> u64 {
     sectors.div_ceil(8)
 }
 
+/// How long the add-cow file of a disk of so many bytes is.
+pub fn file_len(size: u64) -> u64 {
+    HEADER_LEN + bitmap_len(size.div_ceil(SECTOR_SIZE))
+}
+
 /// How many sectors an image file of this many bytes gives the disk.
 pub fn sectors_of(image_len: u64) -> u64 {
     image_len / SECTOR_SIZE

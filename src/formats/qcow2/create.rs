@@ -9,7 +9,10 @@ use super::disk::Disk;
 use super::store::Store;
 use super::{BLOCK, Backing, Imago, checkpoint};
 use crate::error::{Error, Result, ResultExt};
-use crate::io::File;
+use crate::io::{File, HostKind};
+
+/// How many entries imago, and QEMU, let an L1 table have. One stands for an L2 table of a cluster.
+const MAX_L1_ENTRIES: u64 = 4 << 20;
 
 /// How to create an image.
 #[derive(Clone, Debug)]
@@ -50,29 +53,65 @@ impl CreateOptions {
     }
 }
 
-/// Makes an empty file into an image. What a power cut leaves of a half-made image is not taken for
-/// one: the header comes last.
-///
-/// # Errors
-/// Names the file, the option and what is allowed. A file that is not empty is refused.
-pub async fn create(file: Arc<dyn File>, options: &CreateOptions) -> Result<()> {
-    let name = file.name().to_string();
-    create_unnamed(file, options).await.context(|| format!("{name}: cannot create the image"))
+/// A new image that is laid out, and of which nothing is in the file yet.
+#[derive(Debug)]
+pub struct NewImage {
+    disk: Arc<Disk>,
+    store: Store,
 }
 
-async fn create_unnamed(file: Arc<dyn File>, options: &CreateOptions) -> Result<()> {
+impl NewImage {
+    /// Lays out an image for `file`. What that holds counts for nothing, and stays as it is.
+    ///
+    /// # Errors
+    /// Names the file, the option and what is allowed.
+    pub async fn lay_out(file: Arc<dyn File>, options: &CreateOptions) -> Result<NewImage> {
+        let name = file.name().to_string();
+        lay_out(file, options).await.context(|| cannot_create(&name))
+    }
+
+    /// How long the file will be.
+    pub fn file_len(&self) -> u64 {
+        self.store.end()
+    }
+
+    /// Writes the image to its file, which must be empty by now, or a device. What a power cut leaves
+    /// of a half-made image is not taken for one: the header comes last.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub async fn write(&self) -> Result<()> {
+        let file = self.disk.file();
+        let is_device = file.as_host().is_some_and(|host| host.kind() == HostKind::BlockDevice);
+        let written = async {
+            if !is_device && file.len()? > 0 {
+                return Err(Error::invalid("the file is not empty"));
+            }
+            checkpoint::write_new(&self.disk, &self.store).await
+        };
+        written.await.context(|| cannot_create(file.name()))
+    }
+}
+
+fn cannot_create(name: &str) -> String {
+    format!("{name}: cannot create the image")
+}
+
+async fn lay_out(file: Arc<dyn File>, options: &CreateOptions) -> Result<NewImage> {
     options.check()?;
     let CreateOptions { size, cluster_size, refcount_bits, backing } = options;
     if *size == 0 || size % BLOCK != 0 {
         return Err(Error::invalid(format!("size {size} is not a positive multiple of {BLOCK}")));
     }
-    if file.len()? > 0
-        && file.as_host().is_none_or(|host| host.kind() == crate::io::HostKind::Regular)
-    {
-        return Err(Error::invalid("the file is not empty"));
+    let max = MAX_L1_ENTRIES * (cluster_size / 8) * cluster_size;
+    if *size > max {
+        return Err(Error::invalid(format!(
+            "size {size} is too large for clusters of {cluster_size} bytes, which go up to {max}; use a \
+             larger cluster_size (at most 2M)"
+        )));
     }
-    let disk = Arc::new(Disk::new(Arc::clone(&file)));
-    let store = Store::new(Arc::clone(&disk), *cluster_size);
+    let disk = Arc::new(Disk::new(file));
+    let store = Store::for_new(Arc::clone(&disk), *cluster_size);
     let mut builder = Imago::create_builder(store.clone())
         .size(*size)
         .cluster_size(*cluster_size as usize)
@@ -95,5 +134,5 @@ async fn create_unnamed(file: Arc<dyn File>, options: &CreateOptions) -> Result<
         })
         .await?;
     image.flush().await?;
-    checkpoint::write_new(&disk, &store).await
+    Ok(NewImage { disk, store })
 }

@@ -15,7 +15,9 @@
 //! node.driver().resume(nonce).await?;          // device: decide what becomes of an earlier session
 //! node.driver().begin_session(new_nonce)?;     // device: from now on completed writes are kept
 //!
-//! qcow2::create(file, &CreateOptions { size, cluster_size, backing, .. }).await?;
+//! let new = NewImage::lay_out(file, &CreateOptions { size, cluster_size, backing, .. }).await?;
+//! // … nothing will be refused any more: empty the file …
+//! new.write().await?;
 //! ```
 //!
 //! Tools that serve no guest (`convert`, `resize`) pass no keep, call neither `resume` nor
@@ -104,7 +106,7 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
 
-pub use self::create::{CreateOptions, create};
+pub use self::create::{CreateOptions, NewImage};
 pub use self::header::{Backing, Header};
 pub use self::metadata::Metadata;
 

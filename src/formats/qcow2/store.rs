@@ -64,6 +64,8 @@ struct StoreInner {
     /// Unit of the overlay in bytes: a power of two, at least a sector and at most a cluster.
     granule: u64,
     cluster_size: u64,
+    /// Whether a new image is made, so that what the file holds counts for nothing.
+    is_new: bool,
     overlay: Mutex<Overlay>,
     hazards: Hazards,
     /// What the header says of the backing file, if that is not what imago read from it.
@@ -153,7 +155,17 @@ impl Overlay {
 }
 
 impl Store {
+    /// Over the image that the file holds.
     pub fn new(disk: Arc<Disk>, cluster_size: u64) -> Store {
+        Store::with(disk, cluster_size, false)
+    }
+
+    /// For a new image, as over an empty file, whatever this one holds.
+    pub fn for_new(disk: Arc<Disk>, cluster_size: u64) -> Store {
+        Store::with(disk, cluster_size, true)
+    }
+
+    fn with(disk: Arc<Disk>, cluster_size: u64, is_new: bool) -> Store {
         let granule = disk.file().alignment().request.clamp(512, cluster_size.min(4096));
         Store {
             inner: Arc::new(StoreInner {
@@ -161,6 +173,7 @@ impl Store {
                 helper: CommonStorageHelper::default(),
                 granule,
                 cluster_size,
+                is_new,
                 overlay: Mutex::default(),
                 hazards: Hazards::default(),
                 backing_field: Mutex::default(),
@@ -175,6 +188,12 @@ impl Store {
     /// Unit of the overlay, in bytes.
     pub fn granule(&self) -> u64 {
         self.inner.granule
+    }
+
+    /// Where the last granule that is known ends.
+    pub fn end(&self) -> u64 {
+        let overlay = self.inner.overlay.lock().unwrap();
+        overlay.granules.keys().next_back().map_or(0, |at| at + self.inner.granule)
     }
 
     /// How much waits for a checkpoint, in bytes.
@@ -199,7 +218,10 @@ impl Store {
             if MEMORY_ONLY.get() {
                 return Err(Error::new(crate::ErrorKind::Busy, "metadata is not in memory"));
             }
-            let mut out = read_bytes(&**self.inner.disk.file(), offset, len).await?;
+            let mut out = match self.inner.is_new {
+                true => vec![0; len],
+                false => read_bytes(&**self.inner.disk.file(), offset, len).await?,
+            };
             let mut overlay = self.inner.overlay.lock().unwrap();
             if overlay.evictions != evictions {
                 // What was read may be older than what a checkpoint wrote meanwhile.
@@ -360,10 +382,11 @@ impl Overlay {
 
 impl Storage for Store {
     fn size(&self) -> io::Result<u64> {
-        let len = self.inner.disk.len().map_err(to_io)?;
-        let overlay = self.inner.overlay.lock().unwrap();
-        let last = overlay.granules.keys().next_back();
-        Ok(last.map_or(len, |at| len.max(at + self.inner.granule)))
+        let len = match self.inner.is_new {
+            true => 0,
+            false => self.inner.disk.len().map_err(to_io)?,
+        };
+        Ok(len.max(self.end()))
     }
 
     async unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {

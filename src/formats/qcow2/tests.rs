@@ -26,6 +26,11 @@ pub(super) fn qemu(tool: &str) -> Option<Command> {
     Some(Command::new(tool))
 }
 
+/// Makes an empty file into an image.
+pub(super) async fn create(file: Arc<dyn File>, options: &CreateOptions) -> Result<()> {
+    NewImage::lay_out(file, options).await?.write().await
+}
+
 /// A new image on a simulated file.
 pub(super) fn new_image(options: &CreateOptions, alignment: Alignment) -> SimFile {
     let file = SimFile::with_alignment("test.qcow2", Vec::new(), alignment);

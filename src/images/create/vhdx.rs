@@ -4,7 +4,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::{
-    CreateRequest, Created, NewFile, OptionHelp, check_not_own_backing, check_size, only_one,
+    CreateRequest, Created, NewFile, OptionHelp, check_not_own_backing, check_size, named_backing,
     open_backing,
 };
 use crate::block::open_gate;
@@ -129,14 +129,16 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
         None => (None, None),
     };
     let options = options_of(size, &request.options, parent, structure).context(name)?;
-    let new = NewFile::create(&request.path)?;
+    let len = vhdx::create::measure(&options).context(name)?.empty;
+    let new = NewFile::open(&request.path)?;
     if new.file.kind() != HostKind::Regular {
         return Err(Error::unsupported(format!(
             "{}: a VHDX image grows, which a block device cannot; put it into a file, or use -f raw",
             name()
         )));
     }
-    block_on(vhdx::create::create(&(Arc::clone(&new.file) as Arc<dyn File>), &options))?;
+    let file = Arc::clone(&new.file) as Arc<dyn File>;
+    new.fill(len, vhdx::create::create(&file, &options))?;
     new.keep();
     Ok(Created { size: options.size, options: shown(&options, below.as_ref()) })
 }
@@ -178,14 +180,7 @@ struct Below {
 }
 
 fn parent_of(request: &CreateRequest) -> Result<Option<Below>> {
-    let given = Given(&request.options);
-    let file = only_one("backing file", request.backing.as_deref(), given.text("backing_file"))?;
-    let format = only_one(
-        "backing file's format",
-        request.backing_format.map(ImageFormat::name),
-        given.text("backing_fmt"),
-    )?;
-    let (reference, format) = match (file, format) {
+    let (reference, format) = match named_backing(request)? {
         (None, None) => return Ok(None),
         (None, Some(_)) => {
             return Err(Error::invalid("the format of a backing file, but no backing file"));

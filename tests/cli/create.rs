@@ -1,0 +1,94 @@
+//! create, and what becomes of a file that is there already.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::{fails, ok, skip};
+
+/// Demands that a command that would make `x` is refused with these words, and changes nothing.
+fn is_refused(dir: &Path, args: &[&str], message: &str) {
+    let x = dir.join("x");
+    let line = fails(dir, args, 1);
+    assert!(line.contains(message), "{args:?}: {line}");
+    assert!(!x.exists(), "{args:?}");
+    std::fs::write(&x, "precious").unwrap();
+    let line = fails(dir, args, 1);
+    assert!(line.contains(message), "{args:?}: {line}");
+    assert_eq!(std::fs::read(&x).unwrap(), b"precious", "{args:?}");
+    std::fs::remove_file(&x).unwrap();
+}
+
+#[test]
+fn a_create_that_is_refused_leaves_an_existing_file_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "base", "1M"]);
+    let long = "b".repeat(2000);
+    for (args, message) in [
+        (&["-f", "raw", "x", "8191P"][..], "x: making it"),
+        (&["-f", "qcow2", "x", "8191P"], "too large for clusters of 65536 bytes"),
+        (&["-f", "qcow2", "-o", "cluster_size=512", "x", "1T"], "use a larger cluster_size"),
+        (&["-f", "qcow2", "-o", "cluster_size=3000", "x", "1M"], "not a power of two"),
+        (&["-f", "qcow2", "-u", "-b", &long, "-F", "raw", "x", "1M"], "1 to 1023 bytes"),
+        (&["-f", "qcow2", "-b", "nowhere", "-F", "raw", "x"], "nowhere: No such file"),
+        (&["-f", "vhdx", "x", "65T"], "the 64T that VHDX allows"),
+        (&["-f", "vhdx", "-o", "subformat=fixed,block_size=3M", "x", "1M"], "a power of two"),
+        (&["-f", "add-cow", "-u", "-b", &long, "-F", "raw", "x", "1M"], "backing_file"),
+    ] {
+        let args = [&["create"], args].concat();
+        is_refused(d, &args, message);
+        assert!(!d.join("x.raw").exists(), "{args:?}");
+    }
+    std::fs::write(d.join("x"), [7; 512]).unwrap();
+    fails(d, &["create", "-f", "add-cow", "-o", "image-file=x", "x"], 1);
+    assert_eq!(std::fs::read(d.join("x")).unwrap(), [7; 512]);
+}
+
+#[test]
+fn a_conversion_that_is_refused_leaves_its_target_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (d, sub) = (dir.path(), dir.path().join("sub"));
+    std::fs::create_dir(&sub).unwrap();
+    ok(d, &["create", "-q", "base", "1M"]);
+    ok(d, &["create", "-q", "sub/from", "1M"]);
+    std::fs::write(sub.join("odd"), [1; 1000]).unwrap();
+    let convert = |args: &[&str], message: &str| {
+        is_refused(&sub, &[&["convert", "-f", "raw"], args, &["x"]].concat(), message);
+    };
+    for how in
+        [&["-B", "../base", "-F", "raw"][..], &["-o", "backing_file=../base,backing_fmt=raw"]]
+    {
+        let args = [&["-O", "qcow2"], how, &["from"]].concat();
+        convert(&args, "x: its backing file: ../base: lies outside of the directories");
+    }
+    convert(&["-O", "qcow2", "-o", "cluster_size=3000", "from"], "not a power of two");
+    convert(&["-O", "vmdk", "from"], "cannot be created");
+    convert(&["-O", "raw", "-o", "size=8191P", "from"], "x: making it");
+    // In a file system without direct I/O, it is that which is refused.
+    convert(&["-T", "none", "odd"], "irect");
+    ok(
+        &sub,
+        &["convert", "-O", "qcow2", "-B", "../base", "-F", "raw", "--allow-dir", "..", "from", "x"],
+    );
+}
+
+/// On a file system that is too small, and that nobody else sees.
+#[test]
+fn a_create_that_fails_half_way_leaves_no_half_made_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "mount -t tmpfs -o size=1M none . && cd . && echo mounted || exit 0; \
+                  printf precious > old; \
+                  \"$0\" create -q -o preallocation=full old 4M; echo $? $(stat -c %s old); \
+                  \"$0\" create -q -o preallocation=full new 4M; echo $?; ls";
+    let mut command = Command::new("unshare");
+    command.args(["-r", "-m", "sh", "-c", script, env!("CARGO_BIN_EXE_vublk")]);
+    let Ok(output) = command.current_dir(dir.path()).output() else { return skip("no unshare") };
+    let said = String::from_utf8(output.stdout).unwrap();
+    let Some(said) = said.strip_prefix("mounted\n") else { return skip("no mount of our own") };
+    assert_eq!(said, "1 0\n1\nold\n");
+    let lines = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    let full = "making it 4194304 bytes large: No space left on device";
+    let lost = "what old contained is gone, and there is no new image in it";
+    assert_eq!(lines, [format!("vublk: {lost}: old: {full}"), format!("vublk: new: {full}")]);
+}
