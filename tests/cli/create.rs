@@ -1,9 +1,11 @@
 //! create, and what becomes of a file that is there already.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{fails, ok, skip};
+use crate::common::{LoopDevice, Random, fails, have, ok, skip, tool_ok};
+use crate::{json, random_file};
 
 /// Demands that a command that would make `x` is refused with these words, and changes nothing.
 fn is_refused(dir: &Path, args: &[&str], message: &str) {
@@ -91,4 +93,42 @@ fn a_create_that_fails_half_way_leaves_no_half_made_file() {
     let full = "making it 4194304 bytes large: No space left on device";
     let lost = "what old contained is gone, and there is no new image in it";
     assert_eq!(lines, [format!("vublk: {lost}: old: {full}"), format!("vublk: new: {full}")]);
+}
+
+#[test]
+fn qcow2_images_are_made_on_block_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    // What is on it shows nowhere.
+    std::fs::write(d.join("backing"), vec![0xee; 8 << 20]).unwrap();
+    let Some(device) = LoopDevice::over(&d.join("backing")) else { return };
+    let device = device.name();
+    let is_sound = || {
+        ok(d, &["check", "-f", "qcow2", device]);
+        if have("qemu-img") {
+            tool_ok(d, "qemu-img", &["check", "-q", "-f", "qcow2", device]);
+        }
+    };
+    ok(d, &["create", "-q", "-f", "qcow2", device, "1G"]);
+    is_sound();
+    assert_eq!(json(&ok(d, &["info", "--output=json", device]))["virtual-size"], 1 << 30);
+    let mut random = Random::new("qcow2_images_are_made_on_block_devices");
+    for cache in ["writeback", "none"] {
+        random_file(&d.join("from"), 5 << 20, &mut random);
+        File::options().write(true).open(d.join("from")).unwrap().set_len(2 << 30).unwrap();
+        ok(d, &["convert", "-t", cache, "-f", "raw", "-O", "qcow2", "from", device]);
+        is_sound();
+        ok(d, &["compare", "-f", "raw", "-F", "qcow2", "from", device]);
+        // What is zero takes no place, as in a file.
+        ok(d, &["convert", "-f", "raw", "-O", "qcow2", "from", "file"]);
+        let end =
+            |image| json(&ok(d, &["check", "--output=json", image]))["image-end-offset"].clone();
+        assert_eq!(end(device), end("file"));
+    }
+    // A disk may be larger than its device; what says where everything is must fit.
+    let line = fails(d, &["create", "-f", "qcow2", device, "1P"], 1);
+    assert!(line.contains("the device has only 8388608 bytes"), "{line}");
+    let line = fails(d, &["create", "-f", "add-cow", device, "1M"], 1);
+    assert!(line.contains("a device can be its image file"), "{line}");
+    ok(d, &["compare", "-f", "raw", "-F", "qcow2", "from", device]);
 }
