@@ -352,7 +352,10 @@ fn image_file(
 fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<ImageFile> {
     let size = super::create::size_of(request, below)?;
     if size == 0 {
-        return Err(Error::invalid(format!("{}: a disk needs a size", request.path.display())));
+        return Err(Error::invalid(format!(
+            "{}: a size of 0 bytes cannot be: an add-cow image has at least one sector ({SECTOR_SIZE})",
+            request.path.display()
+        )));
     }
     let mut path = request.path.clone().into_os_string();
     path.push(".raw");

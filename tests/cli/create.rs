@@ -33,7 +33,7 @@ fn a_create_that_is_refused_leaves_an_existing_file_as_it_was() {
         (&["-f", "qcow2", "-o", "cluster_size=3000", "x", "1M"], "not a power of two"),
         (&["-f", "qcow2", "-u", "-b", &long, "-F", "raw", "x", "1M"], "1 to 1023 bytes"),
         (&["-f", "qcow2", "-b", "nowhere", "-F", "raw", "x"], "nowhere: No such file"),
-        (&["-f", "vhdx", "x", "65T"], "the 64T that VHDX allows"),
+        (&["-f", "vhdx", "x", "65T"], "VHDX allows from one sector (512) to 64T"),
         (&["-f", "vhdx", "-o", "subformat=fixed,block_size=3M", "x", "1M"], "a power of two"),
         (&["-f", "add-cow", "-u", "-b", &long, "-F", "raw", "x", "1M"], "backing_file"),
     ] {
@@ -72,6 +72,30 @@ fn a_conversion_that_is_refused_leaves_its_target_as_it_was() {
         &sub,
         &["convert", "-O", "qcow2", "-B", "../base", "-F", "raw", "--allow-dir", "..", "from", "x"],
     );
+}
+
+/// As with qemu-img, an image that can be is made; a guest's disk it becomes when it is made larger.
+#[test]
+fn a_size_of_zero_is_served_where_the_format_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    for format in ["raw", "qcow2"] {
+        ok(d, &["create", "-q", "-f", format, "x", "0"]);
+        assert_eq!(json(&ok(d, &["info", "--output=json", "-f", format, "x"]))["virtual-size"], 0);
+        if format == "qcow2" && have("qemu-img") {
+            tool_ok(d, "qemu-img", &["check", "-q", "x"]);
+        }
+        ok(d, &["convert", "-f", format, "-O", "qcow2", "x", "copy"]);
+        ok(d, &["compare", "-f", format, "-F", "qcow2", "x", "copy"]);
+        let line = fails(d, &["serve", "--socket-path", "s", "-f", format, "x"], 78);
+        let way_out = format!("a disk needs a size: vublk resize -f {format} x 10G");
+        assert!(line.contains(&way_out), "{line}");
+        ok(d, &["resize", "-q", "-f", format, "x", "10G"]);
+        std::fs::remove_file(d.join("x")).unwrap();
+    }
+    for format in ["vhdx", "add-cow"] {
+        is_refused(d, &["create", "-f", format, "x", "0"], "x: a size of 0 bytes cannot be: ");
+    }
 }
 
 /// On a file system that is too small, and that nobody else sees.

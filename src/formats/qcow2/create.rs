@@ -17,7 +17,7 @@ const MAX_L1_ENTRIES: u64 = 4 << 20;
 /// How to create an image.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
-    /// Size of the disk in bytes; a multiple of 512, not 0.
+    /// Size of the disk in bytes; a multiple of 512. An image of 0 bytes can be made larger.
     pub size: u64,
     /// Cluster size in bytes: a power of two from 512 to 2 MiB.
     pub cluster_size: u64,
@@ -100,8 +100,8 @@ fn cannot_create(name: &str) -> String {
 async fn lay_out(file: Arc<dyn File>, options: &CreateOptions) -> Result<NewImage> {
     options.check()?;
     let CreateOptions { size, cluster_size, refcount_bits, backing } = options;
-    if *size == 0 || size % BLOCK != 0 {
-        return Err(Error::invalid(format!("size {size} is not a positive multiple of {BLOCK}")));
+    if !size.is_multiple_of(BLOCK) {
+        return Err(Error::invalid(format!("size {size} is not a multiple of {BLOCK}")));
     }
     let max = MAX_L1_ENTRIES * (cluster_size / 8) * cluster_size;
     if *size > max {

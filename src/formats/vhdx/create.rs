@@ -167,8 +167,8 @@ impl CreateOptions {
         }
         if self.size == 0 || self.size > MAX_DISK_SIZE {
             return Err(Error::invalid(format!(
-                "a size of {} bytes is not from one sector to the 64T that VHDX allows",
-                self.size
+                "a size of {} bytes cannot be: VHDX allows from one sector ({}) to 64T",
+                self.size, self.logical_sector
             )));
         }
         if !self.size.is_multiple_of(self.logical_sector) {
