@@ -8,7 +8,7 @@ use crate::block::{Gate, Graph, Node};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, CacheMode, ImageFormat, Layers, OpenRequest, StateDir};
+use crate::images::{self, CacheMode, ImageFormat, Layers, OpenRequest, StateDir, frozen};
 use crate::io::block_on;
 use crate::jobs::chain;
 use crate::jobs::layer_copy::{Copier, CopyDown};
@@ -27,7 +27,8 @@ pub struct CommitArgs {
     /// The overlay is not emptied then
     #[arg(short = 'b', long = "base", value_name = "BASE")]
     base: Option<PathBuf>,
-    /// Do not empty the overlay afterwards
+    /// Do not empty the overlay afterwards: it is to be removed. If a live snapshot made it, the disk goes
+    /// on in the base
     #[arg(short = 'd', long = "drop")]
     keep: bool,
     /// Allow images to pull in files from below DIR; their own directory is always allowed
@@ -70,6 +71,9 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
             base.flush().await
         })?;
         chain::follow(layers, &nodes, false, &quiesced)?;
+        if args.keep {
+            leave(layers, &nodes);
+        }
         if empties { block_on(top.driver().make_empty(true)) } else { Ok(()) }
     };
     commit(&mut layers).context(|| format!("committing {name} (which is as it was)"))?;
@@ -78,6 +82,17 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
         output::print("Image committed.\n")?;
     }
     Ok(DONE)
+}
+
+/// Has the disk go on in the base, if a snapshot had frozen that below one of the layers that it holds
+/// now, for the overlay is to be removed: as after a commit while the disk is served.
+fn leave(layers: &Layers, nodes: &[Node]) {
+    let files: Vec<_> = nodes.iter().filter_map(|node| layers.file_of(node)).collect();
+    let [top, .., base] = files[..] else { return };
+    if files.iter().any(|overlay| frozen::is_frozen_below(base, overlay.path())) {
+        frozen::clear(base);
+        frozen::mark_moved(top, base.path());
+    }
 }
 
 async fn copy(args: &CommitArgs, top: &Node, base: &Node) -> Result<()> {

@@ -7,8 +7,8 @@
 //! the overlay; and an image with a mark is not given to a guest for writing. The mark goes when the
 //! image is on top again (commit), or when its overlay is gone.
 //!
-//! Likewise when a disk *leaves* an image: the overlay that was committed into the image below it, the
-//! add-cow file whose raw image file needs it no more. What is left there is old, or would write
+//! Likewise when a disk *leaves* an image: the overlay that was committed into the image below it (also by
+//! `vublk commit -d`, of an overlay that a snapshot had made), the add-cow file whose raw image file needs it no more. What is left there is old, or would write
 //! past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
 //! disk goes on, before the guest's first write goes there.
 //!
@@ -128,9 +128,14 @@ pub fn overlay_of(file: &HostFile) -> Option<PathBuf> {
     get(file, ATTRIBUTE)
 }
 
-/// Whether the image is marked as frozen below this one.
+/// Whether the image is marked as frozen below this one, under whatever name.
 pub fn is_frozen_below(file: &HostFile, overlay: &Path) -> bool {
-    overlay_of(file).is_some_and(|marked| Ok(marked) == std::path::absolute(overlay).map_err(drop))
+    let Some(marked) = overlay_of(file) else { return false };
+    let is_same = |path: std::io::Result<PathBuf>| path.is_ok_and(|path| path == marked);
+    is_same(std::path::absolute(overlay))
+        || marked
+            .canonicalize()
+            .is_ok_and(|marked| overlay.canonicalize().is_ok_and(|overlay| overlay == marked))
 }
 
 /// The image that the disk of this one has moved to, if it is marked so.
@@ -215,7 +220,7 @@ pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!(
-                    "{name}: this disk was committed or streamed while it was served, and goes on in \
+                    "{name}: this disk was committed or streamed into another image, and goes on in \
                      {shown}; serve that one, in its own format (-f raw if it is raw): what is here \
                      is old"
                 ),

@@ -4,6 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Command, Stdio};
 
+use vublk::images::frozen;
+use vublk::io::{HostFile, OpenOptions};
+
 use crate::common::{Random, fails, have, ok, tool, vublk};
 use crate::{json, random_file};
 
@@ -221,4 +224,43 @@ fn the_machine_is_measured_without_a_back_end() {
         assert_eq!(output.status.code(), Some(2));
         assert!(error.contains("--socket-path <PATH>"), "{error}");
     }
+}
+
+/// `commit -d` says that the overlay is to be removed. One that a live snapshot had made has held the disk.
+#[test]
+fn a_commit_of_a_live_snapshot_has_the_disk_go_on_in_the_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "raw", "base", "1M"]);
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "mid"]);
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "mid", "-F", "qcow2", "top"]);
+    let options = OpenOptions { write: true, ..Default::default() };
+    let base = HostFile::open(&d.join("base"), options).unwrap();
+    // Where there is no place for the socket, all else has been looked at.
+    let serve = |name| {
+        let output = vublk(d, &["serve", "--socket-path", "no/s", name]);
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let is_frozen = || serve("base").contains("the disk goes on in");
+    // Without -d, the disk stays where it is; and what somebody else's overlay needs stays frozen.
+    frozen::mark(&base, &d.join("mid"));
+    ok(d, &["commit", "-q", "-b", "base", "top"]);
+    assert!(is_frozen());
+    std::fs::write(d.join("other"), "").unwrap();
+    frozen::mark(&base, &d.join("other"));
+    ok(d, &["commit", "-q", "-d", "-b", "base", "top"]);
+    assert!(is_frozen());
+    assert!(serve("top").contains("no/s"));
+    frozen::mark(&base, &d.join("mid"));
+    ok(d, &["commit", "-q", "-d", "-b", "base", "top"]);
+    assert!(serve("base").contains("no/s"), "the mark is gone");
+    let line = serve("top");
+    assert!(
+        line.contains("goes on in") && line.contains(d.join("base").to_str().unwrap()),
+        "{line}"
+    );
+    // With no mark there was no snapshot, and both are the operator's.
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "over"]);
+    ok(d, &["commit", "-q", "-d", "over"]);
+    assert!(serve("over").contains("no/s") && serve("base").contains("no/s"));
 }
