@@ -7,7 +7,7 @@ use std::process::Output;
 
 use serde_json::Value;
 
-use crate::common::{Random, fails, have, ok, ok_or, tool, tool_ok, vublk};
+use crate::common::{Random, Setup, fails, have, ok, ok_or, tool, tool_ok, vublk};
 use crate::{json, random_file};
 
 /// Does random things to a qcow2 image by qemu-io.
@@ -504,4 +504,34 @@ fn a_version_2_image_with_snapshots_keeps_its_size() {
     let err = fails(d, &["resize", "-f", "qcow2", "v2", "8M"], 1);
     assert!(err.contains("Can't resize a v2 image which has snapshots"), "{err}");
     tool_ok(d, "qemu-img", &["snapshot", "-a", "a", "v2"]);
+}
+
+/// A backup of what has changed since the last one needs them.
+#[test]
+fn bitmaps_are_good_until_the_guest_writes() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    tool_ok(d, "qemu-img", &["create", "-q", "-f", "qcow2", "disk", "16M"]);
+    tool_ok(d, "qemu-img", &["bitmap", "--add", "disk", "b0"]);
+    let is_good = || {
+        let info = json(&tool_ok(d, "qemu-img", &["info", "--output=json", "disk"]));
+        let bitmaps = &info["format-specific"]["data"]["bitmaps"];
+        bitmaps[0]["flags"] == serde_json::json!(["auto"])
+    };
+    assert!(is_good());
+    for writes in [false, true] {
+        let mut backend = Setup::new(&[]).format("qcow2", &d.join("disk")).start();
+        let mut session = backend.qemu();
+        session.read(0, 0, 4096).unwrap();
+        session.flush(0).unwrap();
+        if writes {
+            session.write(0, 0, &[1; 512]).unwrap();
+        }
+        session.stop().unwrap();
+        assert!(backend.terminate().success(), "{}", backend.log());
+        assert_eq!(is_good(), !writes);
+    }
 }

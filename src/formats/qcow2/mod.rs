@@ -183,8 +183,8 @@ pub struct Qcow2 {
     completed: AtomicU64,
     /// Number of the snapshot that the next change will be part of.
     generation: AtomicU64,
-    /// Whether the image on disk says that what we do not keep up to date (persistent bitmaps) is: not
-    /// before anything is written, and not any more then.
+    /// Whether the image says that what we do not keep up to date (persistent bitmaps) is: until the
+    /// first change of the disk, and not any more then.
     has_claims: AtomicBool,
     /// Counts changes of metadata and records, to tell whether a checkpoint has anything to do.
     changes: AtomicU64,
@@ -232,11 +232,15 @@ impl Qcow2 {
             let shown = header.incompatible & !0b11;
             store.write(header::field::INCOMPATIBLE as u64, &shown.to_be_bytes()).await?;
         } else if header.autoclear != 0 {
-            // To be cleared by whoever does not know them. imago would rewrite the whole header.
+            // imago would clear what it does not know, and rewrite the whole header, at once.
             store.write(header::field::AUTOCLEAR as u64, &[0; 8]).await?;
         }
         let builder = Imago::builder(store.clone()).write(!options.read_only).backing(None);
         let image = builder.data_file(None).open(DenyImplicitOpenGate::default()).await?;
+        if !options.read_only {
+            // The bits are true until somebody writes.
+            store.forget(ByteRange { offset: 0, len: store.granule() });
+        }
         let layout = match options.read_only {
             true => None,
             false => Some(Arc::new(Layout::load(&disk, &header).await?)),

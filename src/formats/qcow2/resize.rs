@@ -29,6 +29,7 @@ impl Qcow2 {
             )));
         }
         self.check_growth(size)?;
+        self.give_up_claims().await?;
         // The new size must not become durable before the new space reads as zeros.
         self.checkpoint().await?;
         self.resizing.store(true, Ordering::SeqCst);

@@ -398,8 +398,9 @@ fn a_size_that_cannot_be_changes_nothing() {
 #[test]
 fn nothing_is_written_while_the_header_claims_what_that_makes_untrue() {
     const AUTOCLEAR: usize = 88;
-    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
-    let disk = open_image(&file, None, None);
+    let base = || Some(raw_node(&[0; 65536], Alignment::NONE));
+    let file = new_image(&backed(1 << 20, 65536, true), Alignment::NONE);
+    let disk = open_image(&file, base(), None);
     let buf = AlignedBuf::from_slice(&[1; 512], 512);
     let write = |disk: &Driven| block_on(disk.write(0, buf.buffers(), false)).unwrap();
     write(&disk);
@@ -407,16 +408,21 @@ fn nothing_is_written_while_the_header_claims_what_that_makes_untrue() {
     let mut content = file.durable();
     content[AUTOCLEAR + 7] = 1;
     let claims = |file: &SimFile| file.durable()[AUTOCLEAR + 7] == 1;
-    for change in ["write", "discard", "zeroes"] {
+    for change in ["write", "discard", "zeroes", "resize", "rename"] {
         let file = SimFile::from_bytes("test.qcow2", content.clone());
-        let disk = open_image(&file, None, None);
+        let disk = open_image(&file, base(), None);
+        block_on(disk.flush()).unwrap();
+        block_on(disk.close()).unwrap();
         assert!(claims(&file), "before anything is written");
         let cluster = ByteRange { offset: 0, len: 65536 };
         match change {
             "write" => write(&disk),
             "discard" => block_on(disk.discard(cluster)).unwrap(),
+            "rename" => block_on(disk.rename_backing(Some(("base.raw", "raw")))).unwrap(),
+            "resize" => block_on(disk.resize(2 << 20)).unwrap(),
             _ => block_on(disk.write_zeroes(cluster, false)).unwrap(),
         }
-        assert!(!claims(&file), "{change}");
+        // The disk is the same by another name of its backing file.
+        assert_eq!(claims(&file), change == "rename", "{change}");
     }
 }

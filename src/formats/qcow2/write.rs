@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use imago::{PreparedDataMapping, ShallowMapping};
 
 use super::disk::ALL;
+use super::header::field;
 use super::place::Place;
 use super::session::{Promise, RECORD_WRITE};
 use super::store::Store;
@@ -90,9 +91,10 @@ impl Qcow2 {
         }
     }
 
-    /// Makes sure that the header does not claim any more, on disk, what the first write makes untrue.
+    /// Makes sure that the header does not claim any more, on disk, what the first change makes untrue.
     pub(super) async fn give_up_claims(&self) -> Result<()> {
         if self.has_claims.load(Ordering::Acquire) {
+            self.store.write(field::AUTOCLEAR as u64, &[0; 8]).await?;
             self.changes.fetch_add(1, Ordering::SeqCst);
             self.checkpoint().await?;
             self.has_claims.store(false, Ordering::Release);
