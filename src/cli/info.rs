@@ -105,17 +105,27 @@ fn printable(text: &str) -> String {
 
 /// Writes an object as indented lines, `key: value`.
 fn push_tree(lines: &mut Vec<String>, object: &Map<String, Value>, depth: usize) {
-    let indent = "    ".repeat(depth);
     for (key, value) in object {
-        let key = key.replace('-', " ");
-        match value {
-            Value::Object(inner) => {
-                lines.push(format!("{indent}{key}:"));
-                push_tree(lines, inner, depth + 1);
-            }
-            Value::String(text) => lines.push(format!("{indent}{key}: {text}")),
-            other => lines.push(format!("{indent}{key}: {other}")),
+        push_value(lines, &key.replace('-', " "), value, depth);
+    }
+}
+
+/// Writes a value by this name: what has parts on lines of their own, those of a list by number.
+fn push_value(lines: &mut Vec<String>, key: &str, value: &Value, depth: usize) {
+    let indent = "    ".repeat(depth);
+    match value {
+        Value::Object(inner) => {
+            lines.push(format!("{indent}{key}:"));
+            push_tree(lines, inner, depth + 1);
         }
+        Value::Array(parts) => {
+            lines.push(format!("{indent}{key}:"));
+            for (at, part) in parts.iter().enumerate() {
+                push_value(lines, &format!("[{at}]"), part, depth + 1);
+            }
+        }
+        Value::String(text) => lines.push(format!("{indent}{key}: {text}")),
+        other => lines.push(format!("{indent}{key}: {other}")),
     }
 }
 

@@ -517,7 +517,9 @@ fn bitmaps_are_good_until_the_guest_writes() {
     tool_ok(d, "qemu-img", &["create", "-q", "-f", "qcow2", "disk", "16M"]);
     tool_ok(d, "qemu-img", &["bitmap", "--add", "disk", "b0"]);
     let is_good = || {
-        let info = json(&tool_ok(d, "qemu-img", &["info", "--output=json", "disk"]));
+        let args = ["info", "--output=json", "disk"];
+        let info = json(&tool_ok(d, "qemu-img", &args));
+        assert_eq!(json(&ok(d, &args)), info);
         let bitmaps = &info["format-specific"]["data"]["bitmaps"];
         bitmaps[0]["flags"] == serde_json::json!(["auto"])
     };
@@ -534,4 +536,37 @@ fn bitmaps_are_good_until_the_guest_writes() {
         assert!(backend.terminate().success(), "{}", backend.log());
         assert_eq!(is_good(), !writes);
     }
+}
+
+#[test]
+fn bitmaps_are_shown() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    tool_ok(d, "qemu-img", &["create", "-q", "-f", "qcow2", "disk", "16M"]);
+    tool_ok(d, "qemu-img", &["bitmap", "--add", "-g", "4096", "disk", "b0"]);
+    tool_ok(d, "qemu-img", &["bitmap", "--add", "--disable", "disk", "another one"]);
+    let args = ["info", "--output=json", "disk"];
+    let theirs = json(&tool_ok(d, "qemu-img", &args));
+    assert_eq!(theirs["format-specific"]["data"]["bitmaps"].as_array().unwrap().len(), 2);
+    assert_eq!(json(&ok(d, &args)), theirs);
+    // Theirs has an order of its own.
+    let lines = |text: String| {
+        let mut lines: Vec<_> = text.lines().map(str::to_string).collect();
+        lines.sort();
+        lines
+    };
+    let text = ok(d, &["info", "disk"]);
+    assert!(text.contains("    bitmaps:\n        [0]:\n            flags:\n"), "{text}");
+    assert_eq!(lines(text), lines(tool_ok(d, "qemu-img", &["info", "disk"])));
+    // A directory that lies elsewhere than it can.
+    let file = File::options().read(true).write(true).open(d.join("disk")).unwrap();
+    let mut cluster = vec![0; 65536];
+    file.read_exact_at(&mut cluster, 0).unwrap();
+    let extension = cluster.windows(4).position(|word| word == [0x23, 0x85, 0x28, 0x75]).unwrap();
+    file.write_all_at(&(1u64 << 50).to_be_bytes(), extension as u64 + 24).unwrap();
+    let line = fails(d, &["info", "disk"], 1);
+    assert!(line.contains("disk: bitmap directory entry 0 at 1125899906842624"), "{line}");
 }

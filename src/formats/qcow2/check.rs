@@ -96,7 +96,7 @@ pub async fn check(file: &Arc<dyn File>) -> Result<Found> {
     let name = || file.name().to_string();
     let header = Header::read(file).await?;
     header.check_supported(true).context(name)?;
-    if header.has_bitmaps {
+    if header.bitmaps.is_some() {
         return Err(Error::unsupported(format!(
             "{}: the image has persistent bitmaps, which are not checked here; use qemu-img check",
             file.name()

@@ -32,6 +32,10 @@ const EXTENDED_L2: u64 = 1 << 4;
 /// Compatible feature bit.
 const LAZY_REFCOUNTS: u64 = 1 << 0;
 
+/// Autoclear feature bit: the bitmaps are of the disk as it is.
+const BITMAPS: u64 = 1 << 0;
+/// Length of the header extension about bitmaps in bytes.
+const BITMAPS_LEN: usize = 24;
 /// Autoclear feature bit: the external data file is a raw image by itself.
 const DATA_FILE_RAW: u64 = 1 << 1;
 
@@ -88,8 +92,8 @@ pub struct Header {
     pub(super) autoclear: u64,
     /// Where the snapshot table lies.
     pub(super) snapshots_offset: u64,
-    /// Whether the image has persistent bitmaps.
-    pub(super) has_bitmaps: bool,
+    /// How many persistent bitmaps the image has, and where their directory lies.
+    pub(super) bitmaps: Option<(u32, u64)>,
     crypt_method: u32,
     has_crypto_header: bool,
     /// 0 is zlib, 1 zstd.
@@ -157,7 +161,7 @@ impl Header {
             compatible: if v3 { be64(&start, 80) } else { 0 },
             autoclear: if v3 { be64(&start, field::AUTOCLEAR) } else { 0 },
             snapshots_offset: be64(&start, 64),
-            has_bitmaps: false,
+            bitmaps: None,
             crypt_method: be32(&start, 32),
             has_crypto_header: false,
             compression: 0,
@@ -204,7 +208,15 @@ impl Header {
             match kind {
                 EXT_BACKING_FORMAT => format = Some(text(data, "backing format")?),
                 EXT_CRYPTO => self.has_crypto_header = true,
-                EXT_BITMAPS => self.has_bitmaps = true,
+                EXT_BITMAPS if len == BITMAPS_LEN => {
+                    self.bitmaps = Some((be32(data, 0), be64(data, 16)));
+                }
+                EXT_BITMAPS => {
+                    return Err(Error::corrupt(format!(
+                        "header extension {kind:#x} (bitmaps) at {at} has {len} bytes and not \
+                         {BITMAPS_LEN}"
+                    )));
+                }
                 EXT_DATA_FILE => self.data_file = Some(text(data, "data file name")?),
                 EXT_FEATURE_NAMES => {
                     for entry in data.chunks_exact(48).filter(|entry| entry[0] == 0) {
@@ -328,6 +340,11 @@ impl Header {
     /// Whether somebody found the image corrupt.
     pub fn is_corrupt(&self) -> bool {
         self.incompatible & CORRUPT != 0
+    }
+
+    /// The number of persistent bitmaps that are of the disk as it is, and where their directory lies.
+    pub(super) fn current_bitmaps(&self) -> Option<(u32, u64)> {
+        self.bitmaps.filter(|_| self.autoclear & BITMAPS != 0)
     }
 
     /// Format-specific facts, named as `qemu-img info --output=json` names them.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{BLOCK, Header, snapshots};
+use super::{BLOCK, Header, bitmaps, snapshots};
 use crate::block::{BlockStatus, Driver, Limits};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{Buffers, File, Fut};
@@ -31,6 +31,11 @@ impl Metadata {
             let read = snapshots::read(&file, &header).await;
             let (list, _) = read.context(|| file.name().to_string())?;
             details["snapshots"] = list.into_iter().map(|snapshot| snapshot.info).collect();
+        }
+        let bitmaps = bitmaps::read(&file, &header).await;
+        let bitmaps = bitmaps.context(|| file.name().to_string())?;
+        if !bitmaps.is_empty() {
+            details["bitmaps"] = bitmaps.into();
         }
         Ok(Metadata { file, header, details })
     }

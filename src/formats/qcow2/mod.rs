@@ -76,6 +76,7 @@
 //!   reclaims it.
 //! * Version 2 images have no zero clusters: discards do nothing there, zeroes are written out.
 
+mod bitmaps;
 pub mod check;
 mod checkpoint;
 mod clear;
