@@ -1,9 +1,10 @@
 //! `vublk commit`: pushes what an overlay holds down into a layer below it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::block::open_gate::directory_of;
 use crate::block::{Gate, Graph, Node};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
@@ -23,7 +24,8 @@ pub struct CommitArgs {
     /// How the images are cached: writeback, none, or unsafe (no flush)
     #[arg(short = 't', long = "cache", value_name = "MODE", default_value_t)]
     cache: CacheMode,
-    /// The layer to write to, as `info --backing-chain` names it; the one right below if not given.
+    /// The layer to write to, as `info --backing-chain` names it, or the image above it; the one right
+    /// below if not given.
     /// The overlay is not emptied then
     #[arg(short = 'b', long = "base", value_name = "BASE")]
     base: Option<PathBuf>,
@@ -109,12 +111,7 @@ async fn copy(args: &CommitArgs, top: &Node, base: &Node) -> Result<()> {
 }
 
 /// The layer that is written to.
-fn find_base(
-    layers: &Layers,
-    top: &Node,
-    named: Option<&std::path::Path>,
-    name: &str,
-) -> Result<Node> {
+fn find_base(layers: &Layers, top: &Node, named: Option<&Path>, name: &str) -> Result<Node> {
     let chain: Vec<Node> = std::iter::successors(top.backing(), Node::backing).collect();
     let Some(named) = named else {
         return chain
@@ -122,7 +119,10 @@ fn find_base(
             .cloned()
             .ok_or_else(|| Error::invalid(format!("{name}: Image does not have a backing file")));
     };
-    let found = top.backing().and_then(|below| layers.find_in_chain(&below, named));
+    let at = |path: &Path| layers.find_in_chain(chain.first()?, path);
+    // As it is called from here, or else by the image above it.
+    let by_image = |above: &Node| at(&directory_of(layers.file_of(above)?.path()).join(named));
+    let found = at(named).or_else(|| std::iter::once(top).chain(&chain).find_map(by_image));
     found.ok_or_else(|| {
         Error::invalid(format!(
             "{name}: Did not find '{}' in the backing chain of '{name}'",

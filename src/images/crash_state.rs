@@ -72,11 +72,12 @@ impl Named {
             ))
         };
         let json = text.strip_prefix(PREFIX).unwrap_or(text);
-        let named: Named = serde_json::from_str(json).map_err(|err| bad(err.to_string()))?;
-        if named.driver != crate::crash::state::NAME {
-            return Err(bad(format!("the driver '{}' is not known here", named.driver)));
+        // Before its options, which are another driver's.
+        let value = serde_json::from_str::<serde_json::Value>(json).unwrap_or_default();
+        if let Some(driver) = value["driver"].as_str().filter(|d| *d != crate::crash::state::NAME) {
+            return Err(bad(format!("the driver '{driver}' is not known here")));
         }
-        Ok(named)
+        serde_json::from_str(json).map_err(|err| bad(err.to_string()))
     }
 
     /// What to open for it: `log` and `base` are the paths of its files, or where they were found.

@@ -333,7 +333,13 @@ impl Opening<'_> {
 
     /// Opens a crash state that this image names as what it stands on. Log and base pass the gate.
     fn child_state(&mut self, reference: &str) -> Result<Image> {
-        let named = Named::parse(reference)?;
+        let named = Named::parse(reference).map_err(|err| {
+            let message = format!(
+                "{err}; have the image name the file itself: vublk rebase -u -b FILE -F FORMAT {}",
+                self.file.name()
+            );
+            Error::new(err.kind(), message)
+        })?;
         let (log, base) = (self.resolve(&named.log)?, self.resolve(&named.base)?);
         let like = OpenRequest {
             access: Access::Read,

@@ -264,3 +264,20 @@ fn a_commit_of_a_live_snapshot_has_the_disk_go_on_in_the_base() {
     ok(d, &["commit", "-q", "-d", "over"]);
     assert!(serve("over").contains("no/s") && serve("base").contains("no/s"));
 }
+
+/// As qemu-img has it, and as `info --backing-chain` shows it.
+#[test]
+fn the_base_of_a_commit_is_found_from_here_and_from_its_overlay() {
+    let dir = tempfile::tempdir().unwrap();
+    let (d, sub) = (dir.path(), dir.path().join("sub"));
+    std::fs::create_dir_all(sub.join("below")).unwrap();
+    ok(d, &["create", "-q", "-f", "raw", "sub/below/base", "1M"]);
+    ok(&sub, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "below/mid"]);
+    ok(&sub, &["create", "-q", "-f", "qcow2", "-b", "below/mid", "-F", "qcow2", "top"]);
+    for (from, name) in [(d, "sub/below/base"), (d, "base"), (&sub, "base"), (d, "below/mid")] {
+        let top = if from == d { "sub/top" } else { "top" };
+        ok(from, &["commit", "-q", "-d", "-b", name, top]);
+    }
+    let line = fails(d, &["commit", "-q", "-d", "-b", "nowhere", "sub/top"], 1);
+    assert!(line.contains("Did not find 'nowhere' in the backing chain"), "{line}");
+}

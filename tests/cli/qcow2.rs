@@ -570,3 +570,18 @@ fn bitmaps_are_shown() {
     let line = fails(d, &["info", "disk"], 1);
     assert!(line.contains("disk: bitmap directory entry 0 at 1125899906842624"), "{line}");
 }
+
+#[test]
+fn a_backing_file_by_json_text_is_refused_with_the_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "base", "1M"]);
+    let json = r#"json:{"driver":"raw","file":{"driver":"file","filename":"base"}}"#;
+    ok(d, &["create", "-q", "-f", "qcow2", "-u", "-b", json, "-F", "raw", "over", "1M"]);
+    let line = fails(d, &["map", "over"], 1);
+    let why = format!("over: its backing file: {json}: the driver 'raw' is not known here; ");
+    assert!(line.starts_with(&why), "{line}");
+    assert!(line.ends_with("vublk rebase -u -b FILE -F FORMAT over"), "{line}");
+    ok(d, &["rebase", "-q", "-u", "-b", "base", "-F", "raw", "over"]);
+    ok(d, &["map", "over"]);
+}
