@@ -117,7 +117,9 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
 /// As [`create`] and [`open`](super::open). An existing file is as it was, a new one is not there.
 pub fn check_openable(create: &CreateRequest, request: &OpenRequest) -> Result<Alignment> {
     let name = || create.path.display().to_string();
+    // That a raw image has none is for `create` to say.
     if let (Some(file), format) = named_backing(create)?
+        && create.format != ImageFormat::Raw
         && !crash_state::is_name(file)
     {
         let context = || format!("{}: its backing file", name());
