@@ -24,7 +24,7 @@ use super::bat::Checker;
 use super::scan::Used;
 
 /// The most free places that are known at a time: a file may be long, and have next to nothing in it.
-/// What does not count is found when the image is opened again.
+/// What does not count is found when the image is opened again, and cut off if it is at the end.
 const MAX_PLACES: usize = 1 << 18;
 
 /// A place for a block.
@@ -48,6 +48,8 @@ pub struct Space {
     free: BTreeMap<u64, bool>,
     /// Free places of 1 MiB between others, too small for a block. Never zeroed.
     scraps: BTreeSet<u64>,
+    /// What is free behind all that is in use or known, up to the end as it was at first.
+    unknown: Option<ByteRange>,
 }
 
 impl Space {
@@ -57,7 +59,8 @@ impl Space {
         // A region that nobody knows may lie behind the end of the file.
         let reserved = checker.reserved.iter().map(|range| range.end());
         let end = reserved.fold(file_len, u64::max).next_multiple_of(MIB);
-        let mut space = Space { block_size, end, free: BTreeMap::new(), scraps: BTreeSet::new() };
+        let (free, scraps) = (BTreeMap::new(), BTreeSet::new());
+        let mut space = Space { block_size, end, free, scraps, unknown: None };
         if let Some(used) = used {
             let blocks = used.blocks.iter().chain(&used.anchors);
             let mut taken: Vec<ByteRange> = blocks.map(|b| Used::range(checker, b)).collect();
@@ -85,6 +88,8 @@ impl Space {
                 self.scraps.insert(at);
                 at += MIB;
             }
+            // After the last gap it stays.
+            self.unknown = (at < gap_end).then(|| ByteRange::between(at, gap_end));
             at = at.max(range.end()).next_multiple_of(MIB);
         }
     }
@@ -133,6 +138,9 @@ impl Space {
                 block
             } else if self.scraps.remove(&scrap) {
                 scrap
+            } else if let Some(unknown) = self.unknown.take_if(|unknown| unknown.end() == self.end)
+            {
+                unknown.offset
             } else {
                 return;
             };
@@ -285,6 +293,27 @@ mod tests {
         let mut space = Space::new(&checker(MIB), 1 << 50, Some(&Used::default()));
         assert_eq!((space.free.len(), space.scraps.len()), (MAX_PLACES, 0));
         assert_eq!(space.take_block().offset, 4 * MIB);
+    }
+
+    #[test]
+    fn a_long_file_is_let_go_of_with_more_free_places_than_are_known() {
+        let mut used = Used { blocks: vec![UsedBlock { mib: 6, index: 0 }], ..Used::default() };
+        let long = |used: &Used| Space::new(&checker(MIB), 1 << 50, Some(used));
+        let mut space = long(&used);
+        space.let_go_of_end();
+        assert_eq!(space.end(), 7 * MIB);
+        // Of what was given away since, and of what lies behind it.
+        let mut space = long(&used);
+        let places = [(); 4].map(|()| space.take_block().offset / MIB);
+        assert_eq!(places, [4, 5, 7, 8]);
+        space.let_go_of_end();
+        assert_eq!(space.end(), 9 * MIB);
+        assert_eq!(space.take_block().offset, 9 * MIB);
+        // All that is known lies before what is in use.
+        used.blocks.push(UsedBlock { mib: 1 << 20, index: 1 });
+        let mut space = long(&used);
+        space.let_go_of_end();
+        assert_eq!(space.end(), MIB * ((1 << 20) + 1));
     }
 
     #[test]
