@@ -13,7 +13,7 @@ use std::time::Duration;
 mod common;
 
 use common::guest::{Guest, SECTOR, sector, words};
-use common::{Backend, Qmp, Random, Setup, have, libvhdi, ok, tool_ok};
+use common::{Backend, LoopDevice, Qmp, Random, Setup, have, libvhdi, ok, tool_ok};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, Session, SessionOptions};
 
@@ -431,4 +431,27 @@ fn resized_under_a_guest() {
             tool_ok(dir, "qemu-img", &["compare", "-q", "-F", "raw", "disk", "out.raw"]);
         }
     }
+}
+
+/// An image on a block device ends where it ends: there is nothing to cut off, and nothing wrong.
+#[test]
+fn an_image_on_a_block_device_is_closed_without_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let case = Case { kind: Kind::Dynamic, sector: SECTOR, args: &[] };
+    case.create(dir, 0);
+    // With room for blocks.
+    let file = std::fs::File::options().write(true).open(dir.join("disk")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let Some(device) = LoopDevice::over(&dir.join("disk")) else { return };
+    let mut backend = Setup::new(&[]).format("vhdx", device.path()).start();
+    let options = SessionOptions::new(Personality::Qemu).queues(QUEUES);
+    let mut guest = case.guest(backend.open(options), "an_image_on_a_block_device");
+    guest.disk.write(0, 0, &sector(1).repeat(8)).unwrap();
+    guest.disk.flush(0).unwrap();
+    guest.disk.stop().unwrap();
+    assert!(backend.terminate().success(), "{}", backend.log());
+    let log = backend.log();
+    assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+    ok(dir, &["check", "-f", "vhdx", device.name()]);
 }

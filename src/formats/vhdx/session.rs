@@ -12,7 +12,7 @@ use super::space::Space;
 use super::structure::Structure;
 use super::{ALL, Vhdx};
 use crate::error::{Error, Result, ResultExt};
-use crate::io::block_on;
+use crate::io::{HostKind, block_on};
 use crate::units::ByteRange;
 
 /// How much of the BAT is looked at to find free places inside the file, in bytes. More would hold
@@ -245,6 +245,11 @@ impl Vhdx {
     /// by ahead of its use. Only while the log is empty, as entries say how long the file is at least,
     /// and once no entry of the BAT on disk names a place there.
     async fn cut_unused_end(&self) -> Result<()> {
+        let host = self.file.as_host();
+        if host.is_some_and(|host| host.kind() == HostKind::BlockDevice) {
+            // It ends where it ends.
+            return Ok(());
+        }
         let end = {
             let mut space = self.space.lock().unwrap();
             let Some(space) = space.as_mut() else { return Ok(()) };
