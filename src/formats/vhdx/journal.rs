@@ -283,6 +283,8 @@ impl Vhdx {
                 journal.unsettled.push(*index);
             }
         }
+        #[cfg(test)]
+        super::testing::reached(super::testing::Moment::Changed);
         journal.dirty.extend(&pages);
         journal.data_first |= with.data_first;
         journal.frees.extend(with.frees);

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::journal::{Conditions, Edit, Outcome};
-use super::testing::{Driven, Fixture, read, write};
+use super::testing::{Driven, Fixture, Moment, read, visit_at, write};
 use super::{OpenOptions, Structure, Vhdx};
 use crate::block::driver::{Plan, PlanExtent, PlanOp, Planned};
 use crate::block::keep::tests::state_dir;
@@ -100,6 +100,32 @@ fn a_write_maps_a_block_if_a_place_is_ready() {
     assert_eq!(place_of(&disk, 40), Some(8 * MIB));
     assert_eq!(place_of(&disk, 10), Some(20 * MIB));
     assert_eq!(block_on(read(&disk, 2 * MIB, 512)), [1; 512]);
+}
+
+/// Of two queues that write to a new block, the durable write of one comes while the other maps it, or
+/// the other maps it while that is planned.
+#[test]
+fn a_durable_write_that_finds_a_new_mapping_waits_for_a_commit() {
+    const DURABLE: PlanOp = PlanOp::Write { fua: true };
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let disk = Arc::new(host.open(None));
+    let with_a_ready_place = || {
+        (0..12).for_each(|block| write_at(&disk, block * MIB, 1));
+        block_on(disk.flush()).unwrap();
+        assert!(planned(&disk, DURABLE, 0, 512).is_some());
+    };
+    let other = || Arc::clone(&disk);
+    with_a_ready_place();
+    let (found, sees) = (Arc::new(OnceLock::new()), other());
+    let put = Arc::clone(&found);
+    visit_at(Moment::Changed, move || put.set(planned(&sees, DURABLE, 40 * MIB, 512)).unwrap());
+    assert!(planned(&disk, WRITE, 40 * MIB, 512).is_some());
+    assert_eq!(found.get(), Some(&None));
+    with_a_ready_place();
+    let maps = other();
+    visit_at(Moment::Planning, move || assert!(planned(&maps, WRITE, 41 * MIB, 512).is_some()));
+    assert_eq!(planned(&disk, DURABLE, 41 * MIB, 512), None);
+    assert!(place_of(&disk, 41).is_some());
 }
 
 /// Nothing is kept, so who sets a bit waits until it is on disk; and so does who relies on it.

@@ -1,5 +1,6 @@
 //! Small images for tests, put together from the structures they consist of.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use zerocopy::IntoBytes;
@@ -18,6 +19,33 @@ use crate::formats::raw::Raw;
 use crate::io::sim::SimFile;
 use crate::io::{AlignedBuf, File, block_on};
 use crate::units::{ByteRange, MIB};
+
+/// A moment at which another thread may come in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// A plan for a write has seen that nothing waits for a commit, and has not looked at the mapping.
+    Planning,
+    /// A change of the mapping shows, and the one who made it goes on.
+    Changed,
+}
+
+thread_local! {
+    /// What this thread does at a moment, in place of another thread.
+    static VISITOR: RefCell<Option<(Moment, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+}
+
+/// Has `visitor` come in between when this thread reaches that moment next.
+pub fn visit_at(moment: Moment, visitor: impl FnOnce() + 'static) {
+    VISITOR.set(Some((moment, Box::new(visitor))));
+}
+
+/// This thread has reached a moment.
+pub fn reached(moment: Moment) {
+    let due = VISITOR.with_borrow_mut(|visitor| visitor.take_if(|(at, _)| *at == moment));
+    if let Some((_, visitor)) = due {
+        visitor();
+    }
+}
 
 /// An image to be made.
 #[derive(Clone, Debug)]

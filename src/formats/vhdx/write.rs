@@ -47,6 +47,8 @@ impl Vhdx {
         if !ready || (fua && self.is_dirty()) {
             return Planned::NotNow;
         }
+        #[cfg(test)]
+        super::testing::reached(super::testing::Moment::Planning);
         let pin = self.pins.pin();
         let mut at = range;
         while !at.is_empty() {
