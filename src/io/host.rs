@@ -667,7 +667,8 @@ impl File for HostFile {
             match self.kind {
                 HostKind::Regular => Ok(rustix::fs::ftruncate(&self.fd, len)?),
                 HostKind::BlockDevice => Err(Error::unsupported(
-                    "the size of a block device cannot be changed from here",
+                    "the size of a block device cannot be changed from here: change it on the host, \
+                     and then send SIGHUP to the process that serves it",
                 )),
             }
         })

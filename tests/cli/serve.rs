@@ -4,7 +4,9 @@ use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::{fails, ok};
+use serde_json::json;
+
+use crate::common::{LoopDevice, Qmp, Setup, fails, ok, tool_ok, wait_until};
 
 /// A process that ends with the test, whatever happens.
 struct Ended(std::process::Child);
@@ -83,4 +85,28 @@ fn the_exit_code_tells_whether_another_start_may_succeed() {
     let unit = std::fs::read_to_string(unit).unwrap();
     // 2 is what the parser of options ends with.
     assert!(unit.lines().any(|line| line == "RestartPreventExitStatus=2 78"));
+}
+
+/// What changes the size of a device is the host's; what makes it known is said.
+#[test]
+fn a_device_that_has_grown_is_looked_at_on_sighup() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let Some(device) = LoopDevice::new(&d.join("backing"), 1 << 20) else { return };
+    let control = d.join("control");
+    let args = ["--control", control.to_str().unwrap()];
+    let mut backend = Setup::new(&args).image(device.path()).start();
+    let mut qmp = Qmp::connect(&control);
+    let file = File::options().write(true).open(d.join("backing")).unwrap();
+    file.set_len(2 << 20).unwrap();
+    tool_ok(d, "losetup", &["-c", device.name()]);
+    let err = qmp.fails("block_resize", json!({"device": "disk", "size": 2 << 20}));
+    assert!(err.contains("send SIGHUP to the process that serves it"), "{err}");
+    backend.signal(rustix::process::Signal::HUP);
+    wait_until("the size of the device", || {
+        let nodes = qmp.ok("query-named-block-nodes", json!({}));
+        let image = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "image");
+        image.unwrap()["image"]["virtual-size"] == 2 << 20
+    });
+    assert!(backend.terminate().success());
 }
