@@ -694,6 +694,12 @@ fn a_disk_that_was_changed_after_a_kill_is_not_recorded_on() {
     let args = ["serve", "--socket-path", "s", "-f", "raw", "--log-writes", "w.log", "disk.raw"];
     let err = fails(d, &args, 78);
     assert!(err.contains("was changed after the last entry") && err.contains("--log-append"));
+    // Soon after the kill only the disk itself tells.
+    age(5);
+    std::os::unix::fs::FileExt::write_all_at(&touched, &[9], 5000).unwrap();
+    let err = fails(d, &args, 78);
+    assert!(err.contains("at byte 5000 of the disk there is not what entry 0 wrote"), "{err}");
+    std::os::unix::fs::FileExt::write_all_at(&touched, &[1], 5000).unwrap();
     // What was in flight at the kill may be that much later.
     age(5);
     let mut again = Setup::new(&["--log-writes", log.to_str().unwrap()]).image(&image).start();

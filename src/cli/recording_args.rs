@@ -2,7 +2,6 @@
 //! and that make the disk misbehave.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
@@ -12,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::filters::fault;
 use crate::filters::write_log::open::DEFAULT_INTERVAL;
 use crate::filters::write_log::{Existing, Order, Settings};
-use crate::images::recording::RecordRequest;
-use crate::images::{CacheMode, Locking};
+use crate::images::OpenRequest;
+use crate::images::recording::{RecordOptions, RecordRequest};
 use crate::units::parse_size;
 
 /// Where flushes stand in a log.
@@ -82,14 +81,9 @@ impl RecordingArgs {
         settings.map(Some).map_err(named)
     }
 
-    /// What is asked for, if anything is.
-    pub fn request(
-        &self,
-        cache: CacheMode,
-        locking: Locking,
-        lock_wait: Duration,
-        block_size: u64,
-    ) -> Option<RecordRequest> {
+    /// What is asked for, if anything is: of an image that is opened as `image` says, for a guest with
+    /// blocks of `block_size` bytes.
+    pub fn request(&self, image: &OpenRequest, block_size: u64) -> Option<RecordRequest> {
         let log = self.log_writes.clone()?;
         let existing = match (self.log_append, self.log_overwrite) {
             (true, _) => Existing::Append,
@@ -105,7 +99,13 @@ impl RecordingArgs {
                 LogOrder::Completion => Order::Completion,
             },
         };
-        let sidecar = self.log_sidecar.clone();
-        Some(RecordRequest { log, sidecar, cache, locking, lock_wait, block_size, settings })
+        let options = RecordOptions {
+            sidecar: self.log_sidecar.clone(),
+            locking: image.locking,
+            state_dir: image.state_dir.clone(),
+            block_size: Some(block_size),
+            settings,
+        };
+        Some(RecordRequest { log, cache: image.cache, lock_wait: image.lock_wait, options })
     }
 }

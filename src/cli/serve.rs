@@ -98,8 +98,7 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         if !args.read_only {
             frozen::check(&image.file, &request.allow_dirs)?;
         }
-        let (locking, wait_for) = (request.locking, request.lock_wait);
-        let record = args.recording.request(args.cache, locking, wait_for, args.block_size);
+        let record = args.recording.request(&request, args.block_size);
         let mut recording = None;
         if let Some(record) = record {
             let (recorded, started) = images::recording::record_image(image, &record)?;

@@ -20,7 +20,7 @@ use crate::crash::{self, StateName};
 use crate::filters::fault::{Fault, Settings};
 use crate::filters::write_log::Stand;
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
-use crate::images::recording::record_to;
+use crate::images::recording::{RecordOptions, record_to};
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, crash_state};
 use crate::io::{HostFile, block_on};
 use crate::qapi;
@@ -458,10 +458,16 @@ fn open_log(
     disks.graph().check_unused(&log)?;
     let image = disks.image_below(&file)?;
     let log_file = writable_file(disks, &log)?;
-    let sidecar = filter.options.log_sidecar.as_ref().map(Path::new);
     let stand = Arc::new(Stand::new(file.clone(), log.clone()));
     let locking = disks.layers.of(&log).map_or(Locking::Guard, |layer| layer.image.locking);
-    let recording = record_to(&image, stand, &log_file, sidecar, locking, settings)?;
+    let recording = RecordOptions {
+        sidecar: filter.options.log_sidecar.clone().map(Into::into),
+        locking,
+        state_dir: disks.layers.state_dir().clone(),
+        block_size: None,
+        settings,
+    };
+    let recording = record_to(&image, stand, &log_file, &recording)?;
     recording.say(file.name());
     // What is not discarded below must not be in the log.
     let keeps_space = disks.layers.through_filters(&file).any(|node| node.keeps_space());

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::block::{Driver, Node, NodeOptions};
+use crate::block::{Driver, Keep, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::{self, Began, Settings, Subject, WriteLog};
 use crate::images::lock::{lock, lock_for_writing};
-use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest};
+use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest, StateDir};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::write_log::sidecar::{self, ImageIdentity, Record};
 
@@ -22,16 +22,25 @@ use crate::write_log::sidecar::{self, ImageIdentity, Record};
 pub struct RecordRequest {
     /// The log: a file, which is made if need be, or a block device.
     pub log: PathBuf,
-    /// Its sidecar; beside the log if not given.
-    pub sidecar: Option<PathBuf>,
     /// How the log is cached.
     pub cache: CacheMode,
-    /// Whether the log is locked.
-    pub locking: Locking,
     /// How long to wait for its lock.
     pub lock_wait: Duration,
-    /// Size of the guest's blocks in bytes: a request is whole log sectors.
-    pub block_size: u64,
+    /// The rest.
+    pub options: RecordOptions,
+}
+
+/// How to record into a log.
+#[derive(Clone, Debug)]
+pub struct RecordOptions {
+    /// Its sidecar; beside the log if not given.
+    pub sidecar: Option<PathBuf>,
+    /// Whether log and sidecar are locked.
+    pub locking: Locking,
+    /// Where is noted what is under way, for the case that this process is killed.
+    pub state_dir: StateDir,
+    /// Size of the guest's blocks in bytes, if there is a guest: a request is whole log sectors.
+    pub block_size: Option<u64>,
     /// The rest.
     pub settings: Settings,
 }
@@ -53,43 +62,30 @@ pub struct Recording {
 pub fn record(image: &Image, below: Arc<dyn Driver>, request: &RecordRequest) -> Result<Recording> {
     check_is_written(image, &*below)?;
     let (log, is_new) = open_log(request)?;
-    let RecordRequest { sidecar, settings, .. } = request;
-    let sidecar_path = sidecar.clone().unwrap_or_else(|| sidecar::default_path(&request.log));
-    let had_sidecar = sidecar_path.exists();
-    let recording = record_to(image, below, &log, sidecar.as_deref(), request.locking, *settings);
-    let recording = recording.and_then(|recording| {
-        recording.check_for_guest(request.block_size)?;
-        Ok(recording)
-    });
-    if recording.is_err() {
-        let unwanted = [(is_new, &request.log), (!had_sidecar, &sidecar_path)];
-        for (_, path) in unwanted.into_iter().filter(|(is_new, _)| *is_new) {
-            let _ = std::fs::remove_file(path);
-        }
+    let recording = record_to(image, below, &log, &request.options);
+    if recording.is_err() && is_new {
+        let _ = std::fs::remove_file(&request.log);
     }
     recording
 }
 
-/// The same with a log that is open, and locked as somebody locks it who writes to it. `locking` is for
-/// the sidecar.
+/// The same with a log that is open, and locked as somebody locks it who writes to it.
 ///
 /// # Errors
-/// Names the log and the way out.
+/// Names the log and the way out. A sidecar that did not exist does not exist.
 pub fn record_to(
     image: &Image,
     below: Arc<dyn Driver>,
     log: &Arc<HostFile>,
-    sidecar: Option<&Path>,
-    locking: Locking,
-    settings: Settings,
+    options: &RecordOptions,
 ) -> Result<Recording> {
     check_is_written(image, &*below)?;
     let name = log.name().to_string();
     if log.identity()? == image.file.identity()? {
         return Err(Error::invalid(format!("{name}: is the image that is to be recorded")));
     }
-    let sidecar = match sidecar {
-        Some(path) => path.to_path_buf(),
+    let sidecar = match &options.sidecar {
+        Some(path) => path.clone(),
         None if log.kind() == HostKind::BlockDevice => {
             return Err(Error::invalid(format!(
                 "{name}: is a device, and the log's sidecar needs a file; say which with \
@@ -100,7 +96,7 @@ pub fn record_to(
     };
     let (sidecar, is_new) =
         open_sidecar(&sidecar, image, log).context(|| format!("{name}: its sidecar"))?;
-    if locking != Locking::Off {
+    if options.locking != Locking::Off {
         lock_for_writing(&sidecar).context(|| format!("{name}: its sidecar"))?;
     }
     let unwanted = is_new.then(|| sidecar.path().to_path_buf());
@@ -113,15 +109,42 @@ pub fn record_to(
         },
         file: Some(Arc::clone(&image.file)),
         is_raw: image.format == ImageFormat::Raw,
+        notes: notes_path(&options.state_dir, log)?,
     };
     let log = Arc::clone(log) as Arc<dyn File>;
-    let opening = write_log::open(subject, log, Arc::new(sidecar), settings);
-    let opened = block_on(opening);
-    if let (Err(_), Some(path)) = (&opened, unwanted) {
+    let opening = write_log::open(subject, log, Arc::new(sidecar), options.settings);
+    let recording = block_on(opening).and_then(|(filter, began)| {
+        let recording = Recording { filter: Arc::new(filter), began };
+        recording.check_for_guest(options.block_size)?;
+        Ok(recording)
+    });
+    if let (Err(_), Some(path)) = (&recording, unwanted) {
         let _ = std::fs::remove_file(path);
     }
-    let (filter, began) = opened?;
-    Ok(Recording { filter: Arc::new(filter), began })
+    recording
+}
+
+/// Where is noted what is under way on its way to a log; nowhere if that is not possible.
+fn notes_path(state_dir: &StateDir, log: &HostFile) -> Result<Option<PathBuf>> {
+    let (dir, required) = match state_dir {
+        StateDir::None => return Ok(None),
+        StateDir::IfPossible(dir) => (dir, false),
+        StateDir::Required(dir) => (dir, true),
+    };
+    match Keep::check_dir(dir) {
+        Err(err) if required => return Err(err),
+        Err(err) => {
+            tracing::warn!(
+                "{}: should this process be killed, the next one cannot tell whether the disk was \
+                 changed by others: {err}",
+                log.name()
+            );
+            return Ok(None);
+        }
+        Ok(()) => {}
+    }
+    let (device, inode) = log.identity()?;
+    Ok(Some(dir.join(format!("write-log-{device:x}-{inode:x}.notes"))))
 }
 
 /// Opens the file that is to be a log's sidecar. True if it was made.
@@ -181,9 +204,11 @@ pub fn record_image(image: Image, request: &RecordRequest) -> Result<(Image, Rec
 
 impl Recording {
     /// Refuses blocks that are smaller than what is logged.
-    fn check_for_guest(&self, block_size: u64) -> Result<()> {
+    fn check_for_guest(&self, block_size: Option<u64>) -> Result<()> {
         let (name, unit) = (self.filter.log_name(), self.filter.sector_size());
-        if unit > block_size {
+        if let Some(block_size) = block_size
+            && unit > block_size
+        {
             return Err(Error::invalid(format!(
                 "{name}: log sectors of {unit} bytes are larger than the guest's blocks of \
                  {block_size}; use --block-size {unit}, or a log with smaller sectors"
@@ -215,7 +240,7 @@ fn open_log(request: &RecordRequest) -> Result<(Arc<HostFile>, bool)> {
     let (file, is_new) = open_or_create(&request.log, options)?;
     let by_path = OpenRequest {
         access: Access::Write,
-        locking: request.locking,
+        locking: request.options.locking,
         lock_wait: request.lock_wait,
         ..OpenRequest::read(&request.log)
     };
@@ -262,12 +287,15 @@ mod tests {
         let image = image.unwrap();
         let request = RecordRequest {
             log,
-            sidecar: None,
             cache: CacheMode::Writeback,
-            locking: Locking::Off,
             lock_wait: Duration::ZERO,
-            block_size: 512,
-            settings: Settings::default(),
+            options: RecordOptions {
+                sidecar: None,
+                locking: Locking::Off,
+                state_dir: StateDir::None,
+                block_size: Some(512),
+                settings: Settings::default(),
+            },
         };
         let record = || record(&image, image.node.driver(), &request);
         let filter = record().unwrap().filter;

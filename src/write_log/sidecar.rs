@@ -61,6 +61,7 @@ struct RawHeader {
     first_entry: U64,
     boot_id: [u8; 40],
     path: [u8; PATH_ROOM],
+    session: [u8; 16],
 }
 
 #[derive(Clone, Copy, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -114,6 +115,8 @@ pub struct Header {
     pub first_entry: u64,
     /// Which boot of the host it was recorded in, as the kernel spells it.
     pub boot_id: [u8; 40],
+    /// Names the notes of what is under way (`filters::write_log::under_way`); 0 if there are none.
+    pub session: u128,
     /// When recording ended in order: when the image's file was last changed, in nanoseconds since
     /// 1970.
     pub closed: Option<i64>,
@@ -246,6 +249,7 @@ impl Header {
             first_entry: self.first_entry.into(),
             boot_id: self.boot_id,
             path: room,
+            session: self.session.to_le_bytes(),
         };
         let mut bytes = vec![0; HEADER_LEN as usize];
         bytes[..size_of::<RawHeader>()].copy_from_slice(raw.as_bytes());
@@ -289,6 +293,7 @@ impl Header {
             sector_size: raw.sector_size.get(),
             first_entry: raw.first_entry.get(),
             boot_id: raw.boot_id,
+            session: u128::from_le_bytes(raw.session),
             closed: (raw.flags.get() & CLOSED != 0).then(|| raw.image_changed_ns.get()),
         })
     }

@@ -3,7 +3,7 @@
 use super::prelude::*;
 use crate::control::qapi::Flat;
 use crate::control::recordings::LogOptions;
-use crate::images::recording::RecordRequest;
+use crate::images::recording::{RecordOptions, RecordRequest};
 use crate::units::SECTOR_SIZE;
 
 qapi! {
@@ -55,12 +55,15 @@ impl MainCommand for XVublkLogStart {
         let blocks = on_it.map(|served| u64::from(served.export().options.block_size)).min();
         let request = RecordRequest {
             log: arguments.log.into(),
-            sidecar: arguments.options.log_sidecar.clone().map(Into::into),
             cache: image.cache,
-            locking: image.locking,
             lock_wait: std::time::Duration::ZERO,
-            block_size: blocks.unwrap_or(SECTOR_SIZE),
-            settings,
+            options: RecordOptions {
+                sidecar: arguments.options.log_sidecar.clone().map(Into::into),
+                locking: image.locking,
+                state_dir: disks.layers.state_dir().clone(),
+                block_size: Some(blocks.unwrap_or(SECTOR_SIZE)),
+                settings,
+            },
         };
         disks.recordings.start(&graph, &image, &request)?;
         Ok(Nothing {})

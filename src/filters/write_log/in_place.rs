@@ -23,6 +23,7 @@ use crate::block::{Attempt, InPlace, OwnedRangeGuard, Settled};
 use crate::error::{Result, ResultExt};
 use crate::filters::write_log::WriteLog;
 use crate::filters::write_log::tail::Reserved;
+use crate::filters::write_log::under_way::Note;
 use crate::io::{HostFile, Scattered};
 use crate::units::ByteRange;
 use crate::write_log::layout::{ENTRY_LEN, Flags};
@@ -54,6 +55,8 @@ struct Waiting {
     crc: u32,
     submitted: u64,
     queue: u16,
+    /// Until the entry is whole, and all before it.
+    note: Note,
     /// Until the entry has its place.
     _range: OwnedRangeGuard,
 }
@@ -168,6 +171,7 @@ impl InPlace for InPlaceWrites {
         header[..ENTRY_LEN].copy_from_slice(fields.as_bytes());
         header[ENTRY_LEN..].fill(0);
         data.copy_to_slice(copy);
+        let note = filter.under_way.enter(range);
         if let Err(err) = file.write_in_place(offset, copy) {
             return Attempt::Failed(err);
         }
@@ -176,6 +180,7 @@ impl InPlace for InPlaceWrites {
             crc: crc32c::crc32c(entry),
             submitted,
             queue,
+            note,
             _range: guard,
         });
         self.used = end;
@@ -196,15 +201,19 @@ impl InPlace for InPlaceWrites {
             }
             Err(err) => Err(err),
         };
-        self.waiting.clear();
+        let notes: Vec<Note> = self.waiting.drain(..).map(|entry| entry.note).collect();
         self.used = 0;
         self.is_due = filter.recorder.is_due();
-        match settling {
-            Err(err) => Settled::Done(Err(err)),
-            Ok(settling) => match settling.outcome() {
-                Some(result) => Settled::Done(result),
-                None => Settled::Later(Box::pin(settling.wait())),
-            },
+        let settling = match settling {
+            Ok(settling) => settling,
+            Err(err) => return Settled::Done(Err(err)),
+        };
+        let leave = move |result: Result<()>| {
+            result.map(|()| notes.into_iter().for_each(|note| filter.under_way.leave(note)))
+        };
+        match settling.outcome() {
+            Some(result) => Settled::Done(leave(result)),
+            None => Settled::Later(Box::pin(async move { leave(settling.wait().await) })),
         }
     }
 }

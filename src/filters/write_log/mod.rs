@@ -9,9 +9,11 @@
 //! tail       who writes where, and up to where the log is whole
 //! batch      entries of one thread that are written together
 //! in_place   entries of one thread whose writes need not wait
+//! under_way  where the disk may hold what the log does not have, should the process be killed
 //! copies     what is written, once for the disk and the log
 //! recorder   the log's files and its superblock
 //! open       starting a log, or going on with one
+//! compare    whether the disk is still what the log ends with
 //! stand      what it stands on, where it is a node of its own
 //! ```
 //!
@@ -33,12 +35,14 @@
 //!   disk has it, whoever the guest is then.
 
 mod batch;
+mod compare;
 mod copies;
 mod in_place;
 pub mod open;
 mod recorder;
 mod stand;
 mod tail;
+mod under_way;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,6 +53,7 @@ use crate::error::Result;
 use crate::filters::write_log::batch::Pending;
 use crate::filters::write_log::copies::MAX_DATA;
 use crate::filters::write_log::recorder::Recorder;
+use crate::filters::write_log::under_way::UnderWay;
 use crate::io::{Buffers, Fut};
 use crate::units::ByteRange;
 use crate::write_log::layout::{Flags, RawEntry};
@@ -80,6 +85,8 @@ pub struct WriteLog {
     goes_on: bool,
     /// Held by each request until it has its place in the log.
     in_flight: Arc<RangeLock>,
+    /// What is on the disk, or about to be, and not yet in the log.
+    under_way: UnderWay,
     /// Whether anything but an end mark was added.
     has_grown: AtomicBool,
     /// Whether it was ended in order.
@@ -135,31 +142,39 @@ impl WriteLog {
         }
     }
 
+    /// Does what changes a range of the disk and then logs that.
+    async fn change(&self, range: ByteRange, work: impl Future<Output = Result<()>>) -> Result<()> {
+        let _place = self.enter(range).await;
+        let note = self.under_way.enter(range);
+        work.await?;
+        self.under_way.leave(note);
+        Ok(())
+    }
+
     async fn write_and_log(&self, offset: u64, buf: Buffers, fua: bool) -> Result<()> {
         let (submitted, queue) = (self.recorder.tail().event(), origin::queue());
-        let _place = self.enter(ByteRange { offset, len: buf.len() }).await;
-        let mut done = 0;
-        let mut end = 0;
-        while done < buf.len() {
-            let len = (buf.len() - done).min(MAX_DATA);
-            let range = ByteRange { offset: offset + done, len };
-            let flags = if fua { Flags::FUA } else { Flags::NONE };
-            let header = self.recorder.header(flags, range, 0);
-            let copies = self.recorder.copies();
-            let copy = match len == buf.len() {
-                true => copies.copy(&header, &buf).await,
-                false => copies.copy(&header, &buf.slice(done, len)).await,
-            };
-            self.below.write(range.offset, copy.data(), fua).await?;
-            let data_sectors = header.nr_sectors.get();
-            let pending = Pending { copy, data_sectors, zeros: false, submitted, queue };
-            end = self.append(pending).await?;
-            done += len;
-        }
-        if fua {
-            self.recorder.publish(end).await?;
-        }
-        Ok(())
+        let work = async {
+            let mut done = 0;
+            let mut end = 0;
+            while done < buf.len() {
+                let len = (buf.len() - done).min(MAX_DATA);
+                let range = ByteRange { offset: offset + done, len };
+                let flags = if fua { Flags::FUA } else { Flags::NONE };
+                let header = self.recorder.header(flags, range, 0);
+                let copies = self.recorder.copies();
+                let copy = match len == buf.len() {
+                    true => copies.copy(&header, &buf).await,
+                    false => copies.copy(&header, &buf.slice(done, len)).await,
+                };
+                self.below.write(range.offset, copy.data(), fua).await?;
+                let data_sectors = header.nr_sectors.get();
+                let pending = Pending { copy, data_sectors, zeros: false, submitted, queue };
+                end = self.append(pending).await?;
+                done += len;
+            }
+            if fua { self.recorder.publish(end).await } else { Ok(()) }
+        };
+        self.change(ByteRange { offset, len: buf.len() }, work).await
     }
 
     /// Adds an entry; returns the number after it.
@@ -172,21 +187,25 @@ impl WriteLog {
 
     async fn zero_and_log(&self, range: ByteRange, may_unmap: bool) -> Result<()> {
         let submitted = self.recorder.tail().event();
-        let _place = self.enter(range).await;
-        self.below.write_zeroes(range, may_unmap).await?;
-        let header = self.recorder.header(Flags::NONE, range, 0);
-        let sectors = header.nr_sectors.get();
-        self.append(self.without_data(header, sectors, submitted)).await.map(|_| ())
+        let work = async {
+            self.below.write_zeroes(range, may_unmap).await?;
+            let header = self.recorder.header(Flags::NONE, range, 0);
+            let sectors = header.nr_sectors.get();
+            self.append(self.without_data(header, sectors, submitted)).await.map(|_| ())
+        };
+        self.change(range, work).await
     }
 
     /// A replay makes zeros of a discard. What is below might leave old data, at the edges of its units
     /// or everywhere, or show its backing: so it is told to make zeros, in the way that frees space.
     async fn discard_and_log(&self, range: ByteRange) -> Result<()> {
         let submitted = self.recorder.tail().event();
-        let _place = self.enter(range).await;
-        self.below.write_zeroes(range, true).await?;
-        let header = self.recorder.header(Flags::DISCARD, range, 0);
-        self.append(self.without_data(header, 0, submitted)).await.map(|_| ())
+        let work = async {
+            self.below.write_zeroes(range, true).await?;
+            let header = self.recorder.header(Flags::DISCARD, range, 0);
+            self.append(self.without_data(header, 0, submitted)).await.map(|_| ())
+        };
+        self.change(range, work).await
     }
 
     async fn flush_and_log(&self) -> Result<()> {
@@ -211,6 +230,7 @@ impl WriteLog {
     pub async fn end(&self) -> Result<()> {
         let has_grown = self.has_grown.swap(false, Ordering::Relaxed);
         self.closing.end(&self.recorder, has_grown).await?;
+        self.under_way.remove();
         self.has_ended.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -271,8 +291,14 @@ impl Driver for WriteLog {
         self.below.block_status(range)
     }
 
+    /// No entry says that the end was cut off, and that it reads as zeros should the disk grow again.
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
-        self.below.resize(size)
+        Box::pin(async move {
+            if size < self.below.limits().size {
+                let _stays = self.under_way.enter(ByteRange::between(size, u64::MAX));
+            }
+            self.below.resize(size).await
+        })
     }
 
     fn refresh(&self) -> Result<()> {

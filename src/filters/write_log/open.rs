@@ -5,7 +5,8 @@
 //! | empty, or begins with zeros | | a new log |
 //! | a log | of this image, ended in order, image unchanged since | goes on |
 //! | a log | of this image, not ended, same boot of the host | goes on, after counting in what is whole |
-//! | a log | none, or of another image, or the host went down | refused, unless told to append or overwrite |
+//! | a log | of this image, not ended, and the disk holds something else | refused, unless told to append or overwrite |
+//! | a log | none, or of another image, or the host went down | the same |
 //! | anything else | | refused, unless told to overwrite |
 //!
 //! *Counting in*: a process that was killed had entries that the superblock does not count yet, and
@@ -14,16 +15,23 @@
 //! nobody. A log in that state is never overwritten while the host is up, whatever was asked for:
 //! the same command line is what restarts a process under a living guest.
 //!
+//! *Something else*: whatever is in the log was on the disk before, and a kill takes nothing from it.
+//! So what the last entries wrote must be there ([`compare`](super::compare)), or somebody else has
+//! changed the disk since, and a replay would not make it.
+//!
 //! After the host went down the log may know of writes that the disk has lost, and the disk may
 //! have writes that the log does not count, so going on would make a log that never was.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::block::RangeLock;
 use crate::block::driver::Driver;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::filters::write_log::compare::{Difference, find_difference};
 use crate::filters::write_log::recorder::{Recorder, Start};
 use crate::filters::write_log::tail::Place;
+use crate::filters::write_log::under_way::{Left, UnderWay};
 use crate::filters::write_log::{Order, WriteLog};
 use crate::io::{AlignedBuf, File, HostFile};
 use crate::units::{MIB, align_down};
@@ -83,6 +91,9 @@ pub struct Subject {
     pub file: Option<Arc<HostFile>>,
     /// Whether all that is in the file is the disk.
     pub is_raw: bool,
+    /// Where is noted, on tmpfs, what may be on the disk and not in the log, should the process be
+    /// killed. Without that, the next one cannot tell whether somebody else has changed the disk.
+    pub notes: Option<PathBuf>,
 }
 
 /// How recording began.
@@ -119,6 +130,7 @@ pub async fn open(
         None => opening.start().await.context(|| name)?,
         Some(found) => opening.go_on(found).await.context(|| name)?,
     };
+    let under_way = subject.begin_notes(header.session, &start);
     let is_new = began == Began::New;
     let driver = WriteLog {
         below: subject.below,
@@ -126,6 +138,7 @@ pub async fn open(
         order: settings.order,
         goes_on: !is_new,
         in_flight: Arc::new(RangeLock::new()),
+        under_way,
         has_grown: is_new.into(),
         has_ended: false.into(),
         closing: Closed { header, image: subject.file },
@@ -133,13 +146,27 @@ pub async fn open(
     Ok((driver, began))
 }
 
+impl Subject {
+    /// Begins to note what is under way.
+    fn begin_notes(&self, session: u128, start: &Start) -> UnderWay {
+        let Some(path) = &self.notes else { return UnderWay::default() };
+        UnderWay::begin(path, session, start.end.entry).unwrap_or_else(|err| {
+            tracing::warn!(
+                "{}: should this process be killed, the next one cannot tell whether the disk was \
+                 changed by others: {err}",
+                start.log.name()
+            );
+            UnderWay::default()
+        })
+    }
+}
+
 /// A log that is to be continued.
 struct Found {
     log: Log,
     /// Its sidecar, if it is this image's.
     sidecar: Option<Sidecar>,
-    /// Whether entries behind the count may be whole.
-    is_unfinished: bool,
+    end: End,
 }
 
 struct Opening<'a> {
@@ -190,13 +217,16 @@ impl Opening<'_> {
 
     /// What to do with a log that is there.
     async fn decide(&self, log: Log) -> Result<Option<Found>> {
-        let found = self.look_at_sidecar(&log).await;
+        let found = match self.look_at_sidecar(&log).await {
+            Ok(sidecar) => {
+                let mut found = Found::of_this_image(log.clone(), sidecar).await?;
+                self.check_disk(&mut found).await.map(|()| found)
+            }
+            Err(err) => Err(err),
+        };
         match (found, self.settings.existing) {
-            (Ok(sidecar), existing) => {
-                let is_unfinished = sidecar.header().closed.is_none();
-                if existing == Existing::Overwrite && !is_unfinished {
-                    return Ok(None);
-                }
+            (Ok(found), Existing::Overwrite) if !found.is_unfinished() => Ok(None),
+            (Ok(found), existing) => {
                 if existing == Existing::Overwrite {
                     tracing::warn!(
                         "{}: its recording was not ended in order, and its guest may live on: \
@@ -204,11 +234,12 @@ impl Opening<'_> {
                         log.name()
                     );
                 }
-                Ok(Some(Found { log, sidecar: Some(sidecar), is_unfinished }))
+                Ok(Some(found))
             }
             (Err(_), Existing::Overwrite) => Ok(None),
             (Err(_), Existing::Append) => {
-                Ok(Some(Found { log, sidecar: None, is_unfinished: false }))
+                let end = End { place: walk_to_end(&log).await?, ..End::default() };
+                Ok(Some(Found { log, sidecar: None, end }))
             }
             (Err(err), Existing::Continue) => Err(Error::new(
                 ErrorKind::InvalidArgument,
@@ -246,6 +277,32 @@ impl Opening<'_> {
                     .into(),
             ),
             _ => Ok(sidecar),
+        }
+    }
+
+    /// Refuses a disk that is not what the log ends with.
+    async fn check_disk(&self, found: &mut Found) -> Result<()> {
+        let Subject { below, image, notes, .. } = self.subject;
+        let (true, Some(sidecar)) = (found.is_unfinished(), &mut found.sidecar) else {
+            return Ok(());
+        };
+        let session = sidecar.header().session;
+        let Some(left) = notes.as_ref().and_then(|path| Left::read(path, session)) else {
+            return Ok(());
+        };
+        // Some of what was completed is still to be redone: the disk is not itself yet.
+        if below.keep().is_some_and(|keep| keep.awaited().is_some()) {
+            return Ok(());
+        }
+        let end = found.end.place.entry;
+        match find_difference(&found.log, sidecar, end, &left, &**below).await? {
+            None => Ok(()),
+            Some(Difference { entry, at }) => Err(Error::invalid(format!(
+                "{} was changed while nobody recorded: at byte {at} of the disk there is not what \
+                 entry {entry} wrote, the last one to write there. Put the disk back as it was, or \
+                 record it in a new log, with a copy of it as it is now for a base",
+                image.path.display()
+            ))),
         }
     }
 
@@ -316,24 +373,11 @@ impl Opening<'_> {
 
     /// Goes on with a log.
     async fn go_on(&self, found: Found) -> Result<(Start, Header, Began)> {
-        let Found { log, sidecar, is_unfinished } = found;
+        let Found { log, sidecar, end } = found;
         let counted = log.entries();
         let sector_size = log.superblock().sector_size;
         self.check_sector_size(sector_size)?;
-        let mut end = End { place: Place { entry: 0, sector: 1 }, event: 0, pending: Vec::new() };
-        let first_entry = match sidecar {
-            None => {
-                end.place = walk_to_end(&log).await?;
-                counted
-            }
-            Some(mut sidecar) => {
-                end.find(&log, &mut sidecar).await?;
-                if is_unfinished {
-                    end.count_in(&log, &mut sidecar).await?;
-                }
-                sidecar.header().first_entry
-            }
-        };
+        let first_entry = sidecar.map_or(counted, |sidecar| sidecar.header().first_entry);
         for record in &end.pending {
             self.turn_into_mark(record, sector_size).await?;
         }
@@ -396,6 +440,7 @@ impl Opening<'_> {
             sector_size,
             first_entry,
             boot_id: boot_id(),
+            session: uuid::Uuid::new_v4().as_u128(),
             closed: None,
         }
     }
@@ -419,6 +464,23 @@ enum Content {
     Other,
 }
 
+impl Found {
+    /// The log of the image that is recorded, with its sidecar.
+    async fn of_this_image(log: Log, mut sidecar: Sidecar) -> Result<Found> {
+        let mut end = End::default();
+        end.find(&log, &mut sidecar).await?;
+        if sidecar.header().closed.is_none() {
+            end.count_in(&log, &mut sidecar).await?;
+        }
+        Ok(Found { log, sidecar: Some(sidecar), end })
+    }
+
+    /// Whether the process that recorded it was killed.
+    fn is_unfinished(&self) -> bool {
+        self.sidecar.as_ref().is_some_and(|sidecar| sidecar.header().closed.is_none())
+    }
+}
+
 /// Where a log ends, and what was learned on the way.
 struct End {
     place: Place,
@@ -426,6 +488,13 @@ struct End {
     event: u64,
     /// Flushes that had not ended.
     pending: Vec<Record>,
+}
+
+impl Default for End {
+    /// The end of an empty log.
+    fn default() -> End {
+        End { place: Place { entry: 0, sector: 1 }, event: 0, pending: Vec::new() }
+    }
 }
 
 impl End {

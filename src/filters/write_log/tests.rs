@@ -28,11 +28,14 @@ struct Bed {
     disk: SimFile,
     log: SimFile,
     sidecar: SimFile,
+    /// A directory for the notes of what is under way.
+    state: Rc<tempfile::TempDir>,
 }
 
 impl Bed {
     fn new() -> Bed {
         Bed {
+            state: Rc::new(tempfile::tempdir_in("/dev/shm").unwrap()),
             disk: SimFile::from_bytes("disk", vec![0; SIZE as usize]),
             log: SimFile::new("w.log"),
             sidecar: SimFile::new("w.log.sidecar"),
@@ -45,13 +48,15 @@ impl Bed {
             disk: SimFile::from_bytes("disk", self.disk.volatile()),
             log: SimFile::from_bytes("w.log", self.log.volatile()),
             sidecar: SimFile::from_bytes("w.log.sidecar", self.sidecar.volatile()),
+            state: Rc::clone(&self.state),
         }
     }
 
     fn subject(&self) -> Subject {
         let image = ImageIdentity { file: (1, 2), born_ns: 3, path: "/disks/disk".into() };
         let raw = Raw::open(Arc::new(self.disk.clone()), false).unwrap();
-        Subject { below: Arc::new(raw), image, file: None, is_raw: true }
+        let notes = Some(self.state.path().join("notes"));
+        Subject { below: Arc::new(raw), image, file: None, is_raw: true, notes }
     }
 
     fn try_open(&self, settings: Settings) -> Result<(WriteLog, Began)> {
@@ -661,7 +666,7 @@ fn a_replay_makes_the_disk_whatever_the_order_of_the_host() {
 
 #[test]
 fn killed_anywhere_the_log_holds_what_was_completed() {
-    let mut counted_in = 0;
+    let (mut counted_in, mut changed) = (0, 0);
     for seed in 0..400 {
         let bed = Bed::new();
         let filter = bed.open();
@@ -677,7 +682,9 @@ fn killed_anywhere_the_log_holds_what_was_completed() {
             sim.drain();
         }
         assert!(entries_of(&bed.log.volatile()).len() as u64 >= flushed.get(), "seed {seed}");
+        // Whatever is in flight, it is not taken for somebody else's; what is somebody else's, is.
         let next = bed.after_kill();
+        changed += u64::from(next.is_changed_where_nothing_was_under_way(seed));
         let (filter, began) = next.try_open(Settings::default()).unwrap();
         let Began::After { counted_in: some, .. } = began else { panic!("seed {seed}: {began:?}") };
         counted_in += some;
@@ -697,6 +704,93 @@ fn killed_anywhere_the_log_holds_what_was_completed() {
         }
     }
     assert!(counted_in > 1000, "only {counted_in} entries were counted in: nothing was tested");
+    assert!(changed > 200, "a change was noticed {changed} times only");
+}
+
+impl Bed {
+    /// Changes a sector that is logged and where nothing was under way, if there is one, and expects
+    /// that somebody notices; puts it back again.
+    fn is_changed_where_nothing_was_under_way(&self, seed: u64) -> bool {
+        let sidecar = Sidecar::open(Arc::new(self.sidecar.clone()));
+        let session = Sim::new(0).block_on(sidecar).unwrap().header().session;
+        let left = under_way::Left::read(&self.state.path().join("notes"), session).unwrap();
+        let is_quiet = |entry: &Entry| !left.ranges.iter().any(|r| r.overlaps(&entry.target));
+        let entries = self.entries();
+        let quiet =
+            entries.iter().rev().find(|(entry, _)| !entry.target.is_empty() && is_quiet(entry));
+        let Some((entry, _)) = quiet else { return false };
+        let at = entry.target.end() - 1;
+        let mut disk = self.disk.volatile();
+        disk[at as usize] ^= 0x80;
+        let other = Bed { disk: SimFile::from_bytes("disk", disk), ..self.clone() };
+        let before = (other.log.volatile(), other.sidecar.volatile());
+        let err = other.try_open(Settings::default()).unwrap_err().to_string();
+        assert!(err.contains(&format!("at byte {at} of the disk")), "seed {seed}: {err}");
+        assert!(before == (other.log.volatile(), other.sidecar.volatile()), "a refusal changed it");
+        true
+    }
+}
+
+#[test]
+fn a_disk_that_somebody_else_has_changed_is_not_recorded_on() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(async {
+        write(&filter, 1, 1, 4).await.unwrap();
+        filter.flush().await.unwrap();
+        write(&filter, 2, 2, 1).await.unwrap();
+        filter.discard(sectors(3, 1)).await.unwrap();
+    });
+    // An older disk, as it was when the log was begun.
+    let other = bed.after_kill();
+    let zeros = Bed { disk: Bed::new().disk, ..other.clone() };
+    let err = zeros.try_open(Settings::default()).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::InvalidArgument);
+    let text = err.to_string();
+    assert!(text.contains("/disks/disk was changed while nobody recorded"), "{text}");
+    assert!(text.contains("at byte 1024 of the disk there is not what entry 2 wrote"), "{text}");
+    assert!(text.contains("--log-append") && text.contains("--log-overwrite"), "{text}");
+    // What was overwritten later, or lies past the end of a disk that is smaller now, is no matter.
+    let shrunk = bed.disk.volatile()[..3 * 512].to_vec();
+    let shrunk = Bed { disk: SimFile::from_bytes("disk", shrunk), ..bed.after_kill() };
+    shrunk.try_open(Settings::default()).unwrap();
+    let append = Settings { existing: Existing::Append, ..Settings::default() };
+    zeros.try_open(append).unwrap();
+}
+
+/// The log says nothing of it, so the disk may be what it likes there.
+#[test]
+fn what_was_cut_off_and_what_failed_is_not_compared() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    block_on(async {
+        write(&filter, 0, 1, 128).await.unwrap();
+        filter.resize(SIZE / 2).await.unwrap();
+        filter.resize(SIZE).await.unwrap();
+        bed.log.fail(Fault {
+            op: Some(SimOp::Write),
+            after: 0,
+            errno: libc::ENOSPC,
+            for_good: true,
+        });
+        write(&filter, 5, 5, 1).await.unwrap_err();
+        bed.log.heal();
+        bed.disk.fail(Fault {
+            op: Some(SimOp::Write),
+            after: 0,
+            errno: libc::EIO,
+            for_good: false,
+        });
+        write(&filter, 7, 7, 1).await.unwrap_err();
+    });
+    let mut disk = bed.disk.volatile();
+    assert_eq!((disk[5 * 512], disk[SIZE as usize - 1]), (5, 0));
+    disk[7 * 512] = 7;
+    let next = Bed { disk: SimFile::from_bytes("disk", disk), ..bed.after_kill() };
+    assert_eq!(
+        next.try_open(Settings::default()).unwrap().1,
+        Began::After { entries: 1, counted_in: 1 }
+    );
 }
 
 #[test]

@@ -39,6 +39,7 @@ impl Bed {
             image: ImageIdentity::default(),
             file: None,
             is_raw: true,
+            notes: None,
         };
         let (filter, _) = block_on(open(subject, log, sidecar, settings)).unwrap();
         Bed { memory, filter: Arc::new(filter) }
