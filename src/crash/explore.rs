@@ -295,14 +295,7 @@ impl Shown {
 
 /// How many states there are, duplicates included.
 pub fn count(history: &History, plan: &Plan) -> u64 {
-    let mut count = 0;
-    for epoch in epochs(history, plan) {
-        let _ = enumerate::visit::<()>(history, &epoch, &plan.reach, &mut |_| {
-            count += 1;
-            ControlFlow::Continue(())
-        });
-    }
-    count
+    epochs(history, plan).map(|epoch| enumerate::count(history, &epoch, &plan.reach)).sum()
 }
 
 /// Explores, from where `report` stands. A report that is not finished afterwards was stopped.

@@ -165,6 +165,22 @@ impl History {
         Ok(())
     }
 
+    /// Whether one of an epoch's writes has FUA.
+    pub fn is_fua(&self, epoch: &Epoch, write: usize) -> bool {
+        self.entry(epoch.writes[write]).flags.has(Flags::FUA)
+    }
+
+    /// The state, with the FUA writes without which its last write would not be there. `name` has a bit
+    /// for each write of the epoch.
+    pub fn made_possible(&self, epoch: &Epoch, mut name: StateName) -> StateName {
+        let last = name.applied.iter().rposition(|applied| *applied).unwrap_or(0);
+        for write in (0..last).filter(|write| self.is_fua(epoch, *write)) {
+            name.applied[write] = true;
+            name.torn.retain(|tear| tear.write != write);
+        }
+        name
+    }
+
     /// Whether a power cut could leave it: a FUA write is whole unless all after it is missing.
     pub fn is_possible(&self, epoch: &Epoch, name: &StateName) -> bool {
         let last = name.applied.iter().rposition(|applied| *applied);

@@ -13,8 +13,8 @@ use crate::io::block_on;
 use crate::write_log::Kind;
 use crate::write_log::sidecar::Sidecar;
 
-/// Version of the file.
-const VERSION: u32 = 1;
+/// Version of the file, and of the order of the states.
+const VERSION: u32 = 2;
 
 /// What is explored. Only an exploration of the same can be continued.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -268,7 +268,11 @@ impl Report {
         })?;
         if report.version != VERSION {
             let version = report.version;
-            return Err(Error::unsupported(format!("{}: version {version}", name())));
+            return Err(Error::unsupported(format!(
+                "{}: results of version {version}, and this vublk goes through the states in the \
+                 order of version {VERSION}; give another file, or remove it",
+                name()
+            )));
         }
         Ok(report)
     }
