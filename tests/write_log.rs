@@ -271,6 +271,27 @@ fn replay_has_replay_logs_options() {
     assert_eq!(found, "3@6\n");
 }
 
+/// Who reads only the first lines wants the whole disk all the same.
+#[test]
+fn a_replay_whose_reader_goes_away_is_finished() {
+    let dir = example();
+    let d = dir.path();
+    fill(d);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["log", "replay", "ex.log", "--replay", "disk.img", "-v"])
+        .current_dir(d)
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let heard = std::fs::read(d.join("disk.img")).unwrap();
+    fill(d);
+    ok(d, &["log", "replay", "ex.log", "--replay", "disk.img"]);
+    assert!(std::fs::read(d.join("disk.img")).unwrap() == heard);
+}
+
 #[test]
 fn checkers_run_where_they_are_told_to() {
     let dir = example();

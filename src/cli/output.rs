@@ -9,10 +9,19 @@ use crate::error::{Result, ResultExt};
 /// Prints `text` as it is. Where the reader has closed its end (`vublk map … | head`), the program
 /// ends quietly, as a program that does not ignore SIGPIPE would.
 pub fn print(text: &str) -> Result<()> {
+    match try_print(text)? {
+        true => Ok(()),
+        false => std::process::exit(0),
+    }
+}
+
+/// As [`print`], for a program that has more to do than to print: false if the reader has closed its
+/// end.
+pub fn try_print(text: &str) -> Result<bool> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(err) if err.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.context(|| "writing to stdout"),
+        Err(err) if err.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        other => other.map(|()| true).context(|| "writing to stdout"),
     }
 }
 

@@ -9,6 +9,7 @@
 //! The survey comes first so that nothing is written when the log is damaged, a mark is missing or
 //! the target is too small.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::str::FromStr;
@@ -120,7 +121,7 @@ pub fn run(args: &ReplayArgs) -> Result<u8> {
     } else if args.find {
         return find_and_print(&log, &args.part, args.output);
     } else if let Some(target) = &args.replay {
-        Replay { args, log: &log, path: target }.run()?;
+        Replay { args, log: &log, path: target, is_heard: Cell::new(true) }.run()?;
     } else {
         let (sector_size, entries) = (log.sector_size(), log.entries());
         let line = format!("Log version=1, sectorsize={sector_size}, entries={entries}\n");
@@ -135,6 +136,9 @@ struct Replay<'a> {
     log: &'a Log,
     /// Where to.
     path: &'a Path,
+    /// Whether somebody still reads which entries are applied. If not, the replay goes on: half of it
+    /// would be no disk that ever was.
+    is_heard: Cell<bool>,
 }
 
 /// What a part of a log will do to a disk.
@@ -272,14 +276,19 @@ impl Replay<'_> {
             (false, 2..) => "skipping",
             _ => return Ok(()),
         };
+        if !self.is_heard.get() {
+            return Ok(());
+        }
         let (number, flags) = (entry.number, entry.flags);
-        output::print(&format!(
+        let is_heard = output::try_print(&format!(
             "{verb} {number}@{}: sector {}, size {}, flags {:#x}({flags})\n",
             entry.data_sector(),
             entry.sector(),
             entry.target.len,
             flags.0
-        ))
+        ))?;
+        self.is_heard.set(is_heard);
+        Ok(())
     }
 }
 
