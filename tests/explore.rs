@@ -168,6 +168,113 @@ fn an_exploration_goes_on_after_a_kill_and_after_ctrl_c() {
     assert!(error.contains("r.json: holds the results of another exploration"), "{error}");
 }
 
+/// An exploration in a directory, whose checker has begun something that does not end.
+fn hanging(dir: &Path, check: &str, more: &[&str]) -> std::process::Child {
+    let args =
+        ["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--timeout", "100000"];
+    let child = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args([&args[..], &["--check", check], more].concat())
+        .current_dir(dir)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    common::wait_until("a checker that hangs", || dir.join("hangs").exists());
+    child
+}
+
+/// Ends it as Ctrl-C does; returns its exit code.
+fn interrupt(mut child: std::process::Child) -> Option<i32> {
+    use rustix::process::{Pid, Signal, kill_process};
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    common::wait_until("its end", || child.try_wait().unwrap().is_some());
+    child.wait().unwrap().code()
+}
+
+/// Whether the process whose number is in this file runs. (A dead one may wait for whoever inherited it.)
+fn runs(pid: &Path) -> bool {
+    let pid = std::fs::read_to_string(pid).unwrap();
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+#[test]
+fn ctrl_c_ends_a_checker_that_runs_and_what_was_found_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base.img"), vec![0; SIZE]).unwrap();
+    let log = LogBuilder::new(512).write(0, &[b'x'; 512]).write(4096, &[b'y'; 512]);
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    // The second of four states is not good, and the third hangs, with a child of its own.
+    let count = "echo {} >>runs; test -e free || test $(wc -l <runs) -lt 3 || \
+                 { sleep 100000 & echo $! >pid; touch hangs; wait; }; \
+                 test \"$(head -c 1 {})\" != x";
+    let options = ["--results", "r.json", "-j", "1", "--check-alike", "--timeout", "100000"];
+    let child = hanging(d, count, &options[..5]);
+    assert_eq!(interrupt(child), Some(1));
+    common::wait_until("the end of the checker's child", || !runs(&d.join("pid")));
+    let kept: Value = serde_json::from_slice(&std::fs::read(d.join("r.json")).unwrap()).unwrap();
+    assert_eq!((&kept["finished"], &kept["done"]), (&false.into(), &2.into()), "{kept}");
+    assert_eq!((&kept["failed"], &kept["failures"][0]["shrunk"]), (&1.into(), &false.into()));
+    let junit = ok(d, &["log", "report", "r.json", "--output", "junit"]);
+    assert!(junit.contains("not finished: 2 of 4") && junit.contains("errors=\"1\""), "{junit}");
+    std::fs::write(d.join("free"), "").unwrap();
+    let (code, report) = explore(d, count, &options);
+    assert_eq!((code, &report["finished"], &report["failed"]), (Some(1), &true.into(), &2.into()));
+    assert_eq!(report["failures"][0]["state"], "E1");
+}
+
+#[test]
+fn ctrl_c_ends_shrinking_and_the_same_command_goes_on_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base.img"), vec![0; SIZE]).unwrap();
+    let log = LogBuilder::new(512).write(0, &[b'x'; 512]);
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    // There are two states; who is checked a third time is looked at more closely.
+    let check = "echo {} >>runs; test -e free || test $(wc -l <runs) -lt 3 || \
+                 { touch hangs; exec sleep 100000; }; test \"$(head -c 1 {})\" != x";
+    let options = ["--results", "r.json", "-j", "1", "--check-alike", "--timeout", "100000"];
+    assert_eq!(interrupt(hanging(d, check, &options[..5])), Some(1));
+    let kept: Value = serde_json::from_slice(&std::fs::read(d.join("r.json")).unwrap()).unwrap();
+    assert_eq!((&kept["finished"], &kept["done"]), (&false.into(), &2.into()), "{kept}");
+    std::fs::write(d.join("free"), "").unwrap();
+    let (_, report) = explore(d, check, &options);
+    assert_eq!((&report["finished"], &report["checked"]), (&true.into(), &2.into()), "{report}");
+    assert_eq!(report["failures"][0]["shrunk"], true);
+}
+
+#[test]
+fn ctrl_c_ends_the_check_of_one_state() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 1);
+    let child = hanging(dir.path(), "touch hangs; exec sleep 100000 <{}", &["--state", "E1"]);
+    assert_eq!(interrupt(child), Some(1));
+}
+
+/// Else it would still have the file in which the next state is shown.
+#[test]
+fn what_a_checker_leaves_running_is_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 1);
+    let check = "sleep 100000 <{} & echo $! >pid";
+    let args = ["log", "explore", "w.log", "--base", "base.img", "--state", "E1", "--check", check];
+    ok(dir.path(), &args);
+    common::wait_until("the end of the checker's child", || !runs(&dir.path().join("pid")));
+}
+
+#[test]
+fn a_damaged_sidecar_costs_no_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 2);
+    std::fs::write(d.join("w.log.sidecar"), vec![0x55; 8192]).unwrap();
+    let (code, report) = explore(d, PLANTED, &["--results", "r.json"]);
+    assert_eq!((code, &report["failures"][0]["state"]), (Some(1), &"E9:s=0111".into()), "{report}");
+    assert_eq!(report["without-order"], "w.log.sidecar: not the sidecar of a log");
+    let text = ok(d, &["log", "report", "r.json"]);
+    assert!(text.contains("the order of requests is not told: w.log.sidecar: not the"), "{text}");
+}
+
 /// A mark promises what a flush has made durable. The disk may be the same before and after it, and
 /// yet right before and wrong after.
 #[test]

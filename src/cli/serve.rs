@@ -350,6 +350,16 @@ impl Signals {
         Ok(Signals { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
+    /// Waits for a signal.
+    pub(super) fn wait(&self) -> i32 {
+        loop {
+            if let Some(signal) = self.next() {
+                return signal;
+            }
+            let _ = poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], None);
+        }
+    }
+
     /// The next signal that has arrived.
     pub(super) fn next(&self) -> Option<i32> {
         let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use crate::crash::name::StateName;
+use crate::crash::stop::{Stop, stopped};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// What a shell exits with where it cannot run a command.
@@ -41,6 +42,15 @@ const MARK: &str = "{mark}";
 /// A text as one word for the shell.
 pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// How long a checker may run.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds<'a> {
+    /// Then it is killed, and the state is not good.
+    pub limit: Duration,
+    /// Then it is killed, and nothing is known of the state.
+    pub stop: &'a Stop,
 }
 
 /// What a checker found.
@@ -111,13 +121,14 @@ impl Checker {
     /// to `output`.
     ///
     /// # Errors
-    /// If the checker cannot be run at all, which says nothing about the disk.
+    /// If the checker cannot be run at all, which says nothing about the disk. Kind
+    /// [`Cancelled`](ErrorKind::Cancelled) if it was to end.
     pub fn run(
         &self,
         path: &Path,
         state: &StateName,
         mark: &str,
-        limit: Duration,
+        bounds: Bounds<'_>,
         output: Option<&File>,
     ) -> Result<Verdict> {
         match self {
@@ -129,7 +140,7 @@ impl Checker {
                 let line = line.replace(MARK, &quoted(mark));
                 let mut command = Command::new("sh");
                 command.arg("-c").arg(&line);
-                let status = run(&mut command, limit, output)?;
+                let status = run(&mut command, bounds, output)?;
                 if status
                     .and_then(|status| status.code())
                     .is_some_and(|c| NOT_EXECUTABLE.contains(&c))
@@ -137,20 +148,21 @@ impl Checker {
                     let message = format!("the checker cannot be run: {line}");
                     return Err(Error::new(ErrorKind::NotFound, message));
                 }
-                Ok(verdict("the checker", status, &[0], limit))
+                Ok(verdict("the checker", status, &[0], bounds.limit))
             }
             Checker::Ext4 => {
                 // Without -f: that would check and repair everything after the recovery.
                 let mut recover = Command::new("e2fsck");
                 recover.args(["-y", "-E", "journal_only"]).arg(path);
-                let status = run(&mut recover, limit, output)?;
-                let recovered = verdict("the journal's recovery", status, &[0, 1], limit);
+                let status = run(&mut recover, bounds, output)?;
+                let recovered = verdict("the journal's recovery", status, &[0, 1], bounds.limit);
                 if recovered != Verdict::Good {
                     return Ok(recovered);
                 }
                 let mut check = Command::new("e2fsck");
                 check.arg("-fn").arg(path);
-                Ok(verdict("e2fsck", run(&mut check, limit, output)?, &[0], limit))
+                let status = run(&mut check, bounds, output)?;
+                Ok(verdict("e2fsck", status, &[0], bounds.limit))
             }
         }
     }
@@ -161,13 +173,13 @@ impl Checker {
         path: &Path,
         state: &StateName,
         mark: &str,
-        limit: Duration,
+        bounds: Bounds<'_>,
     ) -> Result<(Verdict, String)> {
         use std::os::unix::fs::FileExt;
         let memory = rustix::fs::memfd_create("checker", rustix::fs::MemfdFlags::CLOEXEC)
             .context(|| "memory for what the checker prints")?;
         let file = File::from(memory);
-        let verdict = self.run(path, state, mark, limit, Some(&file))?;
+        let verdict = self.run(path, state, mark, bounds, Some(&file))?;
         let len = file.metadata()?.len();
         let mut bytes = vec![0; len.min(OUTPUT_KEPT) as usize];
         let start = len - bytes.len() as u64;
@@ -187,10 +199,11 @@ fn verdict(who: &str, status: Option<ExitStatus>, good: &[i32], limit: Duration)
     }
 }
 
-/// Runs a command to its end; `None` if it had to be killed because it took too long.
+/// Runs a command to its end; `None` if it had to be killed because it took too long. Nothing that it
+/// has started is left: that would still have the file in which the next state is shown.
 fn run(
     command: &mut Command,
-    limit: Duration,
+    bounds: Bounds<'_>,
     output: Option<&File>,
 ) -> Result<Option<ExitStatus>> {
     let stdio = || -> Result<Stdio> {
@@ -202,24 +215,25 @@ fn run(
     let mut child = command.process_group(0).spawn().context(|| name)?;
     let pid = Pid::from_child(&child);
     let ended = pidfd_open(pid, PidfdFlags::empty()).context(|| "pidfd_open")?;
-    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: 0 };
-    loop {
-        match poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)) {
+    let limit = Timespec { tv_sec: bounds.limit.as_secs() as i64, tv_nsec: 0 };
+    let (mut has_ended, mut is_late) = (false, false);
+    while !has_ended && !is_late && !bounds.stop.is_asked() {
+        let mut events = [PollFd::new(&ended, PollFlags::IN), bounds.stop.poll()];
+        match poll(&mut events, Some(&limit)) {
             Err(rustix::io::Errno::INTR) => {}
-            Ok(0) => {
-                end(&mut child, pid)?;
-                return Ok(None);
-            }
-            _ => return Ok(Some(child.wait()?)),
+            Err(err) => return Err(Error::from(std::io::Error::from(err))),
+            Ok(0) => is_late = true,
+            Ok(_) => has_ended = !events[0].revents().is_empty(),
         }
     }
-}
-
-/// Kills a checker with all that it has started.
-fn end(child: &mut Child, pid: Pid) -> Result<()> {
+    // Before it is waited for: until then nobody else has its number.
     let _ = kill_process_group(pid, Signal::KILL);
-    child.wait()?;
-    Ok(())
+    let status = child.wait()?;
+    match (has_ended, is_late) {
+        (true, _) => Ok(Some(status)),
+        (_, true) => Ok(None),
+        _ => Err(stopped()),
+    }
 }
 
 #[cfg(test)]
@@ -228,8 +242,9 @@ mod tests {
 
     fn check(line: &str) -> Result<Verdict> {
         let checker: Checker = line.parse()?;
-        let (state, limit) = (StateName::prefix(7), Duration::from_secs(1));
-        checker.run(Path::new("/dev/null"), &state, "a mark's {} text", limit, None)
+        let (state, stop) = (StateName::prefix(7), Stop::new()?);
+        let bounds = Bounds { limit: Duration::from_secs(1), stop: &stop };
+        checker.run(Path::new("/dev/null"), &state, "a mark's {} text", bounds, None)
     }
 
     #[test]
@@ -248,9 +263,11 @@ mod tests {
     #[test]
     fn the_end_of_what_is_printed_is_kept() {
         let checker = Checker::Command("echo first; seq 2000; echo {} >&2; exit 1".into());
-        let limit = Duration::from_secs(60);
+        let stop = Stop::new().unwrap();
+        let bounds = Bounds { limit: Duration::from_secs(60), stop: &stop };
+        let state = StateName::prefix(0);
         let (verdict, output) =
-            checker.run_and_listen(Path::new("/a/disk"), &StateName::prefix(0), "", limit).unwrap();
+            checker.run_and_listen(Path::new("/a/disk"), &state, "", bounds).unwrap();
         assert_eq!(verdict, Verdict::Bad("the checker exited with 1".into()));
         assert!(output.ends_with("2000\n/a/disk\n") && !output.contains("first"), "{output}");
     }

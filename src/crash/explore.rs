@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::block::Node;
 use crate::crash::answers::Answers;
-use crate::crash::check::{Checker, Verdict};
+use crate::crash::check::{Bounds, Checker, Verdict};
 use crate::crash::copy::CopiedFile;
 use crate::crash::disk::StateDisk;
 use crate::crash::enumerate::{self, Reach};
@@ -29,7 +29,8 @@ use crate::crash::history::{Epoch, History};
 use crate::crash::name::StateName;
 use crate::crash::report::{Failure, Report};
 use crate::crash::shrink;
-use crate::error::{Error, Result, ResultExt};
+use crate::crash::stop::Stop;
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{HostFile, OpenOptions, block_on};
 use crate::units::ByteRange;
 use crate::write_log::sidecar::Sidecar;
@@ -78,10 +79,8 @@ impl Plan {
     }
 }
 
-/// What the caller is asked and told meanwhile.
+/// What the caller is told meanwhile.
 pub trait Watch {
-    /// Whether to end now.
-    fn wants_to_stop(&mut self) -> bool;
     /// What has been done so far.
     fn progress(&mut self, report: &Report);
 }
@@ -99,16 +98,17 @@ pub enum Shown {
 
 /// A guest that is shown states and says whether they are good.
 pub trait GuestChecker: Send + std::fmt::Debug {
-    /// Shows it a state, left by a power cut after `mark`. A guest that takes longer than `limit` has
-    /// given a bad verdict. With what it says of the state.
+    /// Shows it a state, left by a power cut after `mark`. A guest that takes too long has given a bad
+    /// verdict. With what it says of the state.
     ///
     /// # Errors
-    /// If there is no guest, which says nothing about the disk.
+    /// If there is no guest, which says nothing about the disk. Kind
+    /// [`Cancelled`](crate::error::ErrorKind::Cancelled) if it was to end.
     fn check(
         &mut self,
         state: &StateName,
         mark: &str,
-        limit: Duration,
+        bounds: Bounds<'_>,
     ) -> Result<(Verdict, String)>;
 }
 
@@ -193,10 +193,10 @@ impl Stage {
         &mut self,
         name: &StateName,
         checker: &Checker,
-        limit: Duration,
+        bounds: Bounds<'_>,
     ) -> Result<(Verdict, String)> {
         match self.files.first_mut() {
-            Some(file) => file.check_and_listen(name, checker, limit),
+            Some(file) => file.check_and_listen(name, checker, bounds),
             None => Err(Error::invalid("no file to show a state in")),
         }
     }
@@ -208,14 +208,14 @@ impl Shown {
         &mut self,
         name: &StateName,
         checker: &Checker,
-        limit: Duration,
+        bounds: Bounds<'_>,
     ) -> Result<Verdict> {
         let mark = self.mark(name, checker)?;
         if let Shown::Guest(_, guest) = self {
-            return Ok(guest.check(name, &mark, limit)?.0);
+            return Ok(guest.check(name, &mark, bounds)?.0);
         }
         self.show_to(name, checker)?;
-        let verdict = checker.run(self.path(), name, &mark, limit, None)?;
+        let verdict = checker.run(self.path(), name, &mark, bounds, None)?;
         self.settle(name)?;
         Ok(verdict)
     }
@@ -224,14 +224,14 @@ impl Shown {
         &mut self,
         name: &StateName,
         checker: &Checker,
-        limit: Duration,
+        bounds: Bounds<'_>,
     ) -> Result<(Verdict, String)> {
         let mark = self.mark(name, checker)?;
         if let Shown::Guest(_, guest) = self {
-            return guest.check(name, &mark, limit);
+            return guest.check(name, &mark, bounds);
         }
         self.show_to(name, checker)?;
-        let verdict = checker.run_and_listen(self.path(), name, &mark, limit)?;
+        let verdict = checker.run_and_listen(self.path(), name, &mark, bounds)?;
         self.settle(name)?;
         Ok(verdict)
     }
@@ -276,7 +276,7 @@ impl Shown {
         }
     }
 
-    fn path(&self) -> &std::path::Path {
+    fn path(&self) -> &Path {
         match self {
             Shown::Fuse(file) => file.path(),
             Shown::Copy(file) => file.path(),
@@ -298,7 +298,8 @@ pub fn count(history: &History, plan: &Plan) -> u64 {
     epochs(history, plan).map(|epoch| enumerate::count(history, &epoch, &plan.reach)).sum()
 }
 
-/// Explores, from where `report` stands. A report that is not finished afterwards was stopped.
+/// Explores, from where `report` stands, to the end or until `stop` is asked for. A report that is not
+/// finished afterwards was stopped.
 ///
 /// # Errors
 /// If base or log cannot be read, or the checker cannot be run. What was found until then is in the
@@ -310,6 +311,7 @@ pub fn explore(
     report: &mut Report,
     stage: &mut Stage,
     watch: &mut dyn Watch,
+    stop: &Stop,
 ) -> Result<()> {
     report.states = count(history, plan);
     let started = Instant::now();
@@ -323,6 +325,7 @@ pub fn explore(
         plan,
         report,
         watch,
+        stop,
         tasks: Some(tasks),
         results,
         started,
@@ -330,13 +333,12 @@ pub fn explore(
         said: Instant::now(),
         pending: BTreeMap::new(),
         given: 0,
-        interrupted: false,
         error: None,
     };
     std::thread::scope(|scope| -> Result<()> {
         for file in stage.files.iter_mut().take(workers) {
             let (queue, ending, answers) = (&queue, &ending, answers.clone());
-            scope.spawn(move || work(file, plan, queue, ending, &answers));
+            scope.spawn(move || work(file, plan, stop, queue, ending, &answers));
         }
         drop(answers);
         let generated = run.generate(base);
@@ -346,26 +348,29 @@ pub fn explore(
         while let Ok((ordinal, answer)) = run.results.recv() {
             run.take(ordinal, answer);
             run.say_now_and_then()?;
-            if run.is_interrupted() || run.is_stopped() {
+            if run.is_stopped() {
                 ending.store(true, Ordering::Relaxed);
             }
         }
         generated
     })?;
+    run.keep_what_is_not_counted();
     let stopped = run.is_stopped() || run.report.done < run.report.states;
     run.report.seconds = before + started.elapsed().as_secs_f64();
-    if let Some(err) = run.error {
-        return Err(err);
-    }
-    let interrupted = run.interrupted;
-    report.finished = !stopped;
-    if !interrupted {
-        describe_failures(history, plan, report, stage)?;
-    }
+    let described = match run.error {
+        Some(err) => Err(err),
+        None => describe_failures(history, plan, report, stage, stop),
+    };
+    // Failures that were not described yet are left for the next run.
+    let is_described = report.failures.iter().all(|failure| failure.shrunk || failure.flaky);
+    report.finished = !stopped && is_described && described.is_ok();
     if let Some(path) = &plan.results {
         report.save(path)?;
     }
-    Ok(())
+    match described {
+        Err(err) if err.kind() == ErrorKind::Cancelled => Ok(()),
+        other => other,
+    }
 }
 
 fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoch> + 'a {
@@ -379,6 +384,7 @@ fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoc
 fn work(
     file: &mut Shown,
     plan: &Plan,
+    stop: &Stop,
     queue: &Mutex<Receiver<Task>>,
     ending: &AtomicBool,
     answers: &Sender<(u64, Result<Answer>)>,
@@ -387,25 +393,25 @@ fn work(
     loop {
         let task = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(task) = task else { return };
-        if ending.load(Ordering::Relaxed) {
+        if ending.load(Ordering::Relaxed) || stop.is_asked() {
             continue;
         }
-        let answer = answer(file, &task, checker, plan.limit);
+        let answer = answer(file, &task, checker, Bounds { limit: plan.limit, stop });
         if answers.send((task.ordinal, answer)).is_err() {
             return;
         }
     }
 }
 
-fn answer(file: &mut Shown, task: &Task, checker: &Checker, limit: Duration) -> Result<Answer> {
+fn answer(file: &mut Shown, task: &Task, checker: &Checker, bounds: Bounds<'_>) -> Result<Answer> {
     let Some(answers) = &task.answers else {
-        return file.check(&task.name, checker, limit).map(Answer::Checked);
+        return file.check(&task.name, checker, bounds).map(Answer::Checked);
     };
     let answers = || answers.lock().unwrap_or_else(PoisonError::into_inner);
     if answers().has(&task.name, task.promised) {
         return Ok(Answer::Alike);
     }
-    let verdict = file.check(&task.name, checker, limit)?;
+    let verdict = file.check(&task.name, checker, bounds)?;
     if let (Verdict::Good, Some(read)) = (&verdict, file.looked_at()) {
         answers().learn(&task.name, task.promised, &read);
     }
@@ -418,6 +424,7 @@ struct Run<'a> {
     plan: &'a Plan,
     report: &'a mut Report,
     watch: &'a mut dyn Watch,
+    stop: &'a Stop,
     /// `None` when all is given out.
     tasks: Option<SyncSender<Task>>,
     results: Receiver<(u64, Result<Answer>)>,
@@ -429,8 +436,6 @@ struct Run<'a> {
     pending: BTreeMap<u64, Pending>,
     /// How many states were looked at, done or given to a worker.
     given: u64,
-    /// Whether the operator wants it to end.
-    interrupted: bool,
     /// What ends it.
     error: Option<Error>,
 }
@@ -474,6 +479,9 @@ impl Run<'_> {
 
     /// The next state: known, done earlier, or to be checked.
     fn meet(&mut self, task: Task, is_new: bool, resumed: u64) -> ControlFlow<Result<()>> {
+        if self.is_stopped() {
+            return ControlFlow::Break(Ok(()));
+        }
         let ordinal = task.ordinal;
         self.given += 1;
         if ordinal < resumed {
@@ -499,9 +507,6 @@ impl Run<'_> {
         if is_due && let Err(err) = self.say_now_and_then() {
             return ControlFlow::Break(Err(err));
         }
-        if self.is_stopped() || (is_due && self.is_interrupted()) {
-            return ControlFlow::Break(Ok(()));
-        }
         ControlFlow::Continue(())
     }
 
@@ -514,6 +519,7 @@ impl Run<'_> {
             }
             (Ok(_), _) => *pending = Pending::Good,
             // This one is not done: it waits for another run.
+            (Err(err), _) if err.kind() == ErrorKind::Cancelled => {}
             (Err(err), _) => drop(self.error.get_or_insert(err)),
         }
         self.count_done();
@@ -551,13 +557,20 @@ impl Run<'_> {
         }
     }
 
-    fn is_interrupted(&mut self) -> bool {
-        self.interrupted |= self.watch.wants_to_stop();
-        self.interrupted
+    /// Keeps failures behind a state that is not done. The next run will find them again, and count
+    /// them then.
+    fn keep_what_is_not_counted(&mut self) {
+        for pending in std::mem::take(&mut self.pending).into_values() {
+            if let Pending::Bad(failure) = pending {
+                self.keep(*failure);
+            }
+        }
     }
 
     fn is_stopped(&self) -> bool {
-        self.error.is_some() || self.plan.stop_after.is_some_and(|most| self.report.failed >= most)
+        self.stop.is_asked()
+            || self.error.is_some()
+            || self.plan.stop_after.is_some_and(|most| self.report.failed >= most)
     }
 
     fn say_now_and_then(&mut self) -> Result<()> {
@@ -580,21 +593,16 @@ fn describe_failures(
     plan: &Plan,
     report: &mut Report,
     stage: &mut Stage,
+    stop: &Stop,
 ) -> Result<()> {
     let (Some(checker), Some(file)) = (&plan.checker, stage.files.first_mut()) else {
         return Ok(());
     };
-    let mut sidecar = match &plan.sidecar {
-        Some(path) => {
-            let file = HostFile::open(path, OpenOptions::default())?;
-            Some(block_on(Sidecar::open(Arc::new(file)))?)
-        }
-        None => None,
-    };
+    let bounds = Bounds { limit: plan.limit, stop };
     for failure in report.failures.iter_mut().filter(|failure| !failure.shrunk) {
         let found_as = failure.found_as.clone();
         let (epoch, found) = history.expanded(&found_as.parse()?)?;
-        let (verdict, _) = file.check_and_listen(&found, checker, plan.limit)?;
+        let (verdict, _) = file.check_and_listen(&found, checker, bounds)?;
         if verdict == Verdict::Good {
             failure.flaky = true;
             failure.reproduce = format!("{}{found_as}", plan.again);
@@ -602,10 +610,10 @@ fn describe_failures(
             continue;
         }
         let mut fails = |name: &StateName| -> Result<bool> {
-            Ok(file.check(name, checker, plan.limit)? != Verdict::Good)
+            Ok(file.check(name, checker, bounds)? != Verdict::Good)
         };
         let least = shrink::shrink(history, &epoch, found, &mut fails)?;
-        let (verdict, output) = file.check_and_listen(&least, checker, plan.limit)?;
+        let (verdict, output) = file.check_and_listen(&least, checker, bounds)?;
         let how = match verdict {
             Verdict::Bad(how) => how,
             Verdict::Good => failure.verdict.clone(),
@@ -614,9 +622,22 @@ fn describe_failures(
             Failure { found_as, shrunk: true, output, ..Failure::new(history, &least, &how) };
         failure.reproduce = format!("{}{}", plan.again, failure.state);
         failure.serve = format!("{}{}", plan.serve, failure.state);
-        if let Some(sidecar) = &mut sidecar {
-            failure.add_order(history, sidecar)?;
-        }
     }
+    // What it would add is not worth the report.
+    report.without_order = plan
+        .sidecar
+        .as_ref()
+        .and_then(|path| add_order(history, path, &mut report.failures).err())
+        .map(|err| err.to_string());
     Ok(())
+}
+
+/// Adds what the log's sidecar knows of the guilty writes.
+fn add_order(history: &History, sidecar: &Path, failures: &mut [Failure]) -> Result<()> {
+    if failures.is_empty() {
+        return Ok(());
+    }
+    let file = HostFile::open(sidecar, OpenOptions::default())?;
+    let mut sidecar = block_on(Sidecar::open(Arc::new(file)))?;
+    failures.iter_mut().try_for_each(|failure| failure.add_order(history, &mut sidecar))
 }

@@ -29,11 +29,12 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::block::driver::{BlockStatus, Driver, Limits, StatusKind};
-use crate::crash::check::Verdict;
+use crate::crash::check::{Bounds, Verdict};
 use crate::crash::name::StateName;
+use crate::crash::stop::stopped;
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, clock};
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
@@ -48,6 +49,8 @@ const SIZE: u64 = MIB;
 const TEXT: usize = 4096;
 /// The most of a mark that fits into a question.
 const MARK: usize = 1024;
+/// How long to wait between two looks at whether to end.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a read waits for a question.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -84,34 +87,55 @@ enum Question {
 
 impl Mailbox {
     /// Waits for a guest that is ready; whether there is one.
-    pub fn wait_for_guest(&self, limit: Duration) -> bool {
-        let (state, _) = self
-            .heard
-            .wait_timeout_while(self.lock(), limit, |state| !state.is_ready)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.is_ready
+    pub fn wait_for_guest(&self, bounds: Bounds<'_>) -> bool {
+        self.wait(self.lock(), bounds, |state| state.is_ready).is_ready
     }
 
     /// Asks the guest, which has `state` on its other disk by now, and waits for the verdict and what
-    /// it says with it. One that takes longer than `limit` has given a bad one.
-    pub fn ask(&self, state: &StateName, mark: &str, limit: Duration) -> (Verdict, String) {
+    /// it says with it. One that takes too long has given a bad one.
+    ///
+    /// # Errors
+    /// Kind [`Cancelled`](crate::error::ErrorKind::Cancelled) if it was to end.
+    pub fn ask(
+        &self,
+        state: &StateName,
+        mark: &str,
+        bounds: Bounds<'_>,
+    ) -> Result<(Verdict, String)> {
         let mut mailbox = self.lock();
         mailbox.asked += 1;
         mailbox.answer = None;
         let mark = one_line(mark);
         mailbox.question = Question::Check(format!("check {} {state} {mark}\n", mailbox.asked));
         mailbox.readers.drain(..).for_each(Waker::wake);
-        let (mut mailbox, _) = self
-            .heard
-            .wait_timeout_while(mailbox, limit, |mailbox| mailbox.answer.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut mailbox = self.wait(mailbox, bounds, |mailbox| mailbox.answer.is_some());
         mailbox.question = Question::None;
-        mailbox.answer.take().unwrap_or_else(|| {
-            // It may come yet, and then it is ready for the next one.
-            mailbox.is_ready = false;
-            let seconds = limit.as_secs();
-            (Verdict::Bad(format!("the guest gave no answer in {seconds} seconds")), String::new())
-        })
+        if let Some(answer) = mailbox.answer.take() {
+            return Ok(answer);
+        }
+        if bounds.stop.is_asked() {
+            return Err(stopped());
+        }
+        // It may come yet, and then it is ready for the next one.
+        mailbox.is_ready = false;
+        let why = format!("the guest gave no answer in {} seconds", bounds.limit.as_secs());
+        Ok((Verdict::Bad(why), String::new()))
+    }
+
+    /// Waits until something has come, or no longer.
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        bounds: Bounds<'_>,
+        has_come: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        let started = Instant::now();
+        while !has_come(&state) && !bounds.stop.is_asked() && started.elapsed() < bounds.limit {
+            let left = bounds.limit.saturating_sub(started.elapsed()).min(LOOK);
+            let waited = self.heard.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state
     }
 
     /// There will be no more questions. A guest that is ready gets up to `limit` to read so.
@@ -280,6 +304,7 @@ impl Driver for MailboxDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::crash::stop::Stop;
     use crate::io::{AlignedBuf, block_on};
 
     const LONG: Duration = Duration::from_secs(60);
@@ -316,9 +341,13 @@ mod tests {
                     let _ = write(&disk, &answer.replace('N', number));
                 }
             });
-            let state = "E7:s=01".parse().unwrap();
-            mailbox.ask(&state, "a \n mark", if answers.is_empty() { SHORT } else { LONG })
+            let (state, stop) = ("E7:s=01".parse().unwrap(), Stop::new().unwrap());
+            mailbox.ask(&state, "a \n mark", Bounds { limit: LONG, stop: &stop }).unwrap()
         })
+    }
+
+    fn is_ready(mailbox: &Mailbox) -> bool {
+        mailbox.wait_for_guest(Bounds { limit: SHORT, stop: &Stop::new().unwrap() })
     }
 
     fn bad(why: &str, output: &str) -> (Verdict, String) {
@@ -329,10 +358,10 @@ mod tests {
     fn questions_are_answered() {
         let mailbox = Arc::new(Mailbox::default());
         let disk = MailboxDisk::new(Arc::clone(&mailbox));
-        assert!(!mailbox.wait_for_guest(SHORT));
+        assert!(!is_ready(&mailbox));
         assert_eq!(read(&disk), "wait\n", "a read ends, whatever happens");
         write(&disk, "ready\n").unwrap();
-        assert!(mailbox.wait_for_guest(SHORT));
+        assert!(is_ready(&mailbox));
         assert_eq!(ask(&mailbox, &["N good\n"]), (Verdict::Good, String::new()));
         let says = bad("the guest says: a file is gone", "its name\nand more\n");
         assert_eq!(ask(&mailbox, &["N bad a file is gone\nits name\nand more\n"]), says);
@@ -348,7 +377,7 @@ mod tests {
         let mailbox = Arc::new(Mailbox::default());
         let anew = bad("the guest started anew before it answered", "");
         assert_eq!(ask(&mailbox, &["ready"]), anew);
-        assert!(mailbox.wait_for_guest(SHORT));
+        assert!(is_ready(&mailbox));
     }
 
     #[test]
@@ -357,12 +386,18 @@ mod tests {
         let disk = MailboxDisk::new(Arc::clone(&mailbox));
         write(&disk, "ready").unwrap();
         let state = StateName::prefix(7);
-        let (verdict, _) = mailbox.ask(&state, "", SHORT);
+        let stop = Stop::new().unwrap();
+        let bounds = |limit| Bounds { limit, stop: &stop };
+        let (verdict, _) = mailbox.ask(&state, "", bounds(SHORT)).unwrap();
         assert!(matches!(verdict, Verdict::Bad(how) if how.contains("no answer in")));
-        assert!(!mailbox.wait_for_guest(SHORT), "it may still be looking at that state");
+        assert!(!is_ready(&mailbox), "it may still be looking at that state");
         write(&disk, "1 good").unwrap();
-        assert!(mailbox.wait_for_guest(SHORT));
+        assert!(is_ready(&mailbox));
         assert_eq!(ask(&mailbox, &["1 bad", "N good"]), (Verdict::Good, String::new()));
+        // Nor is one that nobody waits for any more.
+        stop.ask();
+        let err = mailbox.ask(&state, "", bounds(LONG)).unwrap_err();
+        assert_eq!(err.kind(), crate::error::ErrorKind::Cancelled);
     }
 
     #[test]
@@ -373,7 +408,7 @@ mod tests {
             let err = write(&disk, text).unwrap_err().to_string();
             assert!(err.contains("'N bad WHY'"), "{text}: {err}");
         }
-        assert!(!mailbox.wait_for_guest(SHORT));
+        assert!(!is_ready(&mailbox));
         assert_eq!(ask(&mailbox, &["N fine", "N good"]), (Verdict::Good, String::new()));
         let elsewhere = AlignedBuf::zeroed(512, 512);
         let err = block_on(disk.write(0, elsewhere.buffers(), false)).unwrap_err();

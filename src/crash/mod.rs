@@ -18,6 +18,7 @@
 //! syncer       what a checker wrote to it and the kernel still has
 //! check        programs that say whether a disk is good
 //! mailbox      a guest that says so
+//! stop         the operator's wish to end
 //! explore      all states, each different disk checked once
 //! shrink       the fewest dropped writes that still fail
 //! report       what was found, kept in a file
@@ -48,6 +49,7 @@ pub mod report;
 pub mod shrink;
 pub mod simulated;
 pub mod state;
+pub mod stop;
 mod syncer;
 pub mod view;
 

@@ -1,6 +1,7 @@
 //! What an exploration has found so far: kept in a file, so that it can be continued and shown.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 
 use quick_junit::{NonSuccessKind, Property, TestCase, TestCaseStatus, TestSuite};
@@ -62,6 +63,10 @@ pub struct Report {
     pub seconds: f64,
     /// Whether all states are done.
     pub finished: bool,
+    /// Why the failures do not say in which order requests came and went, although the log has a
+    /// sidecar.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub without_order: Option<String>,
     /// The first failure of each of the first few epochs that have any.
     pub failures: Vec<Failure>,
 }
@@ -252,6 +257,7 @@ impl Report {
             failed: 0,
             seconds: 0.0,
             finished: false,
+            without_order: None,
             failures: Vec::new(),
         }
     }
@@ -287,7 +293,10 @@ impl Report {
         bytes.push(b'\n');
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
-        std::fs::write(&new, &bytes).context(name)?;
+        let mut file = std::fs::File::create(&new).context(name)?;
+        file.write_all(&bytes).context(name)?;
+        // A rename may be on the disk before the data is.
+        file.sync_data().context(name)?;
         std::fs::rename(&new, path).context(name)
     }
 
@@ -315,6 +324,9 @@ impl Report {
             self.seconds,
             self.covered_per_second(),
         );
+        if let Some(why) = &self.without_order {
+            let _ = writeln!(text, "the order of requests is not told: {why}");
+        }
         for failure in &self.failures {
             text.push('\n');
             let _ = failure.write_text(&mut text);
@@ -347,7 +359,15 @@ impl Report {
             case.set_classname(self.subject.check.clone());
             suite.add_test_case(case);
         }
-        if self.failures.is_empty() {
+        if !self.finished {
+            // Nobody may take what was not looked at for good.
+            let mut status = TestCaseStatus::non_success(NonSuccessKind::Error);
+            let message = format!("not finished: {} of {} states are done", self.done, self.states);
+            status.set_message(message);
+            let mut case = TestCase::new("all states", status);
+            case.set_classname(self.subject.check.clone());
+            suite.add_test_case(case);
+        } else if self.failures.is_empty() {
             let mut case = TestCase::new("all states", TestCaseStatus::success());
             case.set_classname(self.subject.check.clone());
             suite.add_test_case(case);

@@ -15,11 +15,12 @@ use crate::cli::log::source::{LogFileArgs, PartArgs};
 use crate::cli::progress::{ProgressArgs, When};
 use crate::cli::serve::Signals;
 use crate::cli::{DONE, output};
-use crate::crash::check::{Checker, Verdict, quoted};
+use crate::crash::check::{Bounds, Checker, Verdict, quoted};
 use crate::crash::enumerate::Reach;
 use crate::crash::explore::{self, Plan, Stage, Watch};
 use crate::crash::fuse::Reads;
 use crate::crash::report::{Report, Subject};
+use crate::crash::stop::Stop;
 use crate::crash::{History, StateName};
 use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
@@ -27,8 +28,6 @@ use crate::write_log::{Start, sidecar};
 
 /// How long a checker may take, in seconds, if nobody says.
 const TIMEOUT: u64 = 60;
-/// How long to wait for a guest between two looks at signals.
-const LOOK: Duration = Duration::from_millis(200);
 /// Exit code if a state is not good.
 const FAILED: u8 = 1;
 
@@ -112,7 +111,7 @@ pub struct ExploreArgs {
 
 pub fn run(args: &ExploreArgs) -> Result<u8> {
     // Before any thread exists: signals are for this one.
-    let signals = Signals::block()?;
+    let stop = stop_on_signals(Signals::block()?)?;
     let log = args.log.open()?;
     let request = OpenRequest::read(&args.base).format(args.format);
     let base = images::open(&request)?;
@@ -122,13 +121,12 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
         let Some(checker) = &plan.checker else {
             return Err(Error::invalid("--state wants a checker: --check, or --guest"));
         };
-        let mut teller = Teller { signals, progress: args.progress.progress };
         let stage = match &args.guest {
-            Some(socket) => invite(socket, &request, &history, &mut teller)?,
+            Some(socket) => invite(socket, &request, &history, &stop)?,
             None => Some(Stage::new(&history, &base.node, 1, Reads::Unknown)),
         };
         let Some(stage) = stage else { return Ok(FAILED) };
-        return check_one(args, &history, stage, name, checker);
+        return check_one(args, &history, stage, name, checker, &stop);
     }
     if explore::count(&history, &plan) == 0 {
         let name = history.log().name();
@@ -145,9 +143,9 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
         return Ok(exit_code(&report));
     }
     let workers = if plan.checker.is_some() { plan.workers } else { 0 };
-    let mut teller = Teller { signals, progress: args.progress.progress };
+    let mut teller = Teller { progress: args.progress.progress };
     let stage = match &args.guest {
-        Some(socket) => invite(socket, &request, &history, &mut teller)?,
+        Some(socket) => invite(socket, &request, &history, &stop)?,
         None => Some(Stage::new(&history, &base.node, workers, plan.reads())),
     };
     let Some(mut stage) = stage else { return Ok(FAILED) };
@@ -155,7 +153,7 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
         teller.say(&stage.how);
     }
     let result =
-        explore::explore(&history, &base.node, &plan, &mut report, &mut stage, &mut teller);
+        explore::explore(&history, &base.node, &plan, &mut report, &mut stage, &mut teller, &stop);
     teller.end();
     drop(stage);
     result?;
@@ -168,17 +166,13 @@ fn invite(
     socket: &Path,
     base: &OpenRequest,
     history: &Arc<History>,
-    teller: &mut Teller,
+    stop: &Stop,
 ) -> Result<Option<Stage>> {
     let guest = Guest::serve(socket, Path::new(history.log().name()), base)?;
     let mailbox = mailbox_of(socket);
     tracing::info!("waiting for a guest on {} and {}", socket.display(), mailbox.display());
-    while !guest.wait(LOOK) {
-        if teller.wants_to_stop() {
-            return Ok(None);
-        }
-    }
-    Ok(Some(Stage::of_guest(history, Box::new(guest))))
+    let is_there = guest.wait(Bounds { limit: Duration::MAX, stop });
+    Ok(is_there.then(|| Stage::of_guest(history, Box::new(guest))))
 }
 
 fn exit_code(report: &Report) -> u8 {
@@ -336,10 +330,11 @@ fn check_one(
     mut stage: Stage,
     name: &StateName,
     checker: &Checker,
+    stop: &Stop,
 ) -> Result<u8> {
     let (_, full) = history.expanded(name)?;
-    let limit = Duration::from_secs(args.timeout);
-    let (verdict, printed) = stage.check(&full, checker, limit)?;
+    let bounds = Bounds { limit: Duration::from_secs(args.timeout), stop };
+    let (verdict, printed) = stage.check(&full, checker, bounds)?;
     let how = match &verdict {
         Verdict::Good => "good".to_string(),
         Verdict::Bad(how) => how.clone(),
@@ -354,9 +349,24 @@ fn check_one(
     Ok(if good { DONE } else { FAILED })
 }
 
-/// Tells the operator how it goes, and hears when to stop.
+/// Has Ctrl-C and SIGTERM end what is under way. A second one kills.
+fn stop_on_signals(signals: Signals) -> Result<Arc<Stop>> {
+    let stop = Arc::new(Stop::new()?);
+    let asked = Arc::clone(&stop);
+    std::thread::spawn(move || {
+        while !matches!(signals.wait(), libc::SIGINT | libc::SIGTERM) {}
+        asked.ask();
+        signals.let_the_next_one_kill();
+        // This thread is the one that it is for.
+        loop {
+            std::thread::park();
+        }
+    });
+    Ok(stop)
+}
+
+/// Tells the operator how it goes.
 struct Teller {
-    signals: Signals,
     progress: When,
 }
 
@@ -381,14 +391,6 @@ impl Teller {
 }
 
 impl Watch for Teller {
-    fn wants_to_stop(&mut self) -> bool {
-        let stop = matches!(self.signals.next(), Some(libc::SIGINT | libc::SIGTERM));
-        if stop {
-            self.signals.let_the_next_one_kill();
-        }
-        stop
-    }
-
     fn progress(&mut self, report: &Report) {
         if !self.shows() {
             return;

@@ -14,7 +14,7 @@ use crate::cli::serve_args::{MAX_QUEUE_SIZE, MAX_QUEUES};
 use crate::control::disks::{ExportRequest, WorkerOptions};
 use crate::control::{Disks, crash_states};
 use crate::crash::StateName;
-use crate::crash::check::Verdict;
+use crate::crash::check::{Bounds, Verdict};
 use crate::crash::explore::GuestChecker;
 use crate::crash::mailbox::{Mailbox, MailboxDisk};
 use crate::device::export::{CachePolicy, ExportOptions};
@@ -88,8 +88,8 @@ impl Guest {
     }
 
     /// Waits for a guest that is ready; whether there is one.
-    pub fn wait(&self, limit: Duration) -> bool {
-        self.mailbox.wait_for_guest(limit)
+    pub fn wait(&self, bounds: Bounds<'_>) -> bool {
+        self.mailbox.wait_for_guest(bounds)
     }
 }
 
@@ -105,20 +105,20 @@ impl GuestChecker for Guest {
         &mut self,
         state: &StateName,
         mark: &str,
-        limit: Duration,
+        bounds: Bounds<'_>,
     ) -> Result<(Verdict, String)> {
-        if !self.wait(limit) {
+        if !self.wait(bounds) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!(
                     "no guest was ready for state {state} in {} seconds; with --results, the \
                      exploration can go on from here once there is one",
-                    limit.as_secs()
+                    bounds.limit.as_secs()
                 ),
             ));
         }
         crash_states::present(&mut self.disks, DISK, state)?;
-        Ok(self.mailbox.ask(&state.clone().trimmed(), mark, limit))
+        self.mailbox.ask(&state.clone().trimmed(), mark, bounds)
     }
 }
 
