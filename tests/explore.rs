@@ -275,6 +275,23 @@ fn a_damaged_sidecar_costs_no_report() {
     assert!(text.contains("the order of requests is not told: w.log.sidecar: not the"), "{text}");
 }
 
+/// The path of a state's file is one word, wherever files for a while are made.
+#[test]
+fn a_path_with_spaces_is_one_word() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    std::fs::create_dir(d.join("it's a place")).unwrap();
+    let check = "test $(head -c 1 {} | wc -c) = 1";
+    let output = Command::new(env!("CARGO_BIN_EXE_vublk"))
+        .args(["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "--check", check])
+        .current_dir(d)
+        .env("TMPDIR", d.join("it's a place"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
 /// A mark promises what a flush has made durable. The disk may be the same before and after it, and
 /// yet right before and wrong after.
 #[test]

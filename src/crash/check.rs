@@ -44,6 +44,12 @@ pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
+/// A text as one word for the shell, and as it is if it is one already: it may stand in quotes then.
+fn word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+,@%:=".contains(c);
+    if text.chars().all(is_plain) { text.to_string() } else { quoted(text) }
+}
+
 /// How long a checker may run.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds<'a> {
@@ -135,7 +141,7 @@ impl Checker {
             Checker::Guest => Err(Error::invalid("a guest is no program that could be run")),
             Checker::Command(line) => {
                 // The mark comes last: it may hold anything, and is not looked at again.
-                let line = line.replace(PATH, &path.display().to_string());
+                let line = line.replace(PATH, &word(&path.display().to_string()));
                 let line = line.replace(STATE, &state.to_string());
                 let line = line.replace(MARK, &quoted(mark));
                 let mut command = Command::new("sh");
