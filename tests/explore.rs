@@ -343,6 +343,24 @@ fn what_the_last_flush_has_left_is_looked_at() {
     assert_eq!((code, &report["states"]), (Some(0), &2.into()), "{report}");
 }
 
+/// The mark says that the flush is done, and that is just what is to be looked at.
+#[test]
+fn what_a_flush_has_left_just_before_the_last_mark_is_looked_at() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base.img"), vec![0; SIZE]).unwrap();
+    let log = LogBuilder::new(512).write(0, &[b'x'; 512]).flush().mark("synced");
+    let log = log.write(0, &[b'y'; 512]).flush().mark("end");
+    std::fs::write(dir.path().join("w.log"), log.finish()).unwrap();
+    for (states, count) in [("flush", 2), ("reorder", 3)] {
+        let check = "test \"$(head -c 1 {})\" != x || test {mark} != synced";
+        let (code, report) =
+            explore(dir.path(), check, &["--states", states, "--end-mark", "synced"]);
+        assert_eq!((code, &report["states"]), (Some(1), &count.into()), "{report}");
+        let failure = &report["failures"][0];
+        assert_eq!((&report["failed"], &failure["state"]), (&1.into(), &"E2".into()), "{report}");
+    }
+}
+
 /// A killed exploration goes, mount and all, while its checker still has a disk with changes in the
 /// kernel's cache.
 #[test]
