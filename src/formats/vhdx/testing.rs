@@ -29,9 +29,12 @@ pub enum Moment {
     Changed,
 }
 
+/// When somebody comes, and what he does.
+type Visit = (Moment, Box<dyn FnOnce()>);
+
 thread_local! {
     /// What this thread does at a moment, in place of another thread.
-    static VISITOR: RefCell<Option<(Moment, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+    static VISITOR: RefCell<Option<Visit>> = const { RefCell::new(None) };
 }
 
 /// Has `visitor` come in between when this thread reaches that moment next.
