@@ -242,13 +242,19 @@ fn a_commit_of_a_live_snapshot_has_the_disk_go_on_in_the_base() {
         String::from_utf8(output.stderr).unwrap()
     };
     let is_frozen = || serve("base").contains("the disk goes on in");
-    // Without -d, the disk stays where it is; and what somebody else's overlay needs stays frozen.
+    // Without -d, the disk stays where it is.
     frozen::mark(&base, &d.join("mid"));
     ok(d, &["commit", "-q", "-b", "base", "top"]);
     assert!(is_frozen());
+    // What somebody else's overlay needs is not written to.
     std::fs::write(d.join("other"), "").unwrap();
     frozen::mark(&base, &d.join("other"));
-    ok(d, &["commit", "-q", "-d", "-b", "base", "top"]);
+    std::fs::write(d.join("data"), vec![7; 1 << 20]).unwrap();
+    ok(d, &["convert", "-n", "-f", "raw", "-O", "qcow2", "data", "top"]);
+    let line = fails(d, &["commit", "-q", "-d", "-b", "base", "top"], 1);
+    assert!(line.contains("committing top: base: a snapshot was taken"), "{line}");
+    assert!(line.contains(d.join("other").to_str().unwrap()), "{line}");
+    assert_eq!(std::fs::read(d.join("base")).unwrap(), vec![0; 1 << 20]);
     assert!(is_frozen());
     assert!(serve("top").contains("no/s"));
     frozen::mark(&base, &d.join("mid"));
