@@ -1,6 +1,8 @@
 //! `vublk log explore` as a black box: planted bugs, a file system made by mke2fs, kill and resume.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod guest;
 
 use std::path::Path;
 use std::process::{Command, Stdio};

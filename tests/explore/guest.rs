@@ -1,31 +1,15 @@
 //! `vublk log explore --guest`, asked of a guest that is no machine: two sessions of our own.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use common::{soon, vublk};
+use crate::common::{self, soon, vublk};
+use crate::small_disk;
 use serde_json::Value;
 use vublk::frontend::{Personality, Session, SessionOptions};
-use vublk::write_log::LogBuilder;
 
-const SIZE: usize = 1 << 20;
 /// Where the guest answers.
 const ANSWER: u64 = 4096;
-
-/// A base of zeros and a log; epoch after epoch, 6 writes of 4 KiB, each in a place of its own.
-fn small_disk(dir: &Path, epochs: u8) {
-    std::fs::write(dir.join("base.img"), vec![0; SIZE]).unwrap();
-    let mut log = LogBuilder::new(512).mark("start");
-    for epoch in 0..epochs {
-        for write in 0..6 {
-            log = log.write(write * 4096, &[epoch * 10 + write as u8 + 1; 4096]);
-        }
-        log = log.flush();
-    }
-    std::fs::write(dir.join("w.log"), log.finish()).unwrap();
-}
 
 /// An exploration that asks a guest.
 struct Explorer(Child);
@@ -145,7 +129,7 @@ fn a_guest_finds_a_planted_bug() {
     small_disk(dir.path(), 3);
     let explorer = Explorer::start(dir.path(), &[]);
     let asked = Guest::start(dir.path()).answer(|disk, question| {
-        assert_eq!(question.mark, "start");
+        assert!(["start", "end"].contains(&&*question.mark), "{}", question.mark);
         // What was written to the state before is gone.
         assert_eq!(disk.read(0, 1 << 19, 512).unwrap(), [0; 512], "{}", question.state);
         disk.write(0, 1 << 19, &[7; 512]).unwrap();
