@@ -15,7 +15,7 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// As [`print`], for a program that has more to do than to print: false if the reader has closed its
+/// As [`print()`], for a program that has more to do than to print: false if the reader has closed its
 /// end.
 pub fn try_print(text: &str) -> Result<bool> {
     let mut stdout = std::io::stdout().lock();

@@ -114,7 +114,7 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
 /// of requests then.
 ///
 /// # Errors
-/// As [`create`] and [`open`](super::open). An existing file is as it was, a new one is not there.
+/// As [`create`] and [`open()`]. An existing file is as it was, a new one is not there.
 pub fn check_openable(create: &CreateRequest, request: &OpenRequest) -> Result<Alignment> {
     let name = || create.path.display().to_string();
     // That a raw image has none is for `create` to say.

@@ -16,8 +16,8 @@
 //! the same command line is what restarts a process under a living guest.
 //!
 //! *Something else*: whatever is in the log was on the disk before, and a kill takes nothing from it.
-//! So what the last entries wrote must be there ([`compare`](super::compare)), or somebody else has
-//! changed the disk since, and a replay would not make it.
+//! So what the last entries wrote must be there (`compare`), or somebody else has changed the disk since,
+//! and a replay would not make it.
 //!
 //! After the host went down the log may know of writes that the disk has lost, and the disk may
 //! have writes that the log does not count, so going on would make a log that never was.
