@@ -121,11 +121,8 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
         let Some(checker) = &plan.checker else {
             return Err(Error::invalid("--state wants a checker: --check, or --guest"));
         };
-        let stage = match &args.guest {
-            Some(socket) => invite(socket, &request, &history, &stop)?,
-            None => Some(Stage::new(&history, &base.node, 1, Reads::Unknown)),
-        };
-        let Some(stage) = stage else { return Ok(FAILED) };
+        let new = || Stage::new(&history, &base.node, 1, Reads::Unknown);
+        let Some(stage) = invite(args, &request, &history, &stop, new)? else { return Ok(FAILED) };
         return check_one(args, &history, stage, name, checker, &stop);
     }
     if explore::count(&history, &plan) == 0 {
@@ -144,11 +141,8 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     }
     let workers = if plan.checker.is_some() { plan.workers } else { 0 };
     let mut teller = Teller { progress: args.progress.progress };
-    let stage = match &args.guest {
-        Some(socket) => invite(socket, &request, &history, &stop)?,
-        None => Some(Stage::new(&history, &base.node, workers, plan.reads())),
-    };
-    let Some(mut stage) = stage else { return Ok(FAILED) };
+    let new = || Stage::new(&history, &base.node, workers, plan.reads());
+    let Some(mut stage) = invite(args, &request, &history, &stop, new)? else { return Ok(FAILED) };
     if plan.checker.is_some() {
         teller.say(&stage.how);
     }
@@ -161,16 +155,20 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     Ok(exit_code(&report))
 }
 
-/// Waits for a guest, as long as it takes; `None` if the operator does not want to.
+/// The stage of a guest, for which this waits as long as it takes, or else `without` one. `None` if the
+/// operator does not want to wait any longer.
 fn invite(
-    socket: &Path,
+    args: &ExploreArgs,
     base: &OpenRequest,
     history: &Arc<History>,
     stop: &Stop,
+    without: impl FnOnce() -> Stage,
 ) -> Result<Option<Stage>> {
+    let Some(socket) = &args.guest else { return Ok(Some(without())) };
     let guest = Guest::serve(socket, Path::new(history.log().name()), base)?;
-    let mailbox = mailbox_of(socket);
-    tracing::info!("waiting for a guest on {} and {}", socket.display(), mailbox.display());
+    let (disk, mailbox) = (socket.display(), mailbox_of(socket));
+    // Without this nobody would know what there is to do.
+    let _ = writeln!(std::io::stderr(), "waiting for a guest on {disk} and {}", mailbox.display());
     let is_there = guest.wait(Bounds { limit: Duration::MAX, stop });
     Ok(is_there.then(|| Stage::of_guest(history, Box::new(guest))))
 }
