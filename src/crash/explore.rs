@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! this thread    epochs ─► states ─► fingerprint ─► seen before? ─► queue ─► results ─► report
-//! workers        answered before? ─► show the state in a file of their own ─► checker ─► verdict
+//! workers        answered before? ─► show the state in a place of their own ─► checker ─► verdict
 //! ```
 //!
 //! States come in an order that depends on the log and the options alone, so "all before the n-th
@@ -20,19 +20,17 @@ use std::time::{Duration, Instant};
 use crate::block::Node;
 use crate::crash::answers::Answers;
 use crate::crash::check::{Bounds, Checker, Verdict};
-use crate::crash::copy::CopiedFile;
-use crate::crash::disk::StateDisk;
 use crate::crash::enumerate::{self, Reach};
 use crate::crash::fingerprint::Fingerprints;
-use crate::crash::fuse::{Mount, Reads, StateFile};
+use crate::crash::fuse::Reads;
 use crate::crash::history::{Epoch, History};
 use crate::crash::name::StateName;
 use crate::crash::report::{Failure, Report};
 use crate::crash::shrink;
+use crate::crash::stage::{Place, Stage};
 use crate::crash::stop::Stop;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::{HostFile, OpenOptions, block_on};
-use crate::units::ByteRange;
 use crate::write_log::sidecar::Sidecar;
 
 /// How often the report is saved and the operator is told.
@@ -86,33 +84,6 @@ pub trait Watch {
     fn progress(&mut self, report: &Report);
 }
 
-/// Where a worker shows its states.
-#[derive(Debug)]
-pub enum Shown {
-    /// In a file, by FUSE.
-    Fuse(StateFile),
-    /// In a copy.
-    Copy(CopiedFile),
-    /// On the disk of a guest, which checks them.
-    Guest(Arc<History>, Box<dyn GuestChecker>),
-}
-
-/// A guest that is shown states and says whether they are good.
-pub trait GuestChecker: Send + std::fmt::Debug {
-    /// Shows it a state, left by a power cut after `mark`. A guest that takes too long has given a bad
-    /// verdict. With what it says of the state.
-    ///
-    /// # Errors
-    /// If there is no guest, which says nothing about the disk. Kind
-    /// [`Cancelled`](crate::error::ErrorKind::Cancelled) if it was to end.
-    fn check(
-        &mut self,
-        state: &StateName,
-        mark: &str,
-        bounds: Bounds<'_>,
-    ) -> Result<(Verdict, String)>;
-}
-
 /// A state that waits for a worker.
 struct Task {
     ordinal: u64,
@@ -146,154 +117,6 @@ enum Pending {
     Bad(Box<Failure>),
 }
 
-/// Files for the workers, and what keeps them mounted.
-#[derive(Debug)]
-pub struct Stage {
-    files: Vec<Shown>,
-    _mount: Option<Mount>,
-    /// How states are shown, for the operator.
-    pub how: String,
-}
-
-impl Stage {
-    /// Looks for the best way to show states that the host has.
-    pub fn new(history: &Arc<History>, base: &Node, workers: usize, reads: Reads) -> Stage {
-        let disk = |_| StateDisk::new(Arc::clone(history), base.clone());
-        match Mount::new((0..workers).map(disk).collect(), reads) {
-            Ok((mount, files)) => Stage {
-                files: files.into_iter().map(Shown::Fuse).collect(),
-                _mount: Some(mount),
-                how: "states are shown through FUSE".into(),
-            },
-            Err(err) => Stage {
-                files: (0..workers).map(|i| Shown::Copy(CopiedFile::new(i, disk(i)))).collect(),
-                _mount: None,
-                how: format!(
-                    "no FUSE ({err}): each state is copied to a sparse file, which is slow"
-                ),
-            },
-        }
-    }
-}
-
-impl Stage {
-    /// The stage for a guest.
-    pub fn of_guest(history: &Arc<History>, guest: Box<dyn GuestChecker>) -> Stage {
-        Stage {
-            files: vec![Shown::Guest(Arc::clone(history), guest)],
-            _mount: None,
-            how: "states are shown to a guest".into(),
-        }
-    }
-
-    /// Checks one state; with the end of what the checker printed.
-    ///
-    /// # Errors
-    /// If the state cannot be shown, or the checker not be run.
-    pub fn check(
-        &mut self,
-        name: &StateName,
-        checker: &Checker,
-        bounds: Bounds<'_>,
-    ) -> Result<(Verdict, String)> {
-        match self.files.first_mut() {
-            Some(file) => file.check_and_listen(name, checker, bounds),
-            None => Err(Error::invalid("no file to show a state in")),
-        }
-    }
-}
-
-impl Shown {
-    /// Shows a state and checks it.
-    pub fn check(
-        &mut self,
-        name: &StateName,
-        checker: &Checker,
-        bounds: Bounds<'_>,
-    ) -> Result<Verdict> {
-        let mark = self.mark(name, checker)?;
-        if let Shown::Guest(_, guest) = self {
-            return Ok(guest.check(name, &mark, bounds)?.0);
-        }
-        self.show_to(name, checker)?;
-        let verdict = checker.run(self.path(), name, &mark, bounds, None)?;
-        self.settle(name)?;
-        Ok(verdict)
-    }
-
-    fn check_and_listen(
-        &mut self,
-        name: &StateName,
-        checker: &Checker,
-        bounds: Bounds<'_>,
-    ) -> Result<(Verdict, String)> {
-        let mark = self.mark(name, checker)?;
-        if let Shown::Guest(_, guest) = self {
-            return guest.check(name, &mark, bounds);
-        }
-        self.show_to(name, checker)?;
-        let verdict = checker.run_and_listen(self.path(), name, &mark, bounds)?;
-        self.settle(name)?;
-        Ok(verdict)
-    }
-
-    /// Whether the checker had the state that it was to have.
-    fn settle(&self, name: &StateName) -> Result<()> {
-        match self {
-            Shown::Fuse(file) => file.settle().context(|| format!("state {name}")),
-            Shown::Copy(_) | Shown::Guest(..) => Ok(()),
-        }
-    }
-
-    /// A checker that has the state shown by somebody else needs no file.
-    fn show_to(&mut self, name: &StateName, checker: &Checker) -> Result<()> {
-        if checker.wants_file() { self.show(name) } else { Ok(()) }
-    }
-
-    /// The last mark before a state's power cut, if the checker wants to know; empty if there is none.
-    fn mark(&self, name: &StateName, checker: &Checker) -> Result<String> {
-        if !checker.wants_mark() {
-            return Ok(String::new());
-        }
-        let history = self.history();
-        let (epoch, full) = history.expanded(name)?;
-        let mark = history.last_mark(&epoch, &full);
-        Ok(mark.map(|(_, text)| text.to_string()).unwrap_or_default())
-    }
-
-    /// What a checker has read of the state, if that is known.
-    fn looked_at(&self) -> Option<Vec<ByteRange>> {
-        match self {
-            Shown::Fuse(file) => Some(file.looked_at()),
-            Shown::Copy(_) | Shown::Guest(..) => None,
-        }
-    }
-
-    fn show(&mut self, name: &StateName) -> Result<()> {
-        match self {
-            Shown::Fuse(file) => file.show(name),
-            Shown::Copy(file) => file.show(name),
-            Shown::Guest(..) => Ok(()),
-        }
-    }
-
-    fn path(&self) -> &Path {
-        match self {
-            Shown::Fuse(file) => file.path(),
-            Shown::Copy(file) => file.path(),
-            Shown::Guest(..) => std::path::Path::new(""),
-        }
-    }
-
-    fn history(&self) -> Arc<History> {
-        match self {
-            Shown::Fuse(file) => file.history(),
-            Shown::Copy(file) => file.history(),
-            Shown::Guest(history, _) => Arc::clone(history),
-        }
-    }
-}
-
 /// How many states there are, duplicates included.
 pub fn count(history: &History, plan: &Plan) -> u64 {
     epochs(history, plan).map(|(epoch, reach)| enumerate::count(history, &epoch, &reach)).sum()
@@ -317,7 +140,7 @@ pub fn explore(
     report.states = count(history, plan);
     let started = Instant::now();
     let before = report.seconds;
-    let workers = if plan.checker.is_some() { stage.files.len() } else { 0 };
+    let workers = if plan.checker.is_some() { stage.places.len() } else { 0 };
     let (tasks, queue) = sync_channel(workers * 4 + 1);
     let (answers, results) = channel();
     let (queue, ending) = (Mutex::new(queue), AtomicBool::new(false));
@@ -337,9 +160,9 @@ pub fn explore(
         error: None,
     };
     std::thread::scope(|scope| -> Result<()> {
-        for file in stage.files.iter_mut().take(workers) {
+        for place in stage.places.iter_mut().take(workers) {
             let (queue, ending, answers) = (&queue, &ending, answers.clone());
-            scope.spawn(move || work(file, plan, stop, queue, ending, &answers));
+            scope.spawn(move || work(place, plan, stop, queue, ending, &answers));
         }
         drop(answers);
         let generated = run.generate(base);
@@ -392,7 +215,7 @@ fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = (Epo
 
 /// A worker: checks states until there are no more, or no more are wanted.
 fn work(
-    file: &mut Shown,
+    place: &mut Place,
     plan: &Plan,
     stop: &Stop,
     queue: &Mutex<Receiver<Task>>,
@@ -406,23 +229,23 @@ fn work(
         if ending.load(Ordering::Relaxed) || stop.is_asked() {
             continue;
         }
-        let answer = answer(file, &task, checker, Bounds { limit: plan.limit, stop });
+        let answer = answer(place, &task, checker, Bounds { limit: plan.limit, stop });
         if answers.send((task.ordinal, answer)).is_err() {
             return;
         }
     }
 }
 
-fn answer(file: &mut Shown, task: &Task, checker: &Checker, bounds: Bounds<'_>) -> Result<Answer> {
+fn answer(place: &mut Place, task: &Task, checker: &Checker, bounds: Bounds<'_>) -> Result<Answer> {
     let Some(answers) = &task.answers else {
-        return file.check(&task.name, checker, bounds).map(Answer::Checked);
+        return place.check(&task.name, checker, bounds).map(Answer::Checked);
     };
     let answers = || answers.lock().unwrap_or_else(PoisonError::into_inner);
     if answers().has(&task.name, task.promised) {
         return Ok(Answer::Alike);
     }
-    let verdict = file.check(&task.name, checker, bounds)?;
-    if let (Verdict::Good, Some(read)) = (&verdict, file.looked_at()) {
+    let verdict = place.check(&task.name, checker, bounds)?;
+    if let (Verdict::Good, Some(read)) = (&verdict, place.looked_at()) {
         answers().learn(&task.name, task.promised, &read);
     }
     Ok(Answer::Checked(verdict))
@@ -605,14 +428,14 @@ fn describe_failures(
     stage: &mut Stage,
     stop: &Stop,
 ) -> Result<()> {
-    let (Some(checker), Some(file)) = (&plan.checker, stage.files.first_mut()) else {
+    let (Some(checker), Some(place)) = (&plan.checker, stage.places.first_mut()) else {
         return Ok(());
     };
     let bounds = Bounds { limit: plan.limit, stop };
     for failure in report.failures.iter_mut().filter(|failure| !failure.shrunk) {
         let found_as = failure.found_as.clone();
         let (epoch, found) = history.expanded(&found_as.parse()?)?;
-        let (verdict, _) = file.check_and_listen(&found, checker, bounds)?;
+        let (verdict, _) = place.check_and_listen(&found, checker, bounds)?;
         if verdict == Verdict::Good {
             failure.flaky = true;
             failure.reproduce = format!("{}{found_as}", plan.again);
@@ -620,10 +443,10 @@ fn describe_failures(
             continue;
         }
         let mut fails = |name: &StateName| -> Result<bool> {
-            Ok(file.check(name, checker, bounds)? != Verdict::Good)
+            Ok(place.check(name, checker, bounds)? != Verdict::Good)
         };
         let least = shrink::shrink(history, &epoch, found, &mut fails)?;
-        let (verdict, output) = file.check_and_listen(&least, checker, bounds)?;
+        let (verdict, output) = place.check_and_listen(&least, checker, bounds)?;
         let how = match verdict {
             Verdict::Bad(how) => how,
             Verdict::Good => failure.verdict.clone(),

@@ -19,6 +19,7 @@
 //! check        programs that say whether a disk is good
 //! mailbox      a guest that says so
 //! stop         the operator's wish to end
+//! stage        where workers show states and have them checked
 //! explore      all states, each different disk checked once
 //! shrink       the fewest dropped writes that still fail
 //! report       what was found, kept in a file
@@ -48,6 +49,7 @@ pub mod overlay;
 pub mod report;
 pub mod shrink;
 pub mod simulated;
+pub mod stage;
 pub mod state;
 pub mod stop;
 mod syncer;
