@@ -88,6 +88,21 @@ impl Buffers {
         Buffers { iovs, len, owner: Arc::clone(&self.owner) }
     }
 
+    /// All of these one after the other, keeping what each keeps.
+    pub fn join(all: impl IntoIterator<Item = Buffers>) -> Buffers {
+        struct Owners {
+            _all: Vec<Arc<dyn BufferOwner>>,
+        }
+        impl BufferOwner for Owners {}
+        let (mut iovs, mut owners, mut len) = (Vec::new(), Vec::new(), 0);
+        for buf in all {
+            iovs.extend_from_slice(&buf.iovs);
+            owners.push(buf.owner);
+            len += buf.len;
+        }
+        Buffers { iovs, len, owner: Arc::new(Owners { _all: owners }) }
+    }
+
     /// Fills everything with zeros.
     pub fn fill_zero(&self) {
         for iov in &self.iovs {

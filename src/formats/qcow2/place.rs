@@ -29,11 +29,20 @@ struct PlaceState {
     wants_data: bool,
     /// The data that was written.
     data: Option<AlignedBuf>,
+    /// What goes before and behind the data, in the same write.
+    around: [Option<AlignedBuf>; 2],
 }
 
 impl Place {
-    pub(super) fn new(disk: &Arc<Disk>, token: Token, wants_data: bool) -> Arc<Place> {
-        let state = PlaceState { token: Some(token), wants_data, data: None };
+    /// A place for one write, which `token` announces with what is `around` it: that is written
+    /// with it, right before and right behind.
+    pub(super) fn new(
+        disk: &Arc<Disk>,
+        token: Token,
+        wants_data: bool,
+        around: [Option<AlignedBuf>; 2],
+    ) -> Arc<Place> {
+        let state = PlaceState { token: Some(token), wants_data, data: None, around };
         Arc::new(Place { disk: Arc::clone(disk), state: Mutex::new(state) })
     }
 
@@ -101,18 +110,23 @@ impl File for Place {
 
     fn write<'a>(&'a self, offset: u64, buf: Buffers, _fua: bool) -> Fut<'a, ()> {
         Box::pin(async move {
-            let (token, wants_data) = {
+            let (token, wants_data, [before, behind]) = {
                 let mut state = self.state.lock().unwrap();
-                (state.token.take(), state.wants_data)
+                (state.token.take(), state.wants_data, std::mem::take(&mut state.around))
             };
             let Some(token) = token else { return Err(not_for_this()) };
-            if !wants_data {
-                return self.disk.write(offset, buf, token).await;
-            }
             // The file and the record get the same bytes, whatever the guest does meanwhile.
-            let own = disk::private_copy(&buf, self.disk.file().alignment().memory.max(4096));
-            self.disk.write(offset, own.buffers(), token).await?;
-            self.state.lock().unwrap().data = Some(own);
+            let memory = self.disk.file().alignment().memory.max(4096);
+            let own = wants_data.then(|| disk::private_copy(&buf, memory));
+            let data = own.as_ref().map_or(buf, AlignedBuf::buffers);
+            let start = offset - before.as_ref().map_or(0, |before| before.len() as u64);
+            let around = |around: Option<AlignedBuf>| around.map(|around| around.buffers());
+            let all = match (around(before), around(behind)) {
+                (None, None) => data,
+                (before, behind) => Buffers::join(before.into_iter().chain([data]).chain(behind)),
+            };
+            self.disk.write(start, all, token).await?;
+            self.state.lock().unwrap().data = own;
             Ok(())
         })
     }

@@ -57,14 +57,14 @@ pub(super) fn backed(size: u64, cluster_size: u64, by: bool) -> CreateOptions {
     CreateOptions { cluster_size, backing: by.then_some(backing), ..CreateOptions::new(size) }
 }
 
-pub(super) async fn read(driver: &Driven, offset: u64, len: u64) -> Vec<u8> {
+pub(super) async fn read(driver: &dyn Driver, offset: u64, len: u64) -> Vec<u8> {
     let buf = AlignedBuf::zeroed(len as usize, 4096);
     driver.read(offset, buf.buffers()).await.unwrap();
     buf.to_vec()
 }
 
 /// Scatters a write over memory that is not aligned to anything.
-pub(super) async fn write(driver: &Driven, offset: u64, data: &[u8]) -> Result<()> {
+pub(super) async fn write(driver: &dyn Driver, offset: u64, data: &[u8]) -> Result<()> {
     let whole = AlignedBuf::zeroed(data.len() + 1, 4096);
     let part = whole.buffers().slice(1, data.len() as u64);
     part.copy_from_slice(data);
@@ -425,4 +425,55 @@ fn nothing_is_written_while_the_header_claims_what_that_makes_untrue() {
         // The disk is the same by another name of its backing file.
         assert_eq!(claims(&file), change == "rename", "{change}");
     }
+}
+
+#[test]
+fn what_surrounds_a_new_cluster_goes_with_its_data_in_one_write() {
+    let base = random_bytes(5, 1 << 20);
+    let file = new_image(&backed(1 << 20, 65536, true), Alignment::NONE);
+    let disk = open_image(&file, Some(raw_node(&base, Alignment::NONE)), None);
+    // Whatever is done once is done.
+    block_on(write(&disk, 0, &[1; 512])).unwrap();
+    let before = file.count(SimOp::Write);
+    block_on(write(&disk, (3 << 16) + 4096, &[2; 8192])).unwrap();
+    assert_eq!(file.count(SimOp::Write) - before, 1);
+    let cluster = block_on(read(&disk, 3 << 16, 65536));
+    let mut expected = base[3 << 16..4 << 16].to_vec();
+    expected[4096..4096 + 8192].fill(2);
+    assert!(cluster == expected);
+    // Over the end of a cluster, and of two clusters the whole of one.
+    let before = file.count(SimOp::Write);
+    block_on(write(&disk, (5 << 16) - 512, &[3; 1024])).unwrap();
+    let writes = file.count(SimOp::Write) - before;
+    assert!((1..=2).contains(&writes), "{writes}");
+    let mut expected = base[4 << 16..6 << 16].to_vec();
+    expected[(1 << 16) - 512..(1 << 16) + 512].fill(3);
+    assert!(block_on(read(&disk, 4 << 16, 2 << 16)) == expected);
+}
+
+/// Writers that allocate under the same table take turns at it, but not while they read.
+#[test]
+fn what_surrounds_new_clusters_is_read_side_by_side() {
+    let mut most = 0;
+    for seed in 0..20 {
+        let sim = Sim::new(seed);
+        let base = SimFile::from_bytes("base.raw", random_bytes(5, 1 << 20));
+        let file = new_image(&backed(1 << 20, 65536, true), Alignment::NONE);
+        let raw = Raw::open(Arc::new(base.clone()), true).unwrap();
+        let disk = open_image(&file, Some(Node::new(Arc::new(raw), NodeOptions::default())), None);
+        block_on(write(&disk, 0, &[1; 512])).unwrap();
+        sim.attach(&base);
+        let writers: Vec<SimTask<'_>> = (1..5u64)
+            .map(|cluster| {
+                let disk = &disk;
+                Box::pin(async move { write(disk, cluster << 16, &[2; 512]).await.unwrap() })
+                    as SimTask<'_>
+            })
+            .collect();
+        sim.run_until(writers, |_| {
+            most = most.max(sim.pending());
+            false
+        });
+    }
+    assert!(most > 2, "{most}");
 }

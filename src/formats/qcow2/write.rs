@@ -42,35 +42,20 @@ impl Qcow2 {
         Ok(Surroundings::Zero)
     }
 
-    /// Puts what surrounds a write into the new cluster.
-    async fn fill(&self, mut offset: u64, len: u64, what: &Surroundings) -> Result<()> {
-        let mut done = 0;
-        let zeros = match what {
-            Surroundings::Zero => {
-                // Beyond the end of the file there are zeros already.
-                let inside = self.disk.len()?.saturating_sub(offset).min(len);
-                if inside == 0 {
-                    return Ok(());
-                }
-                Some(AlignedBuf::zeroed(inside.min(MAX_RUN) as usize, 4096))
-            }
-            Surroundings::Data(_) => None,
-        };
-        while done < len {
-            let part = (len - done).min(MAX_RUN);
-            let buf = match (what, &zeros) {
-                (Surroundings::Data(data), _) => data.buffers().slice(done, part),
-                (_, Some(zeros)) => zeros.buffers().slice(0, part.min(zeros.len() as u64)),
-                _ => return Ok(()),
-            };
-            let written = buf.len();
-            let token = self.disk.payload.begin(ByteRange { offset, len: written });
-            self.disk.write(offset, buf, token).await?;
-            offset += written;
-            done += written;
-            if zeros.is_some() && self.disk.len()? <= offset {
-                return Ok(());
-            }
+    /// Writes zeros to a part of a new cluster, as far as something of the file is there.
+    async fn fill_zeros(&self, part: ByteRange) -> Result<()> {
+        // Beyond the end of the file there are zeros already.
+        let inside = self.disk.len()?.saturating_sub(part.offset).min(part.len);
+        if inside == 0 {
+            return Ok(());
+        }
+        let zeros = AlignedBuf::zeroed(inside.min(MAX_RUN) as usize, 4096);
+        let mut rest = ByteRange { offset: part.offset, len: inside };
+        while !rest.is_empty() {
+            let buf = zeros.buffers().slice(0, rest.len.min(zeros.len() as u64));
+            let done = ByteRange { offset: rest.offset, len: buf.len() };
+            self.disk.write(done.offset, buf, self.disk.payload.begin(done)).await?;
+            rest = ByteRange::between(done.end(), rest.end());
         }
         Ok(())
     }
@@ -112,7 +97,7 @@ impl Qcow2 {
         if !self.may_write_through(run, revocations) {
             return Ok(None);
         }
-        let file = Place::new(&self.disk, token, false);
+        let file = Place::new(&self.disk, token, false, [None, None]);
         Ok(Some(Prepared { range: run, file, offset, commit: None, pin: None }))
     }
 
@@ -128,17 +113,16 @@ impl Qcow2 {
     async fn place_locked(&self, range: ByteRange) -> Result<Option<Prepared<'_>>> {
         let clusters = self.clusters(range);
         let guest = self.guest.exclusive(clusters).await;
-        let slot = self.slots.exclusive(self.slot(range.offset)).await;
-        if self.store.dirty_bytes() > MAX_DIRTY && !self.resizing.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
+        // From here on nobody else changes these clusters, so what surrounds the write can be read
+        // before it is this write's turn at the table.
         let within = ByteRange::between(range.offset, range.end().min(self.l2_end(range.offset)));
         let (mapping, mut run) = self.shallow(within).await?;
         let mut in_place = None;
         let mut hazard = false;
+        let mut shared = None;
         match mapping {
             ShallowMapping::Raw { offset, writable: true, .. } => in_place = Some(offset),
-            ShallowMapping::Raw { offset, .. } => hazard = self.frees(offset, run).await?,
+            ShallowMapping::Raw { offset, .. } => shared = Some(offset),
             // One at a time, so that each gets its own preallocated cluster back.
             ShallowMapping::Zero { explicit: true, .. } => {
                 let end = align_down(run.offset, self.cluster_size) + self.cluster_size;
@@ -156,11 +140,18 @@ impl Qcow2 {
             None => (self.surroundings(head).await?, self.surroundings(tail).await?),
         };
 
+        let slot = self.slots.exclusive(self.slot(range.offset)).await;
+        if self.store.dirty_bytes() > MAX_DIRTY && !self.resizing.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        if let Some(offset) = shared {
+            hazard = self.frees(offset, run).await?;
+        }
         let meta = self.meta.shared(ALL).await;
         let Some(promise) = self.promise(run.len) else { return Ok(None) };
         self.set_pending(around);
-        let (mapping, offset) = match in_place {
-            Some(offset) => (None, offset),
+        let (mapping, offset, around) = match in_place {
+            Some(offset) => (None, offset, [None, None]),
             None => {
                 if hazard {
                     self.store.announce_hazard();
@@ -178,17 +169,32 @@ impl Qcow2 {
                 self.store.forget(host);
                 self.unpunch(host);
                 let got = ByteRange { offset: around.offset, len: host.len };
-                self.fill(host.offset, head.len, &head_data).await?;
-                if got.end() == around.end() {
-                    self.fill(host.offset + (tail.offset - got.offset), tail.len, &tail_data)
-                        .await?;
-                }
+                let before = match head_data {
+                    Surroundings::Data(data) => Some(data),
+                    Surroundings::Zero => {
+                        self.fill_zeros(ByteRange { offset: host.offset, len: head.len }).await?;
+                        None
+                    }
+                };
+                let behind = match tail_data {
+                    // Somebody else's then.
+                    _ if got.end() < around.end() => None,
+                    Surroundings::Data(data) => Some(data),
+                    Surroundings::Zero => {
+                        let offset = host.offset + (tail.offset - got.offset);
+                        self.fill_zeros(ByteRange { offset, len: tail.len }).await?;
+                        None
+                    }
+                };
                 run = ByteRange::between(run.offset, run.end().min(got.end()));
-                (Some(mapping), host.offset + head.len)
+                (Some(mapping), host.offset + head.len, [before, behind])
             }
         };
-        let token = self.disk.payload.begin(ByteRange { offset, len: run.len });
-        let place = Place::new(&self.disk, token, promise.wants_data());
+        let len = |buf: &Option<AlignedBuf>| buf.as_ref().map_or(0, AlignedBuf::len) as u64;
+        let [before, behind] = [len(&around[0]), len(&around[1])];
+        let written = ByteRange { offset: offset - before, len: before + run.len + behind };
+        let token = self.disk.payload.begin(written);
+        let place = Place::new(&self.disk, token, promise.wants_data(), around);
         let commit = Commit {
             image: self,
             mapping,
