@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::block::link::Link;
 use crate::block::{InPlace, Keep, Node, Quiesced};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, HostFile};
@@ -83,9 +84,21 @@ pub struct Plan<'a> {
     /// Called when the write's data is where the extents say, before the request completes: for
     /// metadata that changes in memory only, like a bit. `None` where nothing but data changes.
     pub commit: Option<PlanCommit>,
+    /// The backing of the format that plans at this moment, if it has one.
+    pub(super) below: Option<&'a Link>,
 }
 
 impl<'a> Plan<'a> {
+    /// Adds what is planned for a read of the backing: for formats, where a part of a range is
+    /// not theirs. If it is not planned, or there is no backing, the plan's content means nothing.
+    #[inline]
+    pub fn read_below(&mut self, range: ByteRange) -> Planned {
+        match self.below {
+            Some(link) => link.plan_read(range, self),
+            None => Planned::NotNow,
+        }
+    }
+
     /// Adds what another driver plans for a read: for layers that leave a part of a range to one
     /// below. Both plans' pins are kept. If it is not planned, the plan's content means nothing.
     pub fn read_through(&mut self, below: &'a dyn Driver, range: ByteRange) -> Planned {
@@ -93,11 +106,31 @@ impl<'a> Plan<'a> {
         if below.plan(PlanOp::Read, range, self) == Planned::NotNow {
             return Planned::NotNow;
         }
-        self.pin = match (before, self.pin.take()) {
-            (Some(a), Some(b)) => Some(Pin(Arc::new((a.0, b.0)))),
-            (a, b) => a.or(b),
-        };
+        if let Some(before) = before {
+            self.add_pin(before);
+        }
         Planned::Ready
+    }
+
+    /// Keeps one more pin.
+    pub fn add_pin(&mut self, pin: Pin) {
+        self.pin = Some(match self.pin.take() {
+            Some(other) => Pin(Arc::new((other.0, pin.0))),
+            None => pin,
+        });
+    }
+
+    /// Adds a piece, to the one before it where they are one.
+    #[inline]
+    pub fn push(&mut self, extent: PlanExtent<'a>) {
+        match (self.extents.last_mut(), &extent) {
+            (
+                Some(PlanExtent::File { file: last, offset: start, len }),
+                PlanExtent::File { file, offset, len: more },
+            ) if last.id() == file.id() && *start + *len == *offset => *len += more,
+            (Some(PlanExtent::Zero { len }), PlanExtent::Zero { len: more }) => *len += more,
+            _ => self.extents.push(extent),
+        }
     }
 }
 
@@ -298,23 +331,14 @@ pub trait Driver: Send + Sync + fmt::Debug {
         false
     }
 
-    /// The same layer, of the same state, on another backing: for drivers whose plans lead through
-    /// their backing, so that it cannot change under them. `None`: [`Driver::set_backing`] does it
-    /// in place. The one that is replaced must not be used any more.
+    /// The same layer, of the same state, on another node (or none) as its backing: plans lead through
+    /// the backing, so it cannot change under them. The guard proves that nobody uses this driver;
+    /// nobody must afterwards.
     ///
     /// # Errors
-    /// If the layer cannot stand on `backing`.
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
-        let _ = backing;
-        Ok(None)
-    }
-
-    /// Puts another node (or none) in the place of the backing. The guard proves that nobody reads
-    /// through this driver meanwhile.
-    ///
-    /// # Errors
-    /// If this driver has no backing that could change; then nothing has changed.
-    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
+    /// If this driver has no backing that could change, or cannot stand on that one. Nothing has
+    /// changed then.
+    fn on_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
         let _ = (backing, quiesced);
         Err(Error::unsupported(format!("the backing of {} nodes cannot be changed", self.name())))
     }
@@ -430,5 +454,31 @@ mod tests {
         assert_eq!(commit(512).written().unwrap(), Committed::FlushFirst);
         drop(Plan { commit: Some(commit(1024)), ..Plan::default() });
         assert_eq!(*heard.0.lock().unwrap(), [("written", 512), ("abandoned", 1024)]);
+    }
+
+    #[test]
+    fn pieces_that_go_on_in_the_same_file_are_one() {
+        let file = || {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            HostFile::open(file.path(), crate::io::OpenOptions::default()).unwrap()
+        };
+        let (one, other) = (file(), file());
+        let mut plan = Plan::default();
+        for (file, offset) in [(&one, 0), (&one, 512), (&other, 1024), (&other, 512)] {
+            plan.push(PlanExtent::File { file, offset, len: 512 });
+        }
+        plan.push(PlanExtent::Zero { len: 512 });
+        plan.push(PlanExtent::Zero { len: 1024 });
+        let found = plan.extents.iter().map(|extent| match extent {
+            PlanExtent::File { file, offset, len } => (Some((file.id(), *offset)), *len),
+            PlanExtent::Zero { len } => (None, *len),
+        });
+        let expected = [
+            (Some((one.id(), 0)), 1024),
+            (Some((other.id(), 1024)), 512),
+            (Some((other.id(), 512)), 512),
+            (None, 1536),
+        ];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
     }
 }

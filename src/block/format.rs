@@ -7,6 +7,7 @@
 use std::fmt;
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Pin, Plan, PlanExtent, PlanOp, Planned};
+use crate::block::link::Link;
 use crate::block::{Keep, Node, Quiesced, StatusKind};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, File, Fut, carrying};
@@ -147,21 +148,12 @@ pub trait Format: Send + Sync + fmt::Debug {
         None
     }
 
-    /// See [`Driver::is_behind`].
-    fn is_behind(&self) -> bool {
-        false
-    }
-
-    /// See [`Driver::on_backing`].
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Self>>
-    where
-        Self: Sized,
-    {
-        let _ = backing;
-        Ok(None)
-    }
-
-    /// See [`Driver::set_backing`].
+    /// Puts another node (or none) in the place of the backing; the adapter sees to what plans lead
+    /// through. The guard proves that nobody uses the image meanwhile.
+    ///
+    /// # Errors
+    /// If the image has no backing that could change, or cannot stand on that one. Nothing has
+    /// changed then.
     fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
         let _ = (backing, quiesced);
         Err(Error::unsupported(format!("the backing of {} nodes cannot be changed", self.name())))
@@ -232,13 +224,20 @@ pub trait Format: Send + Sync + fmt::Debug {
 /// The adapter: a driver made of a format.
 #[derive(Debug)]
 pub struct FormatDriver<F: Format> {
-    format: F,
+    /// Shared with the one that takes this one's place when the backing changes.
+    format: Arc<F>,
+    below: Option<Link>,
 }
 
 impl<F: Format> FormatDriver<F> {
     /// Turns `format` into a driver.
     pub fn new(format: F) -> Self {
-        FormatDriver { format }
+        FormatDriver::linked(Arc::new(format))
+    }
+
+    fn linked(format: Arc<F>) -> Self {
+        let below = format.backing().map(|node| Link::new(node, &format.limits()));
+        FormatDriver { format, below }
     }
 
     /// The format inside.
@@ -316,8 +315,13 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
         self.format.limits()
     }
 
+    #[inline]
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
-        self.format.plan(op, range, plan)
+        // One that is above this one goes on with its own when this returns.
+        let above = std::mem::replace(&mut plan.below, self.below.as_ref());
+        let planned = self.format.plan(op, range, plan);
+        plan.below = above;
+        planned
     }
 
     fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
@@ -379,16 +383,18 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
     }
 
     fn is_behind(&self) -> bool {
-        self.format.is_behind()
+        self.below.as_ref().is_some_and(Link::is_behind)
     }
 
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
-        let format = self.format.on_backing(backing)?;
-        Ok(format.map(|format| Arc::new(FormatDriver { format }) as Arc<dyn Driver>))
-    }
-
-    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
-        self.format.set_backing(backing, quiesced)
+    fn on_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
+        let is_same = match (&backing, &self.format.backing()) {
+            (Some(new), Some(old)) => new.is_same(old),
+            (new, old) => new.is_none() && old.is_none(),
+        };
+        if !is_same {
+            self.format.set_backing(backing, quiesced)?;
+        }
+        Ok(Arc::new(FormatDriver::linked(Arc::clone(&self.format))))
     }
 
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {

@@ -506,14 +506,14 @@ mod tests {
     use crate::units::ByteRange;
 
     /// A driver that does nothing but stand on another.
-    #[derive(Debug, Default)]
+    #[derive(Clone, Debug, Default)]
     struct Dummy {
-        backing: Mutex<Option<Node>>,
-        session: Mutex<Option<u128>>,
+        backing: Arc<Mutex<Option<Node>>>,
+        session: Arc<Mutex<Option<u128>>>,
         has_no_sessions: bool,
         is_filter: bool,
         /// How often it was asked for its children.
-        asked: std::sync::atomic::AtomicUsize,
+        asked: Arc<std::sync::atomic::AtomicUsize>,
     }
 
     impl Driver for Dummy {
@@ -556,9 +556,9 @@ mod tests {
         fn is_filter(&self) -> bool {
             self.is_filter
         }
-        fn set_backing(&self, backing: Option<Node>, _: &Quiesced) -> Result<()> {
+        fn on_backing(&self, backing: Option<Node>, _: &Quiesced) -> Result<Arc<dyn Driver>> {
             *self.backing.lock().unwrap() = backing;
-            Ok(())
+            Ok(Arc::new(self.clone()))
         }
         fn begin_session(&self, nonce: u128) -> Result<()> {
             if self.has_no_sessions {

@@ -23,6 +23,7 @@ pub mod gate;
 pub mod graph;
 pub mod in_place;
 pub mod keep;
+mod link;
 pub mod node;
 pub mod open_gate;
 pub mod origin;

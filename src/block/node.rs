@@ -183,13 +183,8 @@ impl Node {
     /// # Errors
     /// If the driver cannot change its backing; then nothing has changed.
     pub fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
-        let driver = self.driver();
-        if let Some(other) = driver.on_backing(backing.clone())? {
-            self.replace_driver(other, quiesced);
-            return Ok(());
-        }
-        driver.set_backing(backing, quiesced)?;
-        *self.inner.limits.write().unwrap() = driver.limits();
+        let other = self.driver().on_backing(backing, quiesced)?;
+        self.replace_driver(other, quiesced);
         Ok(())
     }
 

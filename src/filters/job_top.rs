@@ -7,8 +7,8 @@
 
 use std::sync::Arc;
 
-use crate::block::Node;
 use crate::block::driver::{BlockStatus, Driver, Limits};
+use crate::block::{Node, Quiesced};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut};
 use crate::units::ByteRange;
@@ -69,9 +69,9 @@ impl Driver for JobTop {
         true
     }
 
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
+    fn on_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
         match backing {
-            Some(below) => Ok(Some(Arc::new(JobTop::new(self.name, below)))),
+            Some(below) => Ok(Arc::new(JobTop::new(self.name, below))),
             None => Err(Error::unsupported("a filter cannot stand on nothing")),
         }
     }

@@ -86,9 +86,9 @@ impl Driver for NoFlush {
         self.below.is_behind()
     }
 
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
-        let below = self.below.on_backing(backing)?;
-        Ok(below.map(|below| Arc::new(NoFlush { below }) as Arc<dyn Driver>))
+    fn on_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
+        let below = self.below.on_backing(backing, quiesced)?;
+        Ok(Arc::new(NoFlush { below }))
     }
 
     fn identity(&self, once_changed: bool) -> Option<u128> {
@@ -101,10 +101,6 @@ impl Driver for NoFlush {
 
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
         self.below.prepare_for_overlay()
-    }
-
-    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
-        self.below.set_backing(backing, quiesced)
     }
 
     fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {

@@ -30,7 +30,7 @@ mod volatile;
 use std::sync::{Arc, RwLock};
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned, StatusKind};
-use crate::block::{Keep, Node};
+use crate::block::{Keep, Node, Quiesced};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, Fut, clock};
 use crate::units::{ByteRange, SECTOR_SIZE};
@@ -320,12 +320,12 @@ impl Driver for Fault {
         self.below.generation() != self.generation
     }
 
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<Arc<dyn Driver>>> {
+    fn on_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
         let Some(below) = backing else {
             return Err(Error::unsupported("a filter cannot stand on nothing"));
         };
         *self.state.below.write().unwrap() = below;
-        Ok(Some(Arc::new(Fault::on(Arc::clone(&self.state)))))
+        Ok(Arc::new(Fault::on(Arc::clone(&self.state))))
     }
 
     fn details(&self) -> serde_json::Value {

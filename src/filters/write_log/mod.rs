@@ -44,6 +44,7 @@ mod stand;
 mod tail;
 mod under_way;
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -79,6 +80,12 @@ pub enum Order {
 #[derive(Debug)]
 pub struct WriteLog {
     below: Arc<dyn Driver>,
+    recording: Arc<Recording>,
+}
+
+/// What is recorded, whatever the disk stands on.
+#[derive(Debug)]
+pub struct Recording {
     recorder: Recorder,
     order: Order,
     /// Whether there were entries when it was opened.
@@ -92,6 +99,14 @@ pub struct WriteLog {
     /// Whether it was ended in order.
     has_ended: AtomicBool,
     closing: Closed,
+}
+
+impl Deref for WriteLog {
+    type Target = Recording;
+
+    fn deref(&self) -> &Recording {
+        &self.recording
+    }
 }
 
 impl WriteLog {
@@ -321,8 +336,13 @@ impl Driver for WriteLog {
         self.below.prepare_for_overlay()
     }
 
-    fn set_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<()> {
-        self.below.set_backing(backing, quiesced)
+    fn is_behind(&self) -> bool {
+        self.below.is_behind()
+    }
+
+    fn on_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
+        let below = self.below.on_backing(backing, quiesced)?;
+        Ok(Arc::new(WriteLog { below, recording: Arc::clone(&self.recording) }))
     }
 
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {

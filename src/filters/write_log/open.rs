@@ -32,7 +32,7 @@ use crate::filters::write_log::compare::{Difference, find_difference};
 use crate::filters::write_log::recorder::{Recorder, Start};
 use crate::filters::write_log::tail::Place;
 use crate::filters::write_log::under_way::{Left, UnderWay};
-use crate::filters::write_log::{Order, WriteLog};
+use crate::filters::write_log::{Order, Recording, WriteLog};
 use crate::io::{AlignedBuf, File, HostFile};
 use crate::units::{MIB, align_down};
 use crate::write_log::layout::{
@@ -132,8 +132,7 @@ pub async fn open(
     };
     let under_way = subject.begin_notes(header.session, &start);
     let is_new = began == Began::New;
-    let driver = WriteLog {
-        below: subject.below,
+    let recording = Recording {
         recorder: Recorder::new(start),
         order: settings.order,
         goes_on: !is_new,
@@ -143,7 +142,7 @@ pub async fn open(
         has_ended: false.into(),
         closing: Closed { header, image: subject.file },
     };
-    Ok((driver, began))
+    Ok((WriteLog { below: subject.below, recording: Arc::new(recording) }, began))
 }
 
 impl Subject {

@@ -8,6 +8,7 @@
 
 use super::tests::*;
 use super::*;
+use crate::block::Driver;
 use crate::crash::enumerate::Reach;
 use crate::crash::simulated::Simulation;
 use crate::io::block_on;

@@ -56,7 +56,7 @@ mod tests;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 pub use self::layout::Header;
 
@@ -64,9 +64,8 @@ use self::flush::Durability;
 use self::layout::{HEADER_LEN, bitmap_len, sectors_of};
 use self::pages::{NoRoom, PAGE_LEN, PAGE_SECTORS, Pages, Place};
 use crate::block::{
-    CommitPlanned, Committed, Driver, Extent, ExtentKind, Format, Keep, Limits, Node, Plan,
-    PlanCommit, PlanExtent, PlanOp, Planned, Prepared, Quiesced, RangeGuard, RangeLock,
-    WriteCommit,
+    CommitPlanned, Committed, Extent, ExtentKind, Format, Keep, Limits, Node, Plan, PlanCommit,
+    PlanExtent, PlanOp, Planned, Prepared, Quiesced, RangeGuard, RangeLock, WriteCommit,
 };
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{AlignedBuf, File, Fut, yield_now};
@@ -115,24 +114,10 @@ pub struct OpenOptions {
 /// An add-cow image on a backing. Usable from any number of threads.
 pub struct AddCow {
     shared: Arc<Shared>,
-    below: Below,
-}
-
-/// What the plans of an [`AddCow`] lead to where no bit is set.
-enum Below {
-    Zeros,
-    Unopened,
-    Link(Link),
-}
-
-/// The backing with its driver, which plans borrow from.
-struct Link {
-    node: Node,
-    driver: Arc<dyn Driver>,
-    /// The node's when `driver` was loaded.
-    generation: u64,
-    /// The backing's size in bytes.
-    size: u64,
+    /// Replaced only while nobody uses the image.
+    below: RwLock<Backing>,
+    /// Whether it is nothing, so that zeros show.
+    is_alone: AtomicBool,
 }
 
 /// The image itself, whatever it stands on.
@@ -157,30 +142,19 @@ struct Shared {
     loading: RangeLock,
 }
 
-impl Link {
-    fn new(node: Node) -> Link {
-        // Before the driver: if that is replaced in between, the generation is already old.
-        let generation = node.generation();
-        Link { driver: node.driver(), generation, size: node.size(), node }
-    }
-}
-
-impl Below {
-    fn new(backing: Backing, name: &str) -> Result<Below> {
-        let node = match backing {
-            Backing::None => return Ok(Below::Zeros),
-            Backing::Unopened => return Ok(Below::Unopened),
-            Backing::Node(node) => node,
-        };
+impl Backing {
+    /// Refuses one whose end could not be read.
+    fn check(&self, name: &str) -> Result<()> {
+        let Backing::Node(node) = self else { return Ok(()) };
         let align = node.limits().request_alignment;
-        if !node.size().is_multiple_of(align) {
-            return Err(Error::unsupported(format!(
-                "{name}: its backing file of {} bytes does not end with a sector of {align} bytes; \
-                 use --cache writeback",
-                node.size()
-            )));
+        if node.size().is_multiple_of(align) {
+            return Ok(());
         }
-        Ok(Below::Link(Link::new(node)))
+        Err(Error::unsupported(format!(
+            "{name}: its backing file of {} bytes does not end with a sector of {align} bytes; use \
+             --cache writeback",
+            node.size()
+        )))
     }
 }
 
@@ -193,7 +167,7 @@ impl AddCow {
     pub async fn open(file: Arc<dyn File>, options: OpenOptions) -> Result<AddCow> {
         let name = file.name().to_string();
         let header = read_header(&file).await?;
-        let below = Below::new(options.backing, &name)?;
+        options.backing.check(&name)?;
         let image_len = options.image.len().context(|| name.clone())?;
         let sectors = sectors_of(image_len);
         let file_len = file.len().context(|| name.clone())?;
@@ -230,7 +204,11 @@ impl AddCow {
             copying_up: AtomicBool::new(false),
             loading: RangeLock::new(),
         };
-        Ok(AddCow { shared: Arc::new(shared), below })
+        Ok(AddCow {
+            shared: Arc::new(shared),
+            is_alone: AtomicBool::new(matches!(options.backing, Backing::None)),
+            below: RwLock::new(options.backing),
+        })
     }
 
     /// What the header says.
@@ -253,20 +231,16 @@ impl AddCow {
                 return Planned::NotNow;
             };
             let run = ByteRange { offset: at.offset, len: run * SECTOR_SIZE };
-            let planned = match (in_image, &self.below) {
-                (true, _) => {
-                    push_file(
-                        plan,
-                        PlanExtent::File { file: data, offset: run.offset, len: run.len },
-                    );
+            let planned = match in_image {
+                true => {
+                    plan.push(PlanExtent::File { file: data, offset: run.offset, len: run.len });
                     Planned::Ready
                 }
-                (false, Below::Zeros) => {
-                    plan.extents.push(PlanExtent::Zero { len: run.len });
+                false if self.is_alone.load(Ordering::Relaxed) => {
+                    plan.push(PlanExtent::Zero { len: run.len });
                     Planned::Ready
                 }
-                (false, Below::Unopened) => Planned::NotNow,
-                (false, Below::Link(link)) => link.plan_read(run, plan),
+                false => plan.read_below(run),
             };
             if planned == Planned::NotNow || plan.extents.len() > MAX_EXTENTS {
                 return Planned::NotNow;
@@ -310,42 +284,6 @@ impl AddCow {
         plan.extents.push(PlanExtent::File { file, offset: range.offset, len: range.len });
         Planned::Ready
     }
-}
-
-impl Link {
-    /// Whether the node has another driver by now.
-    fn is_behind(&self) -> bool {
-        self.node.generation() != self.generation
-    }
-
-    fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
-        if self.is_behind() {
-            return Planned::NotNow;
-        }
-        let inside = range.intersect(&ByteRange { offset: 0, len: self.size });
-        if !inside.is_empty() && plan.read_through(&*self.driver, inside) == Planned::NotNow {
-            return Planned::NotNow;
-        }
-        if inside.len < range.len {
-            plan.extents.push(PlanExtent::Zero { len: range.len - inside.len });
-        }
-        Planned::Ready
-    }
-}
-
-/// Adds a piece of a file, to the one before it where they are one.
-fn push_file<'a>(plan: &mut Plan<'a>, extent: PlanExtent<'a>) {
-    if let (
-        Some(PlanExtent::File { file: last, offset: start, len: so_far }),
-        PlanExtent::File { file, offset, len },
-    ) = (plan.extents.last_mut(), &extent)
-        && last.id() == file.id()
-        && *start + *so_far == *offset
-    {
-        *so_far += len;
-        return;
-    }
-    plan.extents.push(extent);
 }
 
 /// The first sector of a range and how many there are.
@@ -628,13 +566,9 @@ impl Format for AddCow {
     fn limits(&self) -> Limits {
         let data = self.shared.data.alignment();
         let host = self.shared.data.as_host();
-        let (request, memory) = match &self.below {
-            Below::Link(link) => {
-                let below = link.node.limits();
-                (below.request_alignment, below.memory_alignment)
-            }
-            _ => (1, 1),
-        };
+        let below = self.backing().map(|node| node.limits());
+        let (request, memory) =
+            below.map_or((1, 1), |below| (below.request_alignment, below.memory_alignment));
         Limits {
             size: self.shared.size(),
             request_alignment: SECTOR_SIZE.max(data.request).max(request),
@@ -679,13 +613,13 @@ impl Format for AddCow {
                 end += same;
             }
             let run = ByteRange::between(range.offset, range.end().min(end * SECTOR_SIZE));
-            let kind = match (value == Some(true), &self.below) {
+            let kind = match (value == Some(true), &*self.below.read().unwrap()) {
                 (true, _) => {
                     ExtentKind::Data { file: Arc::clone(&shared.data), offset: run.offset }
                 }
-                (false, Below::Zeros) => ExtentKind::Zero { explicit: false },
-                (false, Below::Link(_)) => ExtentKind::Backing,
-                (false, Below::Unopened) => {
+                (false, Backing::None) => ExtentKind::Zero { explicit: false },
+                (false, Backing::Node(_)) => ExtentKind::Backing,
+                (false, Backing::Unopened) => {
                     return Err(Error::invalid(format!(
                         "{}: was opened without its backing file, so {run} cannot be read",
                         shared.name()
@@ -701,7 +635,7 @@ impl Format for AddCow {
     }
 
     fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()> {
-        let has_backing = !matches!(self.below, Below::Zeros);
+        let has_backing = !self.is_alone.load(Ordering::Relaxed);
         Box::pin(self.shared.clear(range, Clear::Zero { may_unmap }, has_backing))
     }
 
@@ -719,10 +653,7 @@ impl Format for AddCow {
     }
 
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
-        let backing = match &self.below {
-            Below::Link(link) => link.size,
-            _ => 0,
-        };
+        let backing = self.backing().map_or(0, |node| node.size());
         Box::pin(self.shared.resize(size, backing))
     }
 
@@ -731,24 +662,18 @@ impl Format for AddCow {
     }
 
     fn backing(&self) -> Option<Node> {
-        match &self.below {
-            Below::Link(link) => Some(link.node.clone()),
+        match &*self.below.read().unwrap() {
+            Backing::Node(node) => Some(node.clone()),
             _ => None,
         }
     }
 
-    fn is_behind(&self) -> bool {
-        matches!(&self.below, Below::Link(link) if link.is_behind())
-    }
-
-    fn on_backing(&self, backing: Option<Node>) -> Result<Option<AddCow>> {
+    fn set_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
         let backing = backing.map_or(Backing::None, Backing::Node);
-        let below = Below::new(backing, self.shared.name())?;
-        Ok(Some(AddCow { shared: Arc::clone(&self.shared), below }))
-    }
-
-    fn set_backing(&self, _backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
-        Err(Error::invalid("add-cow changes its backing by Format::on_backing"))
+        backing.check(self.shared.name())?;
+        self.is_alone.store(matches!(backing, Backing::None), Ordering::Relaxed);
+        *self.below.write().unwrap() = backing;
+        Ok(())
     }
 
     /// The header is written by whoever knows the files' paths, as what it does not hold (the

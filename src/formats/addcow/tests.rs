@@ -1,7 +1,7 @@
 //! The format against the sheet's example, against a byte vector, and against what goes wrong.
 
 use super::*;
-use crate::block::{FormatDriver, NodeOptions, keep::tests::state_dir};
+use crate::block::{Driver, FormatDriver, NodeOptions, keep::tests::state_dir};
 use crate::formats::raw::Raw;
 use crate::io::sim::{Fault, Rng, Sim, SimFile, SimOp, SimTask};
 use crate::io::{Buffers, HostFile, block_on};
@@ -324,7 +324,7 @@ fn a_backing_whose_driver_was_replaced_is_not_planned_through() {
     assert_eq!(planned(&host.disk, PlanOp::Read, 0, 512), None);
     assert_eq!(block_on(read(&host.disk, 0, 512)), [7; 512]);
     // On another backing the same image goes on.
-    let other = host.disk.on_backing(None).unwrap().unwrap();
+    let other = host.disk.on_backing(None, &quiesced).unwrap();
     assert_eq!(block_on(read(&*other, 0, 512)), [0; 512]);
 }
 

@@ -48,12 +48,17 @@ impl Qcow2 {
                     if !place.is_aligned(align) || !self.disk.surely_has(place) {
                         return Planned::NotNow;
                     }
-                    plan.extents.push(PlanExtent::File { file: host, offset, len: run.len });
+                    plan.push(PlanExtent::File { file: host, offset, len: run.len });
                 }
                 (ShallowMapping::Zero { explicit, .. }, PlanOp::Read)
                     if explicit || self.backing.read().unwrap().is_none() =>
                 {
-                    plan.extents.push(PlanExtent::Zero { len: run.len });
+                    plan.push(PlanExtent::Zero { len: run.len });
+                }
+                (ShallowMapping::Zero { .. }, PlanOp::Read) => {
+                    if plan.read_below(run) == Planned::NotNow {
+                        return Planned::NotNow;
+                    }
                 }
                 (ShallowMapping::Raw { offset, writable: true, .. }, PlanOp::Write { .. })
                     if run.len == range.len =>

@@ -9,7 +9,8 @@ use super::testing::{Driven, Fixture, Moment, read, visit_at, write};
 use super::{OpenOptions, Structure, Vhdx};
 use crate::block::driver::{Plan, PlanExtent, PlanOp, Planned};
 use crate::block::keep::tests::state_dir;
-use crate::block::{Driver, FormatDriver, Keep, StatusKind};
+use crate::block::{Driver, FormatDriver, Gate, Keep, Node, NodeOptions, StatusKind};
+use crate::formats::raw::Raw;
 use crate::io::{File, HostFile, block_on};
 use crate::units::{ByteRange, MIB};
 
@@ -35,10 +36,14 @@ impl Host {
     }
 
     fn open(&self, keep: Option<Keep>) -> Driven {
+        self.open_on(None, keep)
+    }
+
+    fn open_on(&self, backing: Option<Node>, keep: Option<Keep>) -> Driven {
         let options = crate::io::OpenOptions { write: true, ..Default::default() };
         let file: Arc<dyn File> = Arc::new(HostFile::open(&self.path(), options).unwrap());
         let structure = block_on(Structure::read(&file)).unwrap();
-        let options = OpenOptions { keep, ..OpenOptions::default() };
+        let options = OpenOptions { backing, keep, ..OpenOptions::default() };
         FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap())
     }
 }
@@ -100,6 +105,44 @@ fn a_write_maps_a_block_if_a_place_is_ready() {
     assert_eq!(place_of(&disk, 40), Some(8 * MIB));
     assert_eq!(place_of(&disk, 10), Some(20 * MIB));
     assert_eq!(block_on(read(&disk, 2 * MIB, 512)), [1; 512]);
+}
+
+/// The file of a parent that is not a VHDX image, which nobody checks here.
+fn parent(host: &Host, content: &[u8]) -> Node {
+    let path = host.dir.path().join("parent");
+    std::fs::write(&path, content).unwrap();
+    let file = HostFile::open(&path, crate::io::OpenOptions::default()).unwrap();
+    Node::new(Arc::new(Raw::open(Arc::new(file), true).unwrap()), NodeOptions::default())
+}
+
+#[test]
+fn what_is_the_parents_is_planned_through_it() {
+    let host = Host::new(&Fixture { has_parent: true, ..Fixture::new(8 * MIB) });
+    let node = parent(&host, &vec![9; 3 * MIB as usize + 512]);
+    let disk = host.open_on(Some(node.clone()), None);
+    block_on(read(&disk, 0, 512));
+    assert_eq!(planned(&disk, PlanOp::Read, MIB, 4096), Some(vec![(Some(MIB), 4096)]));
+    let across_its_end = planned(&disk, PlanOp::Read, 3 * MIB, 4096);
+    assert_eq!(across_its_end, Some(vec![(Some(3 * MIB), 512), (None, 3584)]));
+    // A block of which a sector is here, and the rest there: at this place, the file as well as
+    // the parent goes on with what follows in the other one.
+    write_at(&disk, MIB + 512, 1);
+    let status = block_on(disk.block_status(ByteRange { offset: MIB + 512, len: 512 })).unwrap();
+    let here = status.host.unwrap().1;
+    let three = vec![(Some(MIB), 512), (Some(here), 512), (Some(MIB + 1024), 512)];
+    assert_eq!(planned(&disk, PlanOp::Read, MIB, 1536), Some(three));
+    // A plan holds on to the driver below, so one that was replaced is not planned through.
+    let quiesced = Gate::new().quiesce();
+    let other = parent(&host, &[7; 2 * MIB as usize]);
+    node.replace_driver(other.driver(), &quiesced);
+    assert!(disk.is_behind());
+    assert_eq!(planned(&disk, PlanOp::Read, MIB, 512), None);
+    assert_eq!(block_on(read(&disk, MIB, 512)), [7; 512]);
+    let renewed = disk.on_backing(Some(node), &quiesced).unwrap();
+    let mut plan = Plan::default();
+    let range = ByteRange { offset: MIB, len: 512 };
+    assert_eq!(renewed.plan(PlanOp::Read, range, &mut plan), Planned::Ready);
+    assert!(!renewed.is_behind());
 }
 
 /// Of two queues that write to a new block, the durable write of one comes while the other maps it, or

@@ -257,42 +257,36 @@ impl Vhdx {
             let Some(entry) = self.entry_now(block) else { return Planned::NotNow };
             let inside = bat::offset(entry) + self.geometry().within_block(at.offset);
             let mut len = part.len;
+            // `None`: the parent's.
             let extent = match entry & (PLAN_BITS & !bat::UNSETTLED) {
-                PRESENT => PlanExtent::File { file: host, offset: inside, len },
+                PRESENT => Some(PlanExtent::File { file: host, offset: inside, len }),
                 PARTIAL => {
                     let Some(bitmap) = self.bitmap_now(block) else { return Planned::NotNow };
-                    match self.bits_now(bitmap, block, part) {
-                        Some((true, run)) => {
-                            len = run;
-                            PlanExtent::File { file: host, offset: inside, len }
-                        }
-                        _ => return Planned::NotNow,
-                    }
+                    let Some((is_here, run)) = self.bits_now(bitmap, block, part) else {
+                        return Planned::NotNow;
+                    };
+                    len = run;
+                    is_here.then_some(PlanExtent::File { file: host, offset: inside, len })
                 }
                 state if state & CHECKED == 0 => return Planned::NotNow,
-                state if state == CHECKED && self.geometry().has_parent => return Planned::NotNow,
-                _ => PlanExtent::Zero { len },
+                state if state == CHECKED && self.geometry().has_parent => None,
+                _ => Some(PlanExtent::Zero { len }),
             };
-            push_merged(plan, extent);
+            match extent {
+                Some(extent) => plan.push(extent),
+                None if plan.read_below(ByteRange { offset: at.offset, len }) == Planned::Ready => {
+                }
+                None => return Planned::NotNow,
+            }
             if plan.extents.len() > MAX_EXTENTS {
                 return Planned::NotNow;
             }
             at = ByteRange::between(at.offset + len, at.end());
         }
-        plan.pin = pin.map(|pin| Pin(pin as Arc<_>));
+        if let Some(pin) = pin {
+            plan.add_pin(Pin(pin as Arc<_>));
+        }
         Planned::Ready
-    }
-}
-
-/// Adds an extent to a plan, or makes the last one longer.
-pub(super) fn push_merged<'a>(plan: &mut Plan<'a>, extent: PlanExtent<'a>) {
-    match (plan.extents.last_mut(), extent) {
-        (
-            Some(PlanExtent::File { offset, len, .. }),
-            PlanExtent::File { offset: at, len: more, .. },
-        ) if at == *offset + *len => *len += more,
-        (Some(PlanExtent::Zero { len }), PlanExtent::Zero { len: more }) => *len += more,
-        _ => plan.extents.push(extent),
     }
 }
 

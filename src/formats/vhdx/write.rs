@@ -25,7 +25,6 @@ use super::bat::{self, CHECKED, PARTIAL, PLAN_BITS, PRESENT, UNSETTLED};
 use super::journal::{Conditions, Edit, Outcome};
 use super::layout::{BITMAP_PRESENT, payload};
 use super::pins::Token;
-use super::read::push_merged;
 use super::space::{Place, Space};
 use super::{ALL, Vhdx};
 use crate::block::{Plan, PlanExtent, Planned, Prepared, WriteCommit, driver::Pin};
@@ -70,7 +69,7 @@ impl Vhdx {
                 _ => return Planned::NotNow,
             }
             let offset = bat::offset(entry) + self.geometry().within_block(at.offset);
-            push_merged(plan, PlanExtent::File { file: host, offset, len: part.len });
+            plan.push(PlanExtent::File { file: host, offset, len: part.len });
             at = ByteRange::between(part.end(), at.end());
         }
         // What was read of the mapping may have come to be meanwhile.

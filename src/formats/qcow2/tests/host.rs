@@ -121,6 +121,65 @@ fn chains_of_qcow2_on_raw() {
     }
 }
 
+/// What a plan for a read leads to: the file and the place, zeros, or nothing.
+fn planned(driver: &dyn Driver, offset: u64, len: u64) -> Option<Vec<(Option<(u32, u64)>, u64)>> {
+    let mut plan = Plan::default();
+    let answer = driver.plan(PlanOp::Read, ByteRange { offset, len }, &mut plan);
+    (answer == Planned::Ready).then(|| {
+        let extent = |extent: &PlanExtent<'_>| match extent {
+            PlanExtent::File { file, offset, len } => (Some((file.id(), *offset)), *len),
+            PlanExtent::Zero { len } => (None, *len),
+        };
+        plan.extents.iter().map(extent).collect()
+    })
+}
+
+#[test]
+fn reads_are_planned_through_a_chain() {
+    let dir = scratch();
+    let (base, top) = (dir.path().join("base.raw"), dir.path().join("top.qcow2"));
+    std::fs::write(&base, random_bytes(4, (1 << 20) + 512)).unwrap();
+    let raw = |path: &Path| {
+        let file = HostFile::open(path, crate::io::OpenOptions::default()).unwrap();
+        let id = file.id();
+        (Arc::new(Raw::open(Arc::new(file), true).unwrap()), id)
+    };
+    let (driver, base_id) = raw(&base);
+    let base_node = Node::new(driver, NodeOptions::default());
+    let mut backing = base_node.clone();
+    for name in ["one.qcow2", "two.qcow2", "top.qcow2"] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, []).unwrap();
+        block_on(create(host(&path, true, false), &backed(2 << 20, 65536, true))).unwrap();
+        let is_top = path == top;
+        let layer = Arc::new(host_image(path, is_top, false, Some(backing)));
+        backing = Node::new(layer, NodeOptions::default());
+    }
+    let (top, two) = (backing.driver(), backing.backing().unwrap());
+    block_on(read(&*top, 0, 4096));
+    assert_eq!(planned(&*top, 4096, 4096), Some(vec![(Some((base_id, 4096)), 4096)]));
+    let across_its_end = planned(&*top, (1 << 20) - 512, 4096).unwrap();
+    assert_eq!(across_its_end, [(Some((base_id, (1 << 20) - 512)), 1024), (None, 3072)]);
+    // What is here follows what is there.
+    block_on(write(&*top, 65536, &[1; 65536])).unwrap();
+    let extents = planned(&*top, 65536 - 512, 1024).unwrap();
+    assert_eq!(extents[0], (Some((base_id, 65536 - 512)), 512));
+    assert!(extents.len() == 2 && extents[1].0.unwrap().0 != base_id, "{extents:?}");
+    // Another driver in the middle or at the bottom: through what was before leads nothing.
+    let quiesced = crate::block::Gate::new().quiesce();
+    let (other, other_id) = raw(&base);
+    base_node.replace_driver(other, &quiesced);
+    assert_eq!(planned(&*top, 4096, 4096), None);
+    let one = two.backing().unwrap();
+    one.set_backing(Some(base_node), &quiesced).unwrap();
+    assert_eq!(planned(&*top, 4096, 4096), None);
+    two.set_backing(Some(one), &quiesced).unwrap();
+    backing.set_backing(Some(two), &quiesced).unwrap();
+    let top = backing.driver();
+    assert_eq!(planned(&*top, 4096, 4096), Some(vec![(Some((other_id, 4096)), 4096)]));
+    assert_eq!(block_on(read(&*top, 4096, 512)), std::fs::read(&base).unwrap()[4096..][..512]);
+}
+
 #[test]
 fn discards_give_space_back_to_the_host() {
     let dir = scratch();
@@ -180,7 +239,7 @@ fn several_threads_at_once() {
                             written.insert(offset, 0);
                         }
                         _ => {
-                            block_on(write(&driver, offset, &[value; 4096])).unwrap();
+                            block_on(write(&*driver, offset, &[value; 4096])).unwrap();
                             written.insert(offset, value);
                         }
                     }
@@ -195,7 +254,7 @@ fn several_threads_at_once() {
             expected[offset as usize..][..4096].fill(value);
         }
     }
-    assert!(block_on(read(&driver, 0, size)) == expected);
+    assert!(block_on(read(&*driver, 0, size)) == expected);
     block_on(driver.close()).unwrap();
     check_with_qemu(&std::fs::read(&path).unwrap(), Some(&expected), None, "threads");
 }

@@ -1,0 +1,65 @@
+//! What the plans of a layer lead to where a range is its backing's.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::block::Node;
+use crate::block::driver::{Driver, Limits, Plan, PlanExtent, Planned};
+use crate::units::ByteRange;
+
+/// A backing with its driver, which plans borrow from. It stays what it is: a layer whose backing
+/// changes gets another one ([`Driver::on_backing`]).
+pub(super) struct Link {
+    node: Node,
+    driver: Arc<dyn Driver>,
+    /// The node's when `driver` was loaded.
+    generation: u64,
+    /// The backing's size in bytes.
+    size: u64,
+    /// Whether what suits the layer above suits the backing.
+    is_aligned: bool,
+}
+
+impl Link {
+    /// A way to `node` for a layer with these limits.
+    pub(super) fn new(node: Node, above: &Limits) -> Link {
+        // Before the driver: if that is replaced in between, the generation is already old.
+        let generation = node.generation();
+        let driver = node.driver();
+        let limits = node.limits();
+        Link {
+            driver,
+            generation,
+            size: limits.size,
+            is_aligned: limits.request_alignment <= above.request_alignment
+                && limits.memory_alignment <= above.memory_alignment,
+            node,
+        }
+    }
+
+    /// Whether the node has another driver by now.
+    pub(super) fn is_behind(&self) -> bool {
+        self.node.generation() != self.generation
+    }
+
+    /// Plans a read: zeros where the backing ends.
+    pub(super) fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
+        if !self.is_aligned || self.is_behind() {
+            return Planned::NotNow;
+        }
+        let inside = range.intersect(&ByteRange { offset: 0, len: self.size });
+        if !inside.is_empty() && plan.read_through(&*self.driver, inside) == Planned::NotNow {
+            return Planned::NotNow;
+        }
+        if inside.len < range.len {
+            plan.push(PlanExtent::Zero { len: range.len - inside.len });
+        }
+        Planned::Ready
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Link({})", self.node.name())
+    }
+}
