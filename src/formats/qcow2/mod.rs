@@ -28,9 +28,9 @@
 //! ```text
 //! FormatDriver ─ map ──────► imago: get_mapping            (reads go to the file directly)
 //!              ─ prepare ──► mapped, nothing pending: in place, no lock
-//!                            else: lock the clusters, copy up what surrounds the write,
-//!                                  imago: prepare_data_mapping
-//!              ─ write ────► file
+//!                            else: lock the clusters, read what surrounds the write,
+//!                                  take a turn at the L2 table, imago: prepare_data_mapping
+//!              ─ write ────► file, with what surrounds it
 //!              ─ commit ───► imago: commit_data_mapping; record in the keep
 //!              ─ flush ────► checkpoint: imago's state → overlay → file, in phases
 //! ```
@@ -70,7 +70,7 @@
 //!
 //! * Encrypted images, external data files, zstd, subclusters: refused. Shrinking: refused.
 //! * Writes that allocate under the same L2 table (512 MiB of disk at 64 KiB clusters) run one at a
-//!   time, because imago locks the table from prepare to commit.
+//!   time but for what they read, because imago locks the table from prepare to commit.
 //! * A compressed cluster that is overwritten leaks its old space, as does a table that had to
 //!   move: imago would reuse it before the disk has forgotten it. `qemu-img check -r leaks`
 //!   reclaims it.
