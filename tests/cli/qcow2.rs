@@ -7,7 +7,7 @@ use std::process::Output;
 
 use serde_json::Value;
 
-use crate::common::{Random, Setup, fails, have, ok, ok_or, tool, tool_ok, vublk};
+use crate::common::{Qmp, Random, Setup, fails, have, ok, ok_or, tool, tool_ok, vublk};
 use crate::{json, random_file};
 
 /// Does random things to a qcow2 image by qemu-io.
@@ -524,14 +524,19 @@ fn bitmaps_are_good_until_the_guest_writes() {
         bitmaps[0]["flags"] == serde_json::json!(["auto"])
     };
     assert!(is_good());
+    let control = d.join("qmp");
+    let args = ["--control", control.to_str().unwrap()];
     for writes in [false, true] {
-        let mut backend = Setup::new(&[]).format("qcow2", &d.join("disk")).start();
+        let mut backend = Setup::new(&args).format("qcow2", &d.join("disk")).start();
         let mut session = backend.qemu();
         session.read(0, 0, 4096).unwrap();
         session.flush(0).unwrap();
         if writes {
             session.write(0, 0, &[1; 512]).unwrap();
         }
+        let blocks = Qmp::connect(&control).ok("query-block", serde_json::json!({}));
+        let told = &blocks[0]["inserted"]["image"]["format-specific"]["data"]["bitmaps"];
+        assert_eq!(told[0]["name"] == "b0", !writes, "{blocks}");
         session.stop().unwrap();
         assert!(backend.terminate().success(), "{}", backend.log());
         assert_eq!(is_good(), !writes);
@@ -569,6 +574,36 @@ fn bitmaps_are_shown() {
     file.write_all_at(&(1u64 << 50).to_be_bytes(), extension as u64 + 24).unwrap();
     let line = fails(d, &["info", "disk"], 1);
     assert!(line.contains("disk: bitmap directory entry 0 at 1125899906842624"), "{line}");
+}
+
+/// Whoever asks the process that serves an image is told what `info` tells.
+#[test]
+fn queries_tell_what_info_tells() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    tool_ok(d, "qemu-img", &["create", "-q", "-f", "qcow2", "disk.qcow2", "16M"]);
+    tool_ok(d, "qemu-img", &["bitmap", "--add", "-g", "4096", "disk.qcow2", "b0"]);
+    tool_ok(d, "qemu-img", &["snapshot", "-c", "first", "disk.qcow2"]);
+    ok(d, &["create", "-q", "-f", "vhdx", "disk.vhdx", "16M"]);
+    ok(d, &["create", "-q", "-f", "add-cow", "disk.add-cow", "16M"]);
+    ok(d, &["create", "-q", "disk.raw", "16M"]);
+    let control = d.join("qmp");
+    for format in ["qcow2", "vhdx", "add-cow", "raw"] {
+        let name = format!("disk.{format}");
+        let mut info = json(&ok(d, &["info", "-f", format, "--output=json", &name]));
+        let args = ["--read-only", "--control", control.to_str().unwrap()];
+        let mut backend = Setup::new(&args).format(format, &d.join(&name)).start();
+        let nodes = Qmp::connect(&control).ok("query-named-block-nodes", serde_json::json!({}));
+        let mut told = nodes.as_array().unwrap().iter();
+        let told = told.find(|node| node["node-name"] == "image").expect("the image's node");
+        info.as_object_mut().unwrap().remove("children");
+        info["filename"] = d.join(&name).to_str().unwrap().into();
+        assert_eq!(told["image"], info, "{format}");
+        assert!(backend.terminate().success(), "{}", backend.log());
+    }
 }
 
 #[test]

@@ -11,6 +11,35 @@ use crate::error::{Error, Result, ResultExt};
 use crate::io::{Buffers, File, Fut};
 use crate::units::ByteRange;
 
+/// What an image has besides its disk, as `info` tells it.
+#[derive(Debug, Default)]
+pub(super) struct Listed {
+    snapshots: Vec<serde_json::Value>,
+    bitmaps: Vec<serde_json::Value>,
+}
+
+impl Listed {
+    pub async fn read(file: &Arc<dyn File>, header: &Header) -> Result<Listed> {
+        let (snapshots, _) = match header.snapshots {
+            0 => Default::default(),
+            _ => snapshots::read(file, header).await?,
+        };
+        let bitmaps = bitmaps::read(file, header).await?;
+        let snapshots = snapshots.into_iter().map(|snapshot| snapshot.info).collect();
+        Ok(Listed { snapshots, bitmaps })
+    }
+
+    /// Adds it to an image's details. The bitmaps are told as long as they are `current`.
+    pub fn tell(&self, current: bool, details: &mut serde_json::Value) {
+        if !self.snapshots.is_empty() {
+            details["snapshots"] = self.snapshots.clone().into();
+        }
+        if current && !self.bitmaps.is_empty() {
+            details["bitmaps"] = self.bitmaps.clone().into();
+        }
+    }
+}
+
 /// The metadata of an image. Reads and writes fail.
 #[derive(Debug)]
 pub struct Metadata {
@@ -27,16 +56,8 @@ impl Metadata {
     pub async fn open(file: Arc<dyn File>) -> Result<Metadata> {
         let header = Header::read(&file).await?;
         let mut details = header.details();
-        if header.snapshots > 0 {
-            let read = snapshots::read(&file, &header).await;
-            let (list, _) = read.context(|| file.name().to_string())?;
-            details["snapshots"] = list.into_iter().map(|snapshot| snapshot.info).collect();
-        }
-        let bitmaps = bitmaps::read(&file, &header).await;
-        let bitmaps = bitmaps.context(|| file.name().to_string())?;
-        if !bitmaps.is_empty() {
-            details["bitmaps"] = bitmaps.into();
-        }
+        let listed = Listed::read(&file, &header).await.context(|| file.name().to_string())?;
+        listed.tell(true, &mut details);
         Ok(Metadata { file, header, details })
     }
 

@@ -114,6 +114,7 @@ pub use self::metadata::Metadata;
 use self::checkpoint::Layout;
 use self::disk::{Disk, Tracker};
 use self::flush::UnderWay;
+use self::metadata::Listed;
 use self::pending::Pending;
 use self::store::Store;
 use crate::block::{
@@ -154,6 +155,8 @@ pub struct Qcow2 {
     store: Store,
     image: FormatAccess<Store>,
     header: Header,
+    /// What it has besides the disk, as it was when it was opened.
+    listed: Listed,
     cluster_size: u64,
     /// Size of the disk in bytes.
     size: AtomicU64,
@@ -255,7 +258,13 @@ impl Qcow2 {
             )));
         }
         let has_claims = !options.read_only && header.autoclear != 0;
+        // The disk can do without.
+        let listed = Listed::read(&file, &header).await.unwrap_or_else(|err| {
+            tracing::warn!("{}: its snapshots and bitmaps cannot be told: {err}", file.name());
+            Listed::default()
+        });
         Ok(Qcow2 {
+            listed,
             size: AtomicU64::new(header.size),
             cluster_size,
             read_only: options.read_only,
@@ -461,14 +470,17 @@ impl Format for Qcow2 {
     }
 
     fn details(&self) -> serde_json::Value {
-        match self.renamed.lock().unwrap().clone() {
+        let mut details = match self.renamed.lock().unwrap().clone() {
             Some(backing) => {
                 let mut header = self.header.clone();
                 header.backing = backing;
                 header.details()
             }
             None => self.header.details(),
-        }
+        };
+        let are_current = self.read_only || self.has_claims.load(Ordering::Relaxed);
+        self.listed.tell(are_current, &mut details);
+        details
     }
 
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
