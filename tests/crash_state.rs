@@ -222,6 +222,10 @@ fn an_overlay_with_a_name_stays_and_belongs_to_its_state() {
     assert!(std::fs::read(d.join("out.raw")).unwrap() == expected);
     let info = ok(d, &["info", "o.add-cow"]);
     assert!(info.contains("E3:s=01"), "{info}");
+    let chain = ok(d, &["info", "--backing-chain", "--output", "json", "o.add-cow"]);
+    let chain: Vec<Value> = serde_json::from_str(&chain).unwrap();
+    let formats: Vec<_> = chain.iter().map(|info| info["format"].as_str().unwrap()).collect();
+    assert_eq!(formats, ["add-cow", "crash-state", "raw"]);
     // But not to anything anywhere.
     let elsewhere = tempfile::tempdir().unwrap();
     for name in ["o.add-cow", "o.add-cow.raw"] {

@@ -35,9 +35,9 @@ pub fn run(args: &InfoArgs) -> Result<u8> {
     let request = args.read.request(&args.file);
     let locking = if request.locking == Locking::Share { Locking::Share } else { Locking::Inspect };
     let request = OpenRequest { locking, backing: false, ..request };
-    let images = match args.backing_chain {
+    let (images, stopped) = match args.backing_chain {
         true => images::open_chain(&request)?,
-        false => vec![images::open(&request)?],
+        false => (vec![images::open(&request)?], None),
     };
     let infos = images.iter().map(describe).collect::<Result<Vec<_>>>()?;
     match args.output {
@@ -48,7 +48,7 @@ pub fn run(args: &InfoArgs) -> Result<u8> {
             output::print(&texts.join("\n"))?;
         }
     }
-    Ok(DONE)
+    stopped.map_or(Ok(DONE), Err)
 }
 
 /// The description in qemu-img's words.

@@ -124,18 +124,27 @@ pub fn open(request: &OpenRequest) -> Result<Image> {
 }
 
 /// Opens the image and each of its backing files by itself, top first, for a look at their
-/// metadata. The nodes do not see their backing files' content.
-pub fn open_chain(request: &OpenRequest) -> Result<Vec<Image>> {
-    let images = open_each(request)?;
-    warn_if_whole(request, images.iter());
-    Ok(images)
-}
-
-fn open_each(request: &OpenRequest) -> Result<Vec<Image>> {
+/// metadata. The nodes do not see their backing files' content. With it comes why there is no more, where
+/// one of the backing files cannot be opened.
+///
+/// # Errors
+/// As [`open`], if it is the image itself.
+pub fn open_chain(request: &OpenRequest) -> Result<(Vec<Image>, Option<Error>)> {
     let gate = OpenGate::new(&request.path, &request.allow_dirs)?;
     let mut chain = Chain::default();
-    let mut request = OpenRequest { backing: false, ..request.clone() };
-    let mut images = vec![open_link(&request, &gate, &mut chain, None)?];
+    let alone = OpenRequest { backing: false, ..request.clone() };
+    let mut images = vec![open_link(&alone, &gate, &mut chain, None)?];
+    let stopped = open_below(&alone, &gate, &mut chain, &mut images).err();
+    warn_if_whole(request, images.iter());
+    Ok((images, stopped))
+}
+
+fn open_below(
+    request: &OpenRequest,
+    gate: &OpenGate,
+    chain: &mut Chain,
+    images: &mut Vec<Image>,
+) -> Result<()> {
     loop {
         let top = images.last().expect("never empty");
         let details = top.node.driver().details();
@@ -145,20 +154,15 @@ fn open_each(request: &OpenRequest) -> Result<Vec<Image>> {
             !resolved.is_err_and(|err| err.kind() == ErrorKind::NotFound)
         };
         let Some(reference) = names.iter().find(is_there).or(names.first()) else {
-            return Ok(images);
+            return Ok(());
         };
-        if crash_state::is_name(reference) {
-            return Ok(images);
-        }
-        let context = || format!("{}: its backing file", top.name());
-        request.path = gate.resolve(top.file.path(), reference).context(context)?;
-        request.format = match details["backing-filename-format"].as_str() {
-            Some(name) => Some(name.parse().context(context)?),
-            None => None,
-        };
-        request.access = Access::Read;
-        let image = open_link(&request, &gate, &mut chain, Some(&gate)).context(context)?;
+        let format = details["backing-filename-format"].as_str();
+        let mut opening = Opening::new(request, Arc::clone(&top.file), gate, chain);
+        let mut image = opening.child("backing", reference, format, Access::Read)?;
+        // Only a state has been put on its base.
+        let base = image.backing.take();
         images.push(image);
+        images.extend(base.map(|base| *base));
     }
 }
 

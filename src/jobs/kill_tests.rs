@@ -100,7 +100,8 @@ fn check(dir: &Path, name: &str) -> std::result::Result<(), String> {
 fn names(dir: &Path, top: (&str, ImageFormat)) -> Vec<String> {
     let request = OpenRequest::read(dir.join(top.0)).format(Some(top.1)).locking(Locking::Off);
     let name = |image: &images::Image| image.file.path().file_name().unwrap().to_owned();
-    let chain = images::open_chain(&request).unwrap();
+    let (chain, stopped) = images::open_chain(&request).unwrap();
+    assert!(stopped.is_none(), "{stopped:?}");
     chain.iter().map(|image| name(image).into_string().unwrap()).collect()
 }
 

@@ -606,6 +606,39 @@ fn queries_tell_what_info_tells() {
     }
 }
 
+/// The text of a state is followed, as it is where the image is opened.
+#[test]
+fn a_chain_is_told_as_far_as_it_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "base", "1M"]);
+    let json_name = r#"json:{"driver":"raw","file":{"driver":"file","filename":"base"}}"#;
+    ok(d, &["create", "-q", "-f", "qcow2", "-u", "-b", json_name, "-F", "raw", "mid", "1M"]);
+    ok(d, &["create", "-q", "-f", "qcow2", "-u", "-b", "mid", "-F", "qcow2", "top", "1M"]);
+    let told = |args: &[&str], why: &str| {
+        let output = vublk(d, args);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.starts_with("vublk: mid: its backing file: "), "{error}");
+        assert!(error.contains(why) && error.matches('\n').count() == 1, "{error}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let way_out = "the driver 'raw' is not known here; ";
+    let text = told(&["info", "--backing-chain", "top"], way_out);
+    assert!(text.starts_with("image: top\n") && text.contains("\nimage: mid\n"), "{text}");
+    let chain =
+        json(&told(&["info", "--backing-chain", "--output=json", "top"], "rebase -u -b FILE"));
+    assert_eq!(chain.as_array().unwrap().len(), 2, "{chain}");
+    assert_eq!(chain[1]["filename"], "mid");
+    // Likewise where the file is gone.
+    ok(d, &["rebase", "-q", "-u", "-b", "gone", "-F", "raw", "mid"]);
+    let text = told(&["info", "--backing-chain", "top"], "gone: No such file");
+    assert!(text.contains("\nimage: mid\n"), "{text}");
+    // An image that cannot be opened itself has nothing that comes before.
+    let error = fails(d, &["info", "--backing-chain", "gone"], 1);
+    assert!(error.starts_with("gone: No such file"), "{error}");
+}
+
 #[test]
 fn a_backing_file_by_json_text_is_refused_with_the_way_out() {
     let dir = tempfile::tempdir().unwrap();
