@@ -40,17 +40,21 @@ pub struct LogArgs {
     pub log_format: LogFormat,
 }
 
-/// Starts logging; `default` is the level if nobody says otherwise.
+/// Starts logging; `default` is the level if nobody says otherwise. A command that `ends_with_error` tells
+/// by that what has failed.
 ///
 /// # Errors
 /// If the level makes no sense.
-pub fn init(args: &LogArgs, default: LevelFilter) -> Result<()> {
+pub fn init(args: &LogArgs, default: LevelFilter, ends_with_error: bool) -> Result<()> {
     let from_env = std::env::var(ENV).ok().filter(|text| !text.is_empty());
-    let targets = match (&args.log_level, &from_env) {
+    let mut targets = match (&args.log_level, &from_env) {
         (Some(text), _) => parse_level("--log-level", text)?,
         (None, Some(text)) => parse_level(ENV, text)?,
         (None, None) => with_default(Targets::new(), default),
     };
+    if ends_with_error {
+        targets = without_unfinished(targets);
+    }
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
@@ -105,6 +109,18 @@ fn with_default(targets: Targets, default: LevelFilter) -> Targets {
     targets.with_default(default)
 }
 
+/// Without the lines by which the imago crate tells, as an error, of each part of an image that was not
+/// written out in the end: that follows from what the command failed of, which is told.
+fn without_unfinished(targets: Targets) -> Targets {
+    const TELLS: &str = "imago::qcow2::metadata";
+    let is_quiet = !targets.would_enable(TELLS, &tracing::Level::WARN);
+    let is_named = targets.iter().any(|(name, _)| name.starts_with("imago::"));
+    match is_quiet && !is_named {
+        true => targets.with_target(TELLS, LevelFilter::OFF),
+        false => targets,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,6 +139,20 @@ mod tests {
         assert!(targets.would_enable("vublk", &tracing::Level::INFO));
         let targets = with_default(Targets::new(), Level::OFF);
         assert!(!targets.would_enable("imago", &tracing::Level::ERROR));
+    }
+
+    #[test]
+    fn what_was_not_finished_is_told_to_who_asks() {
+        let tells = |text: &str| {
+            let targets = without_unfinished(parse_level("--log-level", text).unwrap());
+            assert_eq!(
+                targets.would_enable("imago::async_lru_cache", &tracing::Level::ERROR),
+                text != "off"
+            );
+            targets.would_enable("imago::qcow2::metadata", &tracing::Level::ERROR)
+        };
+        assert!(!tells("warn") && !tells("info,vublk=debug") && !tells("off"));
+        assert!(tells("debug") && tells("imago=warn") && tells("imago::qcow2=error"));
     }
 
     #[test]

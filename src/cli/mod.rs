@@ -143,8 +143,9 @@ impl Command {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result =
-        logging::init(&cli.log, cli.command.default_level()).and_then(|()| cli.command.run());
+    let serves = matches!(cli.command, Command::Serve(_));
+    let result = logging::init(&cli.log, cli.command.default_level(), !serves)
+        .and_then(|()| cli.command.run());
     match result {
         Ok(code) => ExitCode::from(code),
         Err(err) => {

@@ -208,3 +208,23 @@ fn what_an_image_stands_on_is_neither_its_copy_nor_itself() {
     }
     assert!(std::fs::read(d.join("base.raw")).unwrap() == vec![b'B'; 1 << 20]);
 }
+
+/// The library that writes qcow2 says by lines of its own that it was not finished, which is no news then.
+#[test]
+fn a_conversion_that_fails_says_so_in_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let content = Random::new("a_conversion_that_fails").bytes(18 << 20);
+    std::fs::write(d.join("from"), content).unwrap();
+    let script = format!(
+        "ulimit -f 6000; trap '' XFSZ; exec {} convert -f raw -O qcow2 from to",
+        env!("CARGO_BIN_EXE_vublk")
+    );
+    let mut shell = std::process::Command::new("sh");
+    shell.current_dir(d).env_remove("VUBLK_LOG").args(["-c", &script]);
+    let output = shell.output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.starts_with("vublk: converting from to to (which is incomplete): "), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
