@@ -401,6 +401,7 @@ fn a_chain_does_not_become_longer_than_one_that_opens() {
             backing: Some(below.to_str().unwrap().into()),
             backing_format: Some(format),
             backing_unchecked: true,
+            allow_dirs: Vec::new(),
         })
         .unwrap();
     }

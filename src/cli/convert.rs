@@ -160,6 +160,7 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
             backing: args.backing.clone(),
             backing_format: args.backing_format,
             backing_unchecked: false,
+            allow_dirs: request.allow_dirs.clone(),
         };
         let align = images::create::check_openable(&create, &request)?.request;
         let is_raw = args.target_format == ImageFormat::Raw;

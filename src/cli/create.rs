@@ -28,6 +28,9 @@ pub struct CreateArgs {
     /// Do not look at the backing file; a size must be given then
     #[arg(short = 'u', long = "backing-unsafe")]
     backing_unsafe: bool,
+    /// Allow the backing file to pull in files from below DIR; its own directory is always allowed
+    #[arg(long = "allow-dir", value_name = "DIR")]
+    allow_dirs: Vec<PathBuf>,
     /// Print nothing
     #[arg(short, long)]
     pub quiet: bool,
@@ -64,6 +67,7 @@ pub fn run(args: &CreateArgs) -> Result<u8> {
         backing: args.backing.clone(),
         backing_format: args.backing_format,
         backing_unchecked: args.backing_unsafe,
+        allow_dirs: args.allow_dirs.clone(),
     })?;
     if !args.quiet {
         let options: Vec<_> = created.options.iter().map(|(k, v)| format!(" {k}={v}")).collect();

@@ -558,6 +558,7 @@ fn create_file(
         backing_format: Some(below.format),
         // It is open, and locked by ourselves.
         backing_unchecked: true,
+        allow_dirs: allow_dirs.to_vec(),
     })?;
     if !is_new {
         // Not before it was: it may be refused because somebody uses it.
@@ -654,6 +655,7 @@ mod tests {
             backing: None,
             backing_format: None,
             backing_unchecked: false,
+            allow_dirs: Vec::new(),
         })
         .unwrap();
         let request = OpenRequest::write(dir.join(name)).format(Some(format));

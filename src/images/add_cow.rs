@@ -261,7 +261,7 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
     let image = image_file(request, option(["image-file", "image_file"]), below.as_ref())?;
     let header = Header { backing: backing.map(str::to_string), image: image.name.clone() };
     header.encode().context(name)?;
-    let new = NewFile::open(path)?;
+    let new = NewFile::open(path, &request.allow_dirs)?;
     if new.file.kind() != HostKind::Regular {
         return Err(Error::unsupported(format!(
             "{}: an add-cow image is a file; a device can be its image file (-o image-file=)",
@@ -372,7 +372,7 @@ fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<Imag
             path.display()
         )));
     }
-    let new = NewFile::open(&path)?;
+    let new = NewFile::open(&path, &request.allow_dirs)?;
     let made = async {
         new.file.set_len(size).await?;
         new.file.flush().await

@@ -215,6 +215,7 @@ fn make_overlay(path: &Path, named: &Named, size: u64) -> Result<()> {
         backing: Some(named.to_string()),
         backing_format: None,
         backing_unchecked: true,
+        allow_dirs: Vec::new(),
     };
     create(&request).map(drop)
 }

@@ -36,6 +36,9 @@ pub struct CreateRequest {
     pub backing_format: Option<ImageFormat>,
     /// Whether the backing file need not exist.
     pub backing_unchecked: bool,
+    /// Directories from below which the backing file, and what a mark on the new file names, may pull in
+    /// files.
+    pub allow_dirs: Vec<PathBuf>,
 }
 
 /// What was created.
@@ -129,7 +132,7 @@ pub fn check_openable(create: &CreateRequest, request: &OpenRequest) -> Result<A
         let access = Access::Read;
         open(&OpenRequest { path, format, access, ..request.clone() }).context(context)?;
     }
-    let _new = NewFile::open(&create.path)?;
+    let _new = NewFile::open(&create.path, &request.allow_dirs)?;
     let direct = request.cache.is_direct();
     let file = OpenOptions { write: true, direct, ..Default::default() };
     Ok(HostFile::open(&create.path, file)?.alignment())
@@ -186,7 +189,7 @@ pub struct NewFile {
 
 impl NewFile {
     /// Creates the file, or opens an existing one that nobody uses.
-    pub fn open(path: &Path) -> Result<NewFile> {
+    pub fn open(path: &Path, allow_dirs: &[PathBuf]) -> Result<NewFile> {
         let write = OpenOptions { write: true, ..Default::default() };
         let existed = std::fs::symlink_metadata(path).is_ok();
         let file = HostFile::open(path, OpenOptions { create: !existed, ..write })?;
@@ -194,7 +197,7 @@ impl NewFile {
         lock_for_writing(&new.file)?;
         if existed {
             check_nobody_comes_back(&new.file)?;
-            frozen::check_not_frozen(&new.file, &[])?;
+            frozen::check_not_frozen(&new.file, allow_dirs)?;
         }
         Ok(new)
     }
@@ -290,7 +293,7 @@ fn create_raw(request: &CreateRequest) -> Result<Created> {
         )));
     }
     let size = size_of(request, None)?;
-    let new = NewFile::open(&request.path)?;
+    let new = NewFile::open(&request.path, &request.allow_dirs)?;
     let file = &new.file;
     new.fill(size, async {
         let made = async {
@@ -350,7 +353,7 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
         None => None,
     };
     options.size = size_of(request, backing.as_ref())?;
-    let new = NewFile::open(&request.path)?;
+    let new = NewFile::open(&request.path, &request.allow_dirs)?;
     let image = block_on(qcow2::NewImage::lay_out(Arc::clone(&new.file) as _, &options))?;
     new.fill(image.file_len(), image.write())?;
     new.keep();
@@ -407,7 +410,8 @@ pub(super) fn open_backing(
 ) -> Result<Image> {
     let path = open_gate::combine(&request.path, file);
     check_not_own_backing(request, file)?;
-    open(&OpenRequest::read(path).format(format)).context(|| "the backing file")
+    let open_request = OpenRequest::read(path).format(format).allow_dirs(&request.allow_dirs);
+    open(&open_request).context(|| "the backing file")
 }
 
 /// Refuses the image's own file as its backing file: it would be emptied. One that is not there, or

@@ -198,6 +198,7 @@ mod tests {
                 backing: backing.map(String::from),
                 backing_format: backing.map(|_| ImageFormat::Vhdx),
                 backing_unchecked: false,
+                allow_dirs: Vec::new(),
             })
             .unwrap();
         }

@@ -329,6 +329,7 @@ pub(crate) mod tests {
                 backing: None,
                 backing_format: None,
                 backing_unchecked: false,
+                allow_dirs: Vec::new(),
             })
         };
         mark_moved(&file, &overlay);

@@ -257,6 +257,7 @@ pub(super) mod tests {
             backing: below.map(|below| below.to_str().unwrap().into()),
             backing_format: below.map(|_| ImageFormat::Qcow2),
             backing_unchecked: true,
+            allow_dirs: Vec::new(),
         });
         made.unwrap();
     }

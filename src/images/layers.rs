@@ -536,6 +536,7 @@ mod tests {
                 backing: Some("base".into()),
                 backing_format: Some(ImageFormat::Raw),
                 backing_unchecked: false,
+                allow_dirs: Vec::new(),
             })
             .unwrap();
             let layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);

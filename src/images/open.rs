@@ -647,6 +647,7 @@ pub(super) mod tests {
             backing: None,
             backing_format: None,
             backing_unchecked: false,
+            allow_dirs: Vec::new(),
         })
         .unwrap();
         let image = open(&OpenRequest::read(&path).format(Some(format))).unwrap();

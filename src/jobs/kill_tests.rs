@@ -50,6 +50,7 @@ fn make(dir: &Path, chain: &[(&str, ImageFormat)]) {
             backing: below.map(|(name, _)| name.into()),
             backing_format: below.map(|(_, format)| format),
             backing_unchecked: false,
+            allow_dirs: Vec::new(),
         })
         .unwrap();
         if let Some((below, _)) = below {

@@ -98,6 +98,30 @@ fn a_size_of_zero_is_served_where_the_format_has_it() {
     }
 }
 
+/// The backing file may stand on images elsewhere, as when the new image is opened.
+#[test]
+fn a_backing_file_may_pull_in_what_the_operator_allows() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    for name in ["bases", "images"] {
+        std::fs::create_dir(d.join(name)).unwrap();
+    }
+    ok(d, &["create", "-q", "bases/base", "1M"]);
+    let mid = ["create", "-q", "-f", "qcow2", "-u", "-b", "../bases/base", "-F", "raw"];
+    ok(d, &[&mid[..], &["images/mid", "1M"]].concat());
+    for format in ["qcow2", "add-cow"] {
+        let top = format!("top.{format}");
+        let create = ["create", "-q", "-f", format, "-b", "images/mid", "-F", "qcow2", &top];
+        let line = fails(d, &create, 1);
+        let bases = d.join("bases").canonicalize().unwrap();
+        let way_out = format!("allow it with --allow-dir {}", bases.display());
+        assert!(line.ends_with(&way_out), "{line}");
+        assert!(!d.join(&top).exists());
+        ok(d, &[&create[..], &["--allow-dir", "bases"]].concat());
+        ok(d, &["map", "--allow-dir", "bases", &top]);
+    }
+}
+
 /// On a file system that is too small, and that nobody else sees.
 #[test]
 fn a_create_that_fails_half_way_leaves_no_half_made_file() {

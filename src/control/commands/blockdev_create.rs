@@ -108,6 +108,8 @@ impl MainCommand for BlockdevCreate {
         let BlockdevCreateArguments { job_id, options } = arguments;
         daemon.jobs().check_id(&job_id)?;
         let (request, file) = wanted(options.driver.0);
+        let allow_dirs = daemon.disks().layers.allow_dirs().to_vec();
+        let request = CreateRequest { allow_dirs, ..request };
         let mut spec = Spec::new(&job_id, JobKind::Create);
         let create = match file {
             None => Create::new(request, None),
@@ -144,6 +146,7 @@ fn wanted(options: BlockdevCreateDriverOptions) -> (CreateRequest, Option<Blockd
         backing: None,
         backing_format: None,
         backing_unchecked: false,
+        allow_dirs: Vec::new(),
     };
     match options {
         BlockdevCreateDriverOptions::File(file) => {

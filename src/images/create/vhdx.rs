@@ -130,7 +130,7 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
     };
     let options = options_of(size, &request.options, parent, structure).context(name)?;
     let len = vhdx::create::measure(&options).context(name)?.empty;
-    let new = NewFile::open(&request.path)?;
+    let new = NewFile::open(&request.path, &request.allow_dirs)?;
     if new.file.kind() != HostKind::Regular {
         return Err(Error::unsupported(format!(
             "{}: a VHDX image grows, which a block device cannot; put it into a file, or use -f raw",
