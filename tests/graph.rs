@@ -834,7 +834,8 @@ fn marks_follow_a_job() {
         assert_eq!(mark(image), overlay.map(path), "{image}");
     }
     stream(&mut qmp, json!({"device": "e0"}));
-    assert_eq!((mark("s1"), mark("disk.raw")), (None, Some(path("s1"))));
+    // And what is left needs what it stands on.
+    assert_eq!((mark("s1"), mark("disk.raw")), (Some(path("s2")), Some(path("s1"))));
 
     for name in ["t1", "t2"] {
         let snapshot =
@@ -845,6 +846,43 @@ fn marks_follow_a_job() {
     wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
     assert_eq!((mark("t1"), mark("more.qcow2")), (None, Some(path("t2"))));
     daemon.quit(&mut qmp);
+}
+
+/// What another disk needs is not changed by a commit of this one; what a stream has left behind, and has been
+/// told, is not in the way.
+#[test]
+fn a_base_that_another_disk_needs_is_not_committed_to() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name);
+    for name in ["s1", "s2", "s3"] {
+        let snapshot =
+            json!({"device": "e0", "snapshot-file": path(name), "snapshot-node-name": name});
+        qmp.ok("blockdev-snapshot-sync", snapshot);
+    }
+    let over = || qmp_idle(&daemon);
+    qmp.ok("block-stream", json!({"device": "e0", "base-node": "d0"}));
+    over();
+    let base = HostFile::open(&path("disk.raw"), OpenOptions::default()).unwrap();
+    assert!(frozen::is_frozen_below(&base, &path("s1")));
+    std::fs::write(path("other"), "x").unwrap();
+    frozen::mark(&base, &path("other"));
+    let err = qmp.fails("block-commit", json!({"device": "e0"}));
+    let goes_on = format!("the disk goes on in {}", path("other").display());
+    assert!(err.contains("disk.raw") && err.contains(&goes_on), "{err}");
+    assert_eq!(qmp.ok("query-jobs", json!({})), json!([]));
+    std::fs::remove_file(path("other")).unwrap();
+    qmp.ok("block-commit", json!({"device": "e0"}));
+    wait_until("the job is ready", || qmp.ok("query-jobs", json!({}))[0]["status"] == "ready");
+    qmp.ok("job-complete", json!({"id": "e0"}));
+    over();
+    assert_eq!(frozen::overlay_of(&base), None);
+    daemon.quit(&mut qmp);
+}
+
+fn qmp_idle(daemon: &Daemon) {
+    let mut qmp = daemon.qmp();
+    wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
 }
 
 /// A base that a commit changes shows other things to whatever else stands on it.

@@ -11,8 +11,8 @@ use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, CacheMode, ImageFormat, Layers, OpenRequest, StateDir, frozen};
 use crate::io::block_on;
-use crate::jobs::chain;
 use crate::jobs::layer_copy::{Copier, CopyDown};
+use crate::jobs::{chain, commit};
 use crate::units::ByteRange;
 
 /// Write what an overlay holds to the image below it
@@ -66,7 +66,7 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
     // Nobody else uses these nodes.
     let quiesced = Gate::new().quiesce();
     let nodes = chain::between(&top, Some(&base)).unwrap_or_default();
-    check_is_ours(&layers, &nodes).context(|| format!("committing {name}"))?;
+    commit::check_is_ours(&layers, &nodes).context(|| format!("committing {name}"))?;
     let commit = |layers: &mut Layers| {
         chain::open_base(layers, &nodes, &quiesced)?;
         block_on(async {
@@ -85,17 +85,6 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
         output::print("Image committed.\n")?;
     }
     Ok(DONE)
-}
-
-/// Refuses a base that a snapshot has frozen below another overlay than those that are committed: what
-/// is written to it would show there.
-fn check_is_ours(layers: &Layers, nodes: &[Node]) -> Result<()> {
-    let files: Vec<_> = nodes.iter().filter_map(|node| layers.file_of(node)).collect();
-    let Some((base, overlays)) = files.split_last() else { return Ok(()) };
-    match overlays.iter().any(|overlay| frozen::is_frozen_below(base, overlay.path())) {
-        true => Ok(()),
-        false => frozen::check_not_frozen(base, layers.allow_dirs()),
-    }
 }
 
 /// Has the disk go on in the base, if a snapshot had frozen that below one of the layers that it holds

@@ -2,9 +2,11 @@
 //!
 //! The disk stays as it is: where the two backing files differ and the overlay holds nothing, what
 //! the old one has is copied into the overlay first, and made durable before the header names the
-//! new one. With `-u` only the header is changed, for backing files that were moved or converted.
+//! new one. With `-u` only the header is changed, for backing files that were moved or converted. The marks
+//! that snapshots have left on backing files ([`frozen`]) follow the header.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -12,9 +14,10 @@ use crate::block::{Node, StatusKind, open_gate};
 use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, Image, ImageFormat, OpenRequest};
+use crate::images::{self, Image, ImageFormat, OpenRequest, frozen};
 use crate::io::{AlignedBuf, HostFile, OpenOptions, block_on};
 use crate::jobs::layer_copy::CHUNK;
+use crate::jobs::marks::{Joins, Marks, Others};
 use crate::units::ByteRange;
 
 /// The backing files are compared in pieces of this many bytes.
@@ -63,6 +66,7 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
         OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
     request.backing = !args.unchecked;
     let mut image = images::open(&request)?;
+    let old = files_below(&image, &request);
     let name = image.name().to_string();
     if !matches!(image.format, ImageFormat::AddCow | ImageFormat::Qcow2) {
         return Err(Error::unsupported(format!(
@@ -81,21 +85,71 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
     if let Some(new) = new {
         check_no_loop(&image, new)?;
     }
+    let mut new_file = None;
     if !args.unchecked {
         let open = |new| images::open_backing_of(&image, new, args.backing_format, &request);
         let below = new.map(open).transpose()?;
+        new_file = below.as_ref().map(|image| Arc::clone(&image.file));
         let below = below.as_ref().map(|image| &image.node);
         block_on(keep_content(args, &image.node, below))
             .context(|| format!("{name}: copying what the new backing file does not have"))?;
+    } else if let Some(new) = new {
+        new_file = named_file(&image, new, &request);
     }
-    images::set_backing(&image, new, args.backing_format)?;
+    let marks = marks(image.file.path(), &old, new_file);
+    marks.announce();
+    images::set_backing(&image, new, args.backing_format).inspect_err(|_| marks.keep())?;
     if is_live {
         block_on(image.node.close())?;
     }
+    marks.renew();
     if !args.quiet {
         output::print("Image rebased.\n")?;
     }
     Ok(DONE)
+}
+
+/// The files that the image stands on, the upper ones first. Where it was not put on them, the one that it
+/// names.
+fn files_below(image: &Image, request: &OpenRequest) -> Vec<Arc<HostFile>> {
+    let below = std::iter::successors(image.backing.as_deref(), |image| image.backing.as_deref());
+    let files: Vec<_> = below.map(|image| Arc::clone(&image.file)).collect();
+    if !files.is_empty() {
+        return files;
+    }
+    let details = image.node.driver().details();
+    let named = details["backing-filename"].as_str();
+    named.and_then(|name| named_file(image, name, request)).into_iter().collect()
+}
+
+/// The file that an image may pull in by this name, if it is there.
+fn named_file(image: &Image, name: &str, request: &OpenRequest) -> Option<Arc<HostFile>> {
+    let gate = open_gate::OpenGate::new(image.file.path(), &request.allow_dirs).ok()?;
+    let path = gate.resolve(image.file.path(), name).ok()?;
+    let file = HostFile::open(&path, OpenOptions::default()).ok()?;
+    gate.confirm(&file).ok()?;
+    Some(Arc::new(file))
+}
+
+/// The marks of snapshots that change: the old backing file is not needed any more, and the new one is, where
+/// a snapshot has frozen either for this disk.
+fn marks(top: &Path, old: &[Arc<HostFile>], new: Option<Arc<HostFile>>) -> Marks {
+    let leaves = old.first().filter(|file| frozen::is_frozen_below(file, top)).cloned();
+    let identity = |file: &HostFile| file.identity().ok();
+    if let (Some(old), Some(new)) = (old.first(), &new)
+        && identity(old) == identity(new)
+    {
+        return Marks::default();
+    }
+    let stands_on = |new: &HostFile| {
+        let layer = old.iter().find(|layer| frozen::is_frozen_below(new, layer.path()));
+        layer.map(|layer| Others::Left(layer.path().into()))
+    };
+    let joins = new.and_then(|file| {
+        let others = stands_on(&file).or(leaves.is_some().then_some(Others::Stay));
+        others.map(|others| Joins { file, others })
+    });
+    Marks { overlays: vec![top.into()], leaves, joins }
 }
 
 /// Refuses a backing file that is a file of the overlay itself, under whatever name: nobody could ever
@@ -166,4 +220,70 @@ async fn compare_and_copy(top: &Node, below: Option<&Node>, run: ByteRange) -> R
         top.write(run.offset + at, data, false).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::images::frozen::tests::die_after;
+    use crate::images::{CreateRequest, Locking};
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: RebaseArgs,
+    }
+
+    /// What the overlay stands on is not given to a guest for writing, and what it has left is.
+    #[test]
+    fn marks_tell_what_the_overlay_stands_on_wherever_a_rebase_is_killed() {
+        let (mut before, mut over) = (0, 0);
+        for after in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().join(name);
+            let make = |name: &str, format, backing: Option<&str>| {
+                images::create(&CreateRequest {
+                    path: path(name),
+                    format,
+                    size: Some(1 << 20),
+                    options: Vec::new(),
+                    backing: backing.map(String::from),
+                    backing_format: backing.map(|_| ImageFormat::Raw),
+                    backing_unchecked: false,
+                    allow_dirs: Vec::new(),
+                })
+                .unwrap();
+            };
+            make("old", ImageFormat::Raw, None);
+            make("new", ImageFormat::Raw, None);
+            make("top", ImageFormat::AddCow, Some("old"));
+            let file = |name: &str| HostFile::open(&path(name), OpenOptions::default()).unwrap();
+            frozen::mark(&file("old"), &path("top"));
+            let top = path("top");
+            let words = ["rebase", "-q", "-b", "new", "-F", "raw", top.to_str().unwrap()];
+            let Command { args } = Command::parse_from(words);
+            die_after(Some(after));
+            let done = catch_unwind(AssertUnwindSafe(|| run(&args)));
+            die_after(None);
+            let request = OpenRequest::read(&top).locking(Locking::Off);
+            let image = images::open(&request).unwrap();
+            let below = image.backing.as_ref().unwrap().file.path().to_path_buf();
+            let (needed, free) = match below == path("new") {
+                true => ("new", "old"),
+                false => ("old", "new"),
+            };
+            frozen::check(&file(needed), &[]).unwrap_err();
+            frozen::check(&file(free), &[]).unwrap_or_else(|err| panic!("{after}: {err}"));
+            *(if needed == "old" { &mut before } else { &mut over }) += 1;
+            if let Ok(done) = done {
+                done.unwrap();
+                break;
+            }
+        }
+        assert!(before > 1 && over > 1, "{before} kills before, {over} after");
+    }
 }

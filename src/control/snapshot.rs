@@ -253,7 +253,8 @@ impl Snapshot {
         put_on(disks.graph(), &overlay, &node, &quiesced)?;
         overlay.set_backing(overlay_backing.clone(), &quiesced)?;
         drop(quiesced);
-        let marked = frozen::overlay_of(&image.file).is_none().then(|| image.clone());
+        let is_marked = frozen::is_frozen_below(&image.file, overlay_image.file.path());
+        let marked = (!is_marked).then(|| image.clone());
         if marked.is_some() {
             frozen::mark(&image.file, overlay_image.file.path());
         }
@@ -406,7 +407,7 @@ impl Drop for Snapshot {
             return;
         }
         if let Some(image) = &self.marked {
-            frozen::clear(&image.file);
+            frozen::unmark(&image.file, self.overlay_file.path());
         }
     }
 }

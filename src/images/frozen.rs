@@ -1,11 +1,17 @@
-//! The mark on an image that a snapshot has frozen: which overlay its disk goes on in.
+//! The mark on an image that a snapshot has frozen: which overlays need it as it is.
 //!
 //! After a snapshot the guest writes to the overlay, and whoever writes to the image below destroys
 //! the disk. A command line that was written before the snapshot does just that when it is run again:
 //! after a crash, or by an operator who does not know. So a snapshot leaves a mark on the image it
 //! freezes, an extended attribute with the overlay's path, before the guest's first write goes to
 //! the overlay; and an image with a mark is not given to a guest for writing. The mark goes when the
-//! image is on top again (commit), or when its overlay is gone.
+//! image is on top again (commit), or when its overlays are gone.
+//!
+//! A mark names all overlays that are known, with a zero byte between them, the one that came last first.
+//! A layer that a stream has taken out of a chain still stands on the stream's base; so it stays in the
+//! mark, with `left:` before it: its disk has gone on without it, and nobody but the operator knows whether
+//! it is needed. What is gone is dropped when the mark changes. A mark that is too long for the file
+//! system stays as it was, with a line in the log.
 //!
 //! Likewise when a disk *leaves* an image: the overlay that was committed into the image below it (also by
 //! `vublk commit -d`, of an overlay that a snapshot had made), the add-cow file whose raw image file needs it no more. What is left there is old, or would write
@@ -45,68 +51,168 @@ const ATTRIBUTE: &str = "user.vublk.overlay";
 const MOVED: &str = "user.vublk.moved";
 /// The name of the one that says which overlay is being taken off what it stands on, or put on it.
 const RESTACKED: &str = "user.vublk.restacked";
-/// The longest path that fits.
-const MAX_PATH: usize = 4096;
+/// The longest mark, of the kernel's.
+const MAX_MARK: usize = 65536;
+/// What is before the path of an overlay in a mark that its disk has left.
+const LEFT: &str = "left:";
 /// What a mark beside an image begins with; then come the inode, a line feed, and the path.
 const BESIDE: &str = "vublk: the disk of the file beside this one goes on elsewhere; inode ";
 
-/// Marks `file` as frozen below the image at `overlay`; durable on return.
+/// An overlay that a mark names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Overlay {
+    path: PathBuf,
+    /// Whether its disk goes on without it.
+    is_left: bool,
+}
+
+impl Overlay {
+    fn new(path: &Path, is_left: bool) -> Overlay {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+        Overlay { path, is_left }
+    }
+
+    fn parse(text: &[u8]) -> Overlay {
+        let path = text.strip_prefix(LEFT.as_bytes());
+        let is_left = path.is_some();
+        Overlay { path: OsString::from_vec(path.unwrap_or(text).to_vec()).into(), is_left }
+    }
+
+    fn text(&self) -> Vec<u8> {
+        let before = if self.is_left { LEFT } else { "" };
+        [before.as_bytes(), self.path.as_os_str().as_bytes()].concat()
+    }
+
+    /// Whether it is this one, under whatever name.
+    fn is(&self, path: &Path) -> bool {
+        std::path::absolute(path).is_ok_and(|path| path == self.path)
+            || self
+                .path
+                .canonicalize()
+                .is_ok_and(|own| path.canonicalize().is_ok_and(|path| path == own))
+    }
+}
+
+/// Marks `file` as frozen below the image at `overlay`, too; durable on return.
 pub fn mark(file: &HostFile, overlay: &Path) {
-    put(file, ATTRIBUTE, overlay, "frozen below");
-    take(file, RESTACKED);
+    let mut overlays = others(file, overlay);
+    overlays.insert(0, Overlay::new(overlay, false));
+    put_overlays(file, ATTRIBUTE, &overlays, "frozen below", overlay);
+    forget(file, RESTACKED, overlay);
+}
+
+/// Marks `file` as frozen below the image at `overlay`, whose disk has left the layer at `left`, which
+/// stands on the file as well; durable on return.
+pub fn mark_over(file: &HostFile, overlay: &Path, left: &Path) {
+    let mut overlays = others(file, overlay);
+    for other in overlays.iter_mut().filter(|other| other.is(left)) {
+        other.is_left = true;
+    }
+    overlays.insert(0, Overlay::new(overlay, false));
+    put_overlays(file, ATTRIBUTE, &overlays, "frozen below", overlay);
+    forget(file, RESTACKED, overlay);
+}
+
+/// Marks `file` as frozen below these images and no others, because its content was changed for them;
+/// durable on return.
+pub fn mark_only(file: &HostFile, overlays: &[PathBuf]) {
+    let marked: Vec<_> = overlays.iter().map(|path| Overlay::new(path, false)).collect();
+    if let Some(first) = overlays.first() {
+        put_overlays(file, ATTRIBUTE, &marked, "frozen below", first);
+    }
+    overlays.iter().for_each(|overlay| forget(file, RESTACKED, overlay));
+}
+
+/// Takes the overlay out of the mark; durable on return.
+pub fn unmark(file: &HostFile, overlay: &Path) {
+    forget(file, ATTRIBUTE, overlay);
+    forget(file, RESTACKED, overlay);
+}
+
+/// The overlays in the mark that are there, without this one.
+fn others(file: &HostFile, overlay: &Path) -> Vec<Overlay> {
+    let mut overlays = overlays(file, ATTRIBUTE);
+    overlays.retain(|other| !other.is(overlay) && !is_gone(&other.path));
+    overlays
 }
 
 /// Notes on `file` that its mark is about to change, with what the image at `overlay` stands on; durable
 /// on return. The note goes with the next change of the mark.
 pub fn note_restacked(file: &HostFile, overlay: &Path) {
-    put(file, RESTACKED, overlay, "standing or not below");
+    let mut noted = overlays(file, RESTACKED);
+    noted.retain(|other| !other.is(overlay));
+    noted.push(Overlay::new(overlay, false));
+    put_overlays(file, RESTACKED, &noted, "standing or not below", overlay);
 }
 
 /// Marks `file` as left by its disk, which goes on in the image at `target`; durable on return.
 pub fn mark_moved(file: &HostFile, target: &Path) {
-    put(file, MOVED, target, "left for");
+    let moved = [Overlay::new(target, false)];
+    put_overlays(file, MOVED, &moved, "left for", target);
 }
 
-fn put(file: &HostFile, attribute: &str, path: &Path, what: &str) {
-    #[cfg(test)]
-    tests::step();
-    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-    let value = absolute.as_os_str().as_bytes();
-    let flags = rustix::fs::XattrFlags::empty();
-    let marked = match rustix::fs::fsetxattr(file.as_fd(), attribute, value, flags) {
-        Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
-        Err(Errno::OPNOTSUPP) => put_beside(file, attribute, value),
-        Err(err) => Err(err.into()),
-    };
-    if let Err(err) = marked {
+fn put_overlays(
+    file: &HostFile,
+    attribute: &str,
+    overlays: &[Overlay],
+    what: &str,
+    for_what: &Path,
+) {
+    let value = overlays.iter().map(Overlay::text).collect::<Vec<_>>().join(&0);
+    if let Err(err) = put(file, attribute, &value) {
         tracing::warn!(
             "{}: cannot be marked as {what} {} ({err}): take care to serve that one from now on",
             file.name(),
-            absolute.display(),
+            Overlay::new(for_what, false).path.display(),
         );
+    }
+}
+
+fn put(file: &HostFile, attribute: &str, value: &[u8]) -> Result<()> {
+    #[cfg(test)]
+    tests::step();
+    if value.len() > MAX_MARK {
+        return Err(Errno::NOSPC.into());
+    }
+    let flags = rustix::fs::XattrFlags::empty();
+    match rustix::fs::fsetxattr(file.as_fd(), attribute, value, flags) {
+        Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
+        Err(Errno::OPNOTSUPP) => put_beside(file, attribute, value),
+        Err(err) => Err(err.into()),
     }
 }
 
 /// Takes the marks away; durable on return.
 pub fn clear(file: &HostFile) {
-    clear_overlay(file);
+    take(file, ATTRIBUTE);
+    take(file, RESTACKED);
     take(file, MOVED);
 }
 
-/// Takes away the mark that names an overlay; durable on return.
-pub fn clear_overlay(file: &HostFile) {
-    take(file, ATTRIBUTE);
-    take(file, RESTACKED);
-}
-
-/// Takes away the note that the mark is about to change.
-pub fn clear_note(file: &HostFile) {
-    take(file, RESTACKED);
+/// Takes away the note that the mark is about to change with this overlay.
+pub fn clear_note(file: &HostFile, overlay: &Path) {
+    forget(file, RESTACKED, overlay);
 }
 
 /// Takes away the mark that says where the disk has moved to; durable on return.
 pub fn clear_moved(file: &HostFile) {
     take(file, MOVED);
+}
+
+/// Takes one overlay out of a mark or note, and that away if it is the last.
+fn forget(file: &HostFile, attribute: &str, overlay: &Path) {
+    let before = overlays(file, attribute);
+    let (is_it, rest): (Vec<_>, Vec<_>) = before.into_iter().partition(|other| other.is(overlay));
+    if is_it.is_empty() {
+        return;
+    }
+    if rest.is_empty() {
+        return take(file, attribute);
+    }
+    let value = rest.iter().map(Overlay::text).collect::<Vec<_>>().join(&0);
+    if let Err(err) = put(file, attribute, &value) {
+        cannot_be_removed(file, &err);
+    }
 }
 
 fn take(file: &HostFile, attribute: &str) {
@@ -119,38 +225,42 @@ fn take(file: &HostFile, attribute: &str) {
         Err(err) => Err(err.into()),
     };
     if let Err(err) = removed {
-        tracing::warn!("{}: its mark cannot be removed: {err}", file.name());
+        cannot_be_removed(file, &err);
     }
+}
+
+fn cannot_be_removed(file: &HostFile, err: &Error) {
+    tracing::warn!("{}: its mark cannot be removed: {err}", file.name());
 }
 
 /// The overlay that the disk of this image goes on in, if it is marked.
 pub fn overlay_of(file: &HostFile) -> Option<PathBuf> {
-    get(file, ATTRIBUTE)
+    overlays(file, ATTRIBUTE).into_iter().next().map(|overlay| overlay.path)
 }
 
 /// Whether the image is marked as frozen below this one, under whatever name.
 pub fn is_frozen_below(file: &HostFile, overlay: &Path) -> bool {
-    let Some(marked) = overlay_of(file) else { return false };
-    let is_same = |path: std::io::Result<PathBuf>| path.is_ok_and(|path| path == marked);
-    is_same(std::path::absolute(overlay))
-        || marked
-            .canonicalize()
-            .is_ok_and(|marked| overlay.canonicalize().is_ok_and(|overlay| overlay == marked))
+    overlays(file, ATTRIBUTE).iter().any(|marked| marked.is(overlay))
+}
+
+fn overlays(file: &HostFile, attribute: &str) -> Vec<Overlay> {
+    let value = get(file, attribute).unwrap_or_default();
+    value.split(|byte| *byte == 0).filter(|text| !text.is_empty()).map(Overlay::parse).collect()
 }
 
 /// The image that the disk of this one has moved to, if it is marked so.
 pub fn moved_to(file: &HostFile) -> Option<PathBuf> {
-    get(file, MOVED)
+    get(file, MOVED).map(|path| OsString::from_vec(path).into())
 }
 
-fn get(file: &HostFile, attribute: &str) -> Option<PathBuf> {
-    let mut value = vec![0; MAX_PATH];
+fn get(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
+    let mut value = vec![0; MAX_MARK];
     match rustix::fs::fgetxattr(file.as_fd(), attribute, &mut value[..]) {
         Ok(len) => value.truncate(len),
         Err(Errno::OPNOTSUPP) => value = get_beside(file, attribute)?,
         Err(_) => return None,
     }
-    Some(PathBuf::from(OsString::from_vec(value)))
+    Some(value)
 }
 
 /// Where the mark of an image is that takes no attributes.
@@ -193,7 +303,7 @@ fn take_beside(file: &HostFile, attribute: &str) -> Result<()> {
 fn get_beside(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
     let mut content = Vec::new();
     let mark = std::fs::File::open(beside(file, attribute)).ok()?;
-    mark.take((MAX_PATH + 128) as u64).read_to_end(&mut content).ok()?;
+    mark.take((MAX_MARK + 128) as u64).read_to_end(&mut content).ok()?;
     content.strip_prefix(head(file).ok()?.as_bytes()).map(<[u8]>::to_vec)
 }
 
@@ -234,35 +344,64 @@ pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
 
 /// The same, but for an image that its disk has left: what it holds may be given up.
 pub fn check_not_frozen(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
-    let name = file.name();
     settle_restacked(file, allow_dirs)?;
-    let Some(overlay) = overlay_of(file) else { return Ok(()) };
-    let shown = overlay.display();
-    if !is_gone(&overlay) {
-        return Err(Error::new(
-            ErrorKind::Busy,
-            format!(
-                "{name}: a snapshot was taken of this disk while it was served, and the disk goes on \
-                 in {shown}; serve that one (writing here would destroy it). To go back to the \
-                 snapshot and give up what was written since, remove {shown} first"
-            ),
-        ));
+    let overlays = overlays(file, ATTRIBUTE);
+    if let Some(overlay) = overlays.iter().find(|overlay| !is_gone(&overlay.path)) {
+        return Err(refusal(file, overlay));
     }
-    tracing::warn!(
-        "{name}: the overlay {shown} that a snapshot had put on it is gone; the disk is as it was \
-         at the snapshot"
-    );
-    take(file, ATTRIBUTE);
+    if let Some(overlay) = overlays.first() {
+        tracing::warn!(
+            "{}: the overlay {} that a snapshot had put on it is gone; the disk is as it was at the \
+             snapshot",
+            file.name(),
+            overlay.path.display()
+        );
+        take(file, ATTRIBUTE);
+    }
     Ok(())
+}
+
+/// Refuses to change the content of an image for the sake of these overlays, if a disk that is in none of
+/// them goes on above it. Layers that a disk has left are not in the way.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_only_below(file: &HostFile, ours: &[&Path], allow_dirs: &[PathBuf]) -> Result<()> {
+    settle_restacked(file, allow_dirs)?;
+    let is_in_the_way = |overlay: &&Overlay| {
+        !overlay.is_left && !is_gone(&overlay.path) && !ours.iter().any(|ours| overlay.is(ours))
+    };
+    let overlays = overlays(file, ATTRIBUTE);
+    overlays.iter().find(is_in_the_way).map_or(Ok(()), |overlay| Err(refusal(file, overlay)))
+}
+
+fn refusal(file: &HostFile, overlay: &Overlay) -> Error {
+    let (name, shown) = (file.name(), overlay.path.display());
+    let message = match overlay.is_left {
+        false => format!(
+            "{name}: a snapshot was taken of this disk while it was served, and the disk goes on in \
+             {shown}; serve that one (writing here would destroy it). To go back to the snapshot and \
+             give up what was written since, remove {shown} first"
+        ),
+        true => format!(
+            "{name}: a snapshot has frozen this image, and {shown} still stands on it, which a stream \
+             has taken out of its disk; writing here would destroy what that holds. If nobody needs \
+             it, remove {shown} first"
+        ),
+    };
+    Error::new(ErrorKind::Busy, message)
 }
 
 /// Has the mark say what the process would have had it say that was killed after it had left a note.
 ///
 /// # Errors
-/// If the overlay is there and does not tell what it stands on.
+/// If an overlay is there and does not tell what it stands on.
 fn settle_restacked(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
-    let Some(overlay) = get(file, RESTACKED) else { return Ok(()) };
-    if !is_gone(&overlay) {
+    for Overlay { path: overlay, .. } in overlays(file, RESTACKED) {
+        if is_gone(&overlay) {
+            clear_note(file, &overlay);
+            continue;
+        }
         let is_below = open::stands_on(&overlay, file, allow_dirs).context(|| {
             format!(
                 "{}: a job on the disk that goes on in {} was cut short, and whether that still needs \
@@ -273,11 +412,9 @@ fn settle_restacked(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
         })?;
         match is_below {
             true => mark(file, &overlay),
-            false if is_frozen_below(file, &overlay) => clear_overlay(file),
-            false => {}
+            false => unmark(file, &overlay),
         }
     }
-    take(file, RESTACKED);
     Ok(())
 }
 
@@ -355,6 +492,61 @@ pub(crate) mod tests {
         names_its_overlay(dir.path(), &base);
     }
 
+    /// Marks of the time when a mark was one path are read as they are.
+    #[test]
+    fn a_mark_names_all_overlays_that_need_the_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = image(dir.path());
+        let path = |name: &str| dir.path().join(name);
+        let one = path("overlay").into_os_string().into_encoded_bytes();
+        put(&base, ATTRIBUTE, &one).unwrap();
+        std::fs::write(path("other"), "x").unwrap();
+        mark(&base, &path("other"));
+        mark(&base, &path("other"));
+        let refused = || check(&base, &[]).unwrap_err().to_string();
+        assert!(refused().contains(&format!("goes on in {}", path("other").display())));
+        // Each is asked for by itself: what is written for one shows in the other.
+        let only = |names: &[&str]| {
+            let paths: Vec<_> = names.iter().map(|name| path(name)).collect();
+            let paths: Vec<_> = paths.iter().map(PathBuf::as_path).collect();
+            check_only_below(&base, &paths, &[]).map_err(|err| err.to_string())
+        };
+        assert!(only(&["other"]).unwrap_err().contains(path("overlay").to_str().unwrap()));
+        only(&["overlay", "other"]).unwrap();
+        std::fs::remove_file(path("other")).unwrap();
+        assert!(refused().contains(&format!("goes on in {}", path("overlay").display())));
+        unmark(&base, &path("other"));
+        std::fs::write(path("top"), "x").unwrap();
+        mark_over(&base, &path("top"), &path("overlay"));
+        only(&["top"]).unwrap();
+        std::fs::remove_file(path("top")).unwrap();
+        let refused = refused();
+        assert!(
+            refused.contains(&format!("remove {} first", path("overlay").display())),
+            "{refused}"
+        );
+        assert!(refused.contains("still stands on it"), "{refused}");
+        std::fs::remove_file(path("overlay")).unwrap();
+        check(&base, &[]).unwrap();
+        assert_eq!(get(&base, ATTRIBUTE), None);
+    }
+
+    #[test]
+    fn a_mark_that_does_not_fit_stays_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = image(dir.path());
+        let deep = dir.path().join(["x".repeat(200).as_str(); 15].join("/"));
+        std::fs::create_dir_all(&deep).unwrap();
+        let overlays: Vec<_> = (0..40).map(|n| deep.join(n.to_string())).collect();
+        for overlay in &overlays {
+            std::fs::write(overlay, "x").unwrap();
+            mark(&base, overlay);
+        }
+        assert!(is_frozen_below(&base, &overlays[0]));
+        assert!(!is_frozen_below(&base, &overlays[39]));
+        check(&base, &[]).unwrap_err();
+    }
+
     /// The same where there are no attributes: in the one kind of file system that never has them.
     #[test]
     fn an_image_without_attributes_has_its_mark_beside_it() {
@@ -395,7 +587,7 @@ pub(crate) mod tests {
         mark(base, &path("mount/overlay"));
         std::fs::remove_dir(path("mount")).unwrap();
         check(base, &[]).unwrap_err();
-        mark(base, &path("overlay"));
+        unmark(base, &path("mount/overlay"));
         std::fs::remove_file(path("overlay")).unwrap();
         check(base, &[]).unwrap();
         assert_eq!(overlay_of(base), None);

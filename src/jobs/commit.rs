@@ -23,10 +23,11 @@
 //!   gets one that says where the disk went ([`frozen`]), and only then guests go on. Killed
 //!   before, both images show the same disk; killed after, the old one is not served.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::layer_copy::{CopyDown, Held, copy_all, held_above};
-use super::marks::Marks;
+use super::marks::{Joins, Marks, Others};
 use super::pace::{Pace, REST};
 use super::{Body, Context, Ending, JobKind, Jobs, OnError, Operation, Spec, chain};
 use crate::block::graph::Parent;
@@ -34,7 +35,7 @@ use crate::block::{Graph, Node, Quiesced, Root};
 use crate::error::{Error, Result};
 use crate::filters::Intercept;
 use crate::images::{Access, Layers, frozen};
-use crate::io::{Fut, HostFile, block_on, clock};
+use crate::io::{Fut, block_on, clock};
 use crate::units::ByteRange;
 
 /// What to commit.
@@ -87,6 +88,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     jobs.check_id(&spec.id)?;
     nodes.iter().try_for_each(Node::check_guest_is_back)?;
     chain::check_alone(&graph, &nodes)?;
+    check_is_ours(layers, &nodes)?;
     let name = chain::name_of(layers, &base)?;
     for overlay in &overlays {
         let name = backing_file.as_deref().unwrap_or(&name);
@@ -125,6 +127,18 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     let spec = Spec { roots: vec![root.clone()], holds, ..spec };
     let body = Commit { top, base, root, on_error, backing_file, seen, base_access, intercept };
     jobs.start(spec, body)
+}
+
+/// Refuses a base that a snapshot has frozen below another disk than this one: what is written to it would
+/// show there.
+///
+/// # Errors
+/// Says which one, and what to do.
+pub fn check_is_ours(layers: &Layers, nodes: &[Node]) -> Result<()> {
+    let files: Vec<_> = nodes.iter().filter_map(|node| layers.file_of(node)).collect();
+    let Some((base, overlays)) = files.split_last() else { return Ok(()) };
+    let overlays: Vec<_> = overlays.iter().map(|overlay| overlay.path()).collect();
+    frozen::check_only_below(base, &overlays, layers.allow_dirs())
 }
 
 fn restore_access(layers: &mut Layers, node: &Node, access: Access, quiesced: &Quiesced) {
@@ -273,19 +287,17 @@ impl Commit {
             Some(name) => name.clone(),
             None => chain::name_of(layers, &self.base)?,
         };
-        let overlay = match overlays.first() {
-            Some(overlay) => Some(chain::image_of(layers, overlay)?.file),
-            None => None,
-        };
-        let stands_on_top =
-            |overlay: &Arc<HostFile>| frozen::is_frozen_below(&top.file, overlay.path());
+        let paths = overlays.iter().map(|overlay| {
+            chain::image_of(layers, overlay).map(|image| image.file.path().to_path_buf())
+        });
+        let paths: Vec<_> = paths.collect::<Result<_>>()?;
+        let stands_on_top = |path: &PathBuf| frozen::is_frozen_below(&top.file, path);
         let marks = Marks {
-            leaves: overlay.as_ref().filter(|o| stands_on_top(o)).map(|_| Arc::clone(&top.file)),
-            joins: overlay.as_ref().map(|_| Arc::clone(&base.file)),
+            leaves: paths.iter().any(stands_on_top).then(|| Arc::clone(&top.file)),
+            joins: Some(Joins { file: Arc::clone(&base.file), others: Others::Lost }),
+            overlays: paths,
         };
-        if let Some(overlay) = &overlay {
-            marks.announce(overlay.path());
-        }
+        marks.announce();
         let mut renamed = Vec::new();
         let mut result = Ok(());
         for overlay in &overlays {
@@ -300,9 +312,7 @@ impl Commit {
             result = graph.replace(&self.top, &self.base, &quiesced);
             if result.is_ok() {
                 restore_access(layers, &self.base, self.base_access, &quiesced);
-                if let Some(overlay) = &overlay {
-                    marks.renew(overlay.path());
-                }
+                marks.renew();
             }
             graph.resume(quiesced);
         }

@@ -106,8 +106,9 @@ fn names(dir: &Path, top: (&str, ImageFormat)) -> Vec<String> {
     chain.iter().map(|image| name(image).into_string().unwrap()).collect()
 }
 
-/// Kills a job at each of its steps. What leaves the chain is `chain[leaves]`.
-fn at_each_step(chain: &[(&str, ImageFormat)], leaves: usize, start: &Start) {
+/// Kills a job at each of its steps. What leaves the chain is `chain[leaves]`. Unless it `is_committed` to
+/// what it stands on, that keeps its mark for it when the others are gone.
+fn at_each_step(chain: &[(&str, ImageFormat)], leaves: usize, is_committed: bool, start: &Start) {
     let top = chain[chain.len() - 1];
     let (mut before, mut over) = (0, 0);
     for after in 0.. {
@@ -126,6 +127,13 @@ fn at_each_step(chain: &[(&str, ImageFormat)], leaves: usize, start: &Start) {
         } else {
             over += 1;
             check(dir, leaves).unwrap_or_else(|err| panic!("{after}: {err}"));
+            if let (Some(below), false) = (left.get(1), is_committed) {
+                std::fs::rename(dir.join(top.0), dir.join("away")).unwrap();
+                let refused = check(dir, below).unwrap_err();
+                let needed = dir.join(leaves);
+                assert!(refused.contains(needed.to_str().unwrap()), "{after}: {refused}");
+                std::fs::rename(dir.join("away"), dir.join(top.0)).unwrap();
+            }
             // Nobody needs it, so the operator may remove it.
             std::fs::remove_file(dir.join(leaves)).unwrap();
             for name in &left[1..] {
@@ -157,7 +165,7 @@ fn stream_to(base: Option<usize>) -> Box<Start> {
 #[test]
 fn a_stream_of_the_whole_chain_leaves_no_mark_wherever_it_is_killed() {
     for format in [ImageFormat::Qcow2, ImageFormat::AddCow] {
-        at_each_step(&[("base", ImageFormat::Raw), ("top", format)], 0, &*stream_to(None));
+        at_each_step(&[("base", ImageFormat::Raw), ("top", format)], 0, false, &*stream_to(None));
     }
 }
 
@@ -165,7 +173,7 @@ fn a_stream_of_the_whole_chain_leaves_no_mark_wherever_it_is_killed() {
 fn a_stream_to_a_base_leaves_that_marked_wherever_it_is_killed() {
     for format in [ImageFormat::Qcow2, ImageFormat::AddCow] {
         let chain = [("base", ImageFormat::Raw), ("mid", ImageFormat::Qcow2), ("top", format)];
-        at_each_step(&chain, 1, &*stream_to(Some(2)));
+        at_each_step(&chain, 1, false, &*stream_to(Some(2)));
     }
 }
 
@@ -184,5 +192,5 @@ fn a_commit_below_the_top_leaves_the_base_marked_wherever_it_is_killed() {
         };
         commit::start(jobs, layers, request, Spec::new("j", JobKind::Commit))
     };
-    at_each_step(&chain, 1, start);
+    at_each_step(&chain, 1, true, start);
 }

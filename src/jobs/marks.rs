@@ -1,14 +1,14 @@
-//! The marks of snapshots that change with what an overlay stands on.
+//! The marks of snapshots that change with what overlays stand on.
 //!
 //! ```text
-//! announce ──► the overlay's header names another image ──► renew
+//! announce ──► the overlays' headers name another image ──► renew
 //!                                 └ failed ───────────────► keep
 //! ```
 //!
-//! Killed at any point in between, what has been announced is settled by what the overlay's header says by
+//! Killed at any point in between, what has been announced is settled by what an overlay's header says by
 //! then ([`frozen`]).
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::images::frozen;
@@ -16,35 +16,68 @@ use crate::io::HostFile;
 
 /// See the module's text.
 #[derive(Debug, Default)]
-pub(super) struct Marks {
-    /// The image that is frozen below the overlay no more.
+pub struct Marks {
+    /// The overlays whose headers change.
+    pub overlays: Vec<PathBuf>,
+    /// The image that is frozen below them no more.
     pub leaves: Option<Arc<HostFile>>,
-    /// The one that is frozen below it from then on.
-    pub joins: Option<Arc<HostFile>>,
+    /// The one that is frozen below them from then on.
+    pub joins: Option<Joins>,
+}
+
+/// What comes to be below the overlays.
+#[derive(Debug)]
+pub struct Joins {
+    /// Its file.
+    pub file: Arc<HostFile>,
+    /// Who else is named by its mark.
+    pub others: Others,
+}
+
+/// Who has stood on an image so far.
+#[derive(Debug)]
+pub enum Others {
+    /// They are named as before.
+    Stay,
+    /// The layer at this path, which the overlays stood on so far, stands there still.
+    Left(PathBuf),
+    /// The image's content was changed for the overlays, so it is of no use to others.
+    Lost,
 }
 
 impl Marks {
-    /// Before the header changes.
-    pub fn announce(&self, overlay: &Path) {
-        self.files().for_each(|file| frozen::note_restacked(file, overlay));
+    /// Before the headers change.
+    pub fn announce(&self) {
+        self.for_each(frozen::note_restacked);
     }
 
-    /// The header has changed.
-    pub fn renew(&self, overlay: &Path) {
-        if let Some(file) = &self.joins {
-            frozen::mark(file, overlay);
+    /// The headers have changed.
+    pub fn renew(&self) {
+        if let Some(Joins { file, others }) = &self.joins {
+            match others {
+                Others::Lost => frozen::mark_only(file, &self.overlays),
+                Others::Stay => {
+                    self.overlays.iter().for_each(|overlay| frozen::mark(file, overlay))
+                }
+                Others::Left(left) => {
+                    self.overlays.iter().for_each(|overlay| frozen::mark_over(file, overlay, left));
+                }
+            }
         }
         if let Some(file) = &self.leaves {
-            frozen::clear_overlay(file);
+            self.overlays.iter().for_each(|overlay| frozen::unmark(file, overlay));
         }
     }
 
-    /// The header says what it did before.
+    /// The headers say what they did before.
     pub fn keep(&self) {
-        self.files().for_each(frozen::clear_note);
+        self.for_each(frozen::clear_note);
     }
 
-    fn files(&self) -> impl Iterator<Item = &HostFile> {
-        self.joins.iter().chain(&self.leaves).map(Arc::as_ref)
+    fn for_each(&self, change: fn(&HostFile, &std::path::Path)) {
+        let joins = self.joins.iter().map(|joins| &joins.file);
+        for file in joins.chain(&self.leaves) {
+            self.overlays.iter().for_each(|overlay| change(file, overlay));
+        }
     }
 }

@@ -43,7 +43,7 @@ mod error_policy;
 mod job;
 pub mod layer_copy;
 mod limit;
-mod marks;
+pub mod marks;
 mod pace;
 mod query;
 mod registry;

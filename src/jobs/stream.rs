@@ -23,7 +23,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::layer_copy::FillUp;
-use super::marks::Marks;
+use super::marks::{Joins, Marks, Others};
 use super::pace::Pace;
 use super::{Body, Context, Ending, JobKind, Jobs, OnError, Spec, chain};
 use crate::block::{Node, Quiesced, Root};
@@ -150,7 +150,7 @@ impl Stream {
     }
 
     /// The marks of snapshots that change once the top stands on the base. A dropped layer that another
-    /// one stands on keeps its mark: that one needs it.
+    /// one stands on keeps its mark: that one needs it. The last dropped one needs the base.
     fn marks(&self, layers: &Layers, top: &HostFile) -> Marks {
         let below = self.files_below(layers);
         let (base, dropped) = match (&self.base, below.split_last()) {
@@ -160,9 +160,11 @@ impl Stream {
         let (Some(first), Some(last)) = (dropped.first(), dropped.last()) else {
             return Marks::default();
         };
+        let base = base.filter(|file| frozen::is_frozen_below(file, last.path())).cloned();
         Marks {
+            overlays: vec![top.path().into()],
             leaves: Some(first).filter(|file| frozen::is_frozen_below(file, top.path())).cloned(),
-            joins: base.filter(|file| frozen::is_frozen_below(file, last.path())).cloned(),
+            joins: base.map(|file| Joins { file, others: Others::Left(last.path().into()) }),
         }
     }
 
@@ -206,7 +208,7 @@ impl Body for Stream {
                 block_on(self.top.flush())?;
                 let name = chain::name_of(layers, &below)?;
                 let format = chain::image_of(layers, &below)?.format;
-                marks.announce(top.path());
+                marks.announce();
                 self.rename(layers).inspect_err(|_| marks.keep())?;
                 Some((name, format))
             }
@@ -232,7 +234,7 @@ impl Body for Stream {
             }
             return Err(err);
         }
-        marks.renew(top.path());
+        marks.renew();
         tracing::info!(
             "the stream to '{}' has ended; guests paused for {} us",
             self.top.name(),

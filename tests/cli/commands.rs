@@ -257,7 +257,7 @@ fn a_commit_of_a_live_snapshot_has_the_disk_go_on_in_the_base() {
     assert_eq!(std::fs::read(d.join("base")).unwrap(), vec![0; 1 << 20]);
     assert!(is_frozen());
     assert!(serve("top").contains("no/s"));
-    frozen::mark(&base, &d.join("mid"));
+    std::fs::remove_file(d.join("other")).unwrap();
     ok(d, &["commit", "-q", "-d", "-b", "base", "top"]);
     assert!(serve("base").contains("no/s"), "the mark is gone");
     let line = serve("top");
@@ -269,6 +269,52 @@ fn a_commit_of_a_live_snapshot_has_the_disk_go_on_in_the_base() {
     ok(d, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "over"]);
     ok(d, &["commit", "-q", "-d", "over"]);
     assert!(serve("over").contains("no/s") && serve("base").contains("no/s"));
+}
+
+/// An overlay that a live snapshot had made takes the mark with it, from what it stood on to what it stands on.
+#[test]
+fn marks_of_snapshots_follow_a_rebase() {
+    for format in ["qcow2", "add-cow"] {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        for name in ["base", "other"] {
+            ok(d, &["create", "-q", "-f", "raw", name, "1M"]);
+        }
+        ok(d, &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "mid"]);
+        ok(d, &["create", "-q", "-f", format, "-b", "mid", "-F", format, "top"]);
+        let serve = |name| {
+            let output = vublk(d, &["serve", "--socket-path", "no/s", name]);
+            String::from_utf8(output.stderr).unwrap()
+        };
+        // Where there is no place for the socket, all else has been looked at.
+        let is_free = |name| serve(name).contains("no/s");
+        let goes_on_in =
+            |overlay: &str| format!("the disk goes on in {}", d.join(overlay).display());
+        let rebase = |how: &[&str]| ok(d, &[&["rebase", "-q"][..], how].concat());
+        // Nothing is marked that was not: nobody has taken a snapshot.
+        rebase(&["-b", "other", "-F", "raw", "top"]);
+        rebase(&["-b", "mid", "-F", format, "top"]);
+        assert!(["base", "other", "mid"].into_iter().all(is_free), "{format}");
+
+        let file = |name: &str| {
+            let options = OpenOptions { write: true, ..Default::default() };
+            HostFile::open(&d.join(name), options).unwrap()
+        };
+        frozen::mark(&file("base"), &d.join("mid"));
+        frozen::mark(&file("mid"), &d.join("top"));
+        rebase(&["-b", "base", "-F", "raw", "top"]);
+        assert!(is_free("mid"), "{format}: {}", serve("mid"));
+        assert!(serve("base").contains(&goes_on_in("top")), "{format}: {}", serve("base"));
+        rebase(&["-u", "-b", "other", "-F", "raw", "top"]);
+        assert!(serve("other").contains(&goes_on_in("top")), "{format}: {}", serve("other"));
+        // What was between still needs it.
+        let said = serve("base");
+        assert!(said.contains(d.join("mid").to_str().unwrap()), "{format}: {said}");
+        std::fs::remove_file(d.join("mid")).unwrap();
+        assert!(is_free("base"), "{format}: {}", serve("base"));
+        rebase(&["-b", "", "top"]);
+        assert!(is_free("other"), "{format}: {}", serve("other"));
+    }
 }
 
 /// As qemu-img has it, and as `info --backing-chain` shows it.
