@@ -54,6 +54,23 @@ fn commands_from_the_command_line() {
         "vublk: Invalid parameter type for 'force', expected: boolean\n"
     );
     assert_eq!(refused(&socket, &["job-pause", "x"]), "vublk: argument x: key=value is expected\n");
+    // Who has typed it is told how it goes.
+    let usage = "block_resize [device=…] [node-name=…] size=… [x-vublk-shrink=…]";
+    assert_eq!(
+        refused(&socket, &["block_resize", "device=disk"]),
+        format!("vublk: Parameter 'size' is missing ({usage})\n")
+    );
+    assert_eq!(
+        refused(&socket, &["query-status", "x=1"]),
+        "vublk: Parameter 'x' is unexpected (query-status)\n"
+    );
+    assert_eq!(
+        refused(&socket, &["query-statsu"]),
+        format!(
+            "vublk: The command query-statsu has not been found (vublk qmp {} lists what there is)\n",
+            socket.display()
+        )
+    );
     assert!(refused(&socket, &["query-status", "--wait"]).contains("which job?"));
     assert!(refused(Path::new("/nonexistent"), &["quit"]).contains("No such file or directory"));
     assert_eq!(qmp(&["quit"]), "");

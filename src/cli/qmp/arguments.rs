@@ -44,19 +44,22 @@ impl Schema {
 
     /// One line for each command: its name and what it takes.
     pub fn usages(&self) -> Vec<String> {
-        let usage = |(name, command): (&String, &Value)| {
-            let mut text = name.clone();
-            let ty = self.types.get(command["arg-type"].as_str().unwrap_or_default());
-            for member in ty.and_then(|ty| ty["members"].as_array()).into_iter().flatten() {
-                let name = member["name"].as_str().unwrap_or_default();
-                text += &match member.get("default") {
-                    Some(_) => format!(" [{name}=…]"),
-                    None => format!(" {name}=…"),
-                };
-            }
-            text
-        };
-        self.commands.iter().map(usage).collect()
+        self.commands.keys().filter_map(|name| self.usage(name)).collect()
+    }
+
+    /// The same for one command, if there is such a one.
+    pub fn usage(&self, name: &str) -> Option<String> {
+        let command = self.commands.get(name)?;
+        let mut text = name.to_string();
+        let ty = self.types.get(command["arg-type"].as_str().unwrap_or_default());
+        for member in ty.and_then(|ty| ty["members"].as_array()).into_iter().flatten() {
+            let name = member["name"].as_str().unwrap_or_default();
+            text += &match member.get("default") {
+                Some(_) => format!(" [{name}=…]"),
+                None => format!(" {name}=…"),
+            };
+        }
+        Some(text)
     }
 
     fn ty(&self, name: &Value) -> Option<&Value> {

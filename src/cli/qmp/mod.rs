@@ -78,7 +78,10 @@ fn execute(args: &QmpArgs, connection: &mut Connection, command: &str) -> Result
             "--wait: which job? give {command} a name with job-id=NAME"
         )));
     }
-    let answer = connection.execute(command, Value::Object(arguments))?;
+    let answer = match connection.execute(command, Value::Object(arguments)) {
+        Ok(answer) => answer,
+        Err(err) => return Err(explained(err, args, connection, command)),
+    };
     if args.json {
         output::print_json(&answer)?;
     } else {
@@ -88,6 +91,22 @@ fn execute(args: &QmpArgs, connection: &mut Connection, command: &str) -> Result
         Some(job) => wait::until_over(connection, command, &job, args.progress),
         None => Ok(()),
     }
+}
+
+/// An error of the other side, and what helps whoever has typed the command.
+fn explained(err: Error, args: &QmpArgs, connection: &mut Connection, command: &str) -> Error {
+    let text = err.to_string();
+    let is_of_arguments = text.starts_with("Parameter '")
+        && (text.ends_with("' is missing") || text.ends_with("' is unexpected"));
+    let help = if text == format!("The command {command} has not been found") {
+        Some(format!("vublk qmp {} lists what there is", args.socket.display()))
+    } else if is_of_arguments {
+        Schema::fetch(connection).ok().and_then(|schema| schema.usage(command))
+    } else {
+        None
+    };
+    let Some(help) = help else { return err };
+    Error::new(err.kind(), format!("{text} ({help})"))
 }
 
 /// Prints all commands.
