@@ -53,6 +53,9 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
         .allow_dirs(&args.allow_dirs);
     let image = images::open(&request)?;
     let (top, name) = (image.node.clone(), image.name().to_string());
+    if top.backing().is_none() {
+        return Err(without_backing(&name));
+    }
     let empties = !args.keep && args.base.is_none();
     if empties && image.format != ImageFormat::AddCow {
         return Err(Error::unsupported(format!(
@@ -111,14 +114,15 @@ async fn copy(args: &CommitArgs, top: &Node, base: &Node) -> Result<()> {
     Ok(())
 }
 
+fn without_backing(name: &str) -> Error {
+    Error::invalid(format!("{name}: Image does not have a backing file"))
+}
+
 /// The layer that is written to.
 fn find_base(layers: &Layers, top: &Node, named: Option<&Path>, name: &str) -> Result<Node> {
     let chain: Vec<Node> = std::iter::successors(top.backing(), Node::backing).collect();
     let Some(named) = named else {
-        return chain
-            .first()
-            .cloned()
-            .ok_or_else(|| Error::invalid(format!("{name}: Image does not have a backing file")));
+        return chain.first().cloned().ok_or_else(|| without_backing(name));
     };
     let at = |path: &Path| layers.find_in_chain(chain.first()?, path);
     // As it is called from here, or else by the image above it.

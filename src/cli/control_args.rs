@@ -1,6 +1,6 @@
 //! The options of `vublk serve` for its control socket, and who may use that.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use rustix::fs::Gid;
@@ -24,6 +24,20 @@ pub struct ControlArgs {
 }
 
 impl ControlArgs {
+    /// Refuses the disk's socket as the control socket, before either is made.
+    ///
+    /// # Errors
+    /// If they are the same.
+    pub fn check_not(&self, disk: Option<&Path>) -> Result<()> {
+        match &self.path {
+            Some(path) if Some(path.as_path()) == disk => Err(Error::invalid(format!(
+                "--control {}: is the socket of the disk; give the control socket a path of its own",
+                path.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Makes the socket, if one is wanted.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::cli::{DONE, output};
-use crate::error::{Result, ResultExt};
+use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, ImageFormat, OpenRequest};
 use crate::io::block_on;
 
@@ -33,6 +33,14 @@ pub struct ResetArgs {
 pub fn run(args: &ResetArgs) -> Result<u8> {
     let request = OpenRequest::write(&args.file).format(args.format).allow_dirs(&args.allow_dirs);
     let image = images::open(&request)?;
+    if image.format != ImageFormat::AddCow {
+        return Err(Error::unsupported(format!(
+            "{}: is {}, and only add-cow images can be reset; make a new overlay of its backing file \
+             instead (vublk create -b)",
+            image.name(),
+            image.format
+        )));
+    }
     block_on(async {
         image.node.driver().make_empty(args.discard).await?;
         image.node.close().await

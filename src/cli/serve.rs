@@ -105,6 +105,7 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
             (image, recording) = (recorded, Some(started));
         }
         image.check_for_guest(args.block_size)?;
+        args.control.check_not(args.socket_path.as_deref())?;
         let socket = listen(args)?;
         pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
         say_what_is_served(args, &image, &socket.to_string());

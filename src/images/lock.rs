@@ -117,6 +117,16 @@ fn with_users(file: &HostFile, err: Error, advice: &str) -> Error {
         return err;
     }
     let users = users::of(file);
+    if users == ["this process"] {
+        return Error::new(
+            ErrorKind::Busy,
+            format!(
+                "{}: cannot be shared; it is open in this process, as a node or as a part of some \
+                 image{advice}",
+                file.name()
+            ),
+        );
+    }
     let open_in = if users.is_empty() {
         String::new()
     } else {
@@ -160,6 +170,7 @@ mod tests {
         let busy = open(&OpenRequest { lock_wait: Duration::from_millis(1), ..writer.clone() });
         let err = busy.unwrap_err().to_string();
         assert!(err.contains("it is open in this process"), "{err}");
+        assert!(!err.contains("another"), "{err}");
         drop(held);
         open(&writer).unwrap();
     }

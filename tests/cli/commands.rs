@@ -162,6 +162,19 @@ fn compare_has_qemu_imgs_exit_codes() {
 }
 
 #[test]
+fn a_raw_image_is_no_overlay() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "a", "1M"]);
+    for how in [&["commit"][..], &["commit", "-d"], &["commit", "-b", "x"]] {
+        let line = fails(d, &[how, &["a"]].concat(), 1);
+        assert_eq!(line, "a: Image does not have a backing file");
+    }
+    let line = fails(d, &["reset", "a"], 1);
+    assert!(line.starts_with("a: is raw, and only add-cow images can be reset; "), "{line}");
+}
+
+#[test]
 fn there_is_nothing_to_check_in_raw() {
     let dir = tempfile::tempdir().unwrap();
     ok(dir.path(), &["create", "a", "1M"]);

@@ -116,6 +116,9 @@ fn serve_says_what_is_wrong_with_its_options() {
     ok(d, &["create", "disk", "1M"]);
     let line = fails(d, &["serve", "disk"], 78);
     assert!(line.contains("--socket-path PATH"), "{line}");
+    let line =
+        fails(d, &["serve", "--socket-path", "s", "--control", "s", "-f", "raw", "disk"], 78);
+    assert!(line.starts_with("--control s: is the socket of the disk"), "{line}");
     let long = format!("/tmp/{}", "s".repeat(110));
     let line = fails(d, &["serve", "--socket-path", &long, "disk"], 78);
     assert!(line.contains("has 115 bytes, and sockets allow 107"), "{line}");
