@@ -848,6 +848,35 @@ fn marks_follow_a_job() {
     daemon.quit(&mut qmp);
 }
 
+/// `backing-file` is only another way to say where the base is.
+#[test]
+fn a_job_makes_no_image_name_another_than_its_base() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let path = |name: &str| daemon.path(name);
+    for name in ["s1", "s2", "s3"] {
+        let snapshot =
+            json!({"device": "e0", "snapshot-file": path(name), "snapshot-node-name": name});
+        qmp.ok("blockdev-snapshot-sync", snapshot);
+    }
+    for other in ["more.qcow2", "s1", "s3"] {
+        let stream = json!({"device": "e0", "base-node": "d0", "backing-file": other});
+        let err = qmp.fails("block-stream", stream);
+        assert!(err.contains(other) && err.contains("would see another disk"), "{err}");
+    }
+    let commit = json!({"device": "e0", "top-node": "s2", "base-node": "d0", "backing-file": "s2"});
+    let err = qmp.fails("block-commit", commit);
+    assert!(err.contains("would see another disk"), "{err}");
+    assert_eq!(qmp.ok("query-jobs", json!({})), json!([]));
+    // Relative to the image.
+    let stream = json!({"device": "e0", "base-node": "d0", "backing-file": "disk.raw"});
+    qmp.ok("block-stream", stream);
+    qmp_idle(&daemon);
+    let info = common::ok(daemon.dir.path(), &["info", "-U", "s3"]);
+    assert!(info.contains("backing file: disk.raw"), "{info}");
+    daemon.quit(&mut qmp);
+}
+
 /// What another disk needs is not changed by a commit of this one; what a stream has left behind, and has been
 /// told, is not in the way.
 #[test]

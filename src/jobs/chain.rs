@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::JobKind;
 use crate::block::graph::Parent;
 use crate::block::node::Hold;
-use crate::block::{Driver, Graph, Node, NodeOptions, Quiesced, Rights};
+use crate::block::{Driver, Graph, Node, NodeOptions, Quiesced, Rights, open_gate};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::{Intercept, JobTop};
 use crate::images::{self, Access, ImageFormat, Layers};
-use crate::io::block_on;
+use crate::io::{HostFile, OpenOptions, block_on};
 
 /// The nodes from `top` down to `base`, both included; to the bottom without a base. `None` if `base`
 /// is not below `top`.
@@ -153,6 +153,25 @@ pub(super) fn release(node: &Node, intercept: &Intercept, quiesced: &Quiesced) {
 pub(super) fn check_renaming(layers: &Layers, node: &Node, name: Option<&str>) -> Result<()> {
     let image = image_of(layers, node)?;
     images::check_new_backing(&image, name)
+}
+
+/// Refuses a name by which the image of a node would lead to another file than the base that it comes to stand
+/// on. One that leads nowhere here may be meant for another place.
+pub(super) fn check_leads_to(layers: &Layers, node: &Node, name: &str, base: &Node) -> Result<()> {
+    let (image, base_image) = (image_of(layers, node)?, image_of(layers, base)?);
+    let path = open_gate::combine(image.file.path(), name);
+    let Ok(found) = HostFile::open(&path, OpenOptions::default()) else { return Ok(()) };
+    if found.identity()? == base_image.file.identity()? {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "the backing file '{name}' is {} for {}, and not node '{}' ({}), which it comes to stand on: whoever \
+         opens it later would see another disk",
+        path.display(),
+        image.name(),
+        base.name(),
+        base_image.name()
+    )))
 }
 
 /// Has the image of a node name another backing file (or none); durable on return. What it names

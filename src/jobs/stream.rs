@@ -83,6 +83,9 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spe
             (None, _) => None,
         };
         chain::check_renaming(layers, &top, name.as_deref())?;
+        if let (Some(base), Some(name)) = (&base, &backing_file) {
+            chain::check_leads_to(layers, &top, name, base)?;
+        }
     }
     let root = Root::new(format!("job '{}'", spec.id), top.clone());
     graph.add_root(&root)?;
