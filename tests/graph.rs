@@ -301,6 +301,8 @@ fn snapshots_that_are_refused_leave_nothing() {
         data
     };
     let add_cow = json!({"format": "add-cow"});
+    let small = format!("The overlay {} of ", daemon.path("small").display());
+    let small = small.as_str();
     let cases = [
         ("its own file", file("disk.raw", json!({})), "cannot be its own backing file"),
         ("another disk's", file("more.qcow2", json!({})), "more.qcow2"),
@@ -320,7 +322,7 @@ fn snapshots_that_are_refused_leave_nothing() {
         ("a format nobody knows", file("x", json!({"format": "bochs"})), "Invalid snapshot format"),
         ("a mode nobody knows", file("x", json!({"mode": "y"})), "does not accept value 'y'"),
         ("existing, and not there", file("x", json!({"mode": "existing"})), "No such file"),
-        ("existing, of another size", file("small", json!({"mode": "existing"})), "the same size"),
+        ("existing, of another size", file("small", json!({"mode": "existing"})), small),
         (
             "a node name that is none",
             file("x", json!({"snapshot-node-name": "0"})),
@@ -846,6 +848,54 @@ fn marks_follow_a_job() {
     wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
     assert_eq!((mark("t1"), mark("more.qcow2")), (None, Some(path("t2"))));
     daemon.quit(&mut qmp);
+}
+
+/// An overlay that was made beforehand with another backing file, or with none, would be another disk when it is
+/// opened the next time.
+#[test]
+fn an_overlay_that_was_made_beforehand_names_what_it_is_put_on() {
+    for (format, named) in
+        [("qcow2", Some("other")), ("qcow2", None), ("add-cow", Some("other")), ("add-cow", None)]
+    {
+        let daemon = Daemon::start(TWO);
+        let mut qmp = daemon.qmp();
+        let (dir, path) = (daemon.dir.path(), |name: &str| daemon.path(name));
+        let mut guest = daemon.guest("e0.sock");
+        guest.write(0, 0, &[7; 4096]).unwrap();
+        guest.flush(0).unwrap();
+        common::ok(dir, &["create", "-q", "other", &DISK.to_string()]);
+        let backing = named.map_or(vec![], |name| vec!["-u", "-b", name, "-F", "raw"]);
+        let create = ["create", "-q", "-f", format];
+        common::ok(dir, &[&create[..], &backing, &["over", &DISK.to_string()]].concat());
+        let names = || {
+            let info = common::ok(dir, &["info", "-U", "-f", format, "--output=json", "over"]);
+            let info: Value = serde_json::from_str(&info).unwrap();
+            info["full-backing-filename"].as_str().map(String::from)
+        };
+        let before = names();
+        let snapshot = json!({"device": "e0", "snapshot-file": path("over"), "format": format,
+                              "mode": "existing"});
+        let undone = json!({"actions": [{"type": "blockdev-snapshot-sync", "data": snapshot},
+                                        {"type": "abort", "data": {}}]});
+        qmp.fails("transaction", undone);
+        assert_eq!(names(), before, "{format} on {named:?}");
+        qmp.ok("blockdev-snapshot-sync", snapshot);
+        assert_eq!(guest.read(0, 0, 4096).unwrap(), [7; 4096]);
+        if (format, named) == ("qcow2", None) {
+            // Its header has no room for a name.
+            let log = daemon.log();
+            assert!(log.contains("names nothing as its backing file and not"), "{log}");
+            drop(guest);
+            daemon.quit(&mut qmp);
+            continue;
+        }
+        assert_eq!(names().as_deref(), path("disk.raw").to_str(), "{format} on {named:?}");
+        common::ok(dir, &["convert", "-U", "-f", format, "over", "copy"]);
+        let copy = std::fs::read(path("copy")).unwrap();
+        assert_eq!(copy[..4096], [7; 4096], "{format} on {named:?}");
+        drop(guest);
+        daemon.quit(&mut qmp);
+    }
 }
 
 /// `backing-file` is only another way to say where the base is.

@@ -38,7 +38,7 @@ use crate::block::{Graph, Node, Quiesced, Rights};
 use crate::control::disks::Disks;
 use crate::control::qapi::QmpResult;
 use crate::control::{Daemon, QmpError};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
 use crate::io::{HostFile, block_on};
@@ -151,6 +151,8 @@ pub struct Snapshot {
     overlay_file: Arc<HostFile>,
     /// Where a disk went that has left the overlay earlier, as a mark on it says.
     overlay_moved: Option<PathBuf>,
+    /// The overlay, and what it named before, if it did not name the node.
+    named: Option<(Image, Option<Backing>)>,
     /// Whether the node got its mark from us.
     marked: Option<Image>,
     is_done: bool,
@@ -231,8 +233,8 @@ impl Snapshot {
         }
         if overlay.size() != node.size() {
             return Err(QmpError::generic(format!(
-                "The overlay '{}' of {} bytes and node '{}' of {} must have the same size",
-                overlay.name(),
+                "The overlay {} of {} bytes and node '{}' of {} must have the same size",
+                overlay_image.name(),
                 overlay.size(),
                 node.name(),
                 node.size()
@@ -253,6 +255,7 @@ impl Snapshot {
         put_on(disks.graph(), &overlay, &node, &quiesced)?;
         overlay.set_backing(overlay_backing.clone(), &quiesced)?;
         drop(quiesced);
+        let names = name_base(&overlay_image, &image)?;
         let is_marked = frozen::is_frozen_below(&image.file, overlay_image.file.path());
         let marked = (!is_marked).then(|| image.clone());
         if marked.is_some() {
@@ -267,7 +270,8 @@ impl Snapshot {
             overlay,
             created: Created::default(),
             overlay_moved: frozen::moved_to(&overlay_image.file),
-            overlay_file: overlay_image.file,
+            overlay_file: Arc::clone(&overlay_image.file),
+            named: names.map(|names| (overlay_image, names)),
             marked,
             is_done: false,
             is_named: false,
@@ -288,6 +292,45 @@ fn introduce(overlay_image: &Image, overlay: &Node, image: &Image, node: &Node) 
         block_on(below.prepare_for_overlay())?;
     }
     Ok(())
+}
+
+/// What an image names: a file, and its format.
+type Backing = (String, Option<ImageFormat>);
+
+/// Has an overlay that was made beforehand name the image that it comes to stand on: whoever opens it
+/// later goes by that. Returns what it has named so far, if it was something else.
+fn name_base(overlay: &Image, below: &Image) -> QmpResult<Option<Option<Backing>>> {
+    // A VHDX image would not have been put there; and a state is no file.
+    if !matches!(overlay.format, ImageFormat::Qcow2 | ImageFormat::AddCow)
+        || below.format == ImageFormat::CrashState
+        || images::names_as_backing(overlay, &below.file)?
+    {
+        return Ok(None);
+    }
+    let details = overlay.node.driver().details();
+    let format = details["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
+    let old = details["backing-filename"].as_str().map(|name| (name.to_string(), format));
+    let name = std::path::absolute(below.file.path()).map_err(Error::from)?;
+    let name = name
+        .to_str()
+        .ok_or_else(|| QmpError::generic(format!("{}: its path is not text", below.name())))?;
+    let file = overlay.name();
+    let named = old.as_ref().map_or("nothing", |(name, _)| name);
+    match images::set_backing(overlay, Some(name), Some(below.format)) {
+        Ok(()) => {
+            tracing::info!("{file}: names {name} as its backing file from now on, and not {named}");
+            Ok(Some(old))
+        }
+        // Who has made it may see to it later.
+        Err(err) if err.kind() == ErrorKind::Unsupported => {
+            tracing::warn!(
+                "{file}: names {named} as its backing file and not {name}, which cannot be changed now \
+                 ({err}); whoever opens it later without that sees another disk"
+            );
+            Ok(None)
+        }
+        Err(err) => Err(err.into()),
+    }
 }
 
 /// Has the overlay stand on the node, if it does not yet.
@@ -408,6 +451,15 @@ impl Drop for Snapshot {
         }
         if let Some(image) = &self.marked {
             frozen::unmark(&image.file, self.overlay_file.path());
+        }
+        if let Some((overlay, old)) = &self.named {
+            let (name, format) = old.as_ref().map_or((None, None), |(name, f)| (Some(name), *f));
+            if let Err(err) = images::set_backing(overlay, name.map(String::as_str), format) {
+                tracing::warn!(
+                    "{}: names a backing file that it is not put on: {err}",
+                    overlay.name()
+                );
+            }
         }
     }
 }
