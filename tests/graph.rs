@@ -898,6 +898,40 @@ fn an_overlay_that_was_made_beforehand_names_what_it_is_put_on() {
     }
 }
 
+/// What was written after a commit would be hidden by what was there before.
+#[test]
+fn an_overlay_that_its_disk_has_left_is_not_put_on_it_again_with_what_it_holds() {
+    for format in ["qcow2", "add-cow"] {
+        let daemon = Daemon::start(TWO);
+        let mut qmp = daemon.qmp();
+        let path = |name: &str| daemon.path(name);
+        let mut guest = daemon.guest("e0.sock");
+        let snapshot = json!({"device": "e0", "snapshot-file": path("over"), "format": format});
+        qmp.ok("blockdev-snapshot-sync", snapshot.clone());
+        guest.write(0, 8192, &[1; 4096]).unwrap();
+        qmp.ok("block-commit", json!({"device": "e0"}));
+        wait_until("the job is ready", || qmp.ok("query-jobs", json!({}))[0]["status"] == "ready");
+        qmp.ok("job-complete", json!({"id": "e0"}));
+        qmp_idle(&daemon);
+        guest.write(0, 8192, &[2; 4096]).unwrap();
+        let mut again = snapshot;
+        again["mode"] = "existing".into();
+        let err = qmp.fails("blockdev-snapshot-sync", again.clone());
+        assert!(err.contains("over") && err.contains("the guest would see this again"), "{err}");
+        assert_eq!(guest.read(0, 8192, 4096).unwrap(), [2; 4096]);
+        // The way out.
+        let size = DISK.to_string();
+        std::fs::remove_file(path("over")).unwrap();
+        let _ = std::fs::remove_file(path("over.raw"));
+        let create = ["create", "-q", "-f", format, "-u", "-b", "disk.raw", "-F", "raw"];
+        common::ok(daemon.dir.path(), &[&create[..], &["over", &size]].concat());
+        qmp.ok("blockdev-snapshot-sync", again);
+        assert_eq!(guest.read(0, 8192, 4096).unwrap(), [2; 4096]);
+        drop(guest);
+        daemon.quit(&mut qmp);
+    }
+}
+
 /// `backing-file` is only another way to say where the base is.
 #[test]
 fn a_job_makes_no_image_name_another_than_its_base() {

@@ -42,6 +42,8 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
 use crate::io::{HostFile, block_on};
+use crate::jobs::layer_copy::{Held, held_above};
+use crate::units::ByteRange;
 
 /// Something that happens at the barrier of a transaction. Made by what prepares it; dropping it
 /// before `commit` undoes the preparation.
@@ -253,8 +255,17 @@ impl Snapshot {
         let overlay_backing = overlay.backing();
         let quiesced = disks.graph().quiesce(std::slice::from_ref(&overlay));
         put_on(disks.graph(), &overlay, &node, &quiesced)?;
+        let stale =
+            frozen::moved_to(&overlay_image.file).is_some().then(|| holds_any(&overlay, &node));
         overlay.set_backing(overlay_backing.clone(), &quiesced)?;
         drop(quiesced);
+        if stale.transpose()?.unwrap_or(false) {
+            return Err(QmpError::generic(format!(
+                "{0}: its disk has gone on in another image since, and {0} still holds what that was \
+                 before: the guest would see this again. Create it anew, or empty it (vublk reset)",
+                overlay_image.name()
+            )));
+        }
         let names = name_base(&overlay_image, &image)?;
         let is_marked = frozen::is_frozen_below(&image.file, overlay_image.file.path());
         let marked = (!is_marked).then(|| image.clone());
@@ -292,6 +303,19 @@ fn introduce(overlay_image: &Image, overlay: &Node, image: &Image, node: &Node) 
         block_on(below.prepare_for_overlay())?;
     }
     Ok(())
+}
+
+/// Whether an overlay hides anything of what it stands on.
+fn holds_any(overlay: &Node, below: &Node) -> Result<bool> {
+    let mut left = ByteRange { offset: 0, len: overlay.size() };
+    while !left.is_empty() {
+        let (run, held) = block_on(held_above(overlay, Some(below), left))?;
+        if held != Held::Nothing {
+            return Ok(true);
+        }
+        left = ByteRange::between(run.end(), left.end());
+    }
+    Ok(false)
 }
 
 /// What an image names: a file, and its format.
