@@ -719,7 +719,7 @@ fn reset_forgets_what_was_written() {
     assert_eq!(blocks(), 0);
     assert!(content(d, "top") == numbered(1, 40));
     for reset in [&["reset", "-f", "raw", "base"][..], &["reset", "base"]] {
-        assert!(fails(d, reset, 1).contains("raw images are not emptied"));
+        assert!(fails(d, reset, 1).contains("only add-cow images can be reset"));
     }
     assert!(std::fs::read(d.join("base")).unwrap() == numbered(1, 40));
 }
