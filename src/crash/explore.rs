@@ -43,9 +43,9 @@ const DESCRIBED: usize = 8;
 pub struct Plan {
     /// Which states.
     pub reach: Reach,
-    /// Only epochs whose first write is in this range of entries; without a write there, the flush
-    /// before, and then only what that has left.
-    pub entries: std::ops::Range<u64>,
+    /// Only epochs whose first write is this entry or a later one; without a write, the flush before
+    /// them.
+    pub first: u64,
     /// The checker, if states are to be checked and not only counted.
     pub checker: Option<Checker>,
     /// How many checkers at a time.
@@ -119,7 +119,7 @@ enum Pending {
 
 /// How many states there are, duplicates included.
 pub fn count(history: &History, plan: &Plan) -> u64 {
-    epochs(history, plan).map(|(epoch, reach)| enumerate::count(history, &epoch, &reach)).sum()
+    epochs(history, plan).map(|epoch| enumerate::count(history, &epoch, &plan.reach)).sum()
 }
 
 /// Explores, from where `report` stands, to the end or until `stop` is asked for. A report that is not
@@ -197,19 +197,13 @@ pub fn explore(
     }
 }
 
-/// The epochs that are looked at, and how far.
-fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = (Epoch, Reach)> + 'a {
-    history.epochs().filter_map(move |epoch| {
+/// The epochs that are looked at.
+fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoch> + 'a {
+    history.epochs().filter(|epoch| {
         // By the first write: a mark just after a flush is part of the epoch, and yet before all of it.
         // Without a write, by the flush that it follows.
-        let at = *epoch.writes.first().unwrap_or(&epoch.start.saturating_sub(1));
-        if plan.entries.contains(&at) {
-            return Some((epoch, plan.reach));
-        }
-        // Of an epoch that is cut off before its first write there is what the flush has left.
-        let flush = epoch.start.checked_sub(1).filter(|before| history.entry(*before).is_flush());
-        let is_cut_off = at >= plan.entries.end && flush.is_some_and(|f| plan.entries.contains(&f));
-        is_cut_off.then_some((epoch, Reach { reorder: false, torn: false, ..plan.reach }))
+        let at = epoch.writes.first().copied().unwrap_or(epoch.start.saturating_sub(1));
+        at >= plan.first
     })
 }
 
@@ -279,12 +273,12 @@ impl Run<'_> {
         let mut prints = Fingerprints::new(&history, base);
         let mut seen = HashSet::new();
         let resumed = self.report.done;
-        for (epoch, reach) in epochs(&history, self.plan) {
+        for epoch in epochs(&history, self.plan) {
             let print = Arc::new(prints.epoch(&epoch)?);
             let answers =
                 (self.plan.reads() == Reads::Exact).then(|| Answers::new(Arc::clone(&print)));
             let answers = answers.map(|answers| Arc::new(Mutex::new(answers)));
-            let flow = enumerate::visit(&history, &epoch, &reach, &mut |name| {
+            let flow = enumerate::visit(&history, &epoch, &self.plan.reach, &mut |name| {
                 let promised = self.promised(&epoch, &name);
                 let is_new = seen.insert((print.of(&name), promised));
                 let ordinal = self.given;

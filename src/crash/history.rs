@@ -57,6 +57,13 @@ impl History {
         Ok(History { log, index })
     }
 
+    /// What had happened when the log had so many entries. Its states have the same names, and are
+    /// the same disks, as in the whole.
+    pub fn up_to(mut self, entries: u64) -> History {
+        self.index.truncate(entries);
+        self
+    }
+
     /// The log.
     pub fn log(&self) -> &Log {
         &self.log
@@ -72,7 +79,7 @@ impl History {
         &self.index.entries()[number as usize]
     }
 
-    /// How many entries there are.
+    /// How many entries there are; the log may have more.
     pub fn len(&self) -> u64 {
         self.index.entries().len() as u64
     }

@@ -521,6 +521,12 @@ impl Index {
         Ok(index)
     }
 
+    /// Forgets all entries from number `len` on.
+    pub fn truncate(&mut self, len: u64) {
+        self.entries.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+        self.marks.truncate(self.marks.partition_point(|(at, _)| *at < len));
+    }
+
     /// The entries; each one's number is its place.
     pub fn entries(&self) -> &[Entry] {
         &self.entries

@@ -363,6 +363,39 @@ fn what_a_flush_has_left_just_before_the_last_mark_is_looked_at() {
     }
 }
 
+/// What comes after the mark has not happened: neither a write of the same epoch nor another mark.
+#[test]
+fn nothing_after_the_end_mark_is_part_of_a_state() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base.img"), vec![0; SIZE]).unwrap();
+    let log = LogBuilder::new(512).write(0, &[b'x'; 512]).flush().mark("synced");
+    let log = log.write(0, &[b'y'; 512]).write(4096, &[b'z'; 512]).mark("half");
+    let log = log.write(8192, &[b'q'; 512]).mark("later").flush().write(0, &[b'r'; 512]);
+    std::fs::write(dir.path().join("w.log"), log.finish()).unwrap();
+    let check = "echo {mark} >>told; test \"$(head -c 8193 {} | tail -c 1)\" != q";
+    let end = ["--end-mark", "half", "--check-alike"];
+    let (code, report) = explore(dir.path(), check, &end);
+    assert_eq!((code, &report["states"]), (Some(0), &(2 + 4).into()), "{report}");
+    let told = std::fs::read_to_string(dir.path().join("told")).unwrap();
+    let count = |mark: &str| told.lines().filter(|line| *line == mark).count();
+    assert_eq!((count("synced"), count("half"), count("later")), (0, 4, 0), "{told}");
+
+    // With a mark that was made later, the same disk is good; so the command must not see that one.
+    let check = "test {mark} != half || test \"$(head -c 1 {})\" = y";
+    let (code, report) = explore(dir.path(), check, &end);
+    assert_eq!((code, &report["failed"]), (Some(1), &2.into()), "{report}");
+    let failure = &report["failures"][0];
+    assert_eq!(
+        (&failure["mark-before"], &failure["mark-after"]),
+        (&"synced (entry 2)".into(), &"half (entry 5)".into())
+    );
+    assert_eq!(failure["writes"].as_array().unwrap().len(), 2, "{failure}");
+    let again = failure["reproduce"].as_str().unwrap().strip_prefix("vublk ").unwrap();
+    let line = format!("{} {again}", env!("CARGO_BIN_EXE_vublk"));
+    let output = Command::new("sh").args(["-c", &line]).output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "E2: the checker exited with 1\n");
+}
+
 /// A killed exploration goes, mount and all, while its checker still has a disk with changes in the
 /// kernel's cache.
 #[test]

@@ -116,8 +116,11 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     let log = args.log.open()?;
     let request = OpenRequest::read(&args.base).format(args.format);
     let base = images::open(&request)?;
-    let history = Arc::new(History::read(log, base.node.size())?);
-    let plan = plan(args, &history)?;
+    let history = History::read(log, base.node.size())?;
+    let part = part(args, &history)?;
+    // Nothing behind the part has happened.
+    let history = Arc::new(history.up_to(part.end));
+    let plan = plan(args, &history, part.start);
     if let Some(name) = &args.state {
         let Some(checker) = &plan.checker else {
             return Err(Error::invalid("--state wants a checker: --check, or --guest"));
@@ -178,10 +181,10 @@ fn exit_code(report: &Report) -> u8 {
     if report.failed > 0 || !report.finished { FAILED } else { DONE }
 }
 
-fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
+fn plan(args: &ExploreArgs, history: &History, first: u64) -> Plan {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let states: BTreeSet<_> = args.states.iter().copied().collect();
-    Ok(Plan {
+    Plan {
         reach: Reach {
             reorder: states.contains(&States::Reorder),
             torn: states.contains(&States::Torn),
@@ -189,7 +192,7 @@ fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
             samples: args.samples,
             seed: args.seed,
         },
-        entries: part(args, history)?,
+        first,
         checker: checker(args),
         workers: args.jobs.map_or(cpus, usize::from),
         limit: Duration::from_secs(args.timeout),
@@ -199,7 +202,7 @@ fn plan(args: &ExploreArgs, history: &History) -> Result<Plan> {
         again: again(args, history),
         serve: serve(args, history),
         sidecar: sidecar_of(args, history),
-    })
+    }
 }
 
 /// Who checks.
@@ -207,7 +210,7 @@ fn checker(args: &ExploreArgs) -> Option<Checker> {
     args.check.clone().or(args.guest.is_some().then_some(Checker::Guest))
 }
 
-/// The entries that the options choose. Epochs are taken that begin among them.
+/// The entries that the options choose. Epochs are taken that begin among them, up to the last one.
 fn part(args: &ExploreArgs, history: &History) -> Result<std::ops::Range<u64>> {
     let index = history.index();
     let start = match args.part.start() {
@@ -240,7 +243,7 @@ fn subject(args: &ExploreArgs, history: &History, size: u64) -> Subject {
     let states: BTreeSet<_> = args.states.iter().map(|states| format!("{states:?}")).collect();
     Subject {
         log: history.log().name().into(),
-        entries: history.len(),
+        entries: history.log().entries(),
         base: args.base.display().to_string(),
         size,
         check: checker(args).as_ref().map(ToString::to_string).unwrap_or_default(),
@@ -298,7 +301,12 @@ fn again(args: &ExploreArgs, history: &History) -> String {
         TIMEOUT => String::new(),
         seconds => format!(" --timeout {seconds}"),
     };
-    format!("vublk log explore {} {check}{timeout} --state ", log_and_base(args, history))
+    // The last mark is one of those that had been made.
+    let limit = match history.len() {
+        all if all == history.log().entries() => String::new(),
+        some => format!(" --limit {some}"),
+    };
+    format!("vublk log explore {} {check}{timeout}{limit} --state ", log_and_base(args, history))
 }
 
 /// The command line that serves one state to a guest; its name is put at the end.
