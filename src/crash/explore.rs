@@ -270,7 +270,7 @@ struct Run<'a> {
 impl Run<'_> {
     fn generate(&mut self, base: &Node) -> Result<()> {
         let history = Arc::clone(self.history);
-        let mut prints = Fingerprints::new(&history, base);
+        let mut prints = Fingerprints::new(&history, base)?;
         let mut seen = HashSet::new();
         let resumed = self.report.done;
         for epoch in epochs(&history, self.plan) {

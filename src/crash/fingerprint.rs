@@ -6,10 +6,12 @@
 //!
 //! ```text
 //! sectors that some entry writes    hashed as they are written; the base's read once, when first needed
-//! all other sectors                 change only by discards, from the base's content to zeros
+//! all other sectors                 change only by discards and by many zeros at a time, from the base's
+//!                                   content to zeros
 //! ```
 //!
-//! The second kind may be a whole disk (`fstrim`), so it must not cost anything for each sector.
+//! The second kind may be a whole disk (`fstrim`, write-zeroes), so it must not cost anything for each
+//! sector.
 //! Zeros in sector n hash to Z(n+1) − Z(n), so that a run of them needs two hashes; the unread
 //! content of the base does likewise with another function. Runs where the base is known to be
 //! zeros already add nothing.
@@ -34,11 +36,15 @@ use crate::io::{AlignedBuf, block_on};
 use crate::units::{ByteRange, MIB, SECTOR_SIZE, align_down, align_up};
 use crate::write_log::{Entry, Kind};
 
-/// How much is read and hashed at a time.
+/// How much is read and hashed at a time, and the fewest zeros that a write is not hashed for.
 const PIECE: u64 = MIB;
+/// Of a piece that may be zeros, so much is looked at first.
+const TASTE: u64 = 4096;
 /// Seeds that keep the three kinds of hashes apart from each other.
 const ZERO_SEED: u64 = 0x7a65_726f;
 const UNREAD_SEED: u64 = 0x756e_7265_6164;
+/// One for runs that a torn write has reached in part.
+const PART_SEED: u64 = 0x7061_7274;
 
 /// The hash of zeros in `range`.
 fn zeros(range: ByteRange) -> u128 {
@@ -56,13 +62,17 @@ fn boundary(seed: u64, offset: u64) -> u128 {
 
 /// The hash of a sector's content.
 fn content(offset: u64, bytes: &[u8]) -> u128 {
-    // Comparing slices is much faster than looking at each byte.
-    const ZEROS: [u8; SECTOR_SIZE as usize] = [0; SECTOR_SIZE as usize];
-    if *bytes == ZEROS[..bytes.len()] {
+    if are_zeros(bytes) {
         return zeros(ByteRange { offset, len: SECTOR_SIZE });
     }
     // Odd numbers, to be no seed of the other kinds.
     Hasher::oneshot_with_seed((offset / SECTOR_SIZE) << 1 | 1, bytes)
+}
+
+fn are_zeros(bytes: &[u8]) -> bool {
+    // Comparing slices is much faster than looking at each byte.
+    const ZEROS: [u8; SECTOR_SIZE as usize] = [0; SECTOR_SIZE as usize];
+    bytes.chunks(ZEROS.len()).all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 
 /// Fingerprints of the states of one log, epoch after epoch.
@@ -70,8 +80,10 @@ fn content(offset: u64, bytes: &[u8]) -> u128 {
 pub struct Fingerprints<'a> {
     history: &'a History,
     base: &'a Node,
-    /// Which ranges some entry of the log writes.
+    /// Which ranges some entry of the log writes, where that is not many zeros.
     written: Overlay,
+    /// The ranges in which writes write many zeros, by their entries.
+    zeros: HashMap<u64, Vec<ByteRange>>,
     /// How many entries are in the sum.
     entries: u64,
     /// That of the disk after so many entries.
@@ -125,20 +137,30 @@ struct Touch {
 
 impl<'a> Fingerprints<'a> {
     /// Those of the states of `history` over `base`.
-    pub fn new(history: &'a History, base: &'a Node) -> Fingerprints<'a> {
-        let mut written = Overlay::default();
-        for entry in history.index().entries().iter().filter(|entry| entry.kind() == Kind::Write) {
-            written.put(entry.target, Source::Zero);
-        }
-        Fingerprints {
+    ///
+    /// # Errors
+    /// If the log cannot be read.
+    pub fn new(history: &'a History, base: &'a Node) -> Result<Fingerprints<'a>> {
+        let mut prints = Fingerprints {
             history,
             base,
-            written,
+            written: Overlay::default(),
+            zeros: HashMap::new(),
             entries: 0,
             sum: 0,
             sectors: HashMap::new(),
             discarded: Overlay::default(),
+        };
+        for entry in history.index().entries().iter().filter(|entry| entry.kind() == Kind::Write) {
+            let zeros = many_zeros(history, entry)?;
+            for part in between(entry.target, &zeros) {
+                prints.written.put(part, Source::Zero);
+            }
+            if !zeros.is_empty() {
+                prints.zeros.insert(entry.number, zeros);
+            }
         }
+        Ok(prints)
     }
 
     /// Works out what the writes of an epoch do. Epochs are asked for in the order of the log.
@@ -220,53 +242,63 @@ impl<'a> Fingerprints<'a> {
     /// What each write of an epoch leaves where. Runs that are not the same do not overlap.
     fn touches(&mut self, epoch: &Epoch) -> Result<Vec<Touch>> {
         let mut touches = Vec::new();
-        let discards = epoch.writes.iter().map(|number| self.history.entry(*number));
-        let discards = discards.filter(|entry| entry.kind() == Kind::Discard);
+        let entries = epoch.writes.iter().map(|number| self.history.entry(*number));
+        let discards = entries.filter(|entry| entry.kind() == Kind::Discard);
+        let zeros = epoch.writes.iter().filter_map(|number| self.zeros.get(number)).flatten();
+        let ends = |range: ByteRange| [range.offset, range.end()];
         let cuts: BTreeSet<u64> =
-            discards.flat_map(|entry| [entry.target.offset, entry.target.end()]).collect();
+            discards.map(|entry| entry.target).chain(zeros.copied()).flat_map(ends).collect();
         for (write, number) in epoch.writes.iter().enumerate() {
             let entry = *self.history.entry(*number);
             match entry.kind() {
-                Kind::Write => self.touches_of_write(write, &entry, &mut touches)?,
-                _ => self.touches_of_discard(write, &entry, &cuts, &mut touches)?,
+                Kind::Write => {
+                    let zeros = self.zeros.get(number).cloned().unwrap_or_default();
+                    for part in between(entry.target, &zeros) {
+                        self.touches_of_data(write, &entry, part, &mut touches)?;
+                    }
+                    for part in zeros {
+                        self.touches_of_zeros(write, part, &cuts, &mut touches)?;
+                    }
+                }
+                _ => self.touches_of_zeros(write, entry.target, &cuts, &mut touches)?,
             }
         }
         Ok(touches)
     }
 
-    fn touches_of_write(
+    fn touches_of_data(
         &mut self,
         write: usize,
         entry: &Entry,
+        part: ByteRange,
         touches: &mut Vec<Touch>,
     ) -> Result<()> {
-        self.look_at_base(entry.target)?;
+        self.look_at_base(part)?;
         let Some(data) = entry.data() else { return Ok(()) };
-        let mut done = 0;
-        while done < data.len {
-            let len = PIECE.min(data.len - done);
-            let mut buf = AlignedBuf::zeroed(len as usize, 4096);
-            block_on(self.history.log().file().read(data.offset + done, buf.buffers()))?;
-            let offset = entry.target.offset + done;
-            for (i, bytes) in buf.as_slice().chunks(SECTOR_SIZE as usize).enumerate() {
-                let run = ByteRange { offset: offset + i as u64 * SECTOR_SIZE, len: SECTOR_SIZE };
+        let mut at = part.offset;
+        while at < part.end() {
+            let len = PIECE.min(part.end() - at);
+            let position = data.offset + (at - entry.target.offset);
+            let mut read = read_log(self.history, ByteRange { offset: position, len })?;
+            for (i, bytes) in read.as_slice().chunks(SECTOR_SIZE as usize).enumerate() {
+                let run = ByteRange { offset: at + i as u64 * SECTOR_SIZE, len: SECTOR_SIZE };
                 touches.push(Touch { run, write, after: content(run.offset, bytes) });
             }
-            done += len;
+            at += len;
         }
         Ok(())
     }
 
-    fn touches_of_discard(
+    fn touches_of_zeros(
         &mut self,
         write: usize,
-        entry: &Entry,
+        range: ByteRange,
         cuts: &BTreeSet<u64>,
         touches: &mut Vec<Touch>,
     ) -> Result<()> {
-        let mut at = entry.target.offset;
-        while at < entry.target.end() {
-            let rest = ByteRange::between(at, entry.target.end());
+        let mut at = range.offset;
+        while at < range.end() {
+            let rest = ByteRange::between(at, range.end());
             let (part, source) = self.written.find(rest);
             if source.is_some() {
                 self.look_at_base(part)?;
@@ -332,6 +364,62 @@ impl<'a> Fingerprints<'a> {
     }
 }
 
+/// Where a write writes zeros, a [`PIECE`] and more at a time: such as a host made a hole of, which is
+/// not read, and others.
+fn many_zeros(history: &History, entry: &Entry) -> Result<Vec<ByteRange>> {
+    let mut found: Vec<ByteRange> = Vec::new();
+    let Some(data) = entry.data().filter(|data| data.len >= PIECE) else { return Ok(found) };
+    let file = history.log().file();
+    let mut at = data.offset;
+    while at < data.end() {
+        let hole = file.hole_at(at)?;
+        let run_end = hole.range.end().clamp(at + 1, data.end());
+        let end = if hole.is_hole { run_end } else { run_end.min(at + PIECE) };
+        let piece = ByteRange::between(at, end);
+        if hole.is_hole || is_zero(history, piece)? {
+            match found.last_mut() {
+                Some(last) if last.end() == at => last.len += piece.len,
+                _ => found.push(piece),
+            }
+        }
+        at = end;
+    }
+    // In whole sectors of the disk.
+    let on_disk = |run: ByteRange| {
+        let start = align_up(run.offset - data.offset, SECTOR_SIZE)?;
+        let end = align_down(run.end() - data.offset, SECTOR_SIZE);
+        let base = entry.target.offset;
+        (end >= start + PIECE).then(|| ByteRange::between(base + start, base + end))
+    };
+    Ok(found.into_iter().filter_map(on_disk).collect())
+}
+
+/// Whether the log has nothing but zeros in a range.
+fn is_zero(history: &History, range: ByteRange) -> Result<bool> {
+    for len in [TASTE.min(range.len), range.len] {
+        let mut read = read_log(history, ByteRange { len, ..range })?;
+        if !are_zeros(read.as_slice()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What the log has in a range, which lies in the data of an entry.
+fn read_log(history: &History, range: ByteRange) -> Result<AlignedBuf> {
+    let buf = AlignedBuf::zeroed(range.len as usize, 4096);
+    block_on(history.log().file().read(range.offset, buf.buffers()))?;
+    Ok(buf)
+}
+
+/// What is left of `range` without `parts` of it, which are in order.
+fn between(range: ByteRange, parts: &[ByteRange]) -> Vec<ByteRange> {
+    let starts = std::iter::once(range.offset).chain(parts.iter().map(ByteRange::end));
+    let ends = parts.iter().map(|part| part.offset).chain([range.end()]);
+    let left = starts.zip(ends).map(|(start, end)| ByteRange::between(start, end));
+    left.filter(|part| !part.is_empty()).collect()
+}
+
 impl Overlap {
     /// Adds a run that the same writes touch as the others.
     fn add(&mut self, run: Shared) {
@@ -351,9 +439,12 @@ impl Prints {
             match name.tear(write) {
                 None => sum = sum.wrapping_add(self.alone[write]),
                 Some(_) => {
-                    let runs = self.runs[write].iter();
-                    for (_, add) in runs.filter(|(run, _)| self.reaches(name, write, run.offset)) {
-                        sum = sum.wrapping_add(*add);
+                    for (run, add) in &self.runs[write] {
+                        match self.reach(name, write, *run) {
+                            Reached::Whole => sum = sum.wrapping_add(*add),
+                            Reached::Part(print) => sum = sum.wrapping_add(print),
+                            Reached::Nothing => {}
+                        }
                     }
                 }
             }
@@ -365,11 +456,16 @@ impl Prints {
                 continue;
             }
             for shared in &overlap.runs {
-                let mut last_first = shared.after.iter().rev();
-                let last =
-                    last_first.find(|(write, _)| self.reaches(name, *write, shared.run.offset));
-                if let Some((_, after)) = last {
-                    sum = sum.wrapping_add(*after).wrapping_sub(shared.before);
+                for (write, after) in shared.after.iter().rev() {
+                    match self.reach(name, *write, shared.run) {
+                        Reached::Whole => {
+                            sum = sum.wrapping_add(*after).wrapping_sub(shared.before);
+                            break;
+                        }
+                        // And below it what the others have left.
+                        Reached::Part(print) => sum = sum.wrapping_add(print),
+                        Reached::Nothing => {}
+                    }
                 }
             }
         }
@@ -412,12 +508,30 @@ impl Prints {
         }
     }
 
-    /// Whether what a write left at `offset` is part of the state.
-    fn reaches(&self, name: &StateName, write: usize, offset: u64) -> bool {
-        name.applied[write]
-            && name.tear(write).is_none_or(|kept| {
-                let kept = kept.of(self.targets[write]);
-                kept.offset <= offset && offset < kept.end()
-            })
+    /// How much of what a write left in a run is part of the state.
+    fn reach(&self, name: &StateName, write: usize, run: ByteRange) -> Reached {
+        if !name.applied[write] {
+            return Reached::Nothing;
+        }
+        let Some(kept) = name.tear(write) else { return Reached::Whole };
+        let part = kept.of(self.targets[write]).intersect(&run);
+        match part.len {
+            0 => Reached::Nothing,
+            len if len == run.len => Reached::Whole,
+            // A run that is longer than a sector is of zeros. What they replace was not read, so all
+            // that can be told is that it is this part and no other.
+            _ => {
+                let place = [part.offset, part.end(), write as u64].map(u64::to_le_bytes);
+                Reached::Part(Hasher::oneshot_with_seed(PART_SEED, place.as_flattened()))
+            }
+        }
     }
+}
+
+/// See [`Prints::reach`].
+enum Reached {
+    Nothing,
+    Whole,
+    /// With a fingerprint for the part.
+    Part(u128),
 }

@@ -8,7 +8,7 @@ use crate::block::driver::{BlockStatus, Driver, Limits, StatusKind};
 use crate::block::{Node, NodeOptions};
 use crate::formats::raw::Raw;
 use crate::io::sim::{Fault, Rng, SimFile, SimOp};
-use crate::io::{AlignedBuf, Buffers, File, Fut, block_on};
+use crate::io::{AlignedBuf, Buffers, File, Fut, HostFile, OpenOptions, block_on};
 use crate::units::ByteRange;
 use crate::write_log::{Flags, Log, LogBuilder};
 
@@ -125,7 +125,7 @@ fn states_are_what_the_model_says_and_no_two_share_a_fingerprint() {
         let base: Vec<u8> = (0..SIZE / 512).flat_map(|_| [rng.below(3) as u8; 512]).collect();
         let log = random_log(&mut rng, 80);
         let (history, disk) = (history(&log), node(base.clone()));
-        let mut prints = Fingerprints::new(&history, &disk);
+        let mut prints = Fingerprints::new(&history, &disk).unwrap();
         let mut view = View::default();
         let mut shown = base.clone();
         let mut by_print: HashMap<u128, Vec<u8>> = HashMap::new();
@@ -171,7 +171,7 @@ fn writing_the_same_again_gives_the_same_fingerprint() {
         .flush()
         .write(0, &[1; 1024]);
     let (history, base) = (history(&log), node(vec![0; SIZE as usize]));
-    let mut prints = Fingerprints::new(&history, &base);
+    let mut prints = Fingerprints::new(&history, &base).unwrap();
     let epochs: Vec<_> = history.epochs().collect();
     let print = prints.epoch(&epochs[0]).unwrap();
     let of = |name: &str| {
@@ -208,7 +208,7 @@ fn a_discard_of_a_whole_disk_costs_nothing_for_each_sector() {
         Arc::new(Unread(size)),
         NodeOptions { name: "base".into(), read_only: true, keeps_space: false },
     );
-    let mut prints = Fingerprints::new(&history, &disk);
+    let mut prints = Fingerprints::new(&history, &disk).unwrap();
     let epochs: Vec<_> = history.epochs().collect();
     let print = prints.epoch(&epochs[0]).unwrap();
     let of = |text: &str| print.of(&text.parse().unwrap());
@@ -217,6 +217,58 @@ fn a_discard_of_a_whole_disk_costs_nothing_for_each_sector() {
     assert_eq!(of("E0:s=111"), of("E0:s=011"), "what is written is discarded");
     let last = prints.epoch(&epochs[1]).unwrap();
     assert_eq!(last.of(&"E4:s=1".parse().unwrap()), of("E0:s=111"), "discarded twice");
+}
+
+/// Write-zeroes of a guest: many sectors, and a hole in the log or zeros in it.
+#[test]
+fn zeros_that_are_written_to_a_whole_disk_cost_nothing_for_each_sector() {
+    let len = 8 << 20;
+    let size = 4 * len;
+    let head = LogBuilder::new(512).write(4096, &[1; 512]);
+    let zeros = head.clone().write(0, &vec![0; len as usize]);
+    let mut ragged = vec![0; len as usize];
+    (ragged[0], ragged[len as usize - 1]) = (1, 1);
+    let ragged = head.write(0, &ragged);
+    let dir = tempfile::tempdir().unwrap();
+    for (log, is_ragged) in [(zeros, false), (ragged, true)] {
+        let log = log
+            .write(len / 2, &[2; 4096])
+            .discard(ByteRange { offset: len / 4, len: 2 * len })
+            .flush()
+            .discard(ByteRange { offset: 0, len });
+        // A file of the host has them as data; the simulation knows no zeros but holes.
+        let path = dir.path().join("w.log");
+        std::fs::write(&path, log.finish()).unwrap();
+        let file: Arc<dyn File> = match is_ragged {
+            false => Arc::new(HostFile::open(&path, OpenOptions::default()).unwrap()),
+            true => Arc::new(SimFile::from_bytes("w.log", log.finish())),
+        };
+        let history = History::read(block_on(Log::open(file)).unwrap(), size).unwrap();
+        let disk = Node::new(
+            Arc::new(Unread(size)),
+            NodeOptions { name: "base".into(), read_only: true, keeps_space: false },
+        );
+        let mut prints = Fingerprints::new(&history, &disk).unwrap();
+        let epochs: Vec<_> = history.epochs().collect();
+        let print = prints.epoch(&epochs[0]).unwrap();
+        assert!(print.runs().len() < 60, "{} runs", print.runs().len());
+        let of = |text: &str| print.of(&text.parse().unwrap());
+        let all = ["0000", "0100", "0001", "0101", "0110", "1000", "1010"];
+        let distinct: std::collections::HashSet<_> =
+            all.iter().map(|bits| of(&format!("E0:s={bits}"))).collect();
+        assert_eq!(distinct.len(), all.len());
+        assert_eq!(of("E0:s=0111"), of("E0:s=0101"), "what is written is discarded");
+        assert_eq!(of("E0:s=1100"), of("E0:s=0100"), "what is written is written over");
+        let torn = ["@512", "@-512", "@3072", "@4194304", "@-4194304"];
+        let distinct: std::collections::HashSet<_> =
+            torn.iter().map(|tear| of(&format!("E0:s=0100,torn=2{tear}"))).collect();
+        assert_eq!(distinct.len(), torn.len());
+        let last = prints.epoch(&epochs[1]).unwrap();
+        let gone = last.of(&"E5:s=1".parse().unwrap());
+        if !is_ragged {
+            assert_eq!(gone, of("E0:s=1101"), "zeros over zeros");
+        }
+    }
 }
 
 #[test]
@@ -375,7 +427,7 @@ fn a_state_that_is_alike_has_the_same_verdict() {
         let mut rng = Rng::new(seed);
         let base: Vec<u8> = (0..SIZE / 512).flat_map(|_| [rng.below(3) as u8; 512]).collect();
         let (history, disk) = (history(&random_log(&mut rng, 80)), node(base.clone()));
-        let mut prints = Fingerprints::new(&history, &disk);
+        let mut prints = Fingerprints::new(&history, &disk).unwrap();
         for epoch in history.epochs() {
             let mut answers = Answers::new(Arc::new(prints.epoch(&epoch).unwrap()));
             for _ in 0..20 {
