@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::block::Node;
+use crate::block::driver::StatusKind;
 use crate::crash::history::History;
 use crate::crash::name::StateName;
 use crate::crash::overlay::Source;
@@ -107,6 +108,27 @@ impl StateDisk {
             self.failure = Some(Error::new(err.kind(), err.to_string()));
         }
         result
+    }
+
+    /// The run of the state that begins at `range.offset`, no longer than `range`, and whether it is
+    /// known to be zeros without being read. What was written since the state is shown does not count.
+    ///
+    /// # Errors
+    /// If the host does not say.
+    pub fn run(&self, range: ByteRange) -> Result<(ByteRange, bool)> {
+        let (run, source) = self.view.find(range);
+        match source {
+            Some(Source::Zero) => Ok((run, true)),
+            Some(Source::Log(position)) => {
+                let hole = self.history.log().file().hole_at(position)?;
+                let len = (hole.range.end() - position).min(run.len);
+                Ok((ByteRange { len, ..run }, hole.is_hole))
+            }
+            None => {
+                let status = block_on(self.base.block_status_deep(run))?;
+                Ok((status.range.intersect(&run), status.kind != StatusKind::Data))
+            }
+        }
     }
 
     /// Reads a range; less at the end of the disk.

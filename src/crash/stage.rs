@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::block::Node;
 use crate::crash::check::{Bounds, Checker, Verdict};
-use crate::crash::copy::CopiedFile;
+use crate::crash::copy::{CopiedFile, Copies};
 use crate::crash::disk::StateDisk;
 use crate::crash::fuse::{Mount, Reads, StateFile};
 use crate::crash::history::History;
@@ -18,37 +18,45 @@ use crate::crash::name::StateName;
 use crate::error::{Error, Result, ResultExt};
 use crate::units::ByteRange;
 
-/// Places for the workers, and what keeps them mounted.
+/// Places for the workers, and where they are.
 #[derive(Debug)]
 pub struct Stage {
     /// One for each worker.
     pub(super) places: Vec<Place>,
     _mount: Option<Mount>,
+    _copies: Option<Copies>,
     /// How states are shown, for the operator.
     pub how: String,
 }
 
 impl Stage {
     /// Looks for the best way to show states in files that the host has.
-    pub fn new(history: &Arc<History>, base: &Node, workers: usize, reads: Reads) -> Stage {
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn new(history: &Arc<History>, base: &Node, workers: usize, reads: Reads) -> Result<Stage> {
         let disk = |_| StateDisk::new(Arc::clone(history), base.clone());
         let place =
             |file| Place { history: Arc::clone(history), shown: Shown::File(Box::new(file)) };
         match Mount::new((0..workers).map(disk).collect(), reads) {
-            Ok((mount, files)) => Stage {
+            Ok((mount, files)) => Ok(Stage {
                 places: files.into_iter().map(ShownFile::Fuse).map(place).collect(),
                 _mount: Some(mount),
+                _copies: None,
                 how: "states are shown through FUSE".into(),
-            },
-            Err(err) => Stage {
-                places: (0..workers)
-                    .map(|i| place(ShownFile::Copy(CopiedFile::new(i, disk(i)))))
-                    .collect(),
-                _mount: None,
-                how: format!(
-                    "no FUSE ({err}): each state is copied to a sparse file, which is slow"
-                ),
-            },
+            }),
+            Err(err) => {
+                let copies = Copies::new()?;
+                let file = |i| ShownFile::Copy(CopiedFile::new(&copies, i, disk(i)));
+                Ok(Stage {
+                    places: (0..workers).map(file).map(place).collect(),
+                    _mount: None,
+                    _copies: Some(copies),
+                    how: format!(
+                        "no FUSE ({err}): each state is copied to a sparse file, which is slow"
+                    ),
+                })
+            }
         }
     }
 
@@ -57,6 +65,7 @@ impl Stage {
         Stage {
             places: vec![Place { history: Arc::clone(history), shown: Shown::Guest(guest) }],
             _mount: None,
+            _copies: None,
             how: "states are shown to a guest".into(),
         }
     }

@@ -434,6 +434,85 @@ fn a_killed_exploration_leaves_nothing_behind() {
     assert!(!is_there());
 }
 
+/// `vublk log explore` where FUSE is not to be had: mounting takes rights that it gives up. `None` if
+/// the host does not let it.
+fn without_fuse(dir: &Path, check: &str) -> Option<Command> {
+    let probe = Command::new("unshare").args(["--user", "--map-root-user", "true"]).output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        common::skip("no user namespaces here");
+        return None;
+    }
+    std::fs::create_dir_all(dir.join("tmp")).unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--user", "--map-root-user", env!("CARGO_BIN_EXE_vublk")])
+        .args(["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "-j", "1"])
+        .args(["--check", check])
+        .current_dir(dir)
+        .env("TMPDIR", dir.join("tmp"))
+        .stdout(Stdio::null());
+    Some(command)
+}
+
+/// A disk is nobody else's business.
+#[test]
+fn copies_are_for_their_owner_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 1);
+    let check = "stat -c %a {} $(dirname {}) >modes";
+    let Some(mut command) = without_fuse(dir.path(), check) else { return };
+    assert!(command.status().unwrap().success());
+    assert_eq!(std::fs::read_to_string(dir.path().join("modes")).unwrap(), "600\n700\n");
+    assert_eq!(std::fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0, "something is left");
+
+    small_disk(dir.path(), 3);
+    let mut command = without_fuse(dir.path(), PLANTED).unwrap();
+    let output = command.args(["--output", "json"]).stdout(Stdio::piped()).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["checked"], &report["failed"]), (&190.into(), &16.into()), "{report}");
+}
+
+#[test]
+fn copies_that_a_killed_exploration_has_left_are_removed_by_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    let copies = || -> Vec<_> {
+        let entries = std::fs::read_dir(d.join("tmp")).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let hang = "echo {} >path; touch hangs; exec sleep 100000";
+    let start = || {
+        let _ = std::fs::remove_file(d.join("hangs"));
+        let child = without_fuse(d, hang).map(|mut command| command.spawn().unwrap());
+        if child.is_some() {
+            common::wait_until("a checker that hangs", || d.join("hangs").exists());
+        }
+        child
+    };
+    let Some(mut killed) = start() else { return };
+    let left = copies();
+    assert_eq!(left.len(), 1, "{left:?}");
+    let Some(mut living) = start() else { return };
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let dead: Vec<_> = left;
+    let alive: Vec<_> = copies().into_iter().filter(|name| !dead.contains(name)).collect();
+    assert_eq!(alive.len(), 1);
+    // Not ours, although it has such a name: everybody may look at it.
+    let foreign = format!("vublk-copies-{}", "0".repeat(32));
+    std::fs::create_dir(d.join("tmp").join(&foreign)).unwrap();
+    assert!(without_fuse(d, "test -e {}").unwrap().status().unwrap().success());
+    assert_eq!(copies(), [foreign.clone(), alive[0].clone()]);
+    living.kill().unwrap();
+    living.wait().unwrap();
+    assert!(without_fuse(d, "test -e {}").unwrap().status().unwrap().success());
+    assert_eq!(copies(), [foreign]);
+}
+
 #[test]
 fn results_of_another_log_are_not_taken_for_this_one() {
     let dir = tempfile::tempdir().unwrap();

@@ -166,9 +166,9 @@ fn invite(
     base: &OpenRequest,
     history: &Arc<History>,
     stop: &Stop,
-    without: impl FnOnce() -> Stage,
+    without: impl FnOnce() -> Result<Stage>,
 ) -> Result<Option<Stage>> {
-    let Some(socket) = &args.guest else { return Ok(Some(without())) };
+    let Some(socket) = &args.guest else { return without().map(Some) };
     let guest = Guest::serve(socket, Path::new(history.log().name()), base)?;
     let (disk, mailbox) = (socket.display(), mailbox_of(socket));
     // Without this nobody would know what there is to do.
