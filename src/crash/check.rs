@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
+use crate::crash::guard;
 use crate::crash::name::StateName;
 use crate::crash::stop::{Stop, stopped};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -216,6 +217,7 @@ fn run(
         Ok(output.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))
     };
     command.stdin(Stdio::null()).stdout(stdio()?).stderr(stdio()?);
+    guard::mark(command);
     // A group of its own: Ctrl-C at the terminal is for us, and must not look like a bad disk.
     let name = command.get_program().to_string_lossy().into_owned();
     let mut child = command.process_group(0).spawn().context(|| name)?;

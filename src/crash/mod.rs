@@ -17,6 +17,7 @@
 //! fuse copy    the same as a plain file
 //! syncer       what a checker wrote to it and the kernel still has
 //! check        programs that say whether a disk is good
+//! guard        ends them should we be killed
 //! mailbox      a guest that says so
 //! stop         the operator's wish to end
 //! stage        where workers show states and have them checked
@@ -42,6 +43,7 @@ pub mod enumerate;
 pub mod explore;
 pub mod fingerprint;
 pub mod fuse;
+mod guard;
 pub mod history;
 pub mod mailbox;
 pub mod name;

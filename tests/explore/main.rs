@@ -513,6 +513,22 @@ fn copies_that_a_killed_exploration_has_left_are_removed_by_the_next() {
     assert_eq!(copies(), [foreign]);
 }
 
+/// Neither the shell, nor what it has begun, nor what has left its group.
+#[test]
+fn a_killed_exploration_takes_its_checker_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    let check = "echo $$ >shell; sleep 100000 & echo $! >child; setsid sleep 100000 & echo $! >apart; \
+                 touch hangs; wait; test -e {}";
+    let mut child = hanging(d, check, &["--state", "E1"]);
+    let all = ["shell", "child", "apart"].map(|name| d.join(name));
+    assert!(all.iter().all(|pid| runs(pid)));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    common::wait_until("the end of all that the checker is", || !all.iter().any(|pid| runs(pid)));
+}
+
 #[test]
 fn results_of_another_log_are_not_taken_for_this_one() {
     let dir = tempfile::tempdir().unwrap();
