@@ -12,25 +12,35 @@ use std::ops::ControlFlow;
 use crate::crash::history::{Epoch, History};
 use crate::crash::name::{Kept, StateName, Tear};
 use crate::io::sim::Rng;
-use crate::units::SECTOR_SIZE;
 use crate::write_log::Kind;
 
-/// Sizes at which writes are torn, in bytes: a sector, and the block of newer disks.
-const TEARS: [u64; 2] = [SECTOR_SIZE, 4096];
+/// The block of newer disks, in bytes.
+const LARGE_BLOCK: u64 = 4096;
 
 /// How far to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
     /// Anything but the states at flushes, where nothing of the epoch has reached the disk.
     pub reorder: bool,
-    /// Writes of which only a part reached the disk.
-    pub torn: bool,
+    /// Writes of which only a part reached the disk: sizes in bytes at which they are torn, each a
+    /// power of two, added up. None if 0.
+    pub torn: u64,
     /// Epochs with up to so many writes have all their subsets looked at.
     pub all_subsets: u32,
     /// How many random subsets of a larger epoch.
     pub samples: u64,
     /// What the random ones depend on.
     pub seed: u64,
+}
+
+/// The sizes at which writes of a log are torn, as in [`Reach::torn`], unless somebody says otherwise: a
+/// sector of the log, and the block of newer disks.
+///
+/// A log's sector is the logical block of the disk that was written to, or the smallest that the guest
+/// was shown. A disk does not tear these, and guests may rely on that.
+pub fn usual_tears(history: &History) -> u64 {
+    let sector = history.log().sector_size();
+    sector | sector.max(LARGE_BLOCK)
 }
 
 /// Calls `visit` for each state of an epoch that a power cut could leave, with a bit for each write.
@@ -75,9 +85,9 @@ pub fn visit<B>(
             visit(state(&|i| bits[i]))?;
         }
     }
-    if reach.torn {
+    if reach.torn != 0 {
         for torn in 0..count {
-            for tear in tears(history, epoch, torn) {
+            for tear in tears(history, epoch, torn, reach.torn) {
                 visit(StateName { torn: vec![tear], ..state(&|i| i <= torn) })?;
                 if torn + 1 < count && !history.is_fua(epoch, torn) {
                     visit(StateName { torn: vec![tear], ..state(&|_| true) })?;
@@ -103,25 +113,26 @@ pub fn count(history: &History, epoch: &Epoch, reach: &Reach) -> u64 {
         let digits = count.next_power_of_two().trailing_zeros();
         states += 3 * count as u64 + 2 * u64::from(digits) + reach.samples;
     }
-    if reach.torn {
+    if reach.torn != 0 {
         for torn in 0..count {
             let is_torn_before_others = torn + 1 < count && !history.is_fua(epoch, torn);
-            states +=
-                tears(history, epoch, torn).len() as u64 * (1 + u64::from(is_torn_before_others));
+            states += tears(history, epoch, torn, reach.torn).len() as u64
+                * (1 + u64::from(is_torn_before_others));
         }
     }
     states
 }
 
 /// The ways in which a write is torn: its first or last unit is there, or all but that.
-fn tears(history: &History, epoch: &Epoch, write: usize) -> Vec<Tear> {
+fn tears(history: &History, epoch: &Epoch, write: usize, sizes: u64) -> Vec<Tear> {
     let entry = history.entry(epoch.writes[write]);
     let mut tears = Vec::new();
     if entry.kind() != Kind::Write {
         return tears;
     }
     let len = entry.target.len;
-    for unit in TEARS.into_iter().filter(|unit| *unit < len) {
+    let units = (0..u64::BITS).map(|bit| 1 << bit).filter(|unit| sizes & unit != 0);
+    for unit in units.filter(|unit| *unit < len) {
         for kept in [unit, (len - 1) / unit * unit] {
             for kept in [Kept::First(kept), Kept::Last(kept)] {
                 let tear = Tear { write, kept };
@@ -169,7 +180,7 @@ mod tests {
             let history = history(writes);
             let epoch = history.window(0);
             for (all_subsets, bits) in [(4, 0), (4, 1), (4, 2), (4, 3), (16, 1), (16, 3)] {
-                let (reorder, torn) = (bits & 1 == 1, bits & 2 == 2);
+                let (reorder, torn) = (bits & 1 == 1, (bits & 2) / 2 * (512 | 4096));
                 let reach = Reach { reorder, torn, all_subsets, samples: 20, seed: 1 };
                 let names = visited(&history, &reach);
                 assert_eq!(
@@ -186,7 +197,7 @@ mod tests {
     #[test]
     fn random_sets_of_an_epoch_with_many_fua_writes_are_not_lost() {
         let history = history(&"wwf".repeat(10));
-        let reach = Reach { reorder: true, torn: false, all_subsets: 16, samples: 500, seed: 1 };
+        let reach = Reach { reorder: true, torn: 0, all_subsets: 16, samples: 500, seed: 1 };
         let distinct: HashSet<_> = visited(&history, &reach).into_iter().collect();
         assert!(distinct.len() > 450, "{} states only", distinct.len());
     }

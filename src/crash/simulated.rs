@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn each_state_of_two_files_is_shown_once() {
         let files = [SimFile::from_bytes("a", vec![0; 512]), SimFile::from_bytes("b", vec![0; 8])];
-        let reach = Reach { reorder: true, torn: true, all_subsets: 16, samples: 0, seed: 0 };
+        let reach = Reach { reorder: true, torn: 512 | 4096, all_subsets: 16, samples: 0, seed: 0 };
         let mut simulation = Simulation::new(&[&files[0], &files[1]], reach);
         let look = |simulation: &mut Simulation<'_>, promised| {
             let mut seen = Vec::new();

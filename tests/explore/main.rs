@@ -396,6 +396,37 @@ fn nothing_after_the_end_mark_is_part_of_a_state() {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "E2: the checker exited with 1\n");
 }
 
+/// A write is torn between the sectors of the disk it was written to, and those are the log's.
+#[test]
+fn no_sector_of_the_log_is_torn_unless_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("base.img"), vec![0; SIZE]).unwrap();
+    let states = |sector_size: u32, more: &[&str]| -> Vec<String> {
+        let log = LogBuilder::new(sector_size).write(0, &[1; 8192]);
+        std::fs::write(dir.path().join("w.log"), log.finish()).unwrap();
+        let _ = std::fs::remove_file(dir.path().join("told"));
+        let check = "echo {state} >>told; test -e {}";
+        let (code, report) =
+            explore(dir.path(), check, &[&["--states", "torn", "-j", "1"], more].concat());
+        assert_eq!(code, Some(0), "{report}");
+        let told = std::fs::read_to_string(dir.path().join("told")).unwrap();
+        told.lines().map(|line| line.replace("E0:s=1,torn=1@", "")).collect()
+    };
+    let at_512 = ["512", "-512", "7680", "-7680"];
+    let at_4096 = ["4096", "-4096"];
+    assert_eq!(states(512, &[]), [&["E0:s=0"], &at_512[..], &at_4096].concat());
+    assert_eq!(states(4096, &[]), [&["E0:s=0"], &at_4096[..]].concat());
+    assert_eq!(states(1024, &[])[1..5], ["1024", "-1024", "7168", "-7168"]);
+    let both = states(4096, &["--torn-at", "512,4096"]);
+    assert_eq!(both, [&["E0:s=0"], &at_512[..], &at_4096].concat());
+    let torn = ["log", "explore", "w.log", "--base", "base.img", "--torn-at"];
+    let error = fails(dir.path(), &[&torn[..], &["512"]].concat(), 1);
+    assert!(error.contains("--torn-at wants --states torn"), "{error}");
+    let output = vublk(dir.path(), &[&torn[..], &["100"]].concat());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.contains("a power of two from 512"), "{error}");
+}
+
 /// A killed exploration goes, mount and all, while its checker still has a disk with changes in the
 /// kernel's cache.
 #[test]

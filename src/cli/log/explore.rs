@@ -16,7 +16,7 @@ use crate::cli::progress::{ProgressArgs, When};
 use crate::cli::serve::Signals;
 use crate::cli::{DONE, output};
 use crate::crash::check::{Bounds, Checker, Verdict, quoted};
-use crate::crash::enumerate::Reach;
+use crate::crash::enumerate::{self, Reach};
 use crate::crash::explore::{self, Plan, Watch};
 use crate::crash::fuse::Reads;
 use crate::crash::report::{Report, Subject};
@@ -25,6 +25,7 @@ use crate::crash::stop::Stop;
 use crate::crash::{History, StateName};
 use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
+use crate::units::SECTOR_SIZE;
 use crate::write_log::{Start, sidecar};
 
 /// How long a checker may take, in seconds, if nobody says.
@@ -39,7 +40,7 @@ enum States {
     Flush,
     /// Any of the writes between two flushes are there
     Reorder,
-    /// And one of them in part: 512 or 4096 bytes of it, or all but that
+    /// And one of them in part: one sector or 4096 bytes of it, or all but that
     Torn,
 }
 
@@ -68,6 +69,10 @@ pub struct ExploreArgs {
     #[arg(long, value_enum, value_name = "KIND", value_delimiter = ',',
           default_values_t = [States::Flush, States::Reorder])]
     states: Vec<States>,
+    /// Where writes are torn, a power of two; a sector of the log and 4096 if not given. For a log whose
+    /// sectors are larger than those of its disk
+    #[arg(long, value_name = "BYTES", value_delimiter = ',', value_parser = tear_size)]
+    torn_at: Vec<u64>,
     /// All subsets of up to N writes between two flushes; of more, chosen ones only
     #[arg(long, value_name = "N", default_value_t = 16,
           value_parser = clap::value_parser!(u32).range(0..=30))]
@@ -118,6 +123,9 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     let base = images::open(&request)?;
     let history = History::read(log, base.node.size())?;
     let part = part(args, &history)?;
+    if !args.torn_at.is_empty() && !args.states.contains(&States::Torn) {
+        return Err(Error::invalid("--torn-at wants --states torn"));
+    }
     // Nothing behind the part has happened.
     let history = Arc::new(history.up_to(part.end));
     let plan = plan(args, &history, part.start);
@@ -187,7 +195,7 @@ fn plan(args: &ExploreArgs, history: &History, first: u64) -> Plan {
     Plan {
         reach: Reach {
             reorder: states.contains(&States::Reorder),
-            torn: states.contains(&States::Torn),
+            torn: tears(args, history),
             all_subsets: args.all_subsets,
             samples: args.samples,
             seed: args.seed,
@@ -203,6 +211,22 @@ fn plan(args: &ExploreArgs, history: &History, first: u64) -> Plan {
         serve: serve(args, history),
         sidecar: sidecar_of(args, history),
     }
+}
+
+/// Where writes are torn, as [`Reach`] has it.
+fn tears(args: &ExploreArgs, history: &History) -> u64 {
+    match (args.states.contains(&States::Torn), &args.torn_at[..]) {
+        (false, _) => 0,
+        (true, []) => enumerate::usual_tears(history),
+        (true, sizes) => sizes.iter().fold(0, |all, size| all | size),
+    }
+}
+
+fn tear_size(text: &str) -> std::result::Result<u64, String> {
+    const MOST: u64 = 1 << 20;
+    let size = text.parse().ok().filter(|n: &u64| n.is_power_of_two() && *n <= MOST);
+    size.filter(|size| *size >= SECTOR_SIZE)
+        .ok_or_else(|| format!("a power of two from {SECTOR_SIZE} to {MOST} is expected"))
 }
 
 /// Who checks.
@@ -248,12 +272,16 @@ fn subject(args: &ExploreArgs, history: &History, size: u64) -> Subject {
         size,
         check: checker(args).as_ref().map(ToString::to_string).unwrap_or_default(),
         options: format!(
-            "{states:?} all-subsets={} samples={} seed={} part={:?}{}",
+            "{states:?} all-subsets={} samples={} seed={} part={:?}{}{}",
             args.all_subsets,
             args.samples,
             args.seed,
             args.part,
-            if args.check_alike { " check-alike" } else { "" }
+            if args.check_alike { " check-alike" } else { "" },
+            match tears(args, history) {
+                0 => String::new(),
+                sizes => format!(" torn={sizes}"),
+            }
         ),
         changed: (changed(history.log().name().as_ref()), changed(&args.base)),
     }

@@ -251,7 +251,7 @@ fn no_power_cut_shows_what_is_not_there() {
 /// Not drawn by lot: all states that a cut could leave of both files together, at each step.
 #[test]
 fn every_power_cut_of_both_files() {
-    let reach = Reach { reorder: true, torn: true, all_subsets: 7, samples: 20, seed: 1 };
+    let reach = Reach { reorder: true, torn: 512 | 4096, all_subsets: 7, samples: 20, seed: 1 };
     let mut states = 0;
     for seed in 0..6 {
         let case = Case::with_lanes(2, 140, seed % 3 > 0, seed);

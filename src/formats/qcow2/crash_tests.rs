@@ -264,7 +264,7 @@ fn run(case: &Case) {
 #[test]
 fn every_power_cut() {
     const STATES: u64 = 1500;
-    let reach = Reach { reorder: true, torn: true, all_subsets: 5, samples: 10, seed: 1 };
+    let reach = Reach { reorder: true, torn: 512 | 4096, all_subsets: 5, samples: 10, seed: 1 };
     for case in [
         created("plain", backed(30 * 4096, 4096, false), 24, 1),
         created("backed", backed(30 * 4096 + 512, 4096, true), 24, 1),

@@ -478,7 +478,7 @@ fn power_cuts_while_the_log_wraps() {
 #[test]
 fn every_power_cut() {
     const STATES: u64 = 1500;
-    let reach = Reach { reorder: true, torn: false, all_subsets: 5, samples: 4, seed: 1 };
+    let reach = Reach { reorder: true, torn: 0, all_subsets: 5, samples: 4, seed: 1 };
     for case in [
         Case { flush_every: 3, ..Case::new("dynamic", MIB + 512, STATES) },
         Case { flush_every: 3, ..Case::new("differencing", MIB + 512, STATES) }.with_parent(MIB),
@@ -522,7 +522,7 @@ fn at_each_step<'a>(
     promised: impl Fn() -> u64,
     check: impl Fn(&SimFile, &str),
 ) {
-    let reach = Reach { reorder: true, torn: false, all_subsets: 8, samples: 0, seed: 1 };
+    let reach = Reach { reorder: true, torn: 0, all_subsets: 8, samples: 0, seed: 1 };
     let mut simulation = Simulation::new(&[file], reach);
     let sim = Sim::new(1);
     sim.attach(file);
