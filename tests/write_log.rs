@@ -687,6 +687,20 @@ fn recording_is_refused_where_it_cannot_be_right() {
     }
 }
 
+/// Even if what is asked for is to start it anew.
+#[test]
+fn a_refused_command_leaves_the_log_as_it_was() {
+    let dir = recorded(&[]);
+    let d = dir.path();
+    let read = || ["w.log", "w.log.sidecar"].map(|name| std::fs::read(d.join(name)).unwrap());
+    let before = read();
+    let serve = ["serve", "--socket-path", "s", "-f", "raw", "--log-writes", "w.log"];
+    let larger = ["--log-overwrite", "--log-sector-size", "4096", "disk.raw"];
+    let err = fails(d, &[&serve[..], &larger].concat(), 78);
+    assert!(err.contains("w.log: log sectors of 4096 bytes are larger"), "{err}");
+    assert!(read() == before, "the log is lost");
+}
+
 /// A process that was killed is followed by one that goes on with its log, unless somebody wrote to
 /// the disk in between: that is in no log.
 #[test]

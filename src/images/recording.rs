@@ -110,14 +110,12 @@ pub fn record_to(
         file: Some(Arc::clone(&image.file)),
         is_raw: image.format == ImageFormat::Raw,
         notes: notes_path(&options.state_dir, log)?,
+        block_size: options.block_size,
     };
     let log = Arc::clone(log) as Arc<dyn File>;
     let opening = write_log::open(subject, log, Arc::new(sidecar), options.settings);
-    let recording = block_on(opening).and_then(|(filter, began)| {
-        let recording = Recording { filter: Arc::new(filter), began };
-        recording.check_for_guest(options.block_size)?;
-        Ok(recording)
-    });
+    let recording =
+        block_on(opening).map(|(filter, began)| Recording { filter: Arc::new(filter), began });
     if let (Err(_), Some(path)) = (&recording, unwanted) {
         let _ = std::fs::remove_file(path);
     }
@@ -203,20 +201,6 @@ pub fn record_image(image: Image, request: &RecordRequest) -> Result<(Image, Rec
 }
 
 impl Recording {
-    /// Refuses blocks that are smaller than what is logged.
-    fn check_for_guest(&self, block_size: Option<u64>) -> Result<()> {
-        let (name, unit) = (self.filter.log_name(), self.filter.sector_size());
-        if let Some(block_size) = block_size
-            && unit > block_size
-        {
-            return Err(Error::invalid(format!(
-                "{name}: log sectors of {unit} bytes are larger than the guest's blocks of \
-                 {block_size}; use --block-size {unit}, or a log with smaller sectors"
-            )));
-        }
-        Ok(())
-    }
-
     /// Tells the operator what is recorded where.
     pub fn say(&self, image: &str) {
         let log = self.filter.log_name();

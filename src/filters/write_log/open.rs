@@ -94,6 +94,8 @@ pub struct Subject {
     /// Where is noted, on tmpfs, what may be on the disk and not in the log, should the process be
     /// killed. Without that, the next one cannot tell whether somebody else has changed the disk.
     pub notes: Option<PathBuf>,
+    /// Size of the guest's blocks in bytes, if there is a guest: a request is whole log sectors.
+    pub block_size: Option<u64>,
 }
 
 /// How recording began.
@@ -420,6 +422,12 @@ impl Opening<'_> {
             return Err(Error::invalid(format!(
                 "invalid log sector size {sector_size} (a power of two from 512 to 65536 is \
                  expected)"
+            )));
+        }
+        if let Some(block_size) = self.subject.block_size.filter(|n| u64::from(sector_size) > *n) {
+            return Err(Error::invalid(format!(
+                "log sectors of {sector_size} bytes are larger than the guest's blocks of \
+                 {block_size}; use --block-size {sector_size}, or a log with smaller sectors"
             )));
         }
         let unit = self.log.alignment().request;

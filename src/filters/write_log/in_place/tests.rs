@@ -40,6 +40,7 @@ impl Bed {
             file: None,
             is_raw: true,
             notes: None,
+            block_size: None,
         };
         let (filter, _) = block_on(open(subject, log, sidecar, settings)).unwrap();
         Bed { memory, filter: Arc::new(filter) }
