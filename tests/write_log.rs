@@ -1,6 +1,7 @@
 //! Black box tests of `vublk log`.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 use vublk::frontend::{Layout, Personality, Request, SessionOptions};
@@ -699,6 +700,62 @@ fn a_refused_command_leaves_the_log_as_it_was() {
     let err = fails(d, &[&serve[..], &larger].concat(), 78);
     assert!(err.contains("w.log: log sectors of 4096 bytes are larger"), "{err}");
     assert!(read() == before, "the log is lost");
+}
+
+/// A loop device of a file, for as long as this lives.
+struct Loop(String);
+
+impl Loop {
+    /// `None` if the host has none for us.
+    fn new(file: &Path) -> Option<Loop> {
+        let setup = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        match setup {
+            Ok(output) if output.status.success() => {
+                Some(Loop(String::from_utf8(output.stdout).unwrap().trim().into()))
+            }
+            _ => {
+                common::skip("no loop devices here");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// By another path, which no lock and no inode number tells.
+#[test]
+fn a_log_is_not_put_on_the_disk_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    for name in ["disk.raw", "other.raw"] {
+        std::fs::write(d.join(name), vec![0; 1 << 20]).unwrap();
+    }
+    let Some(device) = Loop::new(&d.join("disk.raw")) else { return };
+    let refused = |log: &str, image: &str, code| {
+        let log = ["--log-writes", log, "--log-sidecar", "side", "--log-overwrite"];
+        let serve = [&["serve", "--socket-path", "s", "-f", "raw"], &log[..], &[image]].concat();
+        let err = fails(d, &serve, code);
+        assert!(
+            std::fs::read(d.join("disk.raw")).unwrap() == vec![0; 1 << 20],
+            "it was written to"
+        );
+        err
+    };
+    let err = refused(&device.0, "disk.raw", 78);
+    assert!(err.contains("is disk.raw itself, which is to be recorded, or part of it"), "{err}");
+    let err = refused("disk.raw", &device.0, 78);
+    assert!(err.contains(&format!("disk.raw: is {} itself", device.0)), "{err}");
+
+    // As a mount has it.
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::EXCL;
+    let _mounted = rustix::fs::open(&device.0, flags, rustix::fs::Mode::empty()).unwrap();
+    let err = refused(&device.0, "other.raw", 1);
+    assert!(err.contains(&format!("{}: is in use by the host: mounted", device.0)), "{err}");
 }
 
 /// A process that was killed is followed by one that goes on with its log, unless somebody wrote to

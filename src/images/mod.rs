@@ -31,6 +31,7 @@ pub mod probe;
 pub mod recording;
 mod request;
 pub mod resize;
+mod storage;
 mod users;
 
 use std::fmt;

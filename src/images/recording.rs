@@ -5,14 +5,18 @@
 //! same one, and a process that takes over from one that was killed waits for the host to be done
 //! with its I/O. So is its sidecar, which another log may have been given by mistake.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::block::{Driver, Keep, Node, NodeOptions};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::{self, Began, Settings, Subject, WriteLog};
 use crate::images::lock::{lock, lock_for_writing};
+use crate::images::storage;
 use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, OpenRequest, StateDir};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::write_log::sidecar::{self, ImageIdentity, Record};
@@ -81,9 +85,15 @@ pub fn record_to(
 ) -> Result<Recording> {
     check_is_written(image, &*below)?;
     let name = log.name().to_string();
-    if log.identity()? == image.file.identity()? {
-        return Err(Error::invalid(format!("{name}: is the image that is to be recorded")));
+    for file in files_of(image) {
+        if storage::shares(log, file)? {
+            let file = file.name();
+            let message =
+                format!("{name}: is {file} itself, which is to be recorded, or part of it");
+            return Err(Error::invalid(message));
+        }
     }
+    let claim = claim_device(log)?;
     let sidecar = match &options.sidecar {
         Some(path) => path.clone(),
         None if log.kind() == HostKind::BlockDevice => {
@@ -111,6 +121,7 @@ pub fn record_to(
         is_raw: image.format == ImageFormat::Raw,
         notes: notes_path(&options.state_dir, log)?,
         block_size: options.block_size,
+        claim,
     };
     let log = Arc::clone(log) as Arc<dyn File>;
     let opening = write_log::open(subject, log, Arc::new(sidecar), options.settings);
@@ -155,9 +166,7 @@ fn open_sidecar(path: &Path, image: &Image, log: &HostFile) -> Result<(HostFile,
         return Ok((file, true));
     }
     let identity = file.identity()?;
-    let chain = std::iter::successors(Some(image), |image| image.backing.as_deref());
-    let files = chain.flat_map(|image| [Some(&image.file), image.image_file.as_ref()]).flatten();
-    for other in files.map(|file| &**file).chain([log]) {
+    for other in files_of(image).chain([log]) {
         if other.identity()? == identity {
             let (path, other) = (path.display(), other.name());
             return Err(Error::invalid(format!("{path} is {other} itself; it needs another file")));
@@ -177,6 +186,35 @@ fn open_sidecar(path: &Path, image: &Image, log: &HostFile) -> Result<(HostFile,
     let path = path.display();
     let message = format!("{path} is neither empty nor the sidecar of a log; name another file");
     Err(Error::invalid(message))
+}
+
+/// All that an image lies in.
+fn files_of(image: &Image) -> impl Iterator<Item = &HostFile> {
+    let chain = std::iter::successors(Some(image), |image| image.backing.as_deref());
+    let files = chain.flat_map(|image| [Some(&image.file), image.image_file.as_ref()]).flatten();
+    files.map(|file| &**file)
+}
+
+/// Keeps a log's device from being mounted meanwhile.
+///
+/// # Errors
+/// If the host uses it: what it has there would be lost.
+fn claim_device(log: &HostFile) -> Result<Option<Arc<OwnedFd>>> {
+    if log.kind() != HostKind::BlockDevice {
+        return Ok(None);
+    }
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    match rustix::fs::open(log.path(), flags, Mode::empty()) {
+        Ok(fd) => Ok(Some(Arc::new(fd))),
+        Err(rustix::io::Errno::BUSY) => Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "{}: is in use by the host: mounted, part of another device, or another log is on it",
+                log.name()
+            ),
+        )),
+        Err(err) => Err(Error::from(err).context(log.name().to_string())),
+    }
 }
 
 fn check_is_written(image: &Image, below: &dyn Driver) -> Result<()> {

@@ -63,6 +63,7 @@ impl Bed {
             is_raw: true,
             notes,
             block_size: None,
+            claim: None,
         }
     }
 
