@@ -88,6 +88,50 @@ fn recording_starts_and_stops_under_a_running_guest() {
 }
 
 /// The name of the one export.
+/// A log that nobody will find, or that has lost what it counts, is none.
+#[test]
+fn a_log_that_is_taken_away_while_it_is_recorded_is_not_passed_off_as_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let (control, image, log) = (d.join("control.sock"), d.join("disk.raw"), d.join("w.log"));
+    std::fs::File::create(&image).unwrap().set_len(DISK).unwrap();
+    let options = ["--control", control.to_str().unwrap()];
+    let mut backend = Setup::new(&options).image(&image).start();
+    let mut qmp = Qmp::connect(&control);
+    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+    let device = backend_device(&mut qmp);
+    let start = json!({"device": device, "log": log.to_str().unwrap(), "log-overwrite": true});
+    let mark = json!({"device": device, "mark": "here"});
+
+    qmp.run("x-vublk-log-start", start.clone()).unwrap();
+    disk.write(0, 0, &[1; 65536]).unwrap();
+    disk.flush(0).unwrap();
+    std::fs::remove_file(&log).unwrap();
+    // The guest is not to blame.
+    disk.write(0, 0, &[2; 512]).unwrap();
+    disk.flush(0).unwrap();
+    let err = qmp.run("x-vublk-log-mark", mark.clone()).unwrap_err();
+    assert!(err.contains("w.log: was removed while it is recorded"), "{err}");
+    let err = qmp.run("x-vublk-log-stop", json!({"device": device})).unwrap_err();
+    assert!(err.contains("w.log: was removed while it is recorded"), "{err}");
+
+    for len in [0, 30000] {
+        qmp.run("x-vublk-log-start", start.clone()).unwrap();
+        disk.write(0, 0, &[1; 65536]).unwrap();
+        disk.write(0, 0, &[2; 512]).unwrap();
+        disk.flush(0).unwrap();
+        qmp.run("x-vublk-log-mark", mark.clone()).unwrap();
+        std::fs::File::options().write(true).open(&log).unwrap().set_len(len).unwrap();
+        let err = qmp.run("x-vublk-log-mark", mark.clone()).unwrap_err();
+        assert!(err.contains("w.log: was truncated or written to by others"), "{err}");
+        qmp.run("x-vublk-log-stop", json!({"device": device})).unwrap_err();
+    }
+    disk.write(0, 0, &[3; 512]).unwrap();
+    disk.flush(0).unwrap();
+    drop(disk);
+    assert!(backend.terminate().success());
+}
+
 fn backend_device(qmp: &mut Qmp) -> String {
     let exports = qmp.run("query-block-exports", json!({})).unwrap();
     exports[0]["id"].as_str().unwrap().to_string()

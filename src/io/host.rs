@@ -392,6 +392,12 @@ impl HostFile {
         Ok((dev, stat.st_ino))
     }
 
+    /// Length and allocated space in bytes, as far as the host says.
+    pub fn extent(&self) -> (u64, u64) {
+        let stat = rustix::fs::fstat(&self.fd);
+        stat.map_or((0, 0), |stat| (stat.st_size as u64, stat.st_blocks as u64 * 512))
+    }
+
     /// Whether the file has no name on the host any more.
     pub fn is_unlinked(&self) -> bool {
         rustix::fs::fstat(&self.fd).is_ok_and(|stat| stat.st_nlink == 0)

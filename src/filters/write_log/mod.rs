@@ -138,7 +138,8 @@ impl WriteLog {
     pub async fn mark(&self, text: &[u8]) -> Result<()> {
         self.has_grown.store(true, Ordering::Relaxed);
         let end = self.recorder.append(self.recorder.mark(text)).await?;
-        self.recorder.publish(end.entry).await
+        self.recorder.publish(end.entry).await?;
+        self.recorder.check_has_name()
     }
 
     /// An entry for a write, a discard or zeros that are not in memory.
@@ -250,7 +251,7 @@ impl WriteLog {
         self.closing.end(&self.recorder, has_grown).await?;
         self.under_way.remove();
         self.has_ended.store(true, Ordering::Relaxed);
-        Ok(())
+        self.recorder.check_has_name()
     }
 
     /// The image was closed after the log had ended, and may have been changed by that: what is known

@@ -10,15 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::batch::Pending;
 use crate::filters::write_log::copies::Copies;
 use crate::filters::write_log::tail::{Place, Reserved, Tail};
-use crate::io::{AlignedBuf, File};
+use crate::io::{AlignedBuf, File, HostFile};
 use crate::units::ByteRange;
-use crate::write_log::Superblock;
 use crate::write_log::layout::{Flags, RawEntry, mark_room};
-use crate::write_log::sidecar::{Record, RecordState};
+use crate::write_log::sidecar::{self, Record, RecordState, Sidecar};
+use crate::write_log::{Log, Superblock};
 
 /// Numbers logs within this process.
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
@@ -37,6 +37,20 @@ pub struct Recorder {
     interval: u64,
     /// How many entries the superblock counts; a copy of what is in `superblock`.
     counted: AtomicU64,
+    /// Whether the log's file has a name on the host when recording begins.
+    had_name: bool,
+    /// The log's file as it was when it was last looked at.
+    seen: Mutex<Seen>,
+}
+
+/// See [`Recorder::look_at_file`].
+#[derive(Debug, Default)]
+struct Seen {
+    /// Had it no name from the start, or was it told that it has lost it?
+    is_nameless: bool,
+    len: u64,
+    /// In bytes.
+    allocated: u64,
 }
 
 /// What the superblock on disk says, and who is changing it.
@@ -71,7 +85,11 @@ pub struct Start {
 impl Recorder {
     /// Goes on writing a log.
     pub fn new(start: Start) -> Recorder {
+        let (len, allocated) = start.log.as_host().map_or((0, 0), HostFile::extent);
+        let is_nameless = start.log.as_host().is_none_or(HostFile::is_unlinked);
         Recorder {
+            had_name: !is_nameless,
+            seen: Mutex::new(Seen { is_nameless, len, allocated }),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             tail: Tail::new(start.log.name(), start.end, start.event),
             log: start.log,
@@ -208,7 +226,10 @@ impl Recorder {
         self.tail.wait_countable(entry).await?;
         let Some(_turn) = self.my_turn(entry).await? else { return Ok(()) };
         let count = self.tail.countable();
-        let result = self.write_superblock(count).await;
+        let result = match self.look_at_file().await {
+            Ok(()) => self.write_superblock(count).await,
+            Err(err) => Err(err),
+        };
         let mut counting = self.superblock.lock().unwrap();
         match &result {
             Ok(()) => {
@@ -218,6 +239,65 @@ impl Recorder {
             Err(err) => counting.failure = Some(err.to_string()),
         }
         result
+    }
+
+    /// Looks whether the log is still what was written. Costs no I/O, unless space has gone from
+    /// the file.
+    ///
+    /// # Errors
+    /// If what was counted is not there any more: a count must not cover holes.
+    async fn look_at_file(&self) -> Result<()> {
+        let Some(file) = self.log.as_host() else { return Ok(()) };
+        let (len, allocated) = file.extent();
+        let (is_smaller, is_news) = {
+            let mut seen = self.seen.lock().unwrap();
+            let is_smaller = len < seen.len || allocated < seen.allocated;
+            let is_nameless = seen.is_nameless || file.is_unlinked();
+            let is_news = is_nameless && !seen.is_nameless;
+            *seen = Seen { is_nameless, len, allocated };
+            (is_smaller, is_news)
+        };
+        if is_news {
+            tracing::error!("{}", self.removed());
+        }
+        if is_smaller && !self.is_whole().await? {
+            return Err(Error::corrupt(format!(
+                "{}: was truncated or written to by others while it is recorded",
+                self.log.name()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether superblock and last counted entry are as they were written.
+    async fn is_whole(&self) -> Result<bool> {
+        let Ok(log) = Log::open(Arc::clone(&self.log)).await else { return Ok(false) };
+        if log.entries() != self.counted() {
+            return Ok(false);
+        }
+        let Some(last) = log.entries().checked_sub(1) else { return Ok(true) };
+        let mut sidecar = Sidecar::open(Arc::clone(&self.sidecar)).await?;
+        let Some(record) = sidecar.record(last).await? else { return Ok(true) };
+        let at = self.offset(record.log_sector);
+        match log.entry_at(last, at).await {
+            Ok(entry) => sidecar::matches(&log, &entry, &record).await,
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// # Errors
+    /// If the log has lost its name: nobody will find it.
+    pub fn check_has_name(&self) -> Result<()> {
+        let is_lost = |file: &HostFile| self.had_name && file.is_unlinked();
+        match self.log.as_host().is_some_and(is_lost) {
+            true => Err(Error::new(ErrorKind::NotFound, self.removed())),
+            false => Ok(()),
+        }
+    }
+
+    fn removed(&self) -> String {
+        let name = self.log.name();
+        format!("{name}: was removed while it is recorded, and is gone when this process ends")
     }
 
     /// Publishes if many entries are complete and not counted, and nobody else is at it.
@@ -248,7 +328,7 @@ impl Recorder {
             let mut counting = self.superblock.lock().unwrap();
             if let Some(failure) = &counting.failure {
                 let message = format!("nothing is counted any more after a failure: {failure}");
-                return Poll::Ready(Err(Error::new(crate::ErrorKind::Poisoned, message)));
+                return Poll::Ready(Err(Error::new(ErrorKind::Poisoned, message)));
             }
             if counting.count >= entry {
                 return Poll::Ready(Ok(None));
