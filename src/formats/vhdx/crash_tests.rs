@@ -13,10 +13,12 @@
 //! a block has one place, so a wrong place shows there. The whole disk is looked at now and then,
 //! when the replay is also done on disk, is cut off itself, again and again, and must say the same.
 //!
-//! `VUBLK_TEST_CUTS` multiplies the number of cuts, for a long search.
+//! `VUBLK_TEST_CUTS` multiplies the number of cuts, for a long search; `VUBLK_TEST_SEED` is the seed of
+//! the first run, so that a later search does not repeat an earlier one.
 
 use std::sync::Mutex;
 
+use super::layout::HEADER_OFFSETS;
 use super::testing::*;
 use super::*;
 use crate::block::{Driver, RangeLock};
@@ -363,12 +365,20 @@ async fn write_again(case: &Case, driver: &Driven, model: &Model, seed: u64) {
     model.flushed(&completed);
 }
 
+/// A number that the environment may set.
+fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")))
+}
+
 fn run(case: &Case) {
     const LANES: u64 = 4;
-    let factor = std::env::var("VUBLK_TEST_CUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    let (mut cuts, mut seed, mut shorter) = (0u64, 0, 0);
+    let factor = setting("VUBLK_TEST_CUTS").unwrap_or(1);
+    let first = setting("VUBLK_TEST_SEED").unwrap_or(1);
+    let (mut cuts, mut runs, mut shorter) = (0u64, 0, 0);
     while cuts < case.cuts * factor {
-        seed += 1;
+        let seed = first + runs;
+        runs += 1;
         let file = SimFile::from_bytes("test.vhdx", case.fixture.bytes());
         let driver = case.open(&file, false, case.name);
         let model = Model::new(case);
@@ -411,7 +421,7 @@ fn run(case: &Case) {
     }
     assert!(case.fixture.is_fixed || shorter > 0, "{}: no file was cut", case.name);
     assert!(cuts >= case.cuts * factor);
-    eprintln!("{}: {cuts} power cuts in {seed} runs", case.name);
+    eprintln!("{}: {cuts} power cuts in {runs} runs from seed {first} on", case.name);
 }
 
 /// How many cuts each case makes at least. The figures say what a run of all tests is worth.
@@ -483,9 +493,10 @@ fn every_power_cut() {
         Case { flush_every: 3, ..Case::new("dynamic", MIB + 512, STATES) },
         Case { flush_every: 3, ..Case::new("differencing", MIB + 512, STATES) }.with_parent(MIB),
     ] {
-        let (mut states, mut seed) = (0, 0);
+        let (mut states, mut runs) = (0, 0);
         while states < case.cuts {
-            seed += 1;
+            let seed = setting("VUBLK_TEST_SEED").unwrap_or(1) + runs;
+            runs += 1;
             let file = SimFile::from_bytes("test.vhdx", case.fixture.bytes());
             let driver = case.open(&file, false, case.name);
             let (model, busy, sim) = (Model::new(&case), RangeLock::new(), Sim::new(seed));
@@ -502,7 +513,7 @@ fn every_power_cut() {
                 states >= case.cuts
             });
         }
-        eprintln!("{}: {states} states in {seed} runs", case.name);
+        eprintln!("{}: {states} states in {runs} runs", case.name);
     }
 }
 
