@@ -31,11 +31,8 @@ use crate::error::{Error, Result};
 use crate::io::{AlignedBuf, File};
 use crate::units::ByteRange;
 
-/// How much of the log is read at once, in bytes.
+/// How much of the log is read at once, in bytes. So much of it is in memory at a time.
 const PIECE: u64 = 256 << 10;
-/// How many such pieces are in memory at most: with 2 MiB, an entry that was read once, to see
-/// whether it is whole, is mostly still there when its checksum is computed.
-const PIECES: u64 = 8;
 
 /// A valid entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,12 +83,16 @@ impl PageSource {
         sector[LOG_SECTOR as usize - 4..].copy_from_slice(&self.trailing);
     }
 
-    /// Puts pages together, one after the other; those whose sectors lie side by side come with
-    /// one read, each into its place.
-    pub async fn read_all(sources: &[PageSource], file: &Arc<dyn File>) -> Result<AlignedBuf> {
+    /// Puts pages together, one after the other, at the start of `pages`, which nobody else uses and
+    /// which has room for them. Those whose sectors lie side by side come with one read, each into its
+    /// place.
+    pub async fn read_all(
+        sources: &[PageSource],
+        file: &Arc<dyn File>,
+        pages: &mut AlignedBuf,
+    ) -> Result<()> {
         let mut order: Vec<usize> = (0..sources.len()).collect();
         order.sort_unstable_by_key(|i| sources[*i].sector);
-        let mut pages = disk::memory(sources.len() as u64 * PAGE);
         for run in order.chunk_by(|a, b| sources[*a].sector + LOG_SECTOR == sources[*b].sector) {
             let places = run.iter().map(|i| *i as u64 * PAGE..(*i as u64 + 1) * PAGE);
             file.read(sources[run[0]].sector, pages.buffers().parts(places)).await?;
@@ -99,7 +100,7 @@ impl PageSource {
         for (source, page) in sources.iter().zip(pages.as_slice().chunks_exact_mut(PAGE as usize)) {
             source.complete(page);
         }
-        Ok(pages)
+        Ok(())
     }
 }
 
@@ -117,8 +118,11 @@ pub struct LogReader<'a> {
     /// Where the log is in the file.
     log: ByteRange,
     guid: Guid,
-    /// What is in memory. A piece has its place by its number, and takes it from another one.
-    pieces: [Option<Piece>; PIECES as usize],
+    /// What is in memory.
+    piece: Option<Piece>,
+    /// The descriptors of the valid entries that were found, by the place of the entry: a 128th of
+    /// what the entries take, mostly, and what makes one pass enough.
+    descriptors: HashMap<u64, Vec<RawLogDescriptor>>,
 }
 
 /// A part of the log in memory.
@@ -130,7 +134,7 @@ struct Piece {
 impl<'a> LogReader<'a> {
     /// A reader of the entries with this GUID.
     pub fn new(file: &'a Arc<dyn File>, log: ByteRange, guid: Guid) -> LogReader<'a> {
-        LogReader { file, log, guid, pieces: Default::default() }
+        LogReader { file, log, guid, piece: None, descriptors: HashMap::new() }
     }
 
     /// The entries to replay.
@@ -173,28 +177,28 @@ impl<'a> LogReader<'a> {
         Ok(found)
     }
 
-    /// What an entry changes, in order.
-    pub async fn changes(&mut self, entry: &Entry) -> Result<Vec<Change>> {
-        let mut changes = Vec::new();
+    /// What an entry changes, in order. It is one of those that were found last, and is asked for once.
+    ///
+    /// # Errors
+    /// Kind [`Corrupt`](crate::ErrorKind::Corrupt) if it zeroes what has no end.
+    pub fn changes(&mut self, entry: &Entry) -> Result<Vec<Change>> {
+        let descriptors = self.descriptors.remove(&entry.offset).unwrap_or_default();
         let mut data_sector = entry.offset + descriptor_sectors(entry.descriptors) * LOG_SECTOR;
-        for i in 0..entry.descriptors {
-            let descriptor = self.descriptor(entry.offset, i).await?;
+        let mut change = |descriptor: RawLogDescriptor| {
+            let RawLogDescriptor { leading, trailing, .. } = descriptor;
             let offset = descriptor.file_offset.get();
             if descriptor.signature == *LOG_DATA_DESCRIPTOR {
                 let sector = self.log.offset + data_sector % self.log.len;
-                let RawLogDescriptor { leading, trailing, .. } = descriptor;
-                let source = PageSource { sector, leading, trailing };
-                changes.push(Change::Page { offset, source });
                 data_sector += LOG_SECTOR;
-            } else {
-                let len = u64::from_le_bytes(descriptor.leading);
-                let range = ByteRange::new(offset, len).ok_or_else(|| {
-                    Error::corrupt(format!("the log zeroes {len} bytes at {offset}"))
-                })?;
-                changes.push(Change::Zeros(range));
+                let source = PageSource { sector, leading, trailing };
+                return Ok(Change::Page { offset, source });
             }
-        }
-        Ok(changes)
+            let len = u64::from_le_bytes(leading);
+            let range = ByteRange::new(offset, len)
+                .ok_or_else(|| Error::corrupt(format!("the log zeroes {len} bytes at {offset}")))?;
+            Ok(Change::Zeros(range))
+        };
+        descriptors.into_iter().map(&mut change).collect()
     }
 
     /// The valid entry at `offset`, if there is one.
@@ -213,12 +217,16 @@ impl<'a> LogReader<'a> {
             && u64::from(header.tail.get()).is_multiple_of(LOG_SECTOR)
             && u64::from(header.tail.get()) < self.log.len
             && descriptor_sectors(count) * LOG_SECTOR <= len;
-        if !plausible || !self.is_whole(offset, len, count, sequence).await? {
+        if !plausible {
             return Ok(None);
         }
-        if self.checksum(offset, len).await? != header.checksum.get() {
+        let Some((descriptors, crc)) = self.body(offset, len, count, sequence).await? else {
+            return Ok(None);
+        };
+        if crc != header.checksum.get() {
             return Ok(None);
         }
+        self.descriptors.insert(offset, descriptors);
         Ok(Some(Entry {
             offset,
             len,
@@ -230,69 +238,59 @@ impl<'a> LogReader<'a> {
         }))
     }
 
-    /// Whether all descriptors and data sectors of an entry are there and carry its number.
-    async fn is_whole(&mut self, offset: u64, len: u64, count: u64, sequence: u64) -> Result<bool> {
-        let mut data = 0;
-        for i in 0..count {
-            let descriptor = self.descriptor(offset, i).await?;
-            let is_data = match &descriptor.signature {
-                LOG_DATA_DESCRIPTOR => true,
-                LOG_ZERO_DESCRIPTOR => false,
-                _ => return Ok(false),
-            };
-            let zeros = u64::from_le_bytes(descriptor.leading);
-            let aligned = descriptor.file_offset.get().is_multiple_of(PAGE)
-                && (is_data || zeros.is_multiple_of(PAGE));
-            if !aligned || descriptor.sequence.get() != sequence {
-                return Ok(false);
-            }
-            data += u64::from(is_data);
-        }
-        let start = descriptor_sectors(count);
-        if (start + data) * LOG_SECTOR != len {
-            return Ok(false);
-        }
-        for i in start..start + data {
-            let sector = self.sector(offset + i * LOG_SECTOR).await?;
-            let Ok(data) = RawLogData::ref_from_bytes(sector) else { return Ok(false) };
-            let number =
-                u64::from(data.sequence_high.get()) << 32 | u64::from(data.sequence_low.get());
-            if data.signature != *LOG_DATA_SIGNATURE || number != sequence {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    async fn descriptor(&mut self, entry: u64, i: u64) -> Result<RawLogDescriptor> {
-        let at = LOG_ENTRY_HEADER_LEN + i * LOG_DESCRIPTOR_LEN;
-        let sector = self.sector(entry + at / LOG_SECTOR * LOG_SECTOR).await?;
-        let from = (at % LOG_SECTOR) as usize;
-        let (descriptor, _) = RawLogDescriptor::read_from_prefix(&sector[from..])
-            .map_err(|_| Error::corrupt("log descriptor cut short"))?;
-        Ok(descriptor)
-    }
-
-    async fn checksum(&mut self, offset: u64, len: u64) -> Result<u32> {
+    /// The descriptors of an entry and its checksum, by one pass over it. `None` unless all its
+    /// descriptors and data sectors are there and carry its number.
+    async fn body(
+        &mut self,
+        offset: u64,
+        len: u64,
+        count: u64,
+        sequence: u64,
+    ) -> Result<Option<(Vec<RawLogDescriptor>, u32)>> {
+        let first_data = descriptor_sectors(count);
+        let mut descriptors = Vec::new();
+        let mut data_sectors = 0;
         let mut crc = 0;
-        for at in (0..len).step_by(LOG_SECTOR as usize) {
-            let sector = self.sector(offset + at).await?;
-            if at == 0 {
-                crc = crc32c::crc32c(&sector[..4]);
-                crc = crc32c::crc32c_append(crc, &[0; 4]);
-                crc = crc32c::crc32c_append(crc, &sector[8..]);
-            } else {
-                crc = crc32c::crc32c_append(crc, sector);
+        for i in 0..len / LOG_SECTOR {
+            let sector = self.sector(offset + i * LOG_SECTOR).await?;
+            crc = match i {
+                // Its own field counts as zero.
+                0 => {
+                    let crc = crc32c::crc32c_append(crc32c::crc32c(&sector[..4]), &[0; 4]);
+                    crc32c::crc32c_append(crc, &sector[8..])
+                }
+                _ => crc32c::crc32c_append(crc, sector),
+            };
+            if i >= first_data {
+                if !is_data_of(sector, sequence) {
+                    return Ok(None);
+                }
+                continue;
+            }
+            let head = if i == 0 { LOG_ENTRY_HEADER_LEN as usize } else { 0 };
+            let missing = count as usize - descriptors.len();
+            for bytes in sector[head..].chunks_exact(LOG_DESCRIPTOR_LEN as usize).take(missing) {
+                let Ok(descriptor) = RawLogDescriptor::read_from_bytes(bytes) else {
+                    return Ok(None);
+                };
+                if !is_descriptor_of(&descriptor, sequence) {
+                    return Ok(None);
+                }
+                data_sectors += u64::from(descriptor.signature == *LOG_DATA_DESCRIPTOR);
+                descriptors.push(descriptor);
+            }
+            if i + 1 == first_data && (first_data + data_sectors) * LOG_SECTOR != len {
+                return Ok(None);
             }
         }
-        Ok(crc)
+        Ok(Some((descriptors, crc)))
     }
 
     /// The sector at `offset` of the log, which goes on from its end to its start.
     async fn sector(&mut self, offset: u64) -> Result<&[u8]> {
         let offset = offset % self.log.len;
         let number = offset / PIECE;
-        let place = &mut self.pieces[(number % PIECES) as usize];
+        let place = &mut self.piece;
         if place.as_ref().is_none_or(|piece| piece.number != number) {
             let start = number * PIECE;
             let len = PIECE.min(self.log.len - start);
@@ -307,6 +305,26 @@ impl<'a> LogReader<'a> {
         let from = (offset % PIECE) as usize;
         Ok(&bytes[from..from + LOG_SECTOR as usize])
     }
+}
+
+/// Whether a descriptor is one of the entry with this number.
+fn is_descriptor_of(descriptor: &RawLogDescriptor, sequence: u64) -> bool {
+    let zeros = u64::from_le_bytes(descriptor.leading);
+    let fits = match &descriptor.signature {
+        LOG_DATA_DESCRIPTOR => true,
+        LOG_ZERO_DESCRIPTOR => zeros.is_multiple_of(PAGE),
+        _ => false,
+    };
+    fits && descriptor.file_offset.get().is_multiple_of(PAGE)
+        && descriptor.sequence.get() == sequence
+}
+
+/// Whether a sector holds a page of the entry with this number.
+fn is_data_of(sector: &[u8], sequence: u64) -> bool {
+    RawLogData::ref_from_bytes(sector).is_ok_and(|data| {
+        let number = u64::from(data.sequence_high.get()) << 32 | u64::from(data.sequence_low.get());
+        data.signature == *LOG_DATA_SIGNATURE && number == sequence
+    })
 }
 
 /// How many sectors the header and the descriptors of an entry take.
@@ -394,7 +412,7 @@ impl NewEntry {
 mod tests {
     use super::*;
     use crate::io::block_on;
-    use crate::io::sim::SimFile;
+    use crate::io::sim::{SimFile, SimOp};
     use crate::units::MIB;
 
     const LOG: ByteRange = ByteRange { offset: MIB, len: 64 << 10 };
@@ -447,11 +465,13 @@ mod tests {
             let mut reader = LogReader::new(&file, LOG, GUID);
             let found = reader.active().await.unwrap().entries;
             assert_eq!((found.len(), found[0].last_file_offset), (1, 4 * MIB));
-            let changes = reader.changes(&found[0]).await.unwrap();
+            let changes = reader.changes(&found[0]).unwrap();
+            assert_eq!(changes.len(), listed.len());
             for (change, (offset, page)) in changes.iter().zip(&listed) {
                 let Change::Page { offset: at, source } = change else { panic!("{change:?}") };
                 assert_eq!(at, offset);
-                let mut read = PageSource::read_all(&[*source], &file).await.unwrap();
+                let mut read = disk::memory(PAGE);
+                PageSource::read_all(&[*source], &file, &mut read).await.unwrap();
                 assert_eq!(read.as_slice(), *page);
             }
         });
@@ -508,5 +528,37 @@ mod tests {
         liar[8..12].copy_from_slice(&(LOG.len as u32).to_le_bytes());
         let entries: Vec<_> = (0..16).map(|i| (i * 4096, liar.clone())).collect();
         assert!(active(&entries).is_err());
+    }
+
+    #[test]
+    fn a_log_is_read_once() {
+        const LONG: ByteRange = ByteRange { offset: MIB, len: 8 * MIB };
+        let body = page(3);
+        // More than one sector of descriptors.
+        let pages: Vec<_> = (0..130).map(|n| (LONG.end() + n * PAGE, body.as_slice())).collect();
+        let mut content = vec![0; 16 << 20];
+        let mut at = LONG.offset as usize;
+        for sequence in 1..=15 {
+            let bytes = new(sequence, 0).encode(&pages);
+            content[at..at + bytes.len()].copy_from_slice(&bytes);
+            at += bytes.len();
+        }
+        let sim = SimFile::from_bytes("test.vhdx", content);
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let mut reader = LogReader::new(&file, LONG, GUID);
+        let found = block_on(reader.active()).unwrap();
+        assert_eq!(found.entries.len(), 15);
+        for entry in &found.entries {
+            let changes = reader.changes(entry).unwrap();
+            let places: Vec<u64> = changes
+                .iter()
+                .map(|change| match change {
+                    Change::Page { offset, .. } => *offset,
+                    Change::Zeros(range) => panic!("{range}"),
+                })
+                .collect();
+            assert!(places.iter().eq(pages.iter().map(|(offset, _)| offset)));
+        }
+        assert_eq!(sim.count(SimOp::Read), LONG.len / PIECE);
     }
 }

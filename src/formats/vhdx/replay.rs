@@ -13,6 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::layout::{HEADER_OFFSETS, MAX_FILE_LEN, PAGE, REGION_TABLE_OFFSETS};
+use super::disk;
 use super::log::{Active, Change, Entry, LogReader, PageSource};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{Alignment, Buffers, File, Fut, Hole};
@@ -66,7 +67,7 @@ impl Replay {
             cut_off,
         };
         for entry in &entries {
-            for change in reader.changes(entry).await? {
+            for change in reader.changes(entry)? {
                 replay.check(&change, log).context(|| format!("log entry {}", entry.sequence))?;
                 replay.add(change);
             }
@@ -160,8 +161,11 @@ impl Replay {
             file.write_zeroes(ByteRange::between(*start, *end), true).await?;
         }
         let (places, sources): (Vec<u64>, Vec<PageSource>) = self.pages.iter().unzip();
+        // The same memory for all, as new memory takes longer than what is done with it.
+        let mut memory = disk::memory(sources.len().min(AT_ONCE) as u64 * PAGE);
         for (places, sources) in places.chunks(AT_ONCE).zip(sources.chunks(AT_ONCE)) {
-            let pages = PageSource::read_all(sources, file).await?.buffers();
+            PageSource::read_all(sources, file, &mut memory).await?;
+            let pages = memory.buffers();
             let mut done = 0;
             for run in places.chunk_by(|a, b| a + PAGE == *b) {
                 let len = run.len() as u64 * PAGE;
@@ -227,7 +231,8 @@ impl Replayed {
             let sources = self.replay.pages_from(page, end);
             if !sources.is_empty() {
                 to = end.min(page + sources.len() as u64 * PAGE);
-                let content = PageSource::read_all(&sources, &self.file).await?;
+                let mut content = disk::memory(sources.len() as u64 * PAGE);
+                PageSource::read_all(&sources, &self.file, &mut content).await?;
                 content.buffers().slice(at - page, to - at).copy_to(&part(to));
             } else if let Some(zeros_end) = self.replay.zeros_at(at) {
                 let next = self.replay.pages.range(at..end).next().map_or(end, |(at, _)| *at);
