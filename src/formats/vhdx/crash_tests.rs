@@ -606,6 +606,40 @@ fn a_replay_is_durable_before_the_log_counts_as_empty() {
     );
 }
 
+/// The slot that the current header is not in is written first, and is on disk before anything else is
+/// changed: the other slot, too.
+#[test]
+fn a_replay_changes_nothing_before_a_header_says_so() {
+    let (file, _driver) = with_two_blocks();
+    let file = SimFile::from_bytes("left.vhdx", file.durable());
+    let headers_on_disk = || {
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("durable.vhdx", file.durable()));
+        block_on(HeaderSlots::read(&file)).unwrap()
+    };
+    let before = headers_on_disk();
+    let task = async {
+        let raw: Arc<dyn File> = Arc::new(file.clone());
+        let structure = Structure::read(&raw).await.unwrap();
+        Vhdx::open(structure, OpenOptions::default()).await.unwrap();
+    };
+    let sim = Sim::new(1);
+    sim.attach(&file);
+    let mut changing = 0;
+    sim.run_until(vec![Box::pin(task)], |step| {
+        let places: Vec<u64> = file.at_risk().iter().map(|risk| risk.range.offset).collect();
+        let other = HEADER_OFFSETS[1 - before.slot];
+        if places.iter().any(|place| *place != other) {
+            changing += 1;
+            assert!(!places.contains(&other), "step {step}: both slots are at risk");
+            let current = headers_on_disk().current;
+            assert_ne!(current.file_write_guid, before.current.file_write_guid, "step {step}");
+        }
+        false
+    });
+    assert!(changing > 2);
+    assert!(headers_on_disk().current.log_guid.is_zero());
+}
+
 /// When a log is full of entries that point back to the first, an empty one must be there before
 /// that is overwritten.
 #[test]

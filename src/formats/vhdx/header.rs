@@ -132,19 +132,29 @@ impl HeaderSlots {
     /// # Errors
     /// After one the old or the new header is current; which, a new read would tell.
     pub async fn update(&mut self, file: &Arc<dyn File>, header: Header) -> Result<()> {
-        let mut next = header;
         for _ in 0..2 {
-            next.sequence = self.current.sequence.checked_add(1).ok_or_else(|| {
-                Error::corrupt("the header's sequence number cannot grow any further")
-            })?;
-            let slot = 1 - self.slot;
-            disk::write(file, HEADER_OFFSETS[slot], &next.encode()).await?;
+            self.write_next(file, header).await?;
             file.flush().await?;
-            self.current = next;
-            self.slot = slot;
-            self.valid[slot] = true;
-            self.sequences[slot] = next.sequence;
         }
+        Ok(())
+    }
+
+    /// Makes `header` current in the other slot, with a sequence number of its own. The caller flushes
+    /// before the next one is written, as that goes over the one that was current until now.
+    ///
+    /// # Errors
+    /// As those of [`HeaderSlots::update`].
+    pub async fn write_next(&mut self, file: &Arc<dyn File>, header: Header) -> Result<()> {
+        let sequence = self.current.sequence.checked_add(1).ok_or_else(|| {
+            Error::corrupt("the header's sequence number cannot grow any further")
+        })?;
+        let next = Header { sequence, ..header };
+        let slot = 1 - self.slot;
+        disk::write(file, HEADER_OFFSETS[slot], &next.encode()).await?;
+        self.current = next;
+        self.slot = slot;
+        self.valid[slot] = true;
+        self.sequences[slot] = next.sequence;
         Ok(())
     }
 }

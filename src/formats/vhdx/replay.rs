@@ -2,7 +2,7 @@
 //!
 //! [`Replay`] is what the active log entries leave behind, by place. [`Replayed`] shows a file as
 //! it will be after that, without changing it; every image with a log that is not empty is
-//! first looked at in this way, so that a refused image stays as it was. [`Replay::apply`] then
+//! first looked at in this way, so that a refused image stays as it was. [`Replay::make`] then
 //! does it on disk, where it can be repeated any number of times: until the header says that the
 //! log is empty, the entries are there and say the same.
 //!
@@ -12,8 +12,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::layout::{HEADER_OFFSETS, MAX_FILE_LEN, PAGE, REGION_TABLE_OFFSETS};
 use super::disk;
+use super::header::{Header, HeaderSlots};
+use super::layout::{Guid, HEADER_OFFSETS, MAX_FILE_LEN, PAGE, REGION_TABLE_OFFSETS};
 use super::log::{Active, Change, Entry, LogReader, PageSource};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{Alignment, Buffers, File, Fut, Hole};
@@ -151,9 +152,26 @@ impl Replay {
         self.zeros.insert(start, end);
     }
 
+    /// Makes the replay on disk, and declares the log empty. Can be repeated after a crash.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub(super) async fn make(&self, file: &Arc<dyn File>, headers: &mut HeaderSlots) -> Result<()> {
+        let begun = Header { file_write_guid: Guid::random(), ..headers.current };
+        // Before the first byte is changed.
+        headers.write_next(file, begun).await?;
+        file.flush().await?;
+        // The other slot and the pages share a flush: whatever of that is lost, the header that is on
+        // disk already has the replay made again.
+        headers.write_next(file, begun).await?;
+        self.apply(file).await?;
+        file.flush().await?;
+        headers.update(file, Header { log_guid: Guid::ZERO, ..headers.current }).await
+    }
+
     /// Changes the file. Nothing is durable before the next flush, and until the log is declared
     /// empty the same can be done again.
-    pub async fn apply(&self, file: &Arc<dyn File>) -> Result<()> {
+    async fn apply(&self, file: &Arc<dyn File>) -> Result<()> {
         if file.len()? < self.len {
             file.set_len(self.len).await?;
         }

@@ -48,13 +48,14 @@ pub(super) async fn begin_change(
     structure: &Structure,
 ) -> Result<HeaderSlots> {
     let mut headers = structure.headers;
-    let begun = Header { file_write_guid: Guid::random(), ..headers.current };
-    headers.update(file, begun).await?;
-    if let Some(replay) = &structure.replay {
-        replay.apply(file).await.context(|| "replaying the log")?;
-        file.flush().await?;
-        let emptied = Header { log_guid: Guid::ZERO, ..headers.current };
-        headers.update(file, emptied).await?;
+    match &structure.replay {
+        Some(replay) => {
+            replay.make(file, &mut headers).await.context(|| "replaying the log")?;
+        }
+        None => {
+            let begun = Header { file_write_guid: Guid::random(), ..headers.current };
+            headers.update(file, begun).await?;
+        }
     }
     Ok(headers)
 }

@@ -23,13 +23,7 @@ const SPACE_SCAN: u64 = 16 << 20;
 pub(super) async fn replay(structure: &Structure, headers: &mut HeaderSlots) -> Result<()> {
     let Some(replay) = &structure.replay else { return Ok(()) };
     let file = &structure.raw_file;
-    // Before the first byte is changed.
-    let header = Header { file_write_guid: Guid::random(), ..headers.current };
-    headers.update(file, header).await?;
-    replay.apply(file).await?;
-    file.flush().await?;
-    let header = Header { log_guid: Guid::ZERO, ..headers.current };
-    headers.update(file, header).await?;
+    replay.make(file, headers).await?;
     tracing::info!(
         "{}: {} log entries that were not in place yet were replayed",
         file.name(),
@@ -289,11 +283,13 @@ impl Vhdx {
 
 #[cfg(test)]
 mod tests {
+    use super::super::OpenOptions;
     use super::super::layout::payload;
     use super::super::testing::*;
     use super::*;
     use crate::block::Driver;
-    use crate::io::sim::SimFile;
+    use crate::io::File;
+    use crate::io::sim::{SimFile, SimOp};
     use crate::units::MIB;
 
     /// As a kill leaves it after a commit and before the records of that are dropped.
@@ -345,5 +341,37 @@ mod tests {
         let known = guid(&again);
         block_on(write(&again, 0, &[2; 512], false)).unwrap();
         assert_eq!(guid(&again), known);
+    }
+
+    /// One after the first header, before anything else is changed; one after the other header and the
+    /// pages; one after each of the headers that say that the log is empty.
+    #[test]
+    fn a_replay_flushes_four_times() {
+        const PAGES: u64 = 600;
+        // What one page of the BAT tells of, in blocks of 1 MiB.
+        let per_page = 512 * MIB;
+        let fixture = Fixture { log: 4 * MIB, ..Fixture::new(PAGES * per_page) };
+        let file = SimFile::from_bytes("test.vhdx", fixture.bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        for page in 0..PAGES {
+            block_on(write(&driver, page * per_page, &[1; 512], false)).unwrap();
+            if page % 100 == 99 {
+                block_on(driver.flush()).unwrap();
+            }
+        }
+        let file = file.after_kill();
+        let raw: Arc<dyn File> = Arc::new(file.clone());
+        let structure = block_on(Structure::read(&raw)).unwrap();
+        assert_eq!(structure.replay.as_ref().unwrap().page_count() as u64, PAGES);
+        let counts = || [SimOp::Flush, SimOp::Write].map(|op| file.count(op));
+        let before = counts();
+        block_on(Vhdx::open(structure, OpenOptions::default())).unwrap();
+        let done = counts();
+        // The writes are four headers, and the pages, which lie side by side, 1 MiB at once.
+        assert_eq!([done[0] - before[0], done[1] - before[1]], [4, 4 + 3]);
+        let driver = open_image(&file, None, None).unwrap();
+        for page in 0..PAGES {
+            assert_eq!(block_on(read(&driver, page * per_page, 512)), [1; 512]);
+        }
     }
 }
