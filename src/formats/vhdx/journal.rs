@@ -716,8 +716,10 @@ mod tests {
     use super::super::testing::*;
     use crate::block::Driver;
     use crate::io::block_on;
-    use crate::io::sim::{SimFile, SimOp};
+    use crate::io::sim::{Sim, SimFile, SimOp};
     use crate::units::MIB;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
 
     /// What one page of the BAT tells of, in blocks of 1 MiB.
     const PER_PAGE: u64 = 512 * MIB;
@@ -747,5 +749,30 @@ mod tests {
             let done = [after[0] - before[0], after[1] - before[1]];
             assert!(done[0] <= writes && done[1] <= 5, "after {pages} pages: {done:?}");
         }
+    }
+
+    /// A queue that flushes does not hold up another one that writes to new blocks, whatever the
+    /// flush is waiting for.
+    #[test]
+    fn blocks_are_mapped_while_a_flush_is_under_way() {
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(64 * MIB).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        block_on(write(&driver, 0, &[1; 512], false)).unwrap();
+        let (sim, mut context) = (Sim::new(1), Context::from_waker(Waker::noop()));
+        let mut flush = pin!(driver.flush());
+        let mut steps = 0;
+        sim.attach(&file);
+        while flush.as_mut().poll(&mut context).is_pending() {
+            // The disk goes on with everything but the one operation of the flush.
+            sim.detach(&file);
+            assert_eq!(sim.pending(), 1);
+            steps += 1;
+            let mut beside = pin!(write(&driver, steps * MIB, &[2; 512], false));
+            assert!(beside.as_mut().poll(&mut context).is_ready(), "in step {steps}");
+            sim.attach(&file);
+            sim.step();
+        }
+        // An empty entry, both headers, and the entry, with a flush for each.
+        assert_eq!(steps, 8);
     }
 }
