@@ -156,7 +156,7 @@ impl Replay {
     ///
     /// # Errors
     /// Those of the file.
-    pub(super) async fn make(&self, file: &Arc<dyn File>, headers: &mut HeaderSlots) -> Result<()> {
+    pub async fn make(&self, file: &Arc<dyn File>, headers: &mut HeaderSlots) -> Result<()> {
         let begun = Header { file_write_guid: Guid::random(), ..headers.current };
         // Before the first byte is changed.
         headers.write_next(file, begun).await?;
