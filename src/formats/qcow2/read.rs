@@ -56,7 +56,7 @@ impl Qcow2 {
         let limits = backing.limits();
         let wanted = ByteRange { offset, len: have };
         if wanted.is_aligned(limits.request_alignment) {
-            return backing.read(offset, buf.slice(0, have)).await;
+            return backing.read_planned(offset, buf.slice(0, have)).await;
         }
         let start = align_down(offset, limits.request_alignment);
         let end = align_up(wanted.end(), limits.request_alignment).unwrap_or(u64::MAX);

@@ -165,6 +165,14 @@ fn reads_are_planned_through_a_chain() {
     let extents = planned(&*top, 65536 - 512, 1024).unwrap();
     assert_eq!(extents[0], (Some((base_id, 65536 - 512)), 512));
     assert!(extents.len() == 2 && extents[1].0.unwrap().0 != base_id, "{extents:?}");
+    // So is what surrounds a new cluster: the layer in the middle is not asked to read.
+    let asked = || two.backing().unwrap().counters().reads.load(Ordering::Relaxed);
+    let before = asked();
+    block_on(write(&*top, (4 << 16) + 512, &[2; 512])).unwrap();
+    assert_eq!(asked(), before);
+    let mut cluster = std::fs::read(&base).unwrap()[4 << 16..5 << 16].to_vec();
+    cluster[512..1024].fill(2);
+    assert!(block_on(read(&*top, 4 << 16, 1 << 16)) == cluster);
     // Another driver in the middle or at the bottom: through what was before leads nothing.
     let quiesced = crate::block::Gate::new().quiesce();
     let (other, other_id) = raw(&base);
