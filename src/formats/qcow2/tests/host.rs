@@ -121,8 +121,11 @@ fn chains_of_qcow2_on_raw() {
     }
 }
 
-/// What a plan for a read leads to: the file and the place, zeros, or nothing.
-fn planned(driver: &dyn Driver, offset: u64, len: u64) -> Option<Vec<(Option<(u32, u64)>, u64)>> {
+/// A piece of a plan: the file and the place in it, or zeros, and the length.
+type Piece = (Option<(u32, u64)>, u64);
+
+/// What a plan for a read leads to; `None` if there is none.
+fn planned(driver: &dyn Driver, offset: u64, len: u64) -> Option<Vec<Piece>> {
     let mut plan = Plan::default();
     let answer = driver.plan(PlanOp::Read, ByteRange { offset, len }, &mut plan);
     (answer == Planned::Ready).then(|| {
