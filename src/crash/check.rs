@@ -1,6 +1,9 @@
 //! Checkers: programs, or a guest, that say whether a state is good.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
+use std::mem::MaybeUninit;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -206,6 +209,22 @@ fn verdict(who: &str, status: Option<ExitStatus>, good: &[i32], limit: Duration)
     }
 }
 
+/// Has a command begin with no signal blocked. We block those that we wait for, and who uses `timeout` or
+/// `kill` in a checker wants them to arrive.
+fn unblock_signals(command: &mut Command) {
+    let unblock = || {
+        let mut none = MaybeUninit::uninit();
+        // SAFETY: it is made what it is to be before it is used.
+        let done = unsafe {
+            libc::sigemptyset(none.as_mut_ptr());
+            libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
+        };
+        if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: both calls may be made between fork and exec, and no memory is allocated.
+    unsafe { command.pre_exec(unblock) };
+}
+
 /// Runs a command to its end; `None` if it had to be killed because it took too long. Nothing that it
 /// has started is left: that would still have the file in which the next state is shown.
 fn run(
@@ -218,6 +237,7 @@ fn run(
     };
     command.stdin(Stdio::null()).stdout(stdio()?).stderr(stdio()?);
     guard::mark(command);
+    unblock_signals(command);
     // A group of its own: Ctrl-C at the terminal is for us, and must not look like a bad disk.
     let name = command.get_program().to_string_lossy().into_owned();
     let mut child = command.process_group(0).spawn().context(|| name)?;

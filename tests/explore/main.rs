@@ -265,6 +265,17 @@ fn what_a_checker_leaves_running_is_ended() {
 }
 
 #[test]
+fn signals_reach_a_checker() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 1);
+    // By the shell alone: what it starts has a mask of its own.
+    let check = "test -e {} && while read -r name value; do test $name != SigBlk: || break; done \
+                 < /proc/self/status && test $value = 0000000000000000";
+    let (code, report) = explore(dir.path(), check, &[]);
+    assert_eq!(code, Some(0), "{report}");
+}
+
+#[test]
 fn a_damaged_sidecar_costs_no_report() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
