@@ -143,6 +143,7 @@ impl Command {
 /// Runs the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    ignore_file_size_signal();
     let serves = matches!(cli.command, Command::Serve(_));
     let result = logging::init(&cli.log, cli.command.default_level(), !serves)
         .and_then(|()| cli.command.run());
@@ -153,6 +154,14 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Has writes beyond the limit on the size of files (`ulimit -f`) fail, and not kill us: a guest gets an
+/// error for that request and no more, and a command says what it could not write.
+#[allow(unsafe_code)]
+fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed that could run anything.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Prints an error as the one line that an operator sees.

@@ -74,7 +74,6 @@ fn may_pass(err: &Error) -> bool {
 fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
     // Before any thread exists, so that all of them inherit the mask and signals arrive here only.
     let signals = Signals::block()?;
-    ignore_file_size_signal();
     let engine = match args.aio {
         None => EngineKind::Auto,
         Some(Aio::IoUring) => EngineKind::IoUring,
@@ -317,14 +316,6 @@ fn say_what_was_served(export: &Export, is_single: bool) {
     let totals = export.totals().map(|(name, count)| format!("{name}={count}"));
     let which = if is_single { String::new() } else { format!("'{}': ", export.name()) };
     tracing::info!("served {which}{}", totals.join(" "));
-}
-
-/// Has writes beyond the limit on the size of files (`ulimit -f`) fail, and not kill us: the guest
-/// gets an error for that request and no more.
-#[allow(unsafe_code)]
-fn ignore_file_size_signal() {
-    // SAFETY: no handler is installed that could run anything.
-    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// SIGTERM, SIGINT and SIGHUP, as a file descriptor.

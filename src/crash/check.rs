@@ -209,20 +209,21 @@ fn verdict(who: &str, status: Option<ExitStatus>, good: &[i32], limit: Duration)
     }
 }
 
-/// Has a command begin with no signal blocked. We block those that we wait for, and who uses `timeout` or
-/// `kill` in a checker wants them to arrive.
-fn unblock_signals(command: &mut Command) {
-    let unblock = || {
+/// Has a command begin with no signal blocked, and none ignored that we do. We block those that we wait for,
+/// and who uses `timeout` or `kill` in a checker wants them to arrive.
+fn reset_signals(command: &mut Command) {
+    let reset = || {
         let mut none = MaybeUninit::uninit();
         // SAFETY: it is made what it is to be before it is used.
         let done = unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
             libc::sigemptyset(none.as_mut_ptr());
             libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
         };
         if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     };
-    // SAFETY: both calls may be made between fork and exec, and no memory is allocated.
-    unsafe { command.pre_exec(unblock) };
+    // SAFETY: these calls may be made between fork and exec, and no memory is allocated.
+    unsafe { command.pre_exec(reset) };
 }
 
 /// Runs a command to its end; `None` if it had to be killed because it took too long. Nothing that it
@@ -237,7 +238,7 @@ fn run(
     };
     command.stdin(Stdio::null()).stdout(stdio()?).stderr(stdio()?);
     guard::mark(command);
-    unblock_signals(command);
+    reset_signals(command);
     // A group of its own: Ctrl-C at the terminal is for us, and must not look like a bad disk.
     let name = command.get_program().to_string_lossy().into_owned();
     let mut child = command.process_group(0).spawn().context(|| name)?;
