@@ -21,18 +21,30 @@ impl Qsd {
             return None;
         }
         let socket = dir.join("qsd.sock");
+        let pidfile = dir.join("qsd.pid");
         let chardev = format!("socket,id=m,path={},server=on,wait=off", socket.display());
         let mut command = Command::new("qemu-storage-daemon");
-        command.args(["--chardev", &chardev, "--monitor", "chardev=m"]).current_dir(dir);
+        command.args(["--chardev", &chardev, "--monitor", "chardev=m", "--pidfile"]).arg(&pidfile);
+        command.current_dir(dir);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut qsd = Qsd { child: command.spawn().expect("it starts"), socket, first: None };
-        // While it starts, QEMU may close a connection that it has accepted, or one that follows
-        // another too closely.
+        let mut started = None;
         super::wait_until("qemu-storage-daemon", || {
+            // The one before, if there was one, is gone by now.
+            drop(started.take());
+            let _ = std::fs::remove_file(&pidfile);
+            let child = command.spawn().expect("it starts");
+            let mut qsd = Qsd { child, socket: socket.clone(), first: None };
+            // A connection that comes while its monitor is being set up may be forgotten, and with it
+            // all that follow. This file is the last thing that it does before it serves.
+            super::wait_until("the file with its number", || {
+                std::fs::read(&pidfile).is_ok_and(|number| !number.is_empty())
+            });
             qsd.first = Qmp::try_connect(&qsd.socket);
-            qsd.first.is_some()
+            let is_there = qsd.first.is_some();
+            started = Some(qsd);
+            is_there
         });
-        Some(qsd)
+        started
     }
 
     /// The connection, once.
