@@ -5,7 +5,6 @@
 //! same one, and a process that takes over from one that was killed waits for the host to be done
 //! with its I/O. So is its sidecar, which another log may have been given by mistake.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,7 +92,7 @@ pub fn record_to(
             return Err(Error::invalid(message));
         }
     }
-    let claim = claim_device(log)?;
+    check_not_in_use(log)?;
     let sidecar = match &options.sidecar {
         Some(path) => path.clone(),
         None if log.kind() == HostKind::BlockDevice => {
@@ -121,7 +120,6 @@ pub fn record_to(
         is_raw: image.format == ImageFormat::Raw,
         notes: notes_path(&options.state_dir, log)?,
         block_size: options.block_size,
-        claim,
     };
     let log = Arc::clone(log) as Arc<dyn File>;
     let opening = write_log::open(subject, log, Arc::new(sidecar), options.settings);
@@ -195,23 +193,18 @@ fn files_of(image: &Image) -> impl Iterator<Item = &HostFile> {
     files.map(|file| &**file)
 }
 
-/// Keeps a log's device from being mounted meanwhile.
-///
-/// # Errors
-/// If the host uses it: what it has there would be lost.
-fn claim_device(log: &HostFile) -> Result<Option<Arc<OwnedFd>>> {
+/// Refuses a device that the host uses: what it has there would be lost. It is not kept from others
+/// afterwards: while somebody has it for himself, the kernel refuses to make holes by any other descriptor.
+fn check_not_in_use(log: &HostFile) -> Result<()> {
     if log.kind() != HostKind::BlockDevice {
-        return Ok(None);
+        return Ok(());
     }
     let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NONBLOCK;
     match rustix::fs::open(log.path(), flags, Mode::empty()) {
-        Ok(fd) => Ok(Some(Arc::new(fd))),
+        Ok(_claim) => Ok(()),
         Err(rustix::io::Errno::BUSY) => Err(Error::new(
             ErrorKind::Busy,
-            format!(
-                "{}: is in use by the host: mounted, part of another device, or another log is on it",
-                log.name()
-            ),
+            format!("{}: is in use by the host: mounted, or part of another device", log.name()),
         )),
         Err(err) => Err(Error::from(err).context(log.name().to_string())),
     }

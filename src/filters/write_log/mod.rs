@@ -45,7 +45,6 @@ mod tail;
 mod under_way;
 
 use std::ops::Deref;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -100,8 +99,6 @@ pub struct Recording {
     /// Whether it was ended in order.
     has_ended: AtomicBool,
     closing: Closed,
-    /// See [`Subject::claim`].
-    _claim: Option<Arc<OwnedFd>>,
 }
 
 impl Deref for WriteLog {

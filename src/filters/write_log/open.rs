@@ -22,7 +22,6 @@
 //! After the host went down the log may know of writes that the disk has lost, and the disk may
 //! have writes that the log does not count, so going on would make a log that never was.
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -97,8 +96,6 @@ pub struct Subject {
     pub notes: Option<PathBuf>,
     /// Size of the guest's blocks in bytes, if there is a guest: a request is whole log sectors.
     pub block_size: Option<u64>,
-    /// Keeps others from the log for as long as it is recorded, where it is a device.
-    pub claim: Option<Arc<OwnedFd>>,
 }
 
 /// How recording began.
@@ -146,7 +143,6 @@ pub async fn open(
         has_grown: is_new.into(),
         has_ended: false.into(),
         closing: Closed { header, image: subject.file },
-        _claim: subject.claim,
     };
     Ok((WriteLog { below: subject.below, recording: Arc::new(recording) }, began))
 }

@@ -56,15 +56,7 @@ impl Bed {
         let image = ImageIdentity { file: (1, 2), born_ns: 3, path: "/disks/disk".into() };
         let raw = Raw::open(Arc::new(self.disk.clone()), false).unwrap();
         let notes = Some(self.state.path().join("notes"));
-        Subject {
-            below: Arc::new(raw),
-            image,
-            file: None,
-            is_raw: true,
-            notes,
-            block_size: None,
-            claim: None,
-        }
+        Subject { below: Arc::new(raw), image, file: None, is_raw: true, notes, block_size: None }
     }
 
     fn try_open(&self, settings: Settings) -> Result<(WriteLog, Began)> {

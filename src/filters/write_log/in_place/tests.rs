@@ -41,7 +41,6 @@ impl Bed {
             is_raw: true,
             notes: None,
             block_size: None,
-            claim: None,
         };
         let (filter, _) = block_on(open(subject, log, sidecar, settings)).unwrap();
         Bed { memory, filter: Arc::new(filter) }
