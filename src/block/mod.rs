@@ -37,7 +37,7 @@ pub use driver::{
 pub use format::{Extent, ExtentKind, Format, FormatDriver, Guard, Prepared, WriteCommit};
 pub use gate::{Gate, Party, Quiesced};
 pub use graph::Graph;
-pub use in_place::{Attempt, InPlace, Settled};
+pub use in_place::{Attempt, InPlace, Settled, Submission};
 pub use keep::Keep;
 pub use node::{Node, NodeOptions, Rights};
 pub use open_gate::OpenGate;

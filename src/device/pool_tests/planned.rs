@@ -9,7 +9,9 @@ use super::*;
 use crate::block::driver::{
     CommitPlanned, Committed, Plan, PlanCommit, PlanExtent, PlanOp, Planned,
 };
+use crate::block::{Attempt, InPlace, Settled, Submission};
 use crate::device::rings::Session;
+use crate::io::Scattered;
 
 /// What a [`Planner`] was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,10 @@ enum Heard {
     Abandoned(u64),
     /// A flush, not planned.
     Flush,
+    /// The host has written the copy of a write's data, or could not.
+    HostWrote(bool),
+    /// What was written is settled.
+    Settled,
     /// What became of an earlier guest.
     Resume(Option<u128>),
     /// A guest's session began.
@@ -66,11 +72,14 @@ struct Planner {
     synced: HostFile,
     notes: Arc<Notes>,
     rest: Arc<Slow>,
+    /// Whether writes are of copies, and planned by nobody.
+    copies: AtomicBool,
 }
 
 impl Planner {
     fn new(data: HostFile, synced: HostFile) -> Arc<Planner> {
-        Arc::new(Planner { data, synced, notes: Arc::default(), rest: Slow::new() })
+        let (notes, rest, copies) = (Arc::default(), Slow::new(), AtomicBool::new(false));
+        Arc::new(Planner { data, synced, notes, rest, copies })
     }
 
     /// One on a file of its own in `dir`.
@@ -95,6 +104,7 @@ impl Driver for Planner {
         let mut file = &self.data;
         match op {
             PlanOp::Read => {}
+            PlanOp::Write { .. } if self.copies.load(Ordering::SeqCst) => return Planned::NotNow,
             PlanOp::Write { fua } => {
                 self.notes.note(Heard::Planned { fua });
                 let owner = Arc::clone(&self.notes) as Arc<dyn CommitPlanned>;
@@ -104,6 +114,11 @@ impl Driver for Planner {
         }
         plan.extents.push(PlanExtent::File { file, offset: range.offset, len: range.len });
         Planned::Ready
+    }
+
+    fn in_place(self: Arc<Self>) -> Option<Box<dyn InPlace>> {
+        let copies = self.copies.load(Ordering::SeqCst);
+        copies.then(|| Box::new(Copier { planner: self, copy: None }) as Box<dyn InPlace>)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {
@@ -156,6 +171,45 @@ impl Queue {
         assert_eq!(used.id, u32::from(head));
         assert!(self.ring.free_chain(used.id));
         self.memory.read_vec(self.status(0), 1).unwrap()[0]
+    }
+}
+
+/// Writes a copy of one request's data at a time, with all bits the other way round.
+struct Copier {
+    planner: Arc<Planner>,
+    copy: Option<Vec<u8>>,
+}
+
+impl InPlace for Copier {
+    fn write(&mut self, range: ByteRange, data: Scattered<'_>, _queue: u16) -> Attempt<'_> {
+        assert!(self.copy.is_none(), "one at a time");
+        self.planner.notes.note(Heard::Planned { fua: false });
+        let mut copy = vec![0; range.len as usize];
+        data.copy_to_slice(&mut copy);
+        copy.iter_mut().for_each(|byte| *byte = !*byte);
+        let (file, offset) = (&self.planner.data, range.offset);
+        Attempt::Submit(Submission { file, offset, data: self.copy.insert(copy), token: 77 })
+    }
+
+    fn written(&mut self, token: u32, has_succeeded: bool) {
+        assert_eq!(token, 77);
+        assert!(self.copy.take().is_some(), "told twice");
+        self.planner.notes.note(Heard::HostWrote(has_succeeded));
+    }
+
+    fn settle(&mut self) -> Settled {
+        let planner = Arc::clone(&self.planner);
+        match self.planner.notes.next.lock().unwrap().take() {
+            Some(result) => Settled::Later(Box::pin(async move {
+                Nap(&planner.rest, false).await;
+                planner.notes.note(Heard::Settled);
+                result.map(|_| ())
+            })),
+            None => {
+                planner.notes.note(Heard::Settled);
+                Settled::Done(Ok(()))
+            }
+        }
     }
 }
 
@@ -254,6 +308,46 @@ fn a_planned_write_is_committed() {
         let (_, pool, mut queue) = serve(&planner, engine);
         assert_eq!(queue.request(WRITE, 8192), 1);
         assert_eq!(planner.notes.take(), [planned, Abandoned(8192)]);
+        pool.stop(0).unwrap();
+        pool.disconnected();
+    }
+}
+
+/// The host writes the driver's copy, and the guest hears of it when the driver has settled it.
+#[test]
+fn a_write_of_a_copy_completes_once_it_is_settled() {
+    use Heard::*;
+    let _watchdog = Watchdog::new("the copy");
+    let dir = tempfile::tempdir().unwrap();
+    for engine in [EngineKind::Auto, EngineKind::Threads] {
+        let planner = Planner::in_dir(&dir, true);
+        planner.copies.store(true, Ordering::SeqCst);
+        let (_, pool, mut queue) = serve(&planner, engine);
+        let planned = Planned { fua: false };
+        let data = queue.data(0);
+        for (i, answer) in [None, Some(Ok(Committed::Done))].into_iter().enumerate() {
+            *planner.notes.next.lock().unwrap() = answer;
+            queue.memory.write(data, &[i as u8; 4096]).unwrap();
+            assert_eq!(queue.request(WRITE, 8192), 0);
+            assert_eq!(planner.notes.take(), [planned, HostWrote(true), Settled]);
+            let disk = std::fs::read(planner.data.path()).unwrap();
+            assert!(disk[8192..][..4096].iter().all(|byte| *byte == !(i as u8)));
+            assert!(queue.memory.read_vec(data, 4096).unwrap().iter().all(|b| *b == i as u8));
+        }
+        *planner.notes.next.lock().unwrap() = Some(Err(Error::from_errno(libc::ENOSPC)));
+        assert_eq!(queue.request(WRITE, 8192), 1);
+        assert_eq!(planner.notes.take(), [planned, HostWrote(true), Settled]);
+        // The slot that had the copy has the guest's memory again.
+        assert_eq!(queue.request(0, 8192), 0);
+        assert!(queue.memory.read_vec(data, 4096).unwrap().iter().all(|byte| *byte == !1));
+        pool.stop(0).unwrap();
+        pool.disconnected();
+        // And one that the host cannot write.
+        let planner = Planner::in_dir(&dir, false);
+        planner.copies.store(true, Ordering::SeqCst);
+        let (_, pool, mut queue) = serve(&planner, engine);
+        assert_eq!(queue.request(WRITE, 8192), 1);
+        assert_eq!(planner.notes.take(), [planned, HostWrote(false)], "there is nothing to settle");
         pool.stop(0).unwrap();
         pool.disconnected();
     }

@@ -71,7 +71,15 @@ impl Worker {
         if let Some(turn) = slot.turn.take() {
             turn.end(slot.errno);
         }
-        if slot.errno == 0 {
+        let has_succeeded = slot.errno == 0;
+        if let Some(token) = slot.staged.take() {
+            self.copy_written(index, token, has_succeeded);
+            if has_succeeded {
+                return;
+            }
+        }
+        let slot = &mut self.slots[index as usize];
+        if has_succeeded {
             return match slot.commit.take() {
                 None if slot.flush_after => self.flush_then_finish(index),
                 None => self.finish(index, Status::Ok),

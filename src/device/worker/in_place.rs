@@ -1,4 +1,4 @@
-//! Writes that the driver performs in place; see [`InPlace`](crate::block::InPlace).
+//! Writes of a copy that the driver keeps; see [`InPlace`](crate::block::InPlace).
 //!
 //! They are settled after the tasks have run: a FLUSH that was taken with them is a task, and
 //! takes its place before those that were in flight when the guest submitted it. Nor may a write
@@ -18,7 +18,7 @@ use crate::io::Scattered;
 use crate::units::ByteRange;
 
 impl Worker {
-    /// Performs a write in place, if the driver can do that. False if nothing was done.
+    /// Performs or starts a write of a copy, if the driver can do that. False if nothing was done.
     #[inline]
     pub(super) fn write_in_place(
         &mut self,
@@ -31,14 +31,21 @@ impl Worker {
             return false;
         }
         let queue = self.rings[at].index as u16;
-        while let Some(in_place) = &mut self.in_place {
+        loop {
+            let Worker { in_place: Some(in_place), slots, .. } = self else { return false };
+            let slot = &mut slots[index as usize];
             // SAFETY: the request was parsed in memory that its ring keeps mapped.
-            let data = unsafe { Scattered::new(&self.slots[index as usize].request.data) };
+            let data = unsafe { Scattered::new(&slot.request.data) };
             match in_place.write(range, data, queue) {
                 Attempt::NotNow => return false,
                 Attempt::SettleFirst => self.settle(),
                 Attempt::Pending => {
                     self.unsettled.push(index);
+                    return true;
+                }
+                Attempt::Submit(submission) => {
+                    slot.stage(&submission);
+                    self.push_part(index, 0);
                     return true;
                 }
                 Attempt::Failed(err) => {
@@ -47,10 +54,19 @@ impl Worker {
                 }
             }
         }
-        false
     }
 
-    /// Completes what was written in place.
+    /// The driver's copy of a request's data is on the image, or could not be written there.
+    #[inline]
+    pub(super) fn copy_written(&mut self, index: u32, token: u32, has_succeeded: bool) {
+        let in_place = self.in_place.as_mut().expect("replaced only when the worker is drained");
+        in_place.written(token, has_succeeded);
+        if has_succeeded {
+            self.unsettled.push(index);
+        }
+    }
+
+    /// Completes what was written.
     #[inline]
     pub(super) fn settle(&mut self) {
         let Some(in_place) = self.in_place.as_mut().filter(|_| !self.unsettled.is_empty()) else {

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsRawFd;
 
+use crate::block::Submission;
 use crate::block::driver::{Driver, Pin, Plan, PlanCommit, PlanExtent, PlanOp, Planned};
 use crate::device::request::Request;
 use crate::io::HostFile;
@@ -34,6 +35,8 @@ pub(super) struct Slot {
     pub(super) pin: Option<Pin>,
     /// Who must know when a planned write's data is written.
     pub(super) commit: Option<PlanCommit>,
+    /// The driver's name for the copy that is being written, where it is not the guest's memory.
+    pub(super) staged: Option<u32>,
 }
 
 /// A piece of a planned request: one operation on one file.
@@ -74,7 +77,24 @@ impl Slot {
             flush_after: false,
             pin: None,
             commit: None,
+            staged: None,
         }
+    }
+
+    /// Makes the request a write of the driver's own copy of its data.
+    pub(super) fn stage(&mut self, submission: &Submission<'_>) {
+        let Submission { file, offset, data, token } = *submission;
+        self.request.data.clear();
+        let iov_base = data.as_ptr().cast_mut().cast();
+        self.request.data.push(libc::iovec { iov_base, iov_len: data.len() });
+        let op = PlanOp::Write { fua: false };
+        let part = Part::new(op, file, offset, data.len() as u64, &self.request.data, Vec::new());
+        self.errno = 0;
+        self.flush_after = false;
+        self.parts.clear();
+        self.parts.push(part);
+        self.parts_left = 1;
+        self.staged = Some(token);
     }
 
     /// Asks the driver for a plan and cuts the request into parts accordingly. A single part is

@@ -78,11 +78,11 @@ impl Lane {
         })
     }
 
-    /// Adds an entry to the open batch.
-    fn join(&self, pending: Pending) -> Rc<Batch> {
+    /// Adds entries to the open batch.
+    fn join(&self, entries: impl IntoIterator<Item = Pending>) -> Rc<Batch> {
         let mut open = self.open.borrow_mut();
         let batch = open.get_or_insert_default();
-        batch.entries.borrow_mut().push(pending);
+        batch.entries.borrow_mut().extend(entries);
         Rc::clone(batch)
     }
 
@@ -160,8 +160,21 @@ impl Recorder {
     /// where the log goes on behind it (or behind others that were written with it).
     pub async fn append(&self, pending: Pending) -> Result<Place> {
         let lane = Lane::of(self.id());
-        let batch = lane.join(pending);
+        let batch = lane.join([pending]);
         yield_now().await;
+        self.log_batch(lane, batch).await
+    }
+
+    /// The same for several at once. Where the host takes writes in place it does not wait, unless
+    /// others are at it.
+    pub async fn append_all(&self, entries: Vec<Pending>) -> Result<Place> {
+        let lane = Lane::of(self.id());
+        let batch = lane.join(entries);
+        self.log_batch(lane, batch).await
+    }
+
+    /// Writes the batch, or waits until somebody else has.
+    async fn log_batch(&self, lane: Rc<Lane>, batch: Rc<Batch>) -> Result<Place> {
         let entries = match lane.wait_or_lead(&batch).await {
             Role::Follow(result) => return result,
             Role::Lead(entries) => entries,

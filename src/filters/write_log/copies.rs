@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 use zerocopy::IntoBytes;
 
 use crate::io::buf::Gather;
-use crate::io::{AlignedBuf, Buffers};
+use crate::io::{AlignedBuf, Buffers, Scattered};
 use crate::write_log::layout::{ENTRY_LEN, RawEntry};
 
 /// Longest data of one entry, in bytes. Longer writes become several.
@@ -68,7 +68,7 @@ impl Copies {
     pub fn header(self: &Arc<Self>, entry: &RawEntry, text: &[u8]) -> EntryCopy {
         self.state.lock().unwrap().in_use += self.charge(0);
         let mut copy = self.take(0);
-        copy.fill(entry, text, None);
+        copy.fill(entry, text, |_| {});
         copy
     }
 
@@ -78,8 +78,7 @@ impl Copies {
         let bytes = self.charge(data.len() as usize);
         poll_fn(|cx| {
             let mut state = self.state.lock().unwrap();
-            if state.in_use == 0 || state.in_use + bytes <= MAX_IN_USE {
-                state.in_use += bytes;
+            if state.try_use(bytes) {
                 return Poll::Ready(());
             }
             state.waiters.push(cx.waker().clone());
@@ -87,8 +86,24 @@ impl Copies {
         })
         .await;
         let mut copy = self.take(data.len() as usize);
-        copy.fill(entry, &[], Some(data));
+        copy.fill(entry, &[], |room| data.copy_to_slice(room));
         copy
+    }
+
+    /// The same at once, or `None` if there is no room.
+    pub fn try_copy(
+        self: &Arc<Self>,
+        entry: &RawEntry,
+        data: Scattered<'_>,
+        len: usize,
+    ) -> Option<EntryCopy> {
+        debug_assert!(len as u64 <= MAX_DATA);
+        if !self.state.lock().unwrap().try_use(self.charge(len)) {
+            return None;
+        }
+        let mut copy = self.take(len);
+        copy.fill(entry, &[], |room| data.copy_to_slice(room));
+        Some(copy)
     }
 
     /// What an entry with so much data counts for.
@@ -112,8 +127,20 @@ impl Copies {
     }
 }
 
+impl State {
+    /// Whether an entry of so many bytes may be made; then it counts.
+    fn try_use(&mut self, bytes: u64) -> bool {
+        let is_room = self.in_use == 0 || self.in_use + bytes <= MAX_IN_USE;
+        if is_room {
+            self.in_use += bytes;
+        }
+        is_room
+    }
+}
+
 impl EntryCopy {
-    fn fill(&mut self, entry: &RawEntry, text: &[u8], data: Option<&Buffers>) {
+    /// Puts header and data together; `copy` has room for the data.
+    fn fill(&mut self, entry: &RawEntry, text: &[u8], copy: impl FnOnce(&mut [u8])) {
         let (start, data_at) = (self.owner.data_at - self.owner.sector_size, self.owner.data_at);
         let end = data_at + self.len;
         let memory = self.memory.as_mut().expect("not given back").as_slice();
@@ -121,9 +148,7 @@ impl EntryCopy {
         header[..ENTRY_LEN].copy_from_slice(entry.as_bytes());
         header[ENTRY_LEN..ENTRY_LEN + text.len()].copy_from_slice(text);
         header[ENTRY_LEN + text.len()..].fill(0);
-        if let Some(data) = data {
-            data.copy_to_slice(&mut memory[data_at..end]);
-        }
+        copy(&mut memory[data_at..end]);
         self.crc = crc32c::crc32c(&memory[start..end]);
     }
 
@@ -132,6 +157,12 @@ impl EntryCopy {
         let mut gather = Gather::default();
         gather.push(self.memory(), self.owner.data_at, self.len);
         gather.finish()
+    }
+
+    /// The same, while nobody else uses it.
+    pub fn data_slice(&mut self) -> &[u8] {
+        let data = self.owner.data_at..self.owner.data_at + self.len;
+        &self.memory.as_mut().expect("not given back").as_slice()[data]
     }
 
     /// Adds header and data to what is written to the log.

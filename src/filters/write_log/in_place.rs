@@ -1,16 +1,19 @@
-//! Entries of one thread whose writes need not wait.
+//! Entries of one thread that need no task.
 //!
 //! Where image, log and sidecar are files that the host writes in place (tmpfs, most file systems by
 //! way of the page cache), a logged write is three plain calls, and what a task for each request
-//! costs would be most of the price. So the worker performs them itself:
+//! costs would be most of the price. So the worker performs them itself, the entries lying in memory
+//! as they will in the log, header and data, entry after entry (the *room*):
 //!
 //! ```text
 //! write    copy it behind the entries that wait ─► the copy to the image
 //! settle   reserve a run ─► one call writes all entries to the log ─► one writes their records
 //! ```
 //!
-//! The copies lie in memory as they will in the log, header and data, entry after entry. All that
-//! the [module above](super) promises holds here, too: an entry takes its place when its data is on
+//! Where the image, or the log, is no such file, and for long writes, each entry has a copy of its own
+//! ([`staged`](super::staged)).
+//!
+//! All that the [module above](super) promises holds here, too: an entry takes its place when its data is on
 //! the image, ranges are locked until then, requests complete when their run does.
 
 use std::sync::Arc;
@@ -18,10 +21,13 @@ use std::sync::atomic::Ordering;
 
 use zerocopy::IntoBytes;
 
-use crate::block::driver::{Plan, PlanExtent, PlanOp, Planned};
-use crate::block::{Attempt, InPlace, OwnedRangeGuard, Settled};
+use crate::block::driver::{Pin, Plan, PlanExtent, PlanOp, Planned};
+use crate::block::{Attempt, InPlace, OwnedRangeGuard, Settled, Submission};
 use crate::error::{Result, ResultExt};
 use crate::filters::write_log::WriteLog;
+use crate::filters::write_log::batch::Pending;
+use crate::filters::write_log::copies::MAX_DATA;
+use crate::filters::write_log::staged::{Entry, Staged};
 use crate::filters::write_log::tail::Reserved;
 use crate::filters::write_log::under_way::Note;
 use crate::io::{HostFile, Scattered};
@@ -36,18 +42,25 @@ const ROOM: usize = 160 << 10;
 #[derive(Debug)]
 pub struct InPlaceWrites {
     filter: Arc<WriteLog>,
+    room: Room,
+    staged: Staged,
+    /// Whether the superblock was due when somebody last looked.
+    is_due: bool,
+}
+
+/// Entries that lie one behind the other.
+#[derive(Debug, Default)]
+struct Room {
     /// Entries as they will be in the log.
-    room: Vec<u8>,
+    memory: Vec<u8>,
     /// How much of it is used.
     used: usize,
     waiting: Vec<Waiting>,
     /// Scratch space for their records.
     records: Vec<u8>,
-    /// Whether the superblock was due when somebody last looked.
-    is_due: bool,
 }
 
-/// An entry that is on the image and not in the log.
+/// An entry in the room. It is on the image and not in the log.
 #[derive(Debug)]
 struct Waiting {
     /// Log sectors, header included.
@@ -61,25 +74,20 @@ struct Waiting {
     _range: OwnedRangeGuard,
 }
 
-impl InPlaceWrites {
-    /// For one thread; `None` if the log or its sidecar is no file of the host.
-    pub fn new(filter: Arc<WriteLog>) -> Option<InPlaceWrites> {
-        files(&filter)?;
-        Some(InPlaceWrites {
-            filter,
-            room: Vec::new(),
-            used: 0,
-            waiting: Vec::new(),
-            records: Vec::new(),
-            is_due: false,
-        })
-    }
+/// A write that needs no task, and where its data goes on the image.
+struct Target<'a> {
+    range: ByteRange,
+    queue: u16,
+    file: &'a HostFile,
+    offset: u64,
+    pin: Option<Pin>,
+}
 
-    /// Whether log and sidecar take writes in place right now.
-    #[inline]
-    fn takes_writes(&self) -> bool {
-        files(&self.filter)
-            .is_some_and(|(log, sidecar)| log.inline().writes && sidecar.inline().writes)
+impl InPlaceWrites {
+    /// For one thread.
+    pub fn new(filter: Arc<WriteLog>) -> InPlaceWrites {
+        let (room, staged) = (Room::default(), Staged::default());
+        InPlaceWrites { filter, room, staged, is_due: false }
     }
 
     /// Whether the superblock waits to be written, which takes a flush.
@@ -90,13 +98,112 @@ impl InPlaceWrites {
         }
         self.is_due
     }
+}
+
+impl WriteLog {
+    /// Where a write goes, if it is one to a single place that is ready.
+    #[inline]
+    fn target(&self, range: ByteRange, queue: u16) -> Option<Target<'_>> {
+        let mut plan = Plan::default();
+        if self.below.plan(PlanOp::Write { fua: false }, range, &mut plan) == Planned::NotNow {
+            return None;
+        }
+        let [PlanExtent::File { file, offset, len }] = plan.extents[..] else { return None };
+        if plan.commit.is_some() || len != range.len {
+            return None;
+        }
+        Some(Target { range, queue, file, offset, pin: plan.pin })
+    }
+
+    /// Log and sidecar, if they take writes in place right now.
+    #[inline]
+    fn in_place_files(&self) -> Option<(&HostFile, &HostFile)> {
+        let (log, sidecar) = (self.recorder.log().as_host()?, self.recorder.sidecar().as_host()?);
+        (log.inline().writes && sidecar.inline().writes).then_some((log, sidecar))
+    }
+}
+
+impl Room {
+    /// Performs a write whose entry takes `size` bytes.
+    #[inline]
+    fn write(
+        &mut self,
+        filter: &WriteLog,
+        target: &Target<'_>,
+        data: Scattered<'_>,
+        size: usize,
+    ) -> Attempt<'static> {
+        let end = self.used + size;
+        if end > ROOM {
+            return Attempt::SettleFirst;
+        }
+        let Some(guard) = filter.in_flight.try_exclusive_owned(target.range) else {
+            return Attempt::NotNow;
+        };
+        let submitted = filter.recorder.tail().event();
+        if self.memory.is_empty() {
+            self.memory = vec![0; ROOM];
+        }
+        let entry = &mut self.memory[self.used..end];
+        let (header, copy) = entry.split_at_mut(filter.recorder.sector_size() as usize);
+        let fields = filter.recorder.header(Flags::NONE, target.range, 0);
+        header[..ENTRY_LEN].copy_from_slice(fields.as_bytes());
+        header[ENTRY_LEN..].fill(0);
+        data.copy_to_slice(copy);
+        let note = filter.under_way.enter(target.range);
+        if let Err(err) = target.file.write_in_place(target.offset, copy) {
+            return Attempt::Failed(err);
+        }
+        self.waiting.push(Waiting {
+            sectors: (size / header.len()) as u64,
+            crc: crc32c::crc32c(entry),
+            submitted,
+            queue: target.queue,
+            note,
+            _range: guard,
+        });
+        self.used = end;
+        Attempt::Pending
+    }
+
+    /// Puts what waits into the log; `None` if there is nothing.
+    fn settle(&mut self, filter: &Arc<WriteLog>) -> Option<Settled> {
+        if self.waiting.is_empty() {
+            return None;
+        }
+        filter.has_grown.store(true, Ordering::Relaxed);
+        let sectors = self.waiting.iter().map(|entry| entry.sectors).sum();
+        let settling = match filter.recorder.tail().reserve(self.waiting.len() as u64, sectors) {
+            Ok(reserved) => {
+                let written = self.write_run(filter, &reserved);
+                Ok(reserved.settle_now(written))
+            }
+            Err(err) => Err(err),
+        };
+        let notes: Vec<Note> = self.waiting.drain(..).map(|entry| entry.note).collect();
+        self.used = 0;
+        let settling = match settling {
+            Ok(settling) => settling,
+            Err(err) => return Some(Settled::Done(Err(err))),
+        };
+        let filter = Arc::clone(filter);
+        let leave = move |result: Result<()>| {
+            result.map(|()| notes.into_iter().for_each(|note| filter.under_way.leave(note)))
+        };
+        Some(match settling.outcome() {
+            Some(result) => Settled::Done(leave(result)),
+            None => Settled::Later(Box::pin(async move { leave(settling.wait().await) })),
+        })
+    }
 
     /// Writes what waits, as one run.
-    fn write_run(&mut self, reserved: &Reserved<'_>) -> Result<()> {
-        let recorder = &self.filter.recorder;
-        let (log, sidecar) = files(&self.filter).expect("looked at when this was made");
+    fn write_run(&mut self, filter: &WriteLog, reserved: &Reserved<'_>) -> Result<()> {
+        let recorder = &filter.recorder;
+        let host = "what waits here was written while both were files of the host";
+        let log = recorder.log().as_host().expect(host);
+        let sidecar = recorder.sidecar().as_host().expect(host);
         let at = recorder.offset(reserved.first.sector);
-        log.write_in_place(at, &self.room[..self.used]).context(|| recorder.log_name())?;
+        log.write_in_place(at, &self.memory[..self.used]).context(|| recorder.log_name())?;
         self.records.clear();
         let mut place = reserved.first;
         for (completed, entry) in (reserved.completed..).zip(&self.waiting) {
@@ -119,101 +226,75 @@ impl InPlaceWrites {
     }
 }
 
-/// Log and sidecar.
-#[inline]
-fn files(filter: &WriteLog) -> Option<(&HostFile, &HostFile)> {
-    Some((filter.recorder.log().as_host()?, filter.recorder.sidecar().as_host()?))
-}
-
 fn sidecar_name(sidecar: &HostFile) -> String {
     use crate::io::File;
     sidecar.name().to_string()
 }
 
-impl InPlace for InPlaceWrites {
-    fn write(&mut self, range: ByteRange, data: Scattered<'_>, queue: u16) -> Attempt {
-        let header_len = self.filter.recorder.sector_size() as usize;
-        let size = header_len as u64 + range.len;
-        if size > ROOM as u64
-            || !range.is_aligned(header_len as u64)
-            || self.owes_superblock()
-            || !self.takes_writes()
-        {
-            return Attempt::NotNow;
-        }
-        let filter = &*self.filter;
-        let mut plan = Plan::default();
-        if filter.below.plan(PlanOp::Write { fua: false }, range, &mut plan) == Planned::NotNow {
-            return Attempt::NotNow;
-        }
-        let [PlanExtent::File { file, offset, len }] = plan.extents[..] else {
-            return Attempt::NotNow;
-        };
-        if plan.commit.is_some() || len != range.len || !file.inline().writes {
-            return Attempt::NotNow;
-        }
-        let end = self.used + size as usize;
-        if end > ROOM {
-            return Attempt::SettleFirst;
-        }
-        // If it overlaps one that waits here, to settle that now could put it before a FLUSH that
-        // the guest submitted together with it. So it waits its turn, as with any other.
+impl Staged {
+    /// Performs a write, or has the host perform it.
+    fn write<'a>(
+        &'a mut self,
+        filter: &WriteLog,
+        target: Target<'a>,
+        data: Scattered<'_>,
+    ) -> Attempt<'a> {
+        let Target { range, queue, file, offset, pin } = target;
         let Some(guard) = filter.in_flight.try_exclusive_owned(range) else {
             return Attempt::NotNow;
         };
+        let header = filter.recorder.header(Flags::NONE, range, 0);
+        let copies = filter.recorder.copies();
+        let Some(mut copy) = copies.try_copy(&header, data, range.len as usize) else {
+            return Attempt::NotNow;
+        };
         let submitted = filter.recorder.tail().event();
-        if self.room.is_empty() {
-            self.room = vec![0; ROOM];
-        }
-        let entry = &mut self.room[self.used..end];
-        let (header, copy) = entry.split_at_mut(header_len);
-        let fields = filter.recorder.header(Flags::NONE, range, 0);
-        header[..ENTRY_LEN].copy_from_slice(fields.as_bytes());
-        header[ENTRY_LEN..].fill(0);
-        data.copy_to_slice(copy);
         let note = filter.under_way.enter(range);
-        if let Err(err) = file.write_in_place(offset, copy) {
+        let is_inline = file.inline().writes;
+        if is_inline && let Err(err) = file.write_in_place(offset, copy.data_slice()) {
             return Attempt::Failed(err);
         }
-        self.waiting.push(Waiting {
-            sectors: size / header_len as u64,
-            crc: crc32c::crc32c(entry),
-            submitted,
-            queue,
-            note,
-            _range: guard,
-        });
-        self.used = end;
-        Attempt::Pending
+        let data_sectors = header.nr_sectors.get();
+        let queue = Some(queue);
+        let pending = Pending { copy, data_sectors, zeros: false, submitted, queue };
+        let entry = Entry { pending, note, range: guard, pin };
+        if is_inline {
+            self.add(entry);
+            return Attempt::Pending;
+        }
+        let (token, data) = self.submit(entry);
+        Attempt::Submit(Submission { file, offset, data, token })
+    }
+}
+
+impl InPlace for InPlaceWrites {
+    fn write(&mut self, range: ByteRange, data: Scattered<'_>, queue: u16) -> Attempt<'_> {
+        let header_len = u64::from(self.filter.recorder.sector_size());
+        if !range.is_aligned(header_len) || range.len > MAX_DATA || self.owes_superblock() {
+            return Attempt::NotNow;
+        }
+        let filter = &*self.filter;
+        let Some(target) = filter.target(range, queue) else { return Attempt::NotNow };
+        // If it overlaps one that waits here, to settle that now could put it before a FLUSH that
+        // the guest submitted together with it. So it waits its turn as a task.
+        let size = (header_len + range.len) as usize;
+        let fits = size <= ROOM && target.file.inline().writes;
+        match fits && filter.in_place_files().is_some() {
+            true => self.room.write(filter, &target, data, size),
+            false => self.staged.write(filter, target, data),
+        }
+    }
+
+    fn written(&mut self, token: u32, has_succeeded: bool) {
+        self.staged.written(token, has_succeeded);
     }
 
     fn settle(&mut self) -> Settled {
-        if self.waiting.is_empty() {
-            return Settled::Done(Ok(()));
-        }
-        let filter = Arc::clone(&self.filter);
-        filter.has_grown.store(true, Ordering::Relaxed);
-        let sectors = self.waiting.iter().map(|entry| entry.sectors).sum();
-        let settling = match filter.recorder.tail().reserve(self.waiting.len() as u64, sectors) {
-            Ok(reserved) => {
-                let written = self.write_run(&reserved);
-                Ok(reserved.settle_now(written))
-            }
-            Err(err) => Err(err),
-        };
-        let notes: Vec<Note> = self.waiting.drain(..).map(|entry| entry.note).collect();
-        self.used = 0;
-        self.is_due = filter.recorder.is_due();
-        let settling = match settling {
-            Ok(settling) => settling,
-            Err(err) => return Settled::Done(Err(err)),
-        };
-        let leave = move |result: Result<()>| {
-            result.map(|()| notes.into_iter().for_each(|note| filter.under_way.leave(note)))
-        };
-        match settling.outcome() {
-            Some(result) => Settled::Done(leave(result)),
-            None => Settled::Later(Box::pin(async move { leave(settling.wait().await) })),
+        let (room, staged) = (self.room.settle(&self.filter), self.staged.settle(&self.filter));
+        self.is_due = self.filter.recorder.is_due();
+        match (room, staged) {
+            (Some(one), Some(other)) => one.and(other),
+            (settled, other) => settled.or(other).unwrap_or(Settled::Done(Ok(()))),
         }
     }
 }

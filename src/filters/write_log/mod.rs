@@ -8,7 +8,8 @@
 //!
 //! tail       who writes where, and up to where the log is whole
 //! batch      entries of one thread that are written together
-//! in_place   entries of one thread whose writes need not wait
+//! in_place   entries of one thread that need no task: those whose writes need not wait,
+//! staged     and those that the host writes like any other request's
 //! under_way  where the disk may hold what the log does not have, should the process be killed
 //! copies     what is written, once for the disk and the log
 //! recorder   the log's files and its superblock
@@ -40,6 +41,7 @@ mod copies;
 mod in_place;
 pub mod open;
 mod recorder;
+mod staged;
 mod stand;
 mod tail;
 mod under_way;
@@ -280,7 +282,7 @@ impl Driver for WriteLog {
     }
 
     fn in_place(self: Arc<Self>) -> Option<Box<dyn InPlace>> {
-        in_place::InPlaceWrites::new(self).map(|writes| Box::new(writes) as Box<dyn InPlace>)
+        Some(Box::new(in_place::InPlaceWrites::new(self)))
     }
 
     fn read<'a>(&'a self, offset: u64, buf: Buffers) -> Fut<'a, ()> {

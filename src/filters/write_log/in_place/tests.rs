@@ -23,17 +23,38 @@ struct Bed {
 }
 
 fn host(fd: &OwnedFd) -> Arc<HostFile> {
+    open_host(fd, false)
+}
+
+fn open_host(fd: &OwnedFd, direct: bool) -> Arc<HostFile> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    let options = OpenOptions { write: true, ..OpenOptions::default() };
+    let options = OpenOptions { write: true, direct, ..OpenOptions::default() };
     Arc::new(HostFile::open(&path, options).unwrap())
 }
 
+/// A file on a file system that takes direct I/O.
+fn file_on_disk() -> OwnedFd {
+    tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap().into()
+}
+
 impl Bed {
+    /// All files in memory.
     fn new(settings: Settings) -> Bed {
         let memory = ["disk", "log", "sidecar"]
             .map(|name| rustix::fs::memfd_create(name, MemfdFlags::ALLOW_SEALING).unwrap());
+        Bed::on(memory, [false; 2], settings)
+    }
+
+    /// All files on disk; image and log by direct I/O, if that is said of them.
+    fn on_disk(direct: [bool; 2]) -> Bed {
+        Bed::on([(); 3].map(|()| file_on_disk()), direct, Settings::default())
+    }
+
+    fn on(memory: [OwnedFd; 3], direct: [bool; 2], settings: Settings) -> Bed {
         rustix::fs::ftruncate(&memory[0], 256 << 10).unwrap();
-        let [disk, log, sidecar] = [0, 1, 2].map(|i| host(&memory[i]));
+        let disk = open_host(&memory[0], direct[0]);
+        let log = open_host(&memory[1], direct[1]);
+        let sidecar = host(&memory[2]);
         let subject = Subject {
             below: Arc::new(Raw::open(disk, false).unwrap()),
             image: ImageIdentity::default(),
@@ -91,11 +112,36 @@ fn sectors(byte: u8, count: u64) -> Buffers {
     AlignedBuf::from_slice(&vec![byte; (count * SECTOR) as usize], 512).buffers()
 }
 
-fn write(lane: &mut dyn InPlace, first: u64, data: &Buffers) -> Attempt {
+fn write<'a>(lane: &'a mut dyn InPlace, first: u64, data: &Buffers) -> Attempt<'a> {
     let range = ByteRange { offset: first * SECTOR, len: data.len() };
     // SAFETY: `data` lives until the call is over.
     #[allow(unsafe_code)]
     lane.write(range, unsafe { Scattered::new(data.iovecs()) }, 3)
+}
+
+impl Bed {
+    /// Has a write begun that the host is to perform: its token, and what is to be written where.
+    #[track_caller]
+    fn submit(&self, lane: &mut dyn InPlace, first: u64, data: &Buffers) -> Submitted {
+        match write(lane, first, data) {
+            Attempt::Submit(Submission { offset, data, token, .. }) => {
+                Submitted { offset, data: data.to_vec(), token }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What the host does with it.
+    fn perform(&self, lane: &mut dyn InPlace, submitted: Submitted) {
+        rustix::io::pwrite(&self.memory[0], &submitted.data, submitted.offset).unwrap();
+        lane.written(submitted.token, true);
+    }
+}
+
+struct Submitted {
+    offset: u64,
+    data: Vec<u8>,
+    token: u32,
 }
 
 fn poll(future: &mut Fut<'_, ()>) -> Poll<Result<()>> {
@@ -232,4 +278,118 @@ fn the_other_order_is_kept_too() {
     settle(&mut *lane).unwrap();
     block_on(flush).unwrap();
     assert_eq!(bed.words(), ["W1=1", "F"]);
+}
+
+#[test]
+fn what_the_host_writes_is_logged_once_it_is_written() {
+    let bed = Bed::on_disk([true, false]);
+    let mut lane = bed.lane();
+    let guest = sectors(1, 2);
+    let one = bed.submit(&mut *lane, 4, &guest);
+    // What the guest does to its memory meanwhile is of no interest.
+    guest.copy_from_slice(&[9; 1024]);
+    let other = bed.submit(&mut *lane, 9, &sectors(2, 1));
+    assert_eq!((one.offset, &one.data[..]), (4 * SECTOR, &[1; 1024][..]));
+    assert_ne!(one.token, other.token);
+    settle(&mut *lane).unwrap();
+    assert_eq!(bed.filter.entries().0, 0, "the host has written nothing");
+    bed.perform(&mut *lane, other);
+    settle(&mut *lane).unwrap();
+    assert_eq!(bed.filter.entries().0, 1);
+    bed.perform(&mut *lane, one);
+    assert_eq!(bed.filter.entries().0, 1, "not settled");
+    settle(&mut *lane).unwrap();
+    assert_eq!(bed.words(), ["W9=2", "W4=1"], "in the order in which they came to the disk");
+}
+
+#[test]
+fn a_flush_does_not_promise_what_the_host_writes_meanwhile() {
+    let bed = Bed::on_disk([true, false]);
+    let mut lane = bed.lane();
+    let with_the_host = bed.submit(&mut *lane, 1, &sectors(1, 1));
+    let written = bed.submit(&mut *lane, 2, &sectors(2, 1));
+    bed.perform(&mut *lane, written);
+    let mut flush = bed.filter.flush();
+    let _ = poll(&mut flush);
+    settle(&mut *lane).unwrap();
+    block_on(flush).unwrap();
+    bed.perform(&mut *lane, with_the_host);
+    settle(&mut *lane).unwrap();
+    assert_eq!(bed.words(), ["F", "W2=2", "W1=1"]);
+}
+
+#[test]
+fn a_range_is_taken_until_what_the_host_writes_is_settled() {
+    let bed = Bed::on_disk([true, false]);
+    let (mut lane, mut other) = (bed.lane(), bed.lane());
+    let submitted = bed.submit(&mut *lane, 0, &sectors(1, 4));
+    let is_taken =
+        |lane: &mut dyn InPlace| matches!(write(lane, 3, &sectors(2, 2)), Attempt::NotNow);
+    assert!(is_taken(&mut *lane) && is_taken(&mut *other));
+    bed.perform(&mut *lane, submitted);
+    assert!(is_taken(&mut *lane) && is_taken(&mut *other));
+    settle(&mut *lane).unwrap();
+    let submitted = bed.submit(&mut *other, 3, &sectors(2, 2));
+    bed.perform(&mut *other, submitted);
+    settle(&mut *other).unwrap();
+    assert_eq!(bed.words(), ["W0=1", "W3=2"]);
+}
+
+#[test]
+fn what_the_host_could_not_write_is_not_logged() {
+    let bed = Bed::on_disk([true, false]);
+    let mut lane = bed.lane();
+    let failing = bed.submit(&mut *lane, 1, &sectors(1, 1));
+    let good = bed.submit(&mut *lane, 2, &sectors(2, 1));
+    lane.written(failing.token, false);
+    bed.perform(&mut *lane, good);
+    settle(&mut *lane).unwrap();
+    let again = bed.submit(&mut *lane, 1, &sectors(3, 1));
+    bed.perform(&mut *lane, again);
+    settle(&mut *lane).unwrap();
+    assert_eq!(bed.words(), ["W2=2", "W1=3"]);
+}
+
+#[test]
+fn a_log_that_is_not_written_in_place_completes_later() {
+    let bed = Bed::on_disk([true, true]);
+    let mut lane = bed.lane();
+    let mut settled = Vec::new();
+    for first in [1, 5, 3] {
+        let submitted = bed.submit(&mut *lane, first, &sectors(first as u8, 1));
+        bed.perform(&mut *lane, submitted);
+        match lane.settle() {
+            Settled::Later(outcome) => settled.push(outcome),
+            Settled::Done(result) => panic!("{result:?}"),
+        }
+    }
+    assert_eq!(bed.filter.entries().0, 0);
+    // The last two are one run, behind the first.
+    let last = settled.pop().unwrap();
+    block_on(async {
+        for outcome in settled {
+            outcome.await.unwrap();
+        }
+    });
+    assert_eq!(bed.filter.entries().0, 3);
+    block_on(last).unwrap();
+    assert_eq!(bed.words(), ["W1=1", "W5=5", "W3=3"]);
+}
+
+#[test]
+fn long_writes_are_settled_together_with_short_ones() {
+    let bed = Bed::new(Settings::default());
+    let mut lane = bed.lane();
+    assert!(matches!(write(&mut *lane, 400, &sectors(1, 1)), Attempt::Pending));
+    let long = sectors(2, (ROOM as u64) / SECTOR);
+    assert!(matches!(write(&mut *lane, 0, &long), Attempt::Pending));
+    assert_eq!((bed.sector(400), bed.sector(0)), (1, 2));
+    settle(&mut *lane).unwrap();
+    assert_eq!(bed.words(), ["W400=1", "W0=2"]);
+    // Either may fail, and then both have.
+    assert!(matches!(write(&mut *lane, 400, &sectors(1, 1)), Attempt::Pending));
+    assert!(matches!(write(&mut *lane, 0, &long), Attempt::Pending));
+    bed.seal(1);
+    assert!(settle(&mut *lane).is_err());
+    assert!(matches!(write(&mut *lane, 0, &sectors(1, 401)), Attempt::Pending), "no range is held");
 }
