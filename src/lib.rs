@@ -6,7 +6,7 @@
 //! # Rooms
 //!
 //! ```text
-//! error units        words everybody uses
+//! error units crc32c words everybody uses
 //!    ▲
 //! io                 engine (io_uring or threads), local executor, buffers, host files, sim files
 //!    ▲
@@ -62,6 +62,7 @@ pub mod block;
 pub mod cli;
 pub mod control;
 pub mod crash;
+pub mod crc32c;
 pub mod device;
 pub mod error;
 pub mod filters;

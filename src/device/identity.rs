@@ -24,6 +24,7 @@
 //! A disk that differs elsewhere only is not found out.
 
 use crate::block::Node;
+use crate::crc32c;
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{AlignedBuf, block_on};
 use crate::units::{ByteRange, align_down};

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::crc32c;
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{AlignedBuf, File};
 use crate::units::ByteRange;

@@ -10,6 +10,7 @@ use std::task::{Poll, Waker};
 
 use zerocopy::IntoBytes;
 
+use crate::crc32c;
 use crate::io::buf::Gather;
 use crate::io::{AlignedBuf, Buffers, Scattered};
 use crate::write_log::layout::{ENTRY_LEN, RawEntry};

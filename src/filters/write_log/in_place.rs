@@ -23,6 +23,7 @@ use zerocopy::IntoBytes;
 
 use crate::block::driver::{Pin, Plan, PlanExtent, PlanOp, Planned};
 use crate::block::{Attempt, InPlace, OwnedRangeGuard, Settled, Submission};
+use crate::crc32c;
 use crate::error::{Result, ResultExt};
 use crate::filters::write_log::WriteLog;
 use crate::filters::write_log::batch::Pending;

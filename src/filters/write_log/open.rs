@@ -27,6 +27,7 @@ use std::sync::Arc;
 
 use crate::block::RangeLock;
 use crate::block::driver::Driver;
+use crate::crc32c;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::filters::write_log::compare::{Difference, find_difference};
 use crate::filters::write_log::recorder::{Recorder, Start};

@@ -11,6 +11,7 @@ use super::log::NewEntry;
 use super::testing::*;
 use super::*;
 use crate::block::Driver;
+use crate::crc32c;
 use crate::io::sim::{SimFile, SimOp};
 use crate::io::{AlignedBuf, block_on};
 use crate::units::{GIB, MIB, TIB};

@@ -17,6 +17,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::crc32c;
 use crate::units::{GIB, KIB, MIB, TIB};
 
 /// Signature of the file identifier (2.2.1).

@@ -27,6 +27,7 @@ use super::layout::{
     LOG_ENTRY_SIGNATURE, LOG_SECTOR, LOG_ZERO_DESCRIPTOR, PAGE, RawLogData, RawLogDescriptor,
     RawLogHeader,
 };
+use crate::crc32c;
 use crate::error::{Error, Result};
 use crate::io::{AlignedBuf, File};
 use crate::units::{ByteRange, align_down};
