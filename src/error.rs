@@ -53,12 +53,14 @@ pub struct Error {
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
     /// The host's error number, where the failure came from a system call.
     errno: Option<i32>,
+    /// See [`Error::lost_nothing`].
+    lost_nothing: bool,
 }
 
 impl Error {
     /// Makes an error of `kind` with a full message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Error { kind, message: message.into(), source: None, errno: None }
+        Error { kind, message: message.into(), source: None, errno: None, lost_nothing: false }
     }
 
     /// The image, table or message does not keep to its format.
@@ -91,11 +93,23 @@ impl Error {
         self.errno
     }
 
+    /// Whether it is certain that nothing was lost by this failure of a flush: it had not begun, and
+    /// another one may succeed.
+    pub fn has_lost_nothing(&self) -> bool {
+        self.lost_nothing
+    }
+
+    /// Says whether that is certain.
+    pub fn lost_nothing(self, is_certain: bool) -> Self {
+        Error { lost_nothing: is_certain, ..self }
+    }
+
     /// Puts `message` before this error, which becomes its source. The kind stays.
     pub fn context(self, message: impl Into<String>) -> Self {
         Error {
             kind: self.kind,
             errno: self.errno,
+            lost_nothing: self.lost_nothing,
             message: message.into(),
             source: Some(Box::new(self)),
         }
@@ -148,7 +162,7 @@ impl From<std::io::Error> for Error {
             Some(errno) => describe_errno(errno),
             None => err.to_string(),
         };
-        Error { kind, message, source: None, errno }
+        Error { kind, message, source: None, errno, lost_nothing: false }
     }
 }
 

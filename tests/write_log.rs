@@ -799,3 +799,48 @@ fn a_disk_that_was_changed_after_a_kill_is_not_recorded_on() {
     assert!(again.terminate().success(), "{}", again.log());
     assert_eq!(kinds(d, "w.log"), ["WRITE"]);
 }
+
+/// A log that is full fails what it cannot hold, and goes on when there is room again: the disk has
+/// lost nothing.
+#[test]
+fn a_full_log_goes_on_when_there_is_room_again() {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let image = d.join("disk.raw");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    for cache in ["writeback", "none"] {
+        let log = d.join(format!("{cache}.log"));
+        let options = ["--log-writes", log.to_str().unwrap(), "--cache", cache];
+        let mut backend = Setup::new(&options).image(&image).start();
+        let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
+        // Longer than the image, so that a limit on the length of files is felt by the log alone.
+        for byte in 1..=4 {
+            disk.write(0, 0, &vec![byte; 512 << 10]).unwrap();
+        }
+        disk.flush(0).unwrap();
+        let full = std::fs::metadata(&log).unwrap().len();
+        let pid = Pid::from_raw(backend.pid() as i32);
+        let limit = |current| {
+            prlimit(pid, Resource::Fsize, Rlimit { current, maximum: None }).unwrap();
+        };
+        limit(Some(full));
+        for _ in 0..3 {
+            disk.write(0, 4096, &[5; 512]).unwrap_err();
+            disk.flush(0).unwrap_err();
+        }
+        assert_eq!(disk.read(0, 0, 512).unwrap(), [4; 512]);
+        backend.wait_log(".log: File too large");
+        limit(None);
+        disk.write(0, 4096, &[6; 512]).unwrap();
+        disk.write(0, 8192, &[7; 512]).unwrap();
+        disk.flush(0).unwrap();
+        drop(disk);
+        assert!(backend.terminate().success());
+        let log = log.to_str().unwrap();
+        ok(d, &["log", "verify", log]);
+        ok(d, &["create", "-f", "raw", "copy.raw", "1M"]);
+        ok(d, &["log", "replay", "-f", "raw", "--log", log, "--replay", "copy.raw"]);
+        assert!(std::fs::read(d.join("copy.raw")).unwrap() == std::fs::read(&image).unwrap());
+    }
+}

@@ -274,6 +274,10 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()>;
 
     /// Makes everything completed before this call durable: data, mapping, log, bits.
+    ///
+    /// # Errors
+    /// Then what was lost is taken to be unknown, and nothing is written any more, unless the error
+    /// says that nothing was ([`Error::lost_nothing`]).
     fn flush<'a>(&'a self) -> Fut<'a, ()>;
 
     /// What is known of the range from its start on without reading data. Answers for at least the

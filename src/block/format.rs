@@ -341,7 +341,8 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
     }
 
     fn flush<'a>(&'a self) -> Fut<'a, ()> {
-        self.format.flush()
+        // What is certain of a file that a format lies on is not certain of the format.
+        Box::pin(async { self.format.flush().await.map_err(|err| err.lost_nothing(false)) })
     }
 
     fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
@@ -451,5 +452,60 @@ pub fn plan_file<'a>(
             Planned::Ready
         }
         None => Planned::NotNow,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::NodeOptions;
+    use crate::io::block_on;
+
+    /// Lies on a file that is certain to have lost nothing, and cannot be flushed.
+    #[derive(Debug)]
+    struct Failing;
+
+    impl Format for Failing {
+        fn name(&self) -> &'static str {
+            "failing"
+        }
+
+        fn limits(&self) -> Limits {
+            Limits {
+                size: 4096,
+                request_alignment: 1,
+                memory_alignment: 1,
+                optimal_io: 0,
+                discard_granularity: 0,
+                read_only: false,
+            }
+        }
+
+        fn map<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent> {
+            Box::pin(async move { Ok(Extent { range, kind: ExtentKind::Zero { explicit: true } }) })
+        }
+
+        fn prepare_write<'a>(&'a self, _range: ByteRange) -> Fut<'a, Prepared<'a>> {
+            unreachable!("nothing is written")
+        }
+
+        fn write_zeroes<'a>(&'a self, _range: ByteRange, _may_unmap: bool) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn discard<'a>(&'a self, _range: ByteRange) -> Fut<'a, ()> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn flush<'a>(&'a self) -> Fut<'a, ()> {
+            Box::pin(async { Err(Error::from_errno(libc::ENOSPC).lost_nothing(true)) })
+        }
+    }
+
+    #[test]
+    fn what_is_certain_of_a_file_is_not_certain_of_a_format() {
+        let node = Node::new(Arc::new(FormatDriver::new(Failing)), NodeOptions::default());
+        block_on(node.flush()).unwrap_err();
+        assert!(node.is_poisoned());
     }
 }

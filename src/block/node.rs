@@ -297,7 +297,8 @@ impl Node {
     }
 
     /// Makes all completed writes durable. A failure poisons the node: what was lost is unknown,
-    /// and a later success would be a lie.
+    /// and a later success would be a lie. Unless the driver is certain that nothing was
+    /// ([`Error::has_lost_nothing`]).
     pub async fn flush(&self) -> Result<()> {
         if self.inner.poisoned.load(Ordering::Acquire) {
             return Err(self.poisoned());
@@ -307,7 +308,9 @@ impl Node {
             Ok(()) => self.driver().flush().await,
             Err(err) => Err(err),
         };
-        if let Err(err) = &result {
+        if let Err(err) = &result
+            && !err.has_lost_nothing()
+        {
             self.poison(err);
         }
         self.counted(result)

@@ -231,7 +231,9 @@ impl WriteLog {
         if self.order == Order::Completion {
             self.below.flush().await?;
         }
-        let flush = self.recorder.begin_flush(submitted, queue).await?;
+        // Without a place in the log the disk's own flush does not begin.
+        let began = self.recorder.begin_flush(submitted, queue).await;
+        let flush = began.map_err(|err| err.lost_nothing(true))?;
         let end = flush.entry() + 1;
         if self.order == Order::Strict
             && let Err(err) = self.below.flush().await

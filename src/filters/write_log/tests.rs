@@ -367,6 +367,34 @@ fn a_full_log_fails_requests_and_loses_nothing() {
     assert_eq!(replay(&bed.log.volatile(), 4)[3 * 512..4 * 512], [3; 512]);
 }
 
+/// A flush that had no place in the log has not begun, so the node goes on; one that failed on the disk
+/// or could not be counted may have lost something.
+#[test]
+fn a_flush_without_a_place_in_the_log_has_lost_nothing() {
+    let bed = Bed::new();
+    let node = Node::new(Arc::new(bed.open()), NodeOptions::default());
+    block_on(async {
+        bed.log.fail(Fault {
+            op: Some(SimOp::Write),
+            after: 0,
+            errno: libc::ENOSPC,
+            for_good: true,
+        });
+        node.flush().await.unwrap_err();
+        assert!(!node.is_poisoned());
+        bed.log.heal();
+        node.flush().await.unwrap();
+        bed.disk.fail(Fault {
+            op: Some(SimOp::Flush),
+            after: 0,
+            errno: libc::EIO,
+            for_good: false,
+        });
+        node.flush().await.unwrap_err();
+        assert!(node.is_poisoned());
+    });
+}
+
 #[test]
 fn a_log_that_cannot_be_made_durable_counts_nothing_more() {
     let bed = Bed::new();
