@@ -5,7 +5,7 @@
 //!
 //! A chosen set that no power cut leaves, because a FUA write is missing and a later one is there, gets
 //! the FUA writes that it must have. (Were it left out, an epoch with many of them would hardly be
-//! looked at.)
+//! looked at.) So does the set of none, where FUA writes were [promised](History::promised).
 
 use std::ops::ControlFlow;
 
@@ -57,15 +57,18 @@ pub fn visit<B>(
         applied: (0..count).map(bit).collect(),
         torn: Vec::new(),
     };
-    visit(state(&|_| false))?;
+    let promised = history.promised(epoch);
     if reach.reorder && count <= reach.all_subsets.min(30) as usize {
-        for subset in 1..1u64 << count {
+        for subset in 0..1u64 << count {
             let name = state(&|i| subset >> i & 1 == 1);
             if history.is_possible(epoch, &name) {
                 visit(name)?;
             }
         }
-    } else if reach.reorder {
+    } else {
+        visit(history.made_possible(epoch, state(&|_| false)))?;
+    }
+    if reach.reorder && count > reach.all_subsets.min(30) as usize {
         let mut visit = |name| visit(history.made_possible(epoch, name));
         for last in 0..count {
             visit(state(&|i| i <= last))?;
@@ -86,9 +89,10 @@ pub fn visit<B>(
         }
     }
     if reach.torn != 0 {
-        for torn in 0..count {
+        for torn in (0..count).filter(|torn| may_be_torn(history, epoch, *torn, promised)) {
             for tear in tears(history, epoch, torn, reach.torn) {
-                visit(StateName { torn: vec![tear], ..state(&|i| i <= torn) })?;
+                let last = StateName { torn: vec![tear], ..state(&|i| i <= torn) };
+                visit(history.made_possible(epoch, last))?;
                 if torn + 1 < count && !history.is_fua(epoch, torn) {
                     visit(StateName { torn: vec![tear], ..state(&|_| true) })?;
                 }
@@ -101,26 +105,38 @@ pub fn visit<B>(
 /// How many states [`visit`] calls `visit` for, without making them.
 pub fn count(history: &History, epoch: &Epoch, reach: &Reach) -> u64 {
     let count = epoch.writes.len();
+    let promised = history.promised(epoch);
     let mut states = 1;
     if reach.reorder && count <= reach.all_subsets.min(30) as usize {
         // By the last write that is there: of those before it, any but the FUA writes may be missing.
+        // Where some were promised, none is last that lies before these.
         let mut free = 0;
         for last in 0..count {
-            states += 1 << free;
+            if last >= promised {
+                states += 1 << free;
+            }
             free += u32::from(!history.is_fua(epoch, last));
+            if last + 1 == promised {
+                states = 1 << free;
+            }
         }
     } else if reach.reorder {
         let digits = count.next_power_of_two().trailing_zeros();
         states += 3 * count as u64 + 2 * u64::from(digits) + reach.samples;
     }
     if reach.torn != 0 {
-        for torn in 0..count {
+        for torn in (0..count).filter(|torn| may_be_torn(history, epoch, *torn, promised)) {
             let is_torn_before_others = torn + 1 < count && !history.is_fua(epoch, torn);
             states += tears(history, epoch, torn, reach.torn).len() as u64
                 * (1 + u64::from(is_torn_before_others));
         }
     }
     states
+}
+
+/// Whether a power cut may tear a write: not one with FUA that was promised before.
+fn may_be_torn(history: &History, epoch: &Epoch, write: usize, promised: usize) -> bool {
+    write >= promised || !history.is_fua(epoch, write)
 }
 
 /// The ways in which a write is torn: its first or last unit is there, or all but that.
@@ -176,20 +192,43 @@ mod tests {
 
     #[test]
     fn states_are_counted_without_being_made_and_are_all_possible() {
-        for writes in ["", "w", "f", "wfw", "wwwwfwww", "ffffff", "wfwfwfwfwfwwww"] {
-            let history = history(writes);
+        let logs = ["", "w", "f", "wfw", "wwwwfwww", "ffffff", "wfwfwfwfwfwwww"];
+        for (writes, since) in logs.iter().flat_map(|log| [0, 1, 2, 5, 6].map(|n| (log, n))) {
+            let history = history(writes).since(since);
             let epoch = history.window(0);
             for (all_subsets, bits) in [(4, 0), (4, 1), (4, 2), (4, 3), (16, 1), (16, 3)] {
                 let (reorder, torn) = (bits & 1 == 1, (bits & 2) / 2 * (512 | 4096));
                 let reach = Reach { reorder, torn, all_subsets, samples: 20, seed: 1 };
                 let names = visited(&history, &reach);
-                assert_eq!(
-                    count(&history, &epoch, &reach),
-                    names.len() as u64,
-                    "{writes} {reach:?}"
-                );
+                let case = format!("{writes} since {since} {reach:?}");
+                assert_eq!(count(&history, &epoch, &reach), names.len() as u64, "{case}");
                 let impossible = names.iter().find(|name| !history.is_possible(&epoch, name));
-                assert_eq!(impossible, None, "{writes} {reach:?}");
+                assert_eq!(impossible, None, "{case}");
+            }
+        }
+    }
+
+    /// All sets of a log's writes, asked one by one whether a power cut after the n-th entry leaves them.
+    #[test]
+    fn a_power_cut_from_an_entry_on_leaves_all_that_was_promised_and_any_of_the_rest() {
+        let all = Reach { reorder: true, torn: 0, all_subsets: 16, samples: 0, seed: 0 };
+        for (writes, since) in ["wwww", "wfww", "fwfw", "wwff"].iter().zip([2, 2, 3, 4]) {
+            let history = history(writes).since(since);
+            let found: HashSet<_> = visited(&history, &all).into_iter().collect();
+            for set in 0..1u64 << writes.len() {
+                let is_there = |i: usize| set >> i & 1 == 1;
+                let is_fua = |i: usize| writes.as_bytes()[i] == b'f';
+                // When the power fails, so many writes were completed, those with FUA for good.
+                let leaves = |completed: usize| {
+                    let done = (0..writes.len())
+                        .filter(|i| is_fua(*i))
+                        .all(|i| i >= completed || is_there(i));
+                    done && (completed..writes.len()).all(|i| !is_there(i))
+                };
+                let expected = (since as usize..=writes.len()).any(leaves);
+                let applied = (0..writes.len()).map(is_there).collect();
+                let name = StateName { prefix: 0, applied, torn: Vec::new() };
+                assert_eq!(found.contains(&name), expected, "{writes} since {since}: {name}");
             }
         }
     }

@@ -43,9 +43,6 @@ const DESCRIBED: usize = 8;
 pub struct Plan {
     /// Which states.
     pub reach: Reach,
-    /// Only epochs whose first write is this entry or a later one; without a write, the flush before
-    /// them.
-    pub first: u64,
     /// The checker, if states are to be checked and not only counted.
     pub checker: Option<Checker>,
     /// How many checkers at a time.
@@ -119,7 +116,7 @@ enum Pending {
 
 /// How many states there are, duplicates included.
 pub fn count(history: &History, plan: &Plan) -> u64 {
-    epochs(history, plan).map(|epoch| enumerate::count(history, &epoch, &plan.reach)).sum()
+    history.epochs().map(|epoch| enumerate::count(history, &epoch, &plan.reach)).sum()
 }
 
 /// Explores, from where `report` stands, to the end or until `stop` is asked for. A report that is not
@@ -197,16 +194,6 @@ pub fn explore(
     }
 }
 
-/// The epochs that are looked at.
-fn epochs<'a>(history: &'a History, plan: &'a Plan) -> impl Iterator<Item = Epoch> + 'a {
-    history.epochs().filter(|epoch| {
-        // By the first write: a mark just after a flush is part of the epoch, and yet before all of it.
-        // Without a write, by the flush that it follows.
-        let at = epoch.writes.first().copied().unwrap_or(epoch.start.saturating_sub(1));
-        at >= plan.first
-    })
-}
-
 /// A worker: checks states until there are no more, or no more are wanted.
 fn work(
     place: &mut Place,
@@ -273,7 +260,7 @@ impl Run<'_> {
         let mut prints = Fingerprints::new(&history, base)?;
         let mut seen = HashSet::new();
         let resumed = self.report.done;
-        for epoch in epochs(&history, self.plan) {
+        for epoch in history.epochs() {
             let print = Arc::new(prints.epoch(&epoch)?);
             let answers =
                 (self.plan.reads() == Reads::Exact).then(|| Answers::new(Arc::clone(&print)));

@@ -6,6 +6,11 @@
 //!
 //! A write with FUA was durable when it completed, and the log has it where it completed. So it may
 //! be missing only where everything after it in the epoch is missing, too.
+//!
+//! A history may be looked at [up to](History::up_to) some entry, as if nothing behind it had happened,
+//! and [since](History::since) one: the power fails when the entries before it are there, or later.
+//! That leaves the same states, as far as plain writes go: of those that were not flushed by then, any
+//! may be lost. But a FUA write that was completed by then is there.
 
 use crate::crash::name::{StateName, Tear};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,6 +35,8 @@ pub struct Epoch {
 pub struct History {
     log: Log,
     index: Index,
+    /// How many entries are there when the power fails, at least.
+    since: u64,
 }
 
 impl History {
@@ -54,13 +61,20 @@ impl History {
                 ),
             ));
         }
-        Ok(History { log, index })
+        Ok(History { log, index, since: 0 })
     }
 
     /// What had happened when the log had so many entries. Its states have the same names, and are
     /// the same disks, as in the whole.
     pub fn up_to(mut self, entries: u64) -> History {
         self.index.truncate(entries);
+        self
+    }
+
+    /// What a power cut can leave that comes when the log has so many entries, or later. States with
+    /// other names can still be shown, but are not [possible](History::is_possible).
+    pub fn since(mut self, entries: u64) -> History {
+        self.since = entries;
         self
     }
 
@@ -89,8 +103,8 @@ impl History {
         self.len() == 0
     }
 
-    /// All epochs that have writes, in the order of the log, and what follows the last flush if it has
-    /// none: that flush has promised the most.
+    /// All epochs that have writes and in which the power may fail, in the order of the log, and what
+    /// follows the last flush if it has none: that flush has promised the most.
     pub fn epochs(&self) -> impl Iterator<Item = Epoch> + '_ {
         let mut next = Some(0);
         std::iter::from_fn(move || {
@@ -102,7 +116,9 @@ impl History {
                         if flush.target.is_empty() { epoch.end + 1 } else { epoch.end }
                     });
                 let is_after_all = next.is_none() && epoch.start > 0;
-                if is_after_all || !epoch.writes.is_empty() {
+                // Until its flush is there, nothing that it makes durable is.
+                let may_end = epoch.end >= self.since;
+                if may_end && (is_after_all || !epoch.writes.is_empty()) {
                     return Some(epoch);
                 }
             }
@@ -177,23 +193,34 @@ impl History {
         self.entry(epoch.writes[write]).flags.has(Flags::FUA)
     }
 
-    /// The state, with the FUA writes without which its last write would not be there. `name` has a bit
-    /// for each write of the epoch.
+    /// How many of an epoch's writes have taken their place when the last of those with FUA is there
+    /// that no power cut can take any more.
+    pub fn promised(&self, epoch: &Epoch) -> usize {
+        let before = epoch.writes.partition_point(|number| *number < self.since);
+        (0..before).rfind(|write| self.is_fua(epoch, *write)).map_or(0, |last| last + 1)
+    }
+
+    /// The state, with the FUA writes that were promised and those without which its last write would
+    /// not be there. `name` has a bit for each write of the epoch.
     pub fn made_possible(&self, epoch: &Epoch, mut name: StateName) -> StateName {
         let last = name.applied.iter().rposition(|applied| *applied).unwrap_or(0);
-        for write in (0..last).filter(|write| self.is_fua(epoch, *write)) {
+        let whole = last.max(self.promised(epoch));
+        for write in (0..whole).filter(|write| self.is_fua(epoch, *write)) {
             name.applied[write] = true;
             name.torn.retain(|tear| tear.write != write);
         }
         name
     }
 
-    /// Whether a power cut could leave it: a FUA write is whole unless all after it is missing.
+    /// Whether a power cut could leave it: a FUA write is whole unless all after it is missing, and it
+    /// was not promised before.
     pub fn is_possible(&self, epoch: &Epoch, name: &StateName) -> bool {
         let last = name.applied.iter().rposition(|applied| *applied);
-        epoch.writes.iter().enumerate().all(|(i, number)| {
+        let promised = self.promised(epoch);
+        (0..epoch.writes.len()).all(|i| {
             let whole = name.applied.get(i) == Some(&true) && name.tear(i).is_none();
-            whole || !self.entry(*number).flags.has(Flags::FUA) || last.is_none_or(|last| last <= i)
+            let is_last = i >= promised && last.is_none_or(|last| last <= i);
+            whole || is_last || !self.is_fua(epoch, i)
         })
     }
 

@@ -15,7 +15,7 @@ use crate::write_log::Kind;
 use crate::write_log::sidecar::Sidecar;
 
 /// Version of the file, and of the order of the states.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// What is explored. Only an exploration of the same can be continued.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

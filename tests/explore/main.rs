@@ -407,6 +407,64 @@ fn nothing_after_the_end_mark_is_part_of_a_state() {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "E2: the checker exited with 1\n");
 }
 
+/// The power fails after the mark: what was flushed by then is there, and FUA writes are, but for the
+/// others of the epoch it does not matter on which side of the mark they are.
+#[test]
+fn a_start_mark_within_an_epoch_begins_with_what_is_not_flushed_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base.img"), vec![0; SIZE]).unwrap();
+    let fua = vublk::write_log::Flags::FUA;
+    let log = LogBuilder::new(512).write(0, &[b'0'; 512]).mark("early").flush();
+    let log = log.write(0, &[b'p'; 1024]).entry(fua, 4096, &[b'f'; 1024]).mark("half");
+    let log = log.write(8192, &[b'q'; 1024]).flush().write(0, &[b'r'; 512]).flush();
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    let states = |mark: &str, options: &[&str]| -> Vec<String> {
+        let _ = std::fs::remove_file(d.join("told"));
+        let more = [&["-j", "1", "--check-alike", "--start-mark", mark], options].concat();
+        let (code, report) = explore(d, "echo {state} {mark} >>told; test -e {}", &more);
+        assert_eq!((code, &report["finished"]), (Some(0), &true.into()), "{report}");
+        let told = std::fs::read_to_string(d.join("told")).unwrap();
+        let checked = told.lines().count() as u64 + report["duplicates"].as_u64().unwrap();
+        assert_eq!(report["states"], checked, "{report}");
+        told.lines().map(String::from).collect()
+    };
+    let without_epoch = ["E8:s=1 half", "E10 half"];
+    let subsets = ["E3:s=010 half", "E3:s=110 half", "E3:s=011 half", "E3:s=111 half"];
+    assert_eq!(states("half", &[]), [&subsets[..], &without_epoch[..1]].concat());
+    assert_eq!(
+        states("half", &["--states", "flush"]),
+        ["E3:s=010 half", "E8:s=0 half", "E10 half"]
+    );
+    let torn = states("half", &["--states", "torn"]);
+    let torn_in = |bits: &str| torn.iter().filter(|name| name.contains(bits)).count();
+    // Of the plain writes, the one that is torn is the last one, or all others are there, too.
+    assert_eq!((torn_in("s=110,torn=1"), torn_in("s=111,torn=1")), (2, 2), "{torn:?}");
+    assert_eq!((torn_in("s=111,torn=3"), torn_in(",torn=2")), (2, 0), "{torn:?}");
+    // A larger epoch: every chosen set has what was promised before the mark.
+    let chosen = states("half", &["--all-subsets", "2", "--samples", "20"]);
+    let epoch: Vec<_> = chosen.iter().filter(|name| name.starts_with("E3:")).collect();
+    assert_eq!(epoch.len(), 4, "{chosen:?}");
+    assert!(epoch.iter().all(|name| name.as_bytes()[6] == b'1'), "{chosen:?}");
+    // Just before the flush, so all of the epoch may be missing.
+    assert_eq!(states("early", &["--states", "flush"])[0], "E0:s=0 early");
+
+    // The bug: the write after the mark without the one before it.
+    let check = "test \"$(head -c 8193 {} | tail -c 1)\" != q || test \"$(head -c 1 {})\" != 0";
+    let part = ["--start-mark", "half", "--results", "r.json"];
+    let (_, stopped) = explore(d, check, &[&part[..], &["--stop-after", "1", "-j", "1"]].concat());
+    assert_eq!((&stopped["finished"], &stopped["states"]), (&false.into(), &7.into()), "{stopped}");
+    let (code, report) = explore(d, check, &part);
+    assert_eq!((code, &report["states"], &report["done"]), (Some(1), &7.into(), &7.into()));
+    let failure = &report["failures"][0];
+    // Not smaller: that the FUA write is there was promised.
+    assert_eq!((&report["failed"], &failure["state"]), (&1.into(), &"E3:s=011".into()));
+    let again = failure["reproduce"].as_str().unwrap().strip_prefix("vublk ").unwrap();
+    let line = format!("{} {again}", env!("CARGO_BIN_EXE_vublk"));
+    let output = Command::new("sh").args(["-c", &line]).output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "E3:s=011: the checker exited with 1\n");
+}
+
 /// A write is torn between the sectors of the disk it was written to, and those are the log's.
 #[test]
 fn no_sector_of_the_log_is_torn_unless_that_is_asked_for() {

@@ -126,9 +126,9 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     if !args.torn_at.is_empty() && !args.states.contains(&States::Torn) {
         return Err(Error::invalid("--torn-at wants --states torn"));
     }
-    // Nothing behind the part has happened.
-    let history = Arc::new(history.up_to(part.end));
-    let plan = plan(args, &history, part.start);
+    // Nothing behind the part has happened, and all before it has.
+    let history = Arc::new(history.up_to(part.end).since(part.start));
+    let plan = plan(args, &history);
     if let Some(name) = &args.state {
         let Some(checker) = &plan.checker else {
             return Err(Error::invalid("--state wants a checker: --check, or --guest"));
@@ -189,7 +189,7 @@ fn exit_code(report: &Report) -> u8 {
     if report.failed > 0 || !report.finished { FAILED } else { DONE }
 }
 
-fn plan(args: &ExploreArgs, history: &History, first: u64) -> Plan {
+fn plan(args: &ExploreArgs, history: &History) -> Plan {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let states: BTreeSet<_> = args.states.iter().copied().collect();
     Plan {
@@ -200,7 +200,6 @@ fn plan(args: &ExploreArgs, history: &History, first: u64) -> Plan {
             samples: args.samples,
             seed: args.seed,
         },
-        first,
         checker: checker(args),
         workers: args.jobs.map_or(cpus, usize::from),
         limit: Duration::from_secs(args.timeout),
@@ -234,7 +233,8 @@ fn checker(args: &ExploreArgs) -> Option<Checker> {
     args.check.clone().or(args.guest.is_some().then_some(Checker::Guest))
 }
 
-/// The entries that the options choose. Epochs are taken that begin among them, up to the last one.
+/// The entries that the options choose: the power fails when those before them are there, and no
+/// later than the last of them.
 fn part(args: &ExploreArgs, history: &History) -> Result<std::ops::Range<u64>> {
     let index = history.index();
     let start = match args.part.start() {
