@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 mod common;
 
-use common::{Qmp, Setup, fails, ok, vublk};
+use common::{LoopDevice, Qmp, Setup, fails, ok, vublk};
 use vublk::frontend::{Personality, Session, SessionOptions};
 use vublk::units::ByteRange;
 use vublk::write_log::LogBuilder;
@@ -140,10 +140,21 @@ fn what_is_no_state_is_refused() {
 }
 
 fn serve(dir: &Path, state: &str, more: &[&str]) -> (common::Backend, Session) {
+    serve_over(dir, "raw", state, more)
+}
+
+/// The same, over a base in this format.
+fn serve_over(
+    dir: &Path,
+    format: &'static str,
+    state: &str,
+    more: &[&str],
+) -> (common::Backend, Session) {
     let path = |name: &str| dir.join(name).to_str().unwrap().to_string();
     let (log, base) = (path("w.log"), path("base.img"));
     let args = [&["--log", &log, "--base", &base, "--state", state][..], more].concat();
-    let backend = Setup::new(&args).without_image().start();
+    let setup = Setup::new(&args).format(format, &dir.join("base.img"));
+    let backend = setup.without_image().start();
     let session = backend.open(SessionOptions::new(Personality::Qemu));
     (backend, session)
 }
@@ -179,6 +190,57 @@ fn a_state_is_served_and_what_is_written_is_forgotten() {
         assert!(backend.terminate().success());
     }
     assert!(untouched(d));
+}
+
+/// A write of 4096 bytes that is torn at 512, which neither disk nor host reads by themselves.
+#[test]
+fn a_state_of_a_disk_with_large_sectors_is_served_in_these() {
+    let dir = bed();
+    let d = dir.path();
+    let vhdx = ["convert", "-f", "raw", "-O", "vhdx", "-o", "logical_sector_size=4096"];
+    ok(d, &[&vhdx[..], &["base.img", "4k.vhdx"]].concat());
+    std::fs::rename(d.join("4k.vhdx"), d.join("base.img")).unwrap();
+    let log = LogBuilder::new(4096).write(0, &[1; BLOCK]).write(BLOCK as u64, &[2; 2 * BLOCK]);
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    let (one, two, nine) = (&[1; BLOCK][..], &[2; BLOCK][..], &[9; BLOCK][..]);
+    for (name, content) in [
+        ("E0:s=1,torn=1@512", disk(&[&one[..512]])),
+        ("E1:s=1,torn=1@-512", disk(&[one, nine, &nine[512..], &two[..512]])),
+        ("E1:s=1,torn=1@4608", disk(&[one, two, &two[..512]])),
+    ] {
+        for cache in ["writeback", "none"] {
+            let options = ["--block-size", "4096", "--cache", cache];
+            let (mut backend, mut session) = serve_over(d, "vhdx", name, &options);
+            assert!(whole(&mut session) == content, "{name}, {cache}");
+            let block = session.read(0, BLOCK as u64, BLOCK as u32).unwrap();
+            assert!(block == content[BLOCK..2 * BLOCK], "{name}, {cache}");
+            session.write(0, 0, &[7; BLOCK]).unwrap();
+            session.flush(0).unwrap();
+            assert_eq!(session.read(0, 0, BLOCK as u32).unwrap(), [7; BLOCK]);
+            drop(session);
+            assert!(backend.terminate().success());
+        }
+        let of = ["--log", "w.log", "--state", name];
+        ok(d, &[&["convert"][..], &of, &["base.img", "out.raw"]].concat());
+        assert!(std::fs::read(d.join("out.raw")).unwrap() == content, "{name}");
+    }
+}
+
+/// Direct I/O is in the units of the base's device. The log may have smaller ones all the same.
+#[test]
+fn a_state_over_a_device_with_large_blocks_is_read_directly() {
+    let dir = bed();
+    let d = dir.path();
+    let Some(device) = LoopDevice::with_blocks(&d.join("base.img"), 4096) else { return };
+    let args = ["--log", "w.log", "--base", device.name(), "-f", "raw", "--cache", "none"];
+    let args = [&["serve", "--socket-path", "s", "--state", "E7"][..], &args].concat();
+    let error = fails(d, &args, 78);
+    assert!(error.contains("direct I/O only in units of 4096 bytes"), "{error}");
+    for (name, content) in states() {
+        let of = ["-f", "raw", "-T", "none", "--log", "w.log", "--state", name];
+        ok(d, &[&["convert"][..], &of, &[device.name(), "out.raw"]].concat());
+        assert!(std::fs::read(d.join("out.raw")).unwrap() == content, "{name}");
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::block::Node;
 use crate::block::driver::StatusKind;
+use crate::crash::below;
 use crate::crash::history::History;
 use crate::crash::name::StateName;
 use crate::crash::overlay::Source;
@@ -197,10 +198,10 @@ impl StateDisk {
             let (run, source) = self.view.find(ByteRange::between(at, range.end()));
             let part = buf.slice(run.offset - range.offset, run.len);
             match source {
-                None => self.base.read(run.offset, part).await?,
+                None => below::read_base(&self.base, run.offset, part).await?,
                 Some(Source::Zero) => part.fill_zero(),
                 Some(Source::Log(position)) => {
-                    self.history.log().file().read(position, part).await?;
+                    below::read_log(self.history.log(), position, part).await?;
                 }
             }
             at = run.end();

@@ -7,6 +7,7 @@
 //! ```text
 //! name         E412:s=01101 — which state, in one word
 //! history      a log taken apart into epochs; what a name means in it
+//! below        reads of base and log, in pieces of any size
 //! overlay      where each byte of a state lies: in the log, nowhere (zeros), or in the base
 //! view         one state at a time; going on to the next costs what differs
 //! fingerprint  tells which states are the same disk, without reading them
@@ -36,6 +37,7 @@
 //!   reverse may fail where the base was not worth reading; then a state is checked twice.
 
 pub mod answers;
+mod below;
 pub mod check;
 pub mod copy;
 pub mod disk;

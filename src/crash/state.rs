@@ -19,6 +19,7 @@ use crate::block::driver::{
     BlockStatus, Driver, Limits, Plan, PlanExtent, PlanOp, Planned, StatusKind,
 };
 use crate::block::{Node, Quiesced};
+use crate::crash::below;
 use crate::crash::history::History;
 use crate::crash::name::StateName;
 use crate::crash::overlay::Source;
@@ -56,8 +57,7 @@ impl CrashState {
     /// The state `name` of a log over a base.
     ///
     /// # Errors
-    /// If the log has no such state, if the base is written to, or if the host cannot read pieces
-    /// as small as the log has them.
+    /// If the log has no such state, or if the base is written to.
     pub fn new(history: Arc<History>, base: Node, name: &StateName) -> Result<CrashState> {
         let log = history.log();
         if !base.limits().read_only {
@@ -65,15 +65,6 @@ impl CrashState {
                 "{}: node '{}' is the base of a crash state and must be read-only",
                 log.name(),
                 base.name()
-            )));
-        }
-        let unit = base.limits().request_alignment.max(log.file().alignment().request);
-        if !log.sector_size().is_multiple_of(unit) {
-            return Err(Error::unsupported(format!(
-                "{}: its sectors of {} bytes are smaller than the host's units of {unit} for direct \
-                 I/O; use --cache writeback",
-                log.name(),
-                log.sector_size()
             )));
         }
         let mut view = View::default();
@@ -109,9 +100,9 @@ impl CrashState {
             let (run, source) = self.find(left);
             let part = buf.slice(run.offset - offset, run.len);
             match source {
-                None => self.base.read(run.offset, part).await?,
+                None => below::read_base(&self.base, run.offset, part).await?,
                 Some(Source::Zero) => part.fill_zero(),
-                Some(Source::Log(at)) => self.history.log().file().read(at, part).await?,
+                Some(Source::Log(at)) => below::read_log(self.history.log(), at, part).await?,
             }
             left = ByteRange::between(run.end(), range.end());
         }
@@ -127,9 +118,14 @@ impl CrashState {
             match source {
                 Some(Source::Zero) => plan.extents.push(PlanExtent::Zero { len: run.len }),
                 Some(Source::Log(offset)) => {
+                    let piece = ByteRange { offset, len: run.len };
+                    if !below::is_whole_in(self.history.log(), piece) {
+                        return Planned::NotNow;
+                    }
                     plan.extents.push(PlanExtent::File { file: log, offset, len: run.len });
                 }
                 None if self.base.generation() != self.generation => return Planned::NotNow,
+                None if !below::is_whole(&self.base, run) => return Planned::NotNow,
                 None => {
                     if plan.read_through(&*self.driver, run) == Planned::NotNow {
                         return Planned::NotNow;

@@ -8,7 +8,7 @@ use crate::block::driver::{BlockStatus, Driver, Limits, StatusKind};
 use crate::block::{Node, NodeOptions};
 use crate::formats::raw::Raw;
 use crate::io::sim::{Fault, Rng, SimFile, SimOp};
-use crate::io::{AlignedBuf, Buffers, File, Fut, HostFile, OpenOptions, block_on};
+use crate::io::{AlignedBuf, Alignment, Buffers, File, Fut, HostFile, OpenOptions, block_on};
 use crate::units::ByteRange;
 use crate::write_log::{Flags, Log, LogBuilder};
 
@@ -477,4 +477,39 @@ fn what_cannot_be_read_is_told() {
     disk.read(range).unwrap_err();
     assert_eq!(disk.looked_at(), [range]);
     assert!(disk.take_failure().is_some() && disk.take_failure().is_none());
+}
+
+/// A base and a log of which the host reads whole blocks only, and writes that end within these.
+#[test]
+fn what_ends_within_a_block_of_base_or_log_is_read() {
+    let mut rng = Rng::new(7);
+    let base: Vec<u8> = (0..SIZE / 512).flat_map(|_| [rng.below(200) as u8; 512]).collect();
+    let blocks = Alignment { request: 4096, memory: 512 };
+    let large = LogBuilder::new(4096).write(4096, &base[..8192]).write(16384, &base[512..4608]);
+    let small = LogBuilder::new(512).write(4096 + 512, &[1; 512]).write(8192 - 1024, &[2; 2048]);
+    for (log, of_log, names) in [
+        (large, blocks, &["E0:s=1,torn=1@512", "E0:s=1,torn=1@-4608", "E1:s=1,torn=1@-512"][..]),
+        (small, Alignment::NONE, &["E0", "E1", "E0:s=01", "E0:s=11,torn=2@-512"]),
+    ] {
+        let file: Arc<dyn File> = Arc::new(SimFile::with_alignment("w.log", log.finish(), of_log));
+        let history = History::read(block_on(Log::open(file)).unwrap(), SIZE).unwrap();
+        let history = Arc::new(history);
+        let file = SimFile::with_alignment("base.img", base.clone(), blocks);
+        let driver = Arc::new(Raw::open(Arc::new(file), true).unwrap());
+        let options = NodeOptions { name: "base".into(), read_only: true, keeps_space: false };
+        let below = Node::new(driver, options.clone());
+        let mut disk = disk::StateDisk::new(Arc::clone(&history), below.clone());
+        for name in names {
+            let name: StateName = name.parse().unwrap();
+            let expected = model(&base, &history, &name);
+            disk.show(&name).unwrap();
+            let all = ByteRange { offset: 0, len: SIZE };
+            assert!(disk.read(all).unwrap() == expected, "{name}");
+            let state = CrashState::new(Arc::clone(&history), below.clone(), &name).unwrap();
+            let node = Node::new(Arc::new(state), options.clone());
+            let buf = AlignedBuf::zeroed(SIZE as usize, 4096);
+            block_on(node.read(0, buf.buffers())).unwrap();
+            assert!(buf.to_vec() == expected, "{name}");
+        }
+    }
 }

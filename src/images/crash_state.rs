@@ -112,10 +112,10 @@ pub(super) fn request_for_base(request: &OpenRequest) -> Result<OpenRequest> {
     Ok(OpenRequest { state: None, node_name, ..request.clone() })
 }
 
-/// Opens a log's file.
+/// Opens a log's file; always through the page cache, for its sectors may be smaller than what the host
+/// reads directly.
 pub(super) fn open_log(path: &Path, request: &OpenRequest) -> Result<Arc<HostFile>> {
-    let options = OpenOptions { direct: request.cache.is_direct(), ..OpenOptions::default() };
-    let file = open_host(path, options)?;
+    let file = open_host(path, OpenOptions::default())?;
     let by_path = OpenRequest { path: path.into(), ..request.clone() };
     lock(&file, &by_path, ImageFormat::Raw)?;
     Ok(Arc::new(file))
@@ -124,7 +124,8 @@ pub(super) fn open_log(path: &Path, request: &OpenRequest) -> Result<Arc<HostFil
 /// The image of a state, of a log and a base that are open.
 ///
 /// # Errors
-/// If the log is damaged, does not belong to the base, or has no such state.
+/// If the log is damaged, does not belong to the base, or has no such state; or if it is open for direct
+/// I/O on a host that reads no pieces as small as its sectors.
 pub fn image(
     node_name: &str,
     log: &Arc<HostFile>,
@@ -132,8 +133,17 @@ pub fn image(
     keep_base: bool,
     state: &StateName,
 ) -> Result<Image> {
-    let history = block_on(Log::open(Arc::clone(log) as Arc<dyn File>))?;
-    let history = Arc::new(History::read(history, base.node.size())?);
+    let (file, unit) = (Arc::clone(log) as Arc<dyn File>, log.alignment().request);
+    let log_of_it = block_on(Log::open(file))?;
+    if !log_of_it.sector_size().is_multiple_of(unit) {
+        return Err(Error::unsupported(format!(
+            "{}: its sectors of {} bytes are smaller than the host's units of {unit} for direct I/O; \
+             open it with cache.direct=off",
+            log.name(),
+            log_of_it.sector_size()
+        )));
+    }
+    let history = Arc::new(History::read(log_of_it, base.node.size())?);
     let driver = Arc::new(CrashState::new(history, base.node.clone(), state)?);
     let options = NodeOptions { name: node_name.into(), read_only: true, ..NodeOptions::default() };
     Ok(Image {

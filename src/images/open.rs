@@ -83,9 +83,7 @@ impl Image {
             )));
         }
         // The host's limit, or the format's?
-        let files = [Some(&self.file), self.image_file.as_ref()].into_iter().flatten();
-        let of_host = files.map(|file| file.alignment().request).max().unwrap_or(1);
-        if limits.request_alignment > block_size.max(of_host) {
+        if limits.request_alignment > block_size.max(self.unit_of_host()) {
             return Err(Error::unsupported(format!(
                 "{name}: the disk has sectors of {0} bytes, which a guest with blocks of \
                  {block_size} would write in part; use --block-size {0}",
@@ -100,6 +98,13 @@ impl Image {
             )));
         }
         Ok(())
+    }
+
+    /// The largest unit in bytes that the host demands for any of its files, and those that it stands on.
+    fn unit_of_host(&self) -> u64 {
+        let files = [Some(&self.file), self.image_file.as_ref()].into_iter().flatten();
+        let own = files.map(|file| file.alignment().request).max().unwrap_or(1);
+        own.max(self.backing.as_ref().map_or(1, |backing| backing.unit_of_host()))
     }
 }
 

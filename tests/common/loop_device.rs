@@ -9,7 +9,13 @@ pub struct LoopDevice(PathBuf);
 impl LoopDevice {
     /// Over a file that is there; `None`, visibly, where that is not allowed.
     pub fn over(file: &Path) -> Option<LoopDevice> {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output();
+        LoopDevice::with_blocks(file, 512)
+    }
+
+    /// The same, with logical blocks of this size.
+    pub fn with_blocks(file: &Path, block_size: u32) -> Option<LoopDevice> {
+        let size = block_size.to_string();
+        let output = Command::new("losetup").args(["-f", "--show", "-b", &size]).arg(file).output();
         let Some(output) = output.ok().filter(|output| output.status.success()) else {
             super::skip("no loop device can be made");
             return None;

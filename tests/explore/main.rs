@@ -496,6 +496,60 @@ fn no_sector_of_the_log_is_torn_unless_that_is_asked_for() {
     assert!(error.contains("a power of two from 512"), "{error}");
 }
 
+/// The disk has sectors of 4096 bytes, and the log has those or, as QEMU can, smaller ones.
+#[test]
+fn states_of_a_disk_with_large_sectors_are_whole_in_files_and_copies() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("fives"), vec![5; SIZE]).unwrap();
+    let vhdx = ["convert", "-f", "raw", "-O", "vhdx", "-o", "logical_sector_size=4096"];
+    ok(d, &[&vhdx[..], &["fives", "base.img"]].concat());
+    // Which byte each sector of the first three blocks has, and that direct reads say the same.
+    std::fs::write(
+        d.join("look"),
+        "for at in $(seq 0 512 12287); do dd if=$1 bs=512 skip=$((at / 512)) count=1 2>/dev/null | \
+         od -An -tu1 -N1; done | tr -d ' \\n' >sectors && test $(wc -c <sectors) = 24 && \
+         dd if=$1 bs=4096 iflag=$2 2>/dev/null | cmp - $1 && echo $3 $(cat sectors) >>told",
+    )
+    .unwrap();
+    for (sector_size, torn, count) in [(4096, "512,4096", 16), (512, "512", 4)] {
+        let log = LogBuilder::new(sector_size);
+        let log = match sector_size {
+            4096 => log.write(0, &[1; 4096]).write(4096, &[2; 8192]),
+            _ => log.write(512, &[1; 1024]),
+        };
+        std::fs::write(d.join("w.log"), log.flush().finish()).unwrap();
+        let args = ["log", "explore", "w.log", "--base", "base.img", "-j", "1", "--check-alike"];
+        let how = ["--states", "torn", "--torn-at", torn, "--check"];
+        let mut told = Vec::new();
+        let by_fuse = if Path::new("/dev/fuse").exists() { "direct" } else { "fullblock" };
+        for (fuse, flag) in [(true, by_fuse), (false, "fullblock")] {
+            let _ = std::fs::remove_file(d.join("told"));
+            let check = format!("sh look {{}} {flag} {{state}}");
+            let args = [&args[..], &how, &[&check]].concat();
+            let output = match fuse {
+                true => vublk(d, &args),
+                false => {
+                    let Some(mut command) = unprivileged(d) else { return };
+                    command.args(&args).output().unwrap()
+                }
+            };
+            let text = String::from_utf8_lossy(&output.stdout);
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{text}{error}");
+            told.push(std::fs::read_to_string(d.join("told")).unwrap());
+        }
+        assert_eq!(told[0], told[1], "by FUSE, and as a copy");
+        let lines: Vec<_> = told[0].lines().collect();
+        assert_eq!(lines.len(), count, "{lines:?}");
+        let expected = match sector_size {
+            4096 => "E0:s=10,torn=1@512 155555555555555555555555",
+            _ => "E0:s=1,torn=1@-512 551555555555555555555555",
+        };
+        assert!(lines.contains(&expected), "{lines:?}");
+    }
+}
+
 /// A killed exploration goes, mount and all, while its checker still has a disk with changes in the
 /// kernel's cache.
 #[test]
@@ -534,9 +588,9 @@ fn a_killed_exploration_leaves_nothing_behind() {
     assert!(!is_there());
 }
 
-/// `vublk log explore` where FUSE is not to be had: mounting takes rights that it gives up. `None` if
-/// the host does not let it.
-fn without_fuse(dir: &Path, check: &str) -> Option<Command> {
+/// vublk where FUSE is not to be had: mounting takes rights that it gives up. `None` if the host does
+/// not let it.
+fn unprivileged(dir: &Path) -> Option<Command> {
     let probe = Command::new("unshare").args(["--user", "--map-root-user", "true"]).output();
     if !probe.is_ok_and(|output| output.status.success()) {
         common::skip("no user namespaces here");
@@ -546,10 +600,17 @@ fn without_fuse(dir: &Path, check: &str) -> Option<Command> {
     let mut command = Command::new("unshare");
     command
         .args(["--user", "--map-root-user", env!("CARGO_BIN_EXE_vublk")])
+        .current_dir(dir)
+        .env("TMPDIR", dir.join("tmp"));
+    Some(command)
+}
+
+/// `vublk log explore` there.
+fn without_fuse(dir: &Path, check: &str) -> Option<Command> {
+    let mut command = unprivileged(dir)?;
+    command
         .args(["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "-j", "1"])
         .args(["--check", check])
-        .current_dir(dir)
-        .env("TMPDIR", dir.join("tmp"))
         .stdout(Stdio::null());
     Some(command)
 }
