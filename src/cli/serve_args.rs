@@ -277,7 +277,8 @@ fn parse_queue_size(text: &str) -> Result<u16> {
     })
 }
 
-fn parse_block_size(text: &str) -> Result<u64> {
+/// The size of a disk's blocks in bytes.
+pub fn parse_block_size(text: &str) -> Result<u64> {
     match text {
         "512" => Ok(512),
         "4096" | "4k" | "4K" => Ok(4096),

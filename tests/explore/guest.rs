@@ -7,6 +7,7 @@ use crate::common::{self, soon, vublk};
 use crate::small_disk;
 use serde_json::Value;
 use vublk::frontend::{Personality, Session, SessionOptions};
+use vublk::write_log::LogBuilder;
 
 /// Where the guest answers.
 const ANSWER: u64 = 4096;
@@ -204,6 +205,44 @@ fn an_exploration_without_a_guest_goes_on_once_there_is_one() {
     assert_eq!(report["failures"][0]["verdict"], "the guest gave no answer in 3 seconds");
     // The last one, and what had no answer once more.
     assert_eq!(asked, ["E15", "E8"]);
+}
+
+/// What the guest of then wrote may be where only such blocks lead: a partition table, a file system of
+/// 4096-byte sectors.
+#[test]
+fn a_guest_is_shown_blocks_as_large_as_those_that_were_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base.img"), vec![0; 1 << 20]).unwrap();
+    let log = LogBuilder::new(4096).write(0, &[7; 8192]);
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    for (more, size, named) in [
+        (&[][..], 4096, ""),
+        (&["--block-size", "512"], 512, " --block-size 512"),
+        (&["--state", "E1"], 4096, ""),
+    ] {
+        let explorer = Explorer::start(d, more);
+        let mut guest = Guest::start(d);
+        assert_eq!(guest.disk.config.blk_size, size);
+        guest.answer(|disk, _| match disk.read(0, 4096, 4096).unwrap()[0] {
+            7 => "written".into(),
+            _ => String::new(),
+        });
+        let (code, report, stderr) = explorer.end();
+        assert_eq!(code, Some(1), "{stderr}");
+        if let Some(failure) = report["failures"].get(0) {
+            let line = |what: &str| failure[what].as_str().unwrap();
+            let again = format!("--guest 'vu.sock'{named} --state E1");
+            assert!(line("reproduce").ends_with(&again), "{failure}");
+            let shown =
+                if size == 4096 { " --block-size 4096 --state E1" } else { "raw --state E1" };
+            assert!(line("serve").ends_with(shown), "{failure}");
+        }
+    }
+    let args = ["log", "explore", "w.log", "--base", "base.img", "--block-size", "512"];
+    let output = vublk(d, &args);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--guest <SOCKET>"));
 }
 
 #[test]

@@ -9,11 +9,13 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use crate::block::Node;
 use crate::cli::log::guest::{Guest, mailbox_of};
 use crate::cli::log::report::{ReportOutput, print_report};
 use crate::cli::log::source::{LogFileArgs, PartArgs};
 use crate::cli::progress::{ProgressArgs, When};
 use crate::cli::serve::Signals;
+use crate::cli::serve_args::parse_block_size;
 use crate::cli::{DONE, output};
 use crate::crash::check::{Bounds, Checker, Verdict, quoted};
 use crate::crash::enumerate::{self, Reach};
@@ -32,6 +34,8 @@ use crate::write_log::{Start, sidecar};
 const TIMEOUT: u64 = 60;
 /// Exit code if a state is not good.
 const FAILED: u8 = 1;
+/// The larger of the blocks that a disk can have.
+const LARGE_BLOCK: u64 = 4096;
 
 /// Which states are looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -62,6 +66,10 @@ pub struct ExploreArgs {
     /// and the mailbox with the questions on SOCKET.mailbox
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["check", "jobs", "check_alike"])]
     guest: Option<PathBuf>,
+    /// Size of the blocks that the guest sees in bytes, 512 or 4096; those of the disk that was logged
+    /// if not given, as far as log and base tell
+    #[arg(long, value_name = "BYTES", requires = "guest", value_parser = parse_block_size)]
+    block_size: Option<u64>,
     /// Check this state and no other
     #[arg(long, value_name = "NAME")]
     state: Option<StateName>,
@@ -128,13 +136,15 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     }
     // Nothing behind the part has happened, and all before it has.
     let history = Arc::new(history.up_to(part.end).since(part.start));
-    let plan = plan(args, &history);
+    let block_size = args.block_size.unwrap_or_else(|| blocks_of(&history, &base.node));
+    let plan = plan(args, &history, block_size);
     if let Some(name) = &args.state {
         let Some(checker) = &plan.checker else {
             return Err(Error::invalid("--state wants a checker: --check, or --guest"));
         };
         let new = || Stage::new(&history, &base.node, 1, Reads::Unknown);
-        let Some(stage) = invite(args, &request, &history, &stop, new)? else { return Ok(FAILED) };
+        let stage = invite(args, &request, block_size, &history, &stop, new)?;
+        let Some(stage) = stage else { return Ok(FAILED) };
         return check_one(args, &history, stage, name, checker, &stop);
     }
     if explore::count(&history, &plan) == 0 {
@@ -154,7 +164,8 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     let workers = if plan.checker.is_some() { plan.workers } else { 0 };
     let mut teller = Teller { progress: args.progress.progress };
     let new = || Stage::new(&history, &base.node, workers, plan.reads());
-    let Some(mut stage) = invite(args, &request, &history, &stop, new)? else { return Ok(FAILED) };
+    let stage = invite(args, &request, block_size, &history, &stop, new)?;
+    let Some(mut stage) = stage else { return Ok(FAILED) };
     if plan.checker.is_some() {
         teller.say(&stage.how);
     }
@@ -172,12 +183,13 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
 fn invite(
     args: &ExploreArgs,
     base: &OpenRequest,
+    block_size: u64,
     history: &Arc<History>,
     stop: &Stop,
     without: impl FnOnce() -> Result<Stage>,
 ) -> Result<Option<Stage>> {
     let Some(socket) = &args.guest else { return without().map(Some) };
-    let guest = Guest::serve(socket, Path::new(history.log().name()), base)?;
+    let guest = Guest::serve(socket, Path::new(history.log().name()), base, block_size)?;
     let (disk, mailbox) = (socket.display(), mailbox_of(socket));
     // Without this nobody would know what there is to do.
     let _ = writeln!(std::io::stderr(), "waiting for a guest on {disk} and {}", mailbox.display());
@@ -185,11 +197,19 @@ fn invite(
     Ok(is_there.then(|| Stage::of_guest(history, Box::new(guest))))
 }
 
+/// The size of the blocks of the disk that was logged, as far as a guest can be shown it: the log's
+/// sectors are no smaller.
+fn blocks_of(history: &History, base: &Node) -> u64 {
+    let at_least = history.log().sector_size().max(base.limits().request_alignment);
+    let fits = base.size().is_multiple_of(LARGE_BLOCK);
+    if at_least >= LARGE_BLOCK && fits { LARGE_BLOCK } else { SECTOR_SIZE }
+}
+
 fn exit_code(report: &Report) -> u8 {
     if report.failed > 0 || !report.finished { FAILED } else { DONE }
 }
 
-fn plan(args: &ExploreArgs, history: &History) -> Plan {
+fn plan(args: &ExploreArgs, history: &History, block_size: u64) -> Plan {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let states: BTreeSet<_> = args.states.iter().copied().collect();
     Plan {
@@ -207,7 +227,7 @@ fn plan(args: &ExploreArgs, history: &History) -> Plan {
         stop_after: args.stop_after,
         results: args.results.clone(),
         again: again(args, history),
-        serve: serve(args, history),
+        serve: serve(args, history, block_size),
         sidecar: sidecar_of(args, history),
     }
 }
@@ -319,7 +339,11 @@ fn resume(path: &Path, subject: &Subject) -> Result<Report> {
 /// The command line that checks one state; its name is put at the end.
 fn again(args: &ExploreArgs, history: &History) -> String {
     let check = match (&args.check, &args.guest) {
-        (None, Some(socket)) => format!("--guest {}", quoted(&socket.display().to_string())),
+        (None, Some(socket)) => {
+            let blocks = args.block_size.map(|size| format!(" --block-size {size}"));
+            let socket = quoted(&socket.display().to_string());
+            format!("--guest {socket}{}", blocks.unwrap_or_default())
+        }
         (check, _) => {
             let check = check.as_ref().map(ToString::to_string).unwrap_or_default();
             format!("--check {}", quoted(&check))
@@ -338,9 +362,13 @@ fn again(args: &ExploreArgs, history: &History) -> String {
 }
 
 /// The command line that serves one state to a guest; its name is put at the end.
-fn serve(args: &ExploreArgs, history: &History) -> String {
+fn serve(args: &ExploreArgs, history: &History, block_size: u64) -> String {
     let socket = "--socket-path /tmp/crash.sock";
-    format!("vublk serve {socket} {} --state ", log_and_base(args, history))
+    let blocks = match block_size {
+        SECTOR_SIZE => String::new(),
+        size => format!(" --block-size {size}"),
+    };
+    format!("vublk serve {socket} {}{blocks} --state ", log_and_base(args, history))
 }
 
 /// Log and base as options that mean the same in any directory.

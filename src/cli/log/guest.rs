@@ -29,8 +29,8 @@ use crate::io::EngineKind;
 const DISK: &str = "disk";
 /// What the sockets' names differ by.
 const MAILBOX: &str = ".mailbox";
-/// Block size of both disks in bytes.
-const BLOCK_SIZE: u64 = 512;
+/// Block size of the mailbox in bytes.
+const MAILBOX_BLOCK: u32 = 512;
 /// How long a guest may take to hear that this is the end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -43,19 +43,19 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Serves the disks on `socket` and on the one beside it. `base` is how the disk as it was when
-    /// logging began is opened.
+    /// Serves the disks on `socket` and on the one beside it; that with the states has blocks of
+    /// `block_size` bytes. `base` is how the disk as it was when logging began is opened.
     ///
     /// # Errors
     /// As for `vublk serve`.
-    pub fn serve(socket: &Path, log: &Path, base: &OpenRequest) -> Result<Guest> {
+    pub fn serve(socket: &Path, log: &Path, base: &OpenRequest, block_size: u64) -> Result<Guest> {
         let workers = WorkerOptions { engine: EngineKind::Auto, threads: None, poll_us: 0 };
         let layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);
         let mut disks = Disks::new(layers, workers);
         // What it shows until the first question: nothing was written yet.
         let state = Some(StateOf { log: log.into(), state: StateName::prefix(0) });
         let request = OpenRequest { access: Access::Write, state, ..base.clone() };
-        let image = crash_state::open_writable(&request, BLOCK_SIZE, None)?;
+        let image = crash_state::open_writable(&request, block_size, None)?;
         let node = disks.layers.add_format(image, None, true)?;
         disks.export(ExportRequest {
             id: DISK.into(),
@@ -63,7 +63,7 @@ impl Guest {
             socket: ServerSocket::bind(socket, None)?,
             writable: true,
             cache: CachePolicy::WriteBack,
-            block_size: BLOCK_SIZE,
+            block_size,
             num_queues: MAX_QUEUES.into(),
             queue_size: MAX_QUEUE_SIZE,
             serial: DISK.into(),
@@ -73,7 +73,7 @@ impl Guest {
         let node = Node::new(disk, NodeOptions::default());
         let options = ExportOptions {
             serial: "mailbox".into(),
-            block_size: BLOCK_SIZE as u32,
+            block_size: MAILBOX_BLOCK,
             num_queues: MAX_QUEUES.into(),
             queue_size: MAX_QUEUE_SIZE,
             threads: 1,
