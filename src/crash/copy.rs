@@ -3,34 +3,31 @@
 //! Costs the data of the disk for each state, so it is for small disks and for hosts that forbid
 //! better.
 //!
-//! The files are in a directory that only its owner may enter, and that is locked for as long as its
-//! process lives. One that nobody has locked is what a killed process has left, and is removed.
+//! The files are in a directory that only its owner may enter. What a killed process has left, the next
+//! one removes.
 
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock};
+use rustix::fs::AtFlags;
 
 use crate::crash::disk::StateDisk;
 use crate::crash::history::History;
 use crate::crash::name::StateName;
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::crash::scratch::Scratch;
+use crate::error::{Result, ResultExt};
 use crate::units::{ByteRange, MIB};
 
-/// What the names of our directories begin with; 32 hexadecimal digits follow.
+/// What the names of our directories begin with.
 const DIR_PREFIX: &str = "vublk-copies-";
-/// How many directories are made should others take them away.
-const TRIES: u32 = 100;
 
 /// The directory of a process's copies. Dropping it removes it.
 #[derive(Debug)]
 pub struct Copies {
-    dir: PathBuf,
-    /// The directory, locked.
-    _lock: OwnedFd,
+    dir: Scratch,
 }
 
 impl Copies {
@@ -39,61 +36,18 @@ impl Copies {
     /// # Errors
     /// If it cannot be made.
     pub fn new() -> Result<Copies> {
-        let temp = std::env::temp_dir();
-        sweep(&temp);
-        for _ in 0..TRIES {
-            let dir = temp.join(format!("{DIR_PREFIX}{}", uuid::Uuid::new_v4().simple()));
-            let context = || dir.display().to_string();
-            DirBuilder::new().mode(0o700).create(&dir).context(context)?;
-            // Until it is locked, it is a leftover to others.
-            if let Some(lock) = lock_left(&dir) {
-                return Ok(Copies { dir, _lock: lock });
-            }
-        }
-        let message = format!("{}: others remove what we make in it", temp.display());
-        Err(Error::new(ErrorKind::Busy, message))
+        Ok(Copies { dir: Scratch::new(DIR_PREFIX, remove_copies)? })
     }
 }
 
-impl Drop for Copies {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir(&self.dir);
-    }
-}
-
-/// Removes what killed processes have left.
-fn sweep(temp: &Path) {
-    let Ok(entries) = std::fs::read_dir(temp) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix(DIR_PREFIX));
-        if !number.is_some_and(|n| n.len() == 32 && n.bytes().all(|b| b.is_ascii_hexdigit())) {
-            continue;
+/// Removes what a killed process has left.
+fn remove_copies(_path: &Path, dir: &OwnedFd) {
+    let Ok(files) = rustix::fs::Dir::read_from(dir) else { return };
+    for file in files.flatten() {
+        if is_copy(file.file_name().to_bytes()) {
+            let _ = rustix::fs::unlinkat(dir, file.file_name(), AtFlags::empty());
         }
-        let Some(lock) = lock_left(&entry.path()) else { continue };
-        let Ok(files) = rustix::fs::Dir::read_from(&lock) else { continue };
-        for file in files.flatten() {
-            if is_copy(file.file_name().to_bytes()) {
-                let _ = rustix::fs::unlinkat(&lock, file.file_name(), AtFlags::empty());
-            }
-        }
-        // Fails if there is anything else in it, which is not ours then.
-        let _ = std::fs::remove_dir(entry.path());
     }
-}
-
-/// Locks a directory that we have made and that no living process has locked. `None` if it is not one.
-fn lock_left(dir: &Path) -> Option<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(dir, flags, Mode::empty()).ok()?;
-    let is_own = |stat: &rustix::fs::Stat| {
-        stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o077 == 0
-    };
-    let stat = rustix::fs::fstat(&fd).ok().filter(is_own)?;
-    flock(&fd, FlockOperation::NonBlockingLockExclusive).ok()?;
-    // Whoever had it locked may have removed it.
-    let there = rustix::fs::lstat(dir).ok()?;
-    ((there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino)).then_some(fd)
 }
 
 fn file_name(worker: usize) -> String {
@@ -116,7 +70,7 @@ pub struct CopiedFile {
 impl CopiedFile {
     /// A file among the others.
     pub fn new(copies: &Copies, worker: usize, disk: StateDisk) -> CopiedFile {
-        CopiedFile { path: copies.dir.join(file_name(worker)), disk }
+        CopiedFile { path: copies.dir.path().join(file_name(worker)), disk }
     }
 
     /// Where it is.

@@ -7,6 +7,7 @@
 //! A killed process leaves its mount behind, without anything in it. The next one takes it away.
 
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, UNIX_EPOCH};
@@ -19,11 +20,11 @@ use fuser::{
 };
 
 use rustix::mount::UnmountFlags;
-use rustix::process::Pid;
 
 use crate::crash::disk::StateDisk;
 use crate::crash::history::History;
 use crate::crash::name::StateName;
+use crate::crash::scratch::Scratch;
 use crate::crash::syncer::Syncer;
 use crate::error::{Error, Result, ResultExt};
 use crate::units::ByteRange;
@@ -48,38 +49,25 @@ const FIRST: u64 = 2;
 /// The mounted directory. Dropping it unmounts and removes it.
 #[derive(Debug)]
 pub struct Mount {
-    dir: PathBuf,
     /// `None` only while dropping.
     session: Option<BackgroundSession>,
+    dir: PathBuf,
+    /// What it is in: below a mount, a lock could not be seen.
+    _around: Scratch,
 }
 
-/// What the names of our directories begin with; the process id follows.
+/// What the names of our directories begin with.
 const DIR_PREFIX: &str = "vublk-states-";
+/// What is mounted in one of them.
+const MOUNTED: &str = "disks";
 
-/// Unmounts what killed processes have left.
-fn sweep(temp: &Path) {
-    let Ok(entries) = std::fs::read_dir(temp) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(DIR_PREFIX));
-        let Some(pid) = pid.and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw) else {
-            continue;
-        };
-        if !lives(pid) {
-            // A link that somebody put there is not ours.
-            let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-            let _ = rustix::mount::unmount(entry.path(), flags);
-            let _ = std::fs::remove_dir(entry.path());
-        }
-    }
-}
-
-/// Whether a process is there, and not dead already with nobody to take note of it.
-fn lives(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()));
-    // What follows the name, which may hold anything, begins with the state.
-    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
-    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+/// Takes away the mount that a killed process has left.
+fn unmount(dir: &Path, _lock: &OwnedFd) {
+    let mounted = dir.join(MOUNTED);
+    // A link is not ours.
+    let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    let _ = rustix::mount::unmount(&mounted, flags);
+    let _ = std::fs::remove_dir(&mounted);
 }
 
 /// The file of one worker.
@@ -99,10 +87,9 @@ impl Mount {
     /// # Errors
     /// If the host has no FUSE or does not let us use it.
     pub fn new(disks: Vec<StateDisk>, reads: Reads) -> Result<(Mount, Vec<StateFile>)> {
-        let temp = std::env::temp_dir();
-        sweep(&temp);
-        let dir = temp.join(format!("{DIR_PREFIX}{}", std::process::id()));
-        std::fs::create_dir_all(&dir).context(|| dir.display().to_string())?;
+        let around = Scratch::new(DIR_PREFIX, unmount)?;
+        let dir = around.path().join(MOUNTED);
+        std::fs::create_dir(&dir).context(|| dir.display().to_string())?;
         let disks: Vec<_> = disks.into_iter().map(|disk| Arc::new(Mutex::new(disk))).collect();
         let mut config = Config::default();
         config.mount_options = vec![
@@ -121,7 +108,7 @@ impl Mount {
                 }
             };
         let notifier = session.notifier();
-        let mount = Mount { dir: dir.clone(), session: Some(session) };
+        let mount = Mount { session: Some(session), dir: dir.clone(), _around: around };
         let file = |(i, disk): (usize, &Arc<Mutex<StateDisk>>)| -> Result<StateFile> {
             let path = dir.join(file_name(i));
             let syncer = Syncer::start(path.clone())?;

@@ -16,6 +16,7 @@
 //! disk         one state at a time, as a disk that can be written to
 //! state        one state as a read-only node
 //! fuse copy    the same as a plain file
+//! scratch      the directories of these, and what killed processes have left there
 //! syncer       what a checker wrote to it and the kernel still has
 //! check        programs that say whether a disk is good
 //! guard        ends them should we be killed
@@ -51,6 +52,7 @@ pub mod mailbox;
 pub mod name;
 pub mod overlay;
 pub mod report;
+mod scratch;
 pub mod shrink;
 pub mod simulated;
 pub mod stage;

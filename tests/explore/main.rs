@@ -573,9 +573,8 @@ fn a_killed_exploration_leaves_nothing_behind() {
     common::wait_until("a checker", || d.join("begun").exists());
     child.kill().unwrap();
     common::wait_until("its end", || child.try_wait().unwrap().is_some());
-    // By its name: nobody answers who asks for more.
-    let mount = format!("vublk-states-{}", child.id());
-    let is_there = || std::fs::read_dir(d).unwrap().any(|e| *e.unwrap().file_name() == *mount);
+    // By their names: nobody answers who asks for more.
+    let is_there = || !names_with("vublk-states-", d).is_empty();
     assert!(is_there());
     // The next one takes the mount away.
     let again = Command::new(env!("CARGO_BIN_EXE_vublk"))
@@ -586,6 +585,73 @@ fn a_killed_exploration_leaves_nothing_behind() {
         .unwrap();
     assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
     assert!(!is_there());
+}
+
+/// What is in a directory and has a name that begins so.
+fn names_with(prefix: &str, dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with(prefix)).collect();
+    names.sort();
+    names
+}
+
+/// A process that is killed when this is dropped.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Process numbers say nothing of who lives: each of these explorations has number 1, in a namespace of
+/// its own, and the host has one with that number, too.
+#[test]
+fn mounts_of_the_dead_are_taken_away_and_no_others() {
+    let probe = Command::new("unshare").args(["--pid", "--fork", "true"]).output();
+    if !Path::new("/dev/fuse").exists() || !probe.is_ok_and(|output| output.status.success()) {
+        common::skip("no FUSE, or no process namespaces here");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    let explore = |check: &str| {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--pid", "--fork", "--kill-child", env!("CARGO_BIN_EXE_vublk")])
+            .args(["log", "explore", "w.log", "--base", "base.img", "-f", "raw", "-j", "1"])
+            .args(["--check", check])
+            .current_dir(d)
+            .env("TMPDIR", d)
+            .stdout(Stdio::null());
+        command
+    };
+    let start = || {
+        let _ = std::fs::remove_file(d.join("path"));
+        let child = explore("echo {} >new; mv new path; exec sleep 100000").spawn().unwrap();
+        let child = Killed(child);
+        common::wait_until("a checker that hangs", || d.join("path").exists());
+        let path = std::fs::read_to_string(d.join("path")).unwrap();
+        (child, Path::new(path.trim()).to_path_buf())
+    };
+    let mounts = || names_with("vublk-states-", d);
+    let (killed, path) = start();
+    let dead = mounts();
+    let (living, shown) = start();
+    assert_ne!(path, shown);
+    drop(killed);
+    common::wait_until("the end of its mount", || std::fs::read(&path).is_err());
+    assert!(explore("test -e {}").status().unwrap().success());
+    let left = mounts();
+    assert!(left.len() == 1 && left != dead, "{dead:?}, and then {left:?}");
+    assert_eq!(std::fs::read(&shown).unwrap().len(), SIZE, "the living one is shown no more");
+    drop(living);
+    common::wait_until("the end of its mount", || std::fs::read(&shown).is_err());
+    assert!(explore("test -e {}").status().unwrap().success());
+    assert_eq!(mounts(), [""; 0]);
 }
 
 /// vublk where FUSE is not to be had: mounting takes rights that it gives up. `None` if the host does
