@@ -232,15 +232,59 @@ fn what_cannot_be_right_is_refused_by_name() {
     let mut export = json!({"type": "vhost-user-blk", "id": "e0", "node-name": "l0",
         "writable": true, "addr": {"type": "unix", "path": bed.path("e0.sock")}});
     let err = qmp.fails("block-export-add", export.clone());
-    assert!(
-        err.contains("units of 4096 bytes") && err.contains("logical-block-size=4096"),
-        "{err}"
-    );
+    let larger = "log sectors of 4096 bytes are larger than the guest's blocks of 512; use \
+                  logical-block-size=4096, or a log with smaller sectors";
+    assert_eq!(err, format!("{}: {larger}", bed.path("w.log")));
     export["logical-block-size"] = 4096.into();
     qmp.ok("block-export-add", export);
     let mut second = node(&bed, json!({}));
     second["node-name"] = "l1".into();
     let err = qmp.fails("blockdev-add", second);
     assert!(err.contains("Node d0 is in use"), "{err}");
+    assert!(backend.terminate().success());
+}
+
+/// Whatever lies between a guest and what is recorded, and however that began.
+#[test]
+fn a_guest_whose_blocks_are_smaller_than_log_sectors_is_told_so_when_it_is_attached() {
+    let bed = Bed::new("raw");
+    let mut backend = bed.serve(&[]);
+    let mut qmp = bed.qmp();
+    let export = |node: &str, size: u32| {
+        json!({"type": "vhost-user-blk", "id": "e0", "node-name": node, "writable": true,
+            "logical-block-size": size, "addr": {"type": "unix", "path": bed.path("e0.sock")}})
+    };
+    let fault = |file: &str| json!({"driver": "fault", "node-name": "f0", "file": file});
+    let larger = |log: &str, block: u32| {
+        format!(
+            "{}: log sectors of 4096 bytes are larger than the guest's blocks of {block}; use \
+                 logical-block-size=4096, or a log with smaller sectors",
+            bed.path(log)
+        )
+    };
+    qmp.ok("blockdev-add", node(&bed, json!({"log-sector-size": 4096})));
+    qmp.ok("blockdev-add", fault("l0"));
+    assert_eq!(qmp.fails("block-export-add", export("f0", 512)), larger("w.log", 512));
+    qmp.ok("blockdev-del", json!({"node-name": "f0"}));
+    qmp.ok("blockdev-del", json!({"node-name": "l0"}));
+
+    // No guest has such blocks.
+    std::fs::File::create(bed.path("huge.log")).unwrap();
+    let huge = json!({"log-sector-size": 65536, "log": {"driver": "file", "filename": bed.path("huge.log")}});
+    qmp.ok("blockdev-add", node(&bed, huge));
+    let err = qmp.fails("block-export-add", export("l0", 4096));
+    let words = "log sectors of 65536 bytes are larger than the guest's blocks of 4096; use a log with \
+                 smaller sectors";
+    assert_eq!(err, format!("{}: {words}", bed.path("huge.log")));
+    qmp.ok("blockdev-del", json!({"node-name": "l0"}));
+
+    // Begun under a guest with larger blocks.
+    qmp.ok("blockdev-add", fault("d0"));
+    qmp.ok("block-export-add", export("f0", 4096));
+    let start = json!({"device": "e0", "log": bed.path("live.log"), "log-sector-size": 4096});
+    qmp.ok("x-vublk-log-start", start);
+    qmp.ok("block-export-del", json!({"id": "e0"}));
+    assert_eq!(qmp.fails("block-export-add", export("f0", 512)), larger("live.log", 512));
+    qmp.ok("block-export-add", export("f0", 4096));
     assert!(backend.terminate().success());
 }

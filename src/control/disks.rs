@@ -252,6 +252,8 @@ impl Disks {
             self.check_no_node_on(node, "write", &format!("export '{id}'"))?;
         }
         let image = self.image_below(node)?;
+        // Before what is the same to the image: the log is what can be changed.
+        self.recordings.check_blocks(&self.recorded(node)?, request.block_size)?;
         image.check_for_guest(request.block_size)?;
         let unit = node.limits().request_alignment;
         if unit > request.block_size {

@@ -82,6 +82,9 @@ fn exclusive(one: &str, other: &str) -> QmpError {
     QmpError::generic(format!("{one} and {other} are mutually exclusive"))
 }
 
+/// The largest blocks that a guest can have, in bytes.
+const LARGEST_BLOCK: u64 = 4096;
+
 /// All recordings of a daemon.
 #[derive(Debug, Default)]
 pub struct Recordings(Vec<Recorded>);
@@ -199,6 +202,27 @@ impl Recordings {
     pub fn mark(&self, node: &Node, text: &str) -> QmpResult<()> {
         let recorded = self.of(node).ok_or_else(|| not_recorded(node))?;
         Ok(block_on(recorded.filter.mark(text.as_bytes()))?)
+    }
+
+    /// Refuses a guest whose blocks are smaller than the sectors of the log in which a node is recorded:
+    /// its writes would fail.
+    pub fn check_blocks(&self, node: &Node, block_size: u64) -> QmpResult<()> {
+        let Some(recorded) = self.of(node) else { return Ok(()) };
+        let sector_size = recorded.filter.sector_size();
+        if sector_size <= block_size {
+            return Ok(());
+        }
+        let way_out = match sector_size {
+            0..=LARGEST_BLOCK => {
+                format!("use logical-block-size={sector_size}, or a log with smaller sectors")
+            }
+            _ => "use a log with smaller sectors".into(),
+        };
+        Err(QmpError::generic(format!(
+            "{}: log sectors of {sector_size} bytes are larger than the guest's blocks of \
+             {block_size}; {way_out}",
+            recorded.filter.log_name()
+        )))
     }
 
     /// Whether a node is recorded.
