@@ -14,16 +14,27 @@ use crate::write_log::{Flags, Log, LogBuilder};
 
 const SIZE: u64 = 64 << 10;
 
+/// A base with this content.
 fn node(content: Vec<u8>) -> Node {
-    let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("base.img", content));
-    let driver = Arc::new(Raw::open(file, true).unwrap());
+    node_of(SimFile::from_bytes("base.img", content))
+}
+
+fn node_of(file: SimFile) -> Node {
+    base(Arc::new(Raw::open(Arc::new(file), true).unwrap()))
+}
+
+fn base(driver: Arc<dyn Driver>) -> Node {
     let options = NodeOptions { name: "base".into(), read_only: true, keeps_space: false };
     Node::new(driver, options)
 }
 
+/// What happened to a disk of [`SIZE`] bytes.
 fn history(log: &LogBuilder) -> History {
-    let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("w.log", log.finish()));
-    History::read(block_on(Log::open(file)).unwrap(), SIZE).unwrap()
+    history_of(SimFile::from_bytes("w.log", log.finish()), SIZE)
+}
+
+fn history_of(log: impl File + 'static, size: u64) -> History {
+    History::read(block_on(Log::open(Arc::new(log))).unwrap(), size).unwrap()
 }
 
 /// Writes, discards, flushes and marks at random, many of them at the same few places.
@@ -202,12 +213,8 @@ fn a_discard_of_a_whole_disk_costs_nothing_for_each_sector() {
         .discard(ByteRange { offset: huge / 2, len: huge })
         .flush()
         .discard(ByteRange { offset: 0, len: huge });
-    let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("w.log", log.finish()));
-    let history = History::read(block_on(Log::open(file)).unwrap(), size).unwrap();
-    let disk = Node::new(
-        Arc::new(Unread(size)),
-        NodeOptions { name: "base".into(), read_only: true, keeps_space: false },
-    );
+    let history = history_of(SimFile::from_bytes("w.log", log.finish()), size);
+    let disk = base(Arc::new(Unread(size)));
     let mut prints = Fingerprints::new(&history, &disk).unwrap();
     let epochs: Vec<_> = history.epochs().collect();
     let print = prints.epoch(&epochs[0]).unwrap();
@@ -239,15 +246,11 @@ fn zeros_that_are_written_to_a_whole_disk_cost_nothing_for_each_sector() {
         // A file of the host has them as data; the simulation knows no zeros but holes.
         let path = dir.path().join("w.log");
         std::fs::write(&path, log.finish()).unwrap();
-        let file: Arc<dyn File> = match is_ragged {
-            false => Arc::new(HostFile::open(&path, OpenOptions::default()).unwrap()),
-            true => Arc::new(SimFile::from_bytes("w.log", log.finish())),
+        let history = match is_ragged {
+            false => history_of(HostFile::open(&path, OpenOptions::default()).unwrap(), size),
+            true => history_of(SimFile::from_bytes("w.log", log.finish()), size),
         };
-        let history = History::read(block_on(Log::open(file)).unwrap(), size).unwrap();
-        let disk = Node::new(
-            Arc::new(Unread(size)),
-            NodeOptions { name: "base".into(), read_only: true, keeps_space: false },
-        );
+        let disk = base(Arc::new(Unread(size)));
         let mut prints = Fingerprints::new(&history, &disk).unwrap();
         let epochs: Vec<_> = history.epochs().collect();
         let print = prints.epoch(&epochs[0]).unwrap();
@@ -466,11 +469,8 @@ fn what_a_checker_has_written_itself_is_not_looked_at() {
 #[test]
 fn what_cannot_be_read_is_told() {
     let log = LogBuilder::new(512).write(0, &[1; 512]);
-    let (history, size) = (Arc::new(history(&log)), SIZE);
-    let file = SimFile::from_bytes("base.img", vec![0; size as usize]);
-    let driver = Arc::new(Raw::open(Arc::new(file.clone()), true).unwrap());
-    let options = NodeOptions { name: "base".into(), read_only: true, keeps_space: false };
-    let mut disk = disk::StateDisk::new(history, Node::new(driver, options));
+    let file = SimFile::from_bytes("base.img", vec![0; SIZE as usize]);
+    let mut disk = disk::StateDisk::new(Arc::new(history(&log)), node_of(file.clone()));
     disk.show(&"E0".parse().unwrap()).unwrap();
     file.fail(Fault { op: Some(SimOp::Read), after: 0, errno: libc::EIO, for_good: true });
     let range = ByteRange { offset: 4096, len: 512 };
@@ -483,30 +483,27 @@ fn what_cannot_be_read_is_told() {
 #[test]
 fn what_ends_within_a_block_of_base_or_log_is_read() {
     let mut rng = Rng::new(7);
-    let base: Vec<u8> = (0..SIZE / 512).flat_map(|_| [rng.below(200) as u8; 512]).collect();
+    let content: Vec<u8> = (0..SIZE / 512).flat_map(|_| [rng.below(200) as u8; 512]).collect();
     let blocks = Alignment { request: 4096, memory: 512 };
-    let large = LogBuilder::new(4096).write(4096, &base[..8192]).write(16384, &base[512..4608]);
+    let large =
+        LogBuilder::new(4096).write(4096, &content[..8192]).write(16384, &content[512..4608]);
     let small = LogBuilder::new(512).write(4096 + 512, &[1; 512]).write(8192 - 1024, &[2; 2048]);
     for (log, of_log, names) in [
         (large, blocks, &["E0:s=1,torn=1@512", "E0:s=1,torn=1@-4608", "E1:s=1,torn=1@-512"][..]),
         (small, Alignment::NONE, &["E0", "E1", "E0:s=01", "E0:s=11,torn=2@-512"]),
     ] {
-        let file: Arc<dyn File> = Arc::new(SimFile::with_alignment("w.log", log.finish(), of_log));
-        let history = History::read(block_on(Log::open(file)).unwrap(), SIZE).unwrap();
-        let history = Arc::new(history);
-        let file = SimFile::with_alignment("base.img", base.clone(), blocks);
-        let driver = Arc::new(Raw::open(Arc::new(file), true).unwrap());
-        let options = NodeOptions { name: "base".into(), read_only: true, keeps_space: false };
-        let below = Node::new(driver, options.clone());
+        let file = SimFile::with_alignment("w.log", log.finish(), of_log);
+        let history = Arc::new(history_of(file, SIZE));
+        let below = node_of(SimFile::with_alignment("base.img", content.clone(), blocks));
         let mut disk = disk::StateDisk::new(Arc::clone(&history), below.clone());
         for name in names {
             let name: StateName = name.parse().unwrap();
-            let expected = model(&base, &history, &name);
+            let expected = model(&content, &history, &name);
             disk.show(&name).unwrap();
             let all = ByteRange { offset: 0, len: SIZE };
             assert!(disk.read(all).unwrap() == expected, "{name}");
             let state = CrashState::new(Arc::clone(&history), below.clone(), &name).unwrap();
-            let node = Node::new(Arc::new(state), options.clone());
+            let node = base(Arc::new(state));
             let buf = AlignedBuf::zeroed(SIZE as usize, 4096);
             block_on(node.read(0, buf.buffers())).unwrap();
             assert!(buf.to_vec() == expected, "{name}");
