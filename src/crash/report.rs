@@ -219,7 +219,7 @@ impl Failure {
             }
         }
         let is_ordered = self.writes.iter().any(|row| row.order.is_some());
-        write!(text, "  {:>10} {:>14} {:>10}  ", "entry", "sector", "bytes")?;
+        write!(text, "  {:>10} {:>14} {:>10}  ", "entry", "sector of 512", "bytes")?;
         if is_ordered {
             write!(text, "{:>5} {:>9} {:>9}  ", "queue", "submitted", "completed")?;
         }

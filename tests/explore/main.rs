@@ -788,7 +788,10 @@ fn what_cannot_be_explored_is_refused() {
         assert!(error.contains("state E0:s=000000: the checker wrote past the end"), "{error}");
     }
     let error = with(&["--start-mark", "nowhere"]);
-    assert!(error.contains("there is no mark 'nowhere'"), "{error}");
+    assert!(error.contains("no mark 'nowhere' in what was searched"), "{error}");
+    // There is one, but not behind the start.
+    let error = with(&["--start-mark", "end", "--end-mark", "start"]);
+    assert!(error.contains("no mark 'start' in what was searched"), "{error}");
     std::fs::write(dir.path().join("base.img"), vec![0; 8192]).unwrap();
     let error = with(&[]);
     assert!(error.contains("entry 3 writes past the end of the disk"), "{error}");

@@ -261,9 +261,7 @@ fn part(args: &ExploreArgs, history: &History) -> Result<std::ops::Range<u64>> {
         Start::Entry(number) => number,
         Start::AfterMark(text) => {
             let mark = index.marks().iter().find(|(_, mark)| mark.0 == text.as_bytes());
-            mark.map(|(number, _)| number + 1).ok_or_else(|| {
-                Error::invalid(format!("{}: there is no mark '{text}'", history.log().name()))
-            })?
+            mark.map(|(number, _)| number + 1).ok_or_else(|| history.log().no_mark(&text))?
         }
     };
     let stop = args.part.stop();
@@ -276,9 +274,7 @@ fn part(args: &ExploreArgs, history: &History) -> Result<std::ops::Range<u64>> {
         }
     }
     match &stop.end_mark {
-        Some(text) => {
-            Err(Error::invalid(format!("{}: there is no mark '{text}'", history.log().name())))
-        }
+        Some(text) => Err(history.log().no_mark(text)),
         None => Ok(start..history.len()),
     }
 }
