@@ -32,18 +32,16 @@
 //! host's next start, and the bytes in them are the guest's. Neither does a file whose directory
 //! cannot be written to. Then a line in the log says so, once for each snapshot.
 
+mod store;
+
 use std::ffi::OsString;
-use std::io::{Read as _, Write as _};
-use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::io::Errno;
-
-use crate::block::open_gate;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::open;
 use crate::io::{File, HostFile};
+use store::{cannot_be_removed, get, put, take};
 
 /// The attribute's name.
 const ATTRIBUTE: &str = "user.vublk.overlay";
@@ -51,12 +49,8 @@ const ATTRIBUTE: &str = "user.vublk.overlay";
 const MOVED: &str = "user.vublk.moved";
 /// The name of the one that says which overlay is being taken off what it stands on, or put on it.
 const RESTACKED: &str = "user.vublk.restacked";
-/// The longest mark, of the kernel's.
-const MAX_MARK: usize = 65536;
 /// What is before the path of an overlay in a mark that its disk has left.
 const LEFT: &str = "left:";
-/// What a mark beside an image begins with; then come the inode, a line feed, and the path.
-const BESIDE: &str = "vublk: the disk of the file beside this one goes on elsewhere; inode ";
 
 /// An overlay that a mark names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,20 +162,6 @@ fn put_overlays(
     }
 }
 
-fn put(file: &HostFile, attribute: &str, value: &[u8]) -> Result<()> {
-    #[cfg(test)]
-    tests::step();
-    if value.len() > MAX_MARK {
-        return Err(Errno::NOSPC.into());
-    }
-    let flags = rustix::fs::XattrFlags::empty();
-    match rustix::fs::fsetxattr(file.as_fd(), attribute, value, flags) {
-        Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
-        Err(Errno::OPNOTSUPP) => put_beside(file, attribute, value),
-        Err(err) => Err(err.into()),
-    }
-}
-
 /// Takes the marks away; durable on return.
 pub fn clear(file: &HostFile) {
     take(file, ATTRIBUTE);
@@ -215,24 +195,6 @@ fn forget(file: &HostFile, attribute: &str, overlay: &Path) {
     }
 }
 
-fn take(file: &HostFile, attribute: &str) {
-    #[cfg(test)]
-    tests::step();
-    let removed = match rustix::fs::fremovexattr(file.as_fd(), attribute) {
-        Ok(()) => rustix::fs::fsync(file.as_fd()).map_err(Error::from),
-        Err(Errno::OPNOTSUPP) => take_beside(file, attribute),
-        Err(Errno::NODATA | Errno::PERM | Errno::ACCESS | Errno::ROFS) => Ok(()),
-        Err(err) => Err(err.into()),
-    };
-    if let Err(err) = removed {
-        cannot_be_removed(file, &err);
-    }
-}
-
-fn cannot_be_removed(file: &HostFile, err: &Error) {
-    tracing::warn!("{}: its mark cannot be removed: {err}", file.name());
-}
-
 /// The overlay that the disk of this image goes on in, if it is marked.
 pub fn overlay_of(file: &HostFile) -> Option<PathBuf> {
     overlays(file, ATTRIBUTE).into_iter().next().map(|overlay| overlay.path)
@@ -251,64 +213,6 @@ fn overlays(file: &HostFile, attribute: &str) -> Vec<Overlay> {
 /// The image that the disk of this one has moved to, if it is marked so.
 pub fn moved_to(file: &HostFile) -> Option<PathBuf> {
     get(file, MOVED).map(|path| OsString::from_vec(path).into())
-}
-
-fn get(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
-    let mut value = vec![0; MAX_MARK];
-    match rustix::fs::fgetxattr(file.as_fd(), attribute, &mut value[..]) {
-        Ok(len) => value.truncate(len),
-        Err(Errno::OPNOTSUPP) => value = get_beside(file, attribute)?,
-        Err(_) => return None,
-    }
-    Some(value)
-}
-
-/// Where the mark of an image is that takes no attributes.
-fn beside(file: &HostFile, attribute: &str) -> PathBuf {
-    let path = file.path();
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(attribute.replace("user.vublk.", ".vublk-"));
-    path.with_file_name(name)
-}
-
-/// What such a mark begins with.
-fn head(file: &HostFile) -> Result<String> {
-    Ok(format!("{BESIDE}{}\n", file.identity()?.1))
-}
-
-fn put_beside(file: &HostFile, attribute: &str, value: &[u8]) -> Result<()> {
-    let path = beside(file, attribute);
-    let content = [head(file)?.as_bytes(), value].concat();
-    let written = (|| {
-        // A link that somebody put there is not followed.
-        let _ = std::fs::remove_file(&path);
-        let mut mark = std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
-        mark.write_all(&content)?;
-        mark.sync_all()?;
-        sync_directory(&path)
-    })();
-    written.context(|| path.display().to_string())
-}
-
-fn take_beside(file: &HostFile, attribute: &str) -> Result<()> {
-    let path = beside(file, attribute);
-    let removed = match std::fs::remove_file(&path) {
-        Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        removed => removed.and_then(|()| sync_directory(&path)),
-    };
-    removed.context(|| path.display().to_string())
-}
-
-fn get_beside(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
-    let mut content = Vec::new();
-    let mark = std::fs::File::open(beside(file, attribute)).ok()?;
-    mark.take((MAX_MARK + 128) as u64).read_to_end(&mut content).ok()?;
-    content.strip_prefix(head(file).ok()?.as_bytes()).map(<[u8]>::to_vec)
-}
-
-fn sync_directory(path: &Path) -> std::io::Result<()> {
-    std::fs::File::open(open_gate::directory_of(path))?.sync_all()
 }
 
 /// Whether the image that a mark names is gone. A missing directory may be one that is not mounted;
@@ -419,181 +323,4 @@ fn settle_restacked(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-    use crate::io::OpenOptions;
-
-    thread_local! {
-        /// How many more changes of files this thread makes before it dies.
-        static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
-    }
-
-    /// Has the thread panic in place of one of the next changes of marks and headers; with `None` it lives
-    /// on.
-    pub fn die_after(changes: Option<u32>) {
-        LEFT.set(changes);
-    }
-
-    /// A change of a file is about to be made.
-    pub fn step() {
-        if let Some(left) = LEFT.get() {
-            assert!(left > 0, "killed by the test");
-            LEFT.set(Some(left - 1));
-        }
-    }
-
-    fn image(dir: &Path) -> HostFile {
-        std::fs::write(dir.join("base"), "x").unwrap();
-        std::fs::write(dir.join("overlay"), "x").unwrap();
-        let options = OpenOptions { write: true, ..OpenOptions::default() };
-        HostFile::open(&dir.join("base"), options).unwrap()
-    }
-
-    #[test]
-    fn a_new_image_has_no_mark_and_is_never_made_of_a_frozen_one() {
-        use crate::images::{CreateRequest, ImageFormat, create};
-        let dir = tempfile::tempdir().unwrap();
-        let file = image(dir.path());
-        let overlay = dir.path().join("overlay");
-        let create = || {
-            create(&CreateRequest {
-                path: file.path().into(),
-                format: ImageFormat::Raw,
-                size: Some(512),
-                options: Vec::new(),
-                backing: None,
-                backing_format: None,
-                backing_unchecked: false,
-                allow_dirs: Vec::new(),
-            })
-        };
-        mark_moved(&file, &overlay);
-        create().unwrap();
-        assert_eq!(moved_to(&file), None);
-        check(&file, &[]).unwrap();
-        std::fs::write(file.path(), "x").unwrap();
-        mark(&file, &overlay);
-        let err = create().unwrap_err().to_string();
-        assert!(err.contains("serve that one (writing here would destroy it)"), "{err}");
-        assert_eq!(std::fs::read(file.path()).unwrap(), b"x");
-    }
-
-    #[test]
-    fn a_marked_image_names_its_overlay_until_that_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        let base = image(dir.path());
-        check(&base, &[]).unwrap();
-        mark(&base, &dir.path().join("overlay"));
-        if beside(&base, ATTRIBUTE).exists() {
-            println!("SKIP: no extended attributes in {}", dir.path().display());
-        }
-        names_its_overlay(dir.path(), &base);
-    }
-
-    /// Marks of the time when a mark was one path are read as they are.
-    #[test]
-    fn a_mark_names_all_overlays_that_need_the_image() {
-        let dir = tempfile::tempdir().unwrap();
-        let base = image(dir.path());
-        let path = |name: &str| dir.path().join(name);
-        let one = path("overlay").into_os_string().into_encoded_bytes();
-        put(&base, ATTRIBUTE, &one).unwrap();
-        std::fs::write(path("other"), "x").unwrap();
-        mark(&base, &path("other"));
-        mark(&base, &path("other"));
-        let refused = || check(&base, &[]).unwrap_err().to_string();
-        assert!(refused().contains(&format!("goes on in {}", path("other").display())));
-        // Each is asked for by itself: what is written for one shows in the other.
-        let only = |names: &[&str]| {
-            let paths: Vec<_> = names.iter().map(|name| path(name)).collect();
-            let paths: Vec<_> = paths.iter().map(PathBuf::as_path).collect();
-            check_only_below(&base, &paths, &[]).map_err(|err| err.to_string())
-        };
-        assert!(only(&["other"]).unwrap_err().contains(path("overlay").to_str().unwrap()));
-        only(&["overlay", "other"]).unwrap();
-        std::fs::remove_file(path("other")).unwrap();
-        assert!(refused().contains(&format!("goes on in {}", path("overlay").display())));
-        unmark(&base, &path("other"));
-        std::fs::write(path("top"), "x").unwrap();
-        mark_over(&base, &path("top"), &path("overlay"));
-        only(&["top"]).unwrap();
-        std::fs::remove_file(path("top")).unwrap();
-        let refused = refused();
-        assert!(
-            refused.contains(&format!("remove {} first", path("overlay").display())),
-            "{refused}"
-        );
-        assert!(refused.contains("still stands on it"), "{refused}");
-        std::fs::remove_file(path("overlay")).unwrap();
-        check(&base, &[]).unwrap();
-        assert_eq!(get(&base, ATTRIBUTE), None);
-    }
-
-    #[test]
-    fn a_mark_that_does_not_fit_stays_as_it_was() {
-        let dir = tempfile::tempdir().unwrap();
-        let base = image(dir.path());
-        let deep = dir.path().join(["x".repeat(200).as_str(); 15].join("/"));
-        std::fs::create_dir_all(&deep).unwrap();
-        let overlays: Vec<_> = (0..40).map(|n| deep.join(n.to_string())).collect();
-        for overlay in &overlays {
-            std::fs::write(overlay, "x").unwrap();
-            mark(&base, overlay);
-        }
-        assert!(is_frozen_below(&base, &overlays[0]));
-        assert!(!is_frozen_below(&base, &overlays[39]));
-        check(&base, &[]).unwrap_err();
-    }
-
-    /// The same where there are no attributes: in the one kind of file system that never has them.
-    #[test]
-    fn an_image_without_attributes_has_its_mark_beside_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let mount = |what: &str, args: &[&str]| {
-            let done = std::process::Command::new(what).args(args).arg(dir.path()).status();
-            done.is_ok_and(|status| status.success())
-        };
-        if !rustix::process::geteuid().is_root() || !mount("mount", &["-t", "ramfs", "none"]) {
-            println!("SKIP: only root may mount a file system without attributes");
-            return;
-        }
-        let outcome = std::panic::catch_unwind(|| {
-            let base = image(dir.path());
-            let overlay = dir.path().join("overlay");
-            mark(&base, &overlay);
-            assert!(beside(&base, ATTRIBUTE).exists());
-            assert_eq!(overlay_of(&base), Some(overlay.clone()));
-            // Another file in the image's place is not meant.
-            std::fs::rename(dir.path().join("base"), dir.path().join("away")).unwrap();
-            let other = image(dir.path());
-            check(&other, &[]).unwrap();
-            mark(&other, &overlay);
-            names_its_overlay(dir.path(), &other);
-            assert!(!beside(&other, ATTRIBUTE).exists());
-        });
-        assert!(mount("umount", &["-l"]));
-        outcome.unwrap();
-    }
-
-    fn names_its_overlay(dir: &Path, base: &HostFile) {
-        let path = |name: &str| dir.join(name);
-        let err = check(base, &[]).unwrap_err();
-        assert_eq!(err.kind(), ErrorKind::Busy);
-        assert!(err.to_string().contains(path("overlay").to_str().unwrap()), "{err}");
-        // A directory that is away may come back.
-        std::fs::create_dir(path("mount")).unwrap();
-        mark(base, &path("mount/overlay"));
-        std::fs::remove_dir(path("mount")).unwrap();
-        check(base, &[]).unwrap_err();
-        unmark(base, &path("mount/overlay"));
-        std::fs::remove_file(path("overlay")).unwrap();
-        check(base, &[]).unwrap();
-        assert_eq!(overlay_of(base), None);
-        mark(base, &path("overlay"));
-        clear(base);
-        clear(base);
-        assert_eq!(overlay_of(base), None);
-    }
-}
+pub(crate) mod tests;
