@@ -97,12 +97,12 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
         new_file = named_file(&image, new, &request);
     }
     let marks = marks(image.file.path(), &old, new_file);
-    marks.announce();
-    images::set_backing(&image, new, args.backing_format).inspect_err(|_| marks.keep())?;
+    let announced = marks.announce();
+    images::set_backing(&image, new, args.backing_format).inspect_err(|_| announced.keep())?;
     if is_live {
         block_on(image.node.close())?;
     }
-    marks.renew();
+    announced.renew();
     if !args.quiet {
         output::print("Image rebased.\n")?;
     }

@@ -24,6 +24,9 @@
 //! to be written, because the job's was killed, looks at the overlay: if it stands on the image, then that
 //! is frozen below it, and if not, then it is not.
 //!
+//! Two processes may change one mark at once, for overlays of their own. So each waits for its [`Turn`]; a
+//! job has it from its note until the marks are as they are to be, so that nobody takes it for dead.
+//!
 //! On a file system without extended attributes a mark is a small file beside the image,
 //! `.NAME.vublk-overlay`, `.NAME.vublk-moved` or `.NAME.vublk-restacked`. It names the image's inode, so it says nothing of a
 //! file that takes the image's place.
@@ -33,6 +36,7 @@
 //! cannot be written to. Then a line in the log says so, once for each snapshot.
 
 mod store;
+mod turn;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -42,6 +46,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::open;
 use crate::io::{File, HostFile};
 use store::{cannot_be_removed, get, put, take};
+pub use turn::Turn;
 
 /// The attribute's name.
 const ATTRIBUTE: &str = "user.vublk.overlay";
@@ -89,54 +94,97 @@ impl Overlay {
 
 /// Marks `file` as frozen below the image at `overlay`, too; durable on return.
 pub fn mark(file: &HostFile, overlay: &Path) {
-    let mut overlays = others(file, overlay);
-    overlays.insert(0, Overlay::new(overlay, false));
-    put_overlays(file, ATTRIBUTE, &overlays, "frozen below", overlay);
-    forget(file, RESTACKED, overlay);
-}
-
-/// Marks `file` as frozen below the image at `overlay`, whose disk has left the layer at `left`, which
-/// stands on the file as well; durable on return.
-pub fn mark_over(file: &HostFile, overlay: &Path, left: &Path) {
-    let mut overlays = others(file, overlay);
-    for other in overlays.iter_mut().filter(|other| other.is(left)) {
-        other.is_left = true;
-    }
-    overlays.insert(0, Overlay::new(overlay, false));
-    put_overlays(file, ATTRIBUTE, &overlays, "frozen below", overlay);
-    forget(file, RESTACKED, overlay);
-}
-
-/// Marks `file` as frozen below these images and no others, because its content was changed for them;
-/// durable on return.
-pub fn mark_only(file: &HostFile, overlays: &[PathBuf]) {
-    let marked: Vec<_> = overlays.iter().map(|path| Overlay::new(path, false)).collect();
-    if let Some(first) = overlays.first() {
-        put_overlays(file, ATTRIBUTE, &marked, "frozen below", first);
-    }
-    overlays.iter().for_each(|overlay| forget(file, RESTACKED, overlay));
+    Turn::wait(file).mark(overlay);
 }
 
 /// Takes the overlay out of the mark; durable on return.
 pub fn unmark(file: &HostFile, overlay: &Path) {
-    forget(file, ATTRIBUTE, overlay);
-    forget(file, RESTACKED, overlay);
+    Turn::wait(file).unmark(overlay);
 }
 
-/// The overlays in the mark that are there, without this one.
-fn others(file: &HostFile, overlay: &Path) -> Vec<Overlay> {
-    let mut overlays = overlays(file, ATTRIBUTE);
-    overlays.retain(|other| !other.is(overlay) && !is_gone(&other.path));
-    overlays
+/// Takes the marks away; durable on return.
+pub fn clear(file: &HostFile) {
+    let _turn = Turn::wait(file);
+    take(file, ATTRIBUTE);
+    take(file, RESTACKED);
+    take(file, MOVED);
 }
 
-/// Notes on `file` that its mark is about to change, with what the image at `overlay` stands on; durable
-/// on return. The note goes with the next change of the mark.
-pub fn note_restacked(file: &HostFile, overlay: &Path) {
-    let mut noted = overlays(file, RESTACKED);
-    noted.retain(|other| !other.is(overlay));
-    noted.push(Overlay::new(overlay, false));
-    put_overlays(file, RESTACKED, &noted, "standing or not below", overlay);
+impl Turn<'_> {
+    /// As [`mark`].
+    pub fn mark(&self, overlay: &Path) {
+        self.put_first(overlay, self.others(overlay));
+    }
+
+    /// Marks the file as frozen below the image at `overlay`, whose disk has left the layer at `left`,
+    /// which stands on the file as well; durable on return.
+    pub fn mark_over(&self, overlay: &Path, left: &Path) {
+        let mut others = self.others(overlay);
+        for other in others.iter_mut().filter(|other| other.is(left)) {
+            other.is_left = true;
+        }
+        self.put_first(overlay, others);
+    }
+
+    /// Marks the file as frozen below these images and no others, because its content was changed for
+    /// them; durable on return.
+    pub fn mark_only(&self, overlays: &[PathBuf]) {
+        let marked: Vec<_> = overlays.iter().map(|path| Overlay::new(path, false)).collect();
+        if let Some(first) = overlays.first() {
+            put_overlays(self.file, ATTRIBUTE, &marked, "frozen below", first);
+        }
+        overlays.iter().for_each(|overlay| self.clear_note(overlay));
+    }
+
+    /// As [`unmark`].
+    pub fn unmark(&self, overlay: &Path) {
+        self.forget(ATTRIBUTE, |other| other.is(overlay));
+        self.clear_note(overlay);
+    }
+
+    /// Notes on the file that its mark is about to change, with what the image at `overlay` stands on;
+    /// durable on return. The note goes with the next change of the mark, and is not settled while this
+    /// turn lasts.
+    pub fn note_restacked(&self, overlay: &Path) {
+        let mut noted = overlays(self.file, RESTACKED);
+        noted.retain(|other| !other.is(overlay));
+        noted.push(Overlay::new(overlay, false));
+        put_overlays(self.file, RESTACKED, &noted, "standing or not below", overlay);
+    }
+
+    /// Takes away the note that the mark is about to change with this overlay.
+    pub fn clear_note(&self, overlay: &Path) {
+        self.forget(RESTACKED, |other| other.is(overlay));
+    }
+
+    fn put_first(&self, overlay: &Path, mut others: Vec<Overlay>) {
+        others.insert(0, Overlay::new(overlay, false));
+        put_overlays(self.file, ATTRIBUTE, &others, "frozen below", overlay);
+        self.clear_note(overlay);
+    }
+
+    /// The overlays in the mark that are there, without this one.
+    fn others(&self, overlay: &Path) -> Vec<Overlay> {
+        let mut overlays = overlays(self.file, ATTRIBUTE);
+        overlays.retain(|other| !other.is(overlay) && !is_gone(&other.path));
+        overlays
+    }
+
+    /// Takes overlays out of a mark or note, and that away if none is left.
+    fn forget(&self, attribute: &str, which: impl Fn(&Overlay) -> bool) {
+        let before = overlays(self.file, attribute);
+        let (out, rest): (Vec<_>, Vec<_>) = before.into_iter().partition(which);
+        if out.is_empty() {
+            return;
+        }
+        if rest.is_empty() {
+            return take(self.file, attribute);
+        }
+        let value = rest.iter().map(Overlay::text).collect::<Vec<_>>().join(&0);
+        if let Err(err) = put(self.file, attribute, &value) {
+            cannot_be_removed(self.file, &err);
+        }
+    }
 }
 
 /// Marks `file` as left by its disk, which goes on in the image at `target`; durable on return.
@@ -162,37 +210,9 @@ fn put_overlays(
     }
 }
 
-/// Takes the marks away; durable on return.
-pub fn clear(file: &HostFile) {
-    take(file, ATTRIBUTE);
-    take(file, RESTACKED);
-    take(file, MOVED);
-}
-
-/// Takes away the note that the mark is about to change with this overlay.
-pub fn clear_note(file: &HostFile, overlay: &Path) {
-    forget(file, RESTACKED, overlay);
-}
-
 /// Takes away the mark that says where the disk has moved to; durable on return.
 pub fn clear_moved(file: &HostFile) {
     take(file, MOVED);
-}
-
-/// Takes one overlay out of a mark or note, and that away if it is the last.
-fn forget(file: &HostFile, attribute: &str, overlay: &Path) {
-    let before = overlays(file, attribute);
-    let (is_it, rest): (Vec<_>, Vec<_>) = before.into_iter().partition(|other| other.is(overlay));
-    if is_it.is_empty() {
-        return;
-    }
-    if rest.is_empty() {
-        return take(file, attribute);
-    }
-    let value = rest.iter().map(Overlay::text).collect::<Vec<_>>().join(&0);
-    if let Err(err) = put(file, attribute, &value) {
-        cannot_be_removed(file, &err);
-    }
 }
 
 /// The overlay that the disk of this image goes on in, if it is marked.
@@ -260,7 +280,7 @@ pub fn check_not_frozen(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
             file.name(),
             overlay.path.display()
         );
-        take(file, ATTRIBUTE);
+        Turn::wait(file).forget(ATTRIBUTE, |overlay| is_gone(&overlay.path));
     }
     Ok(())
 }
@@ -301,9 +321,21 @@ fn refusal(file: &HostFile, overlay: &Overlay) -> Error {
 /// # Errors
 /// If an overlay is there and does not tell what it stands on.
 fn settle_restacked(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
+    if overlays(file, RESTACKED).is_empty() {
+        return Ok(());
+    }
+    // A job that lives has the turn until it has settled its notes itself.
+    let turn = Turn::wait(file);
     for Overlay { path: overlay, .. } in overlays(file, RESTACKED) {
+        if turn.is_of_others() {
+            let (name, shown) = (file.name(), overlay.display());
+            let message = format!(
+                "{name}: another process is changing what {shown} stands on; try again when it is done"
+            );
+            return Err(Error::new(ErrorKind::Busy, message));
+        }
         if is_gone(&overlay) {
-            clear_note(file, &overlay);
+            turn.clear_note(&overlay);
             continue;
         }
         let is_below = open::stands_on(&overlay, file, allow_dirs).context(|| {
@@ -315,8 +347,8 @@ fn settle_restacked(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
             )
         })?;
         match is_below {
-            true => mark(file, &overlay),
-            false => unmark(file, &overlay),
+            true => turn.mark(&overlay),
+            false => turn.unmark(&overlay),
         }
     }
     Ok(())

@@ -83,6 +83,10 @@ const HELD_BASE: i64 = 100;
 /// First byte of the locks for rights that are not shared.
 const UNSHARED_BASE: i64 = 200;
 
+/// The byte that is locked by who changes what is remembered of a file beside its content. QEMU has no
+/// such lock.
+const NOTES_BYTE: i64 = 300;
+
 /// Locks `fd` for someone who holds `held` and lets others hold `shared`.
 ///
 /// # Errors
@@ -165,6 +169,19 @@ fn busy(why: String) -> Error {
         ErrorKind::Busy,
         format!("{why} (is a virtual machine or another tool using this image?)"),
     )
+}
+
+/// Takes the lock of who changes what is remembered of a file, if nobody has it; it goes with the open file
+/// description, which must be one for writing. Returns whether it was free.
+///
+/// # Errors
+/// If the host has no such lock.
+pub fn lock_notes(fd: BorrowedFd<'_>) -> Result<bool> {
+    match fcntl_lock(fd, libc::F_OFD_SETLK, libc::F_WRLCK, NOTES_BYTE, 1) {
+        Ok(_) => Ok(true),
+        Err(err) if matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(err) => Err(err.into()),
+    }
 }
 
 /// Takes a read lock on one byte. Read locks never conflict with each other.

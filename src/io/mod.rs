@@ -35,6 +35,6 @@ pub use carry::{Load, carrying};
 pub use engine::{Engine, EngineKind};
 pub use file::{Alignment, File, Fut, Hole};
 pub use host::{HostFile, HostKind, OpenOptions};
-pub use lock::Rights;
+pub use lock::{Rights, lock_notes};
 pub use reactor::{Reactor, block_on, prepare_thread, spawn_local, yield_now};
 pub use shared_memory::SharedMemory;

@@ -298,7 +298,7 @@ impl Commit {
             joins: Some(Joins { file: Arc::clone(&base.file), others: Others::Lost }),
             overlays: paths,
         };
-        marks.announce();
+        let announced = marks.announce();
         let mut renamed = Vec::new();
         let mut result = Ok(());
         for overlay in &overlays {
@@ -313,7 +313,7 @@ impl Commit {
             result = graph.replace(&self.top, &self.base, &quiesced);
             if result.is_ok() {
                 restore_access(layers, &self.base, self.base_access, &quiesced);
-                marks.renew();
+                announced.renew();
             }
             graph.resume(quiesced);
         }
@@ -328,7 +328,7 @@ impl Commit {
                 }
             }
             if is_as_before {
-                marks.keep();
+                announced.keep();
             }
             return Err(err);
         }

@@ -6,12 +6,12 @@
 //! ```
 //!
 //! Killed at any point in between, what has been announced is settled by what an overlay's header says by
-//! then ([`frozen`]).
+//! then ([`frozen`](crate::images::frozen)).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::images::frozen;
+use crate::images::frozen::Turn;
 use crate::io::HostFile;
 
 /// See the module's text.
@@ -47,37 +47,60 @@ pub enum Others {
 
 impl Marks {
     /// Before the headers change.
-    pub fn announce(&self) {
-        self.for_each(frozen::note_restacked);
+    pub fn announce(&self) -> Announced<'_> {
+        let joins = self.joins.as_ref().map(|joins| &*joins.file);
+        let leaves = self.leaves.as_deref();
+        let identity = |file: Option<&HostFile>| file.and_then(|file| file.identity().ok());
+        let wait = |file: Option<_>| file.map(Turn::wait);
+        // In the order in which everybody does, or two would wait for each other.
+        let (joins, leaves) = if identity(joins) < identity(leaves) {
+            let joins = wait(joins);
+            (joins, wait(leaves))
+        } else {
+            let leaves = wait(leaves);
+            (wait(joins), leaves)
+        };
+        let announced = Announced { marks: self, joins, leaves };
+        announced.for_each(Turn::note_restacked);
+        announced
     }
+}
 
+/// Marks that are about to change, and the turns to do that.
+#[derive(Debug)]
+#[must_use = "the turn to change the marks ends with it"]
+pub struct Announced<'a> {
+    marks: &'a Marks,
+    joins: Option<Turn<'a>>,
+    leaves: Option<Turn<'a>>,
+}
+
+impl<'a> Announced<'a> {
     /// The headers have changed.
     pub fn renew(&self) {
-        if let Some(Joins { file, others }) = &self.joins {
+        let overlays = &self.marks.overlays;
+        if let (Some(turn), Some(Joins { others, .. })) = (&self.joins, &self.marks.joins) {
             match others {
-                Others::Lost => frozen::mark_only(file, &self.overlays),
-                Others::Stay => {
-                    self.overlays.iter().for_each(|overlay| frozen::mark(file, overlay))
-                }
+                Others::Lost => turn.mark_only(overlays),
+                Others::Stay => overlays.iter().for_each(|overlay| turn.mark(overlay)),
                 Others::Left(left) => {
-                    self.overlays.iter().for_each(|overlay| frozen::mark_over(file, overlay, left));
+                    overlays.iter().for_each(|overlay| turn.mark_over(overlay, left));
                 }
             }
         }
-        if let Some(file) = &self.leaves {
-            self.overlays.iter().for_each(|overlay| frozen::unmark(file, overlay));
+        if let Some(turn) = &self.leaves {
+            overlays.iter().for_each(|overlay| turn.unmark(overlay));
         }
     }
 
     /// The headers say what they did before.
     pub fn keep(&self) {
-        self.for_each(frozen::clear_note);
+        self.for_each(Turn::clear_note);
     }
 
-    fn for_each(&self, change: fn(&HostFile, &std::path::Path)) {
-        let joins = self.joins.iter().map(|joins| &joins.file);
-        for file in joins.chain(&self.leaves) {
-            self.overlays.iter().for_each(|overlay| change(file, overlay));
+    fn for_each(&self, change: fn(&Turn<'a>, &Path)) {
+        for turn in self.joins.iter().chain(&self.leaves) {
+            self.marks.overlays.iter().for_each(|overlay| change(turn, overlay));
         }
     }
 }

@@ -211,12 +211,14 @@ impl Body for Stream {
                 block_on(self.top.flush())?;
                 let name = chain::name_of(layers, &below)?;
                 let format = chain::image_of(layers, &below)?.format;
-                marks.announce();
-                self.rename(layers).inspect_err(|_| marks.keep())?;
                 Some((name, format))
             }
             None => None,
         };
+        let announced = marks.announce();
+        if old.is_some() {
+            self.rename(layers).inspect_err(|_| announced.keep())?;
+        }
         let quiesced = graph.quiesce(std::slice::from_ref(&self.top));
         let swapped = match old.is_some() || self.drops_top {
             true => self.swap(layers, &quiesced),
@@ -228,7 +230,7 @@ impl Body for Stream {
             if let Some((name, format)) = old {
                 let back = chain::rename_backing(layers, &self.top, Some(&name), Some(format));
                 match back {
-                    Ok(()) => marks.keep(),
+                    Ok(()) => announced.keep(),
                     Err(err) => tracing::error!(
                         "'{}' names its new backing already: {err}",
                         self.top.name()
@@ -237,7 +239,7 @@ impl Body for Stream {
             }
             return Err(err);
         }
-        marks.renew();
+        announced.renew();
         tracing::info!(
             "the stream to '{}' has ended; guests paused for {} us",
             self.top.name(),

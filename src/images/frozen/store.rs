@@ -50,6 +50,12 @@ pub(super) fn cannot_be_removed(file: &HostFile, err: &Error) {
     tracing::warn!("{}: its mark cannot be removed: {err}", file.name());
 }
 
+/// Whether the file system has attributes.
+pub(super) fn has_attributes(file: &HostFile) -> bool {
+    let asked = rustix::fs::fgetxattr(file.as_fd(), super::ATTRIBUTE, &mut [0; 0][..]);
+    asked != Err(Errno::OPNOTSUPP)
+}
+
 /// What an attribute says.
 pub(super) fn get(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
     let mut value = vec![0; MAX_MARK];
@@ -77,13 +83,17 @@ fn head(file: &HostFile) -> Result<String> {
 
 fn put_beside(file: &HostFile, attribute: &str, value: &[u8]) -> Result<()> {
     let path = beside(file, attribute);
+    let mut new = path.clone().into_os_string();
+    new.push(".new");
     let content = [head(file)?.as_bytes(), value].concat();
     let written = (|| {
-        // A link that somebody put there is not followed.
-        let _ = std::fs::remove_file(&path);
-        let mut mark = std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
+        // Of somebody who was killed; and a link that somebody put there is not followed.
+        let _ = std::fs::remove_file(&new);
+        let mut mark = std::fs::OpenOptions::new().write(true).create_new(true).open(&new)?;
         mark.write_all(&content)?;
         mark.sync_all()?;
+        // There is no moment without a mark.
+        std::fs::rename(&new, &path)?;
         sync_directory(&path)
     })();
     written.context(|| path.display().to_string())

@@ -1,6 +1,9 @@
 //! Marks by themselves, and what has a test die between two of their changes.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::store::beside;
 use super::*;
@@ -30,6 +33,26 @@ fn image(dir: &Path) -> HostFile {
     std::fs::write(dir.join("overlay"), "x").unwrap();
     let options = OpenOptions { write: true, ..OpenOptions::default() };
     HostFile::open(&dir.join("base"), options).unwrap()
+}
+
+/// `base`, and an add-cow image `overlay` that stands on it.
+fn make_overlay(dir: &Path) {
+    use crate::images::{CreateRequest, ImageFormat, create};
+    let make = |name: &str, format, backing: Option<&str>| {
+        create(&CreateRequest {
+            path: dir.join(name),
+            format,
+            size: Some(1 << 20),
+            options: Vec::new(),
+            backing: backing.map(String::from),
+            backing_format: backing.map(|_| ImageFormat::Raw),
+            backing_unchecked: false,
+            allow_dirs: Vec::new(),
+        })
+        .unwrap();
+    };
+    make("base", ImageFormat::Raw, None);
+    make("overlay", ImageFormat::AddCow, Some("base"));
 }
 
 #[test]
@@ -98,7 +121,7 @@ fn a_mark_names_all_overlays_that_need_the_image() {
     assert!(refused().contains(&format!("goes on in {}", path("overlay").display())));
     unmark(&base, &path("other"));
     std::fs::write(path("top"), "x").unwrap();
-    mark_over(&base, &path("top"), &path("overlay"));
+    Turn::wait(&base).mark_over(&path("top"), &path("overlay"));
     only(&["top"]).unwrap();
     std::fs::remove_file(path("top")).unwrap();
     let refused = refused();
@@ -125,34 +148,107 @@ fn a_mark_that_does_not_fit_stays_as_it_was() {
     check(&base, &[]).unwrap_err();
 }
 
-/// The same where there are no attributes: in the one kind of file system that never has them.
-#[test]
-fn an_image_without_attributes_has_its_mark_beside_it() {
+/// Does something in a file system of the one kind that never has attributes.
+fn without_attributes(what: impl FnOnce(&Path)) {
     let dir = tempfile::tempdir().unwrap();
-    let mount = |what: &str, args: &[&str]| {
-        let done = std::process::Command::new(what).args(args).arg(dir.path()).status();
+    let mount = |command: &str, args: &[&str]| {
+        let done = std::process::Command::new(command).args(args).arg(dir.path()).status();
         done.is_ok_and(|status| status.success())
     };
     if !rustix::process::geteuid().is_root() || !mount("mount", &["-t", "ramfs", "none"]) {
         println!("SKIP: only root may mount a file system without attributes");
         return;
     }
-    let outcome = std::panic::catch_unwind(|| {
-        let base = image(dir.path());
-        let overlay = dir.path().join("overlay");
+    let outcome = catch_unwind(AssertUnwindSafe(|| what(dir.path())));
+    assert!(mount("umount", &["-l"]));
+    outcome.unwrap();
+}
+
+#[test]
+fn an_image_without_attributes_has_its_mark_beside_it() {
+    without_attributes(|dir| {
+        let base = image(dir);
+        let overlay = dir.join("overlay");
         mark(&base, &overlay);
         assert!(beside(&base, ATTRIBUTE).exists());
         assert_eq!(overlay_of(&base), Some(overlay.clone()));
         // Another file in the image's place is not meant.
-        std::fs::rename(dir.path().join("base"), dir.path().join("away")).unwrap();
-        let other = image(dir.path());
+        std::fs::rename(dir.join("base"), dir.join("away")).unwrap();
+        let other = image(dir);
         check(&other, &[]).unwrap();
         mark(&other, &overlay);
-        names_its_overlay(dir.path(), &other);
+        names_its_overlay(dir, &other);
         assert!(!beside(&other, ATTRIBUTE).exists());
     });
-    assert!(mount("umount", &["-l"]));
-    outcome.unwrap();
+}
+
+/// Each thread stands for a process: it has opened the image for itself.
+fn all_change_one_mark_at_once(dir: &Path) {
+    const ROUNDS: usize = 60;
+    drop(image(dir));
+    let open = || HostFile::open(&dir.join("base"), OpenOptions::default()).unwrap();
+    let overlay = |name: String| {
+        let path = dir.join(name);
+        std::fs::write(&path, "x").unwrap();
+        path
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            scope.spawn(move || {
+                let base = open();
+                let (stays, comes_and_goes) =
+                    (overlay(format!("stays-{thread}")), overlay(format!("goes-{thread}")));
+                mark(&base, &stays);
+                for round in 0..ROUNDS {
+                    mark(&base, &comes_and_goes);
+                    assert!(is_frozen_below(&base, &comes_and_goes), "{thread}: {round}");
+                    assert!(is_frozen_below(&base, &stays), "{thread}: {round}");
+                    unmark(&base, &comes_and_goes);
+                    assert!(!is_frozen_below(&base, &comes_and_goes), "{thread}: {round}");
+                }
+            });
+        }
+    });
+    assert_eq!(overlays(&open(), ATTRIBUTE).len(), 4);
+}
+
+#[test]
+fn no_entry_is_lost_where_processes_change_a_mark_at_once() {
+    all_change_one_mark_at_once(tempfile::tempdir().unwrap().path());
+}
+
+#[test]
+fn no_entry_is_lost_where_marks_are_files_either() {
+    without_attributes(all_change_one_mark_at_once);
+}
+
+/// The note of a job that is at work is not settled, or nobody would see to what the job leaves if it is
+/// killed.
+#[test]
+fn a_note_is_settled_once_its_job_has_ended() {
+    use crate::images::{ImageFormat, Locking, OpenRequest};
+    use crate::jobs::marks::Marks;
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    make_overlay(dir.path());
+    let base = || Arc::new(HostFile::open(&path("base"), OpenOptions::default()).unwrap());
+    mark(&base(), &path("overlay"));
+    let marks = Marks { overlays: vec![path("overlay")], leaves: Some(base()), ..Marks::default() };
+    let (announced, next) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let _job = marks.announce();
+            announced.send(()).unwrap();
+            std::thread::sleep(Duration::from_millis(300));
+            let request = OpenRequest::write(path("overlay")).locking(Locking::Off);
+            let overlay = crate::images::open(&request.format(Some(ImageFormat::AddCow))).unwrap();
+            crate::images::set_backing(&overlay, None, None).unwrap();
+            // And here it is killed.
+        });
+        next.recv().unwrap();
+        check(&base(), &[]).unwrap();
+    });
+    check(&base(), &[]).unwrap();
 }
 
 fn names_its_overlay(dir: &Path, base: &HostFile) {
