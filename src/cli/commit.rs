@@ -96,8 +96,7 @@ fn leave(layers: &Layers, nodes: &[Node]) {
     let files: Vec<_> = nodes.iter().filter_map(|node| layers.file_of(node)).collect();
     let [top, .., base] = files[..] else { return };
     if files.iter().any(|overlay| frozen::is_frozen_below(base, overlay.path())) {
-        frozen::clear(base);
-        frozen::mark_moved(top, base.path());
+        frozen::move_down(top, base);
     }
 }
 

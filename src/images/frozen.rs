@@ -16,7 +16,9 @@
 //! Likewise when a disk *leaves* an image: the overlay that was committed into the image below it (also by
 //! `vublk commit -d`, of an overlay that a snapshot had made), the add-cow file whose raw image file needs it no more. What is left there is old, or would write
 //! past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
-//! disk goes on, before the guest's first write goes there.
+//! disk goes on, before the guest's first write goes there. An overlay with such a mark needs the image
+//! that the mark names no more, whatever that one's own mark says: so a kill between the two changes leaves
+//! one of them that may be written, and not none or both.
 //!
 //! A job that takes layers out from below an overlay changes the overlay's header and the marks of images
 //! below it, one after the other. So these get a note before (`user.vublk.restacked`) that the marks are
@@ -40,11 +42,12 @@ mod turn;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::open;
-use crate::io::{File, HostFile};
+use crate::io::{File, HostFile, OpenOptions};
 use store::{cannot_be_removed, get, put, take};
 pub use turn::Turn;
 
@@ -89,6 +92,18 @@ impl Overlay {
                 .path
                 .canonicalize()
                 .is_ok_and(|own| path.canonicalize().is_ok_and(|path| path == own))
+    }
+
+    /// Whether the image with this mark must stay as it is for its sake: unless it is gone, or its disk goes
+    /// on in that image, and who has moved it there was killed before he could take the mark away.
+    fn needs(&self, file: &HostFile) -> bool {
+        let is_file = |path: PathBuf| {
+            let found = std::fs::metadata(path);
+            found.is_ok_and(|found| file.identity().ok() == Some((found.dev(), found.ino())))
+        };
+        let overlay = HostFile::open(&self.path, OpenOptions::default());
+        let has_moved = overlay.is_ok_and(|overlay| moved_to(&overlay).is_some_and(is_file));
+        !is_gone(&self.path) && !has_moved
     }
 }
 
@@ -210,6 +225,18 @@ fn put_overlays(
     }
 }
 
+/// Has a disk go on in `base`, which has all that its layers down from `top` held: `base` is on top again, and
+/// `top` is old. Durable on return. Killed at any point, either the one or the other may be written.
+pub fn move_down(top: &HostFile, base: &HostFile) {
+    take(base, MOVED);
+    if overlay_of(base).is_some() {
+        // Instead of the layers in between: the base is free once the top is marked.
+        Turn::wait(base).mark_only(&[top.path().into()]);
+    }
+    mark_moved(top, base.path());
+    clear(base);
+}
+
 /// Takes away the mark that says where the disk has moved to; durable on return.
 pub fn clear_moved(file: &HostFile) {
     take(file, MOVED);
@@ -270,18 +297,19 @@ pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
 pub fn check_not_frozen(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
     settle_restacked(file, allow_dirs)?;
     let overlays = overlays(file, ATTRIBUTE);
-    if let Some(overlay) = overlays.iter().find(|overlay| !is_gone(&overlay.path)) {
+    if let Some(overlay) = overlays.iter().find(|overlay| overlay.needs(file)) {
         return Err(refusal(file, overlay));
     }
-    if let Some(overlay) = overlays.first() {
+    let Some(overlay) = overlays.first() else { return Ok(()) };
+    if is_gone(&overlay.path) {
         tracing::warn!(
             "{}: the overlay {} that a snapshot had put on it is gone; the disk is as it was at the \
              snapshot",
             file.name(),
             overlay.path.display()
         );
-        Turn::wait(file).forget(ATTRIBUTE, |overlay| is_gone(&overlay.path));
     }
+    Turn::wait(file).forget(ATTRIBUTE, |overlay| !overlay.needs(file));
     Ok(())
 }
 
@@ -293,7 +321,7 @@ pub fn check_not_frozen(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
 pub fn check_only_below(file: &HostFile, ours: &[&Path], allow_dirs: &[PathBuf]) -> Result<()> {
     settle_restacked(file, allow_dirs)?;
     let is_in_the_way = |overlay: &&Overlay| {
-        !overlay.is_left && !is_gone(&overlay.path) && !ours.iter().any(|ours| overlay.is(ours))
+        !overlay.is_left && overlay.needs(file) && !ours.iter().any(|ours| overlay.is(ours))
     };
     let overlays = overlays(file, ATTRIBUTE);
     overlays.iter().find(is_in_the_way).map_or(Ok(()), |overlay| Err(refusal(file, overlay)))

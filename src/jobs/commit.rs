@@ -231,8 +231,7 @@ impl Commit {
         let (top, base) =
             (chain::image_of(layers, &self.top)?, chain::image_of(layers, &self.base)?);
         graph.replace(&self.top, &self.base, quiesced)?;
-        frozen::clear(&base.file);
-        frozen::mark_moved(&top.file, base.file.path());
+        frozen::move_down(&top.file, &base.file);
         restore_access(layers, &self.top, Access::Read, quiesced);
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Jobs that take layers out from below an overlay, killed before each change of a header or a mark: what
-//! the overlay stands on is not given to a guest for writing, and what it needs no more is.
+//! Jobs that take layers out of a chain, killed before each change of a header or a mark: what an overlay
+//! stands on is not given to a guest for writing, and what it needs no more is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -19,18 +19,28 @@ use crate::io::{HostFile, OpenOptions};
 
 const SIZE: u64 = 1 << 20;
 
-/// What the jobs thread wants of this one: a task, or that it ends because the job has.
-struct Desk(Sender<Option<MainTask>>);
+/// What the jobs thread wants of this one.
+enum Wish {
+    Task(MainTask),
+    /// The job waits to be completed.
+    Complete,
+    /// The job has ended.
+    End,
+}
+
+struct Desk(Sender<Wish>);
 
 impl Listener for Desk {
     fn event(&self, event: &JobEvent) {
-        if matches!(event, JobEvent::Completed(..)) {
-            let _ = self.0.send(None);
-        }
+        let _ = match event {
+            JobEvent::Ready(_) => self.0.send(Wish::Complete),
+            JobEvent::Completed(..) => self.0.send(Wish::End),
+            _ => Ok(()),
+        };
     }
 
     fn on_main(&self, task: MainTask) {
-        let _ = self.0.send(Some(task));
+        let _ = self.0.send(Wish::Task(task));
     }
 }
 
@@ -70,15 +80,19 @@ fn open(dir: &Path, top: (&str, ImageFormat)) -> (Layers, Vec<Node>) {
 
 /// Runs a job and kills it after some changes of headers and marks. Returns whether it came to that.
 fn is_killed(dir: &Path, top: (&str, ImageFormat), start: &Start, after: u32) -> bool {
-    let (to_main, tasks): (_, Receiver<Option<MainTask>>) = channel();
+    let (to_main, wishes): (_, Receiver<Wish>) = channel();
     let jobs = Jobs::new(Desk(to_main));
     let (mut layers, nodes) = open(dir, top);
     start(&jobs, &mut layers, nodes).unwrap();
     die_after(Some(after));
     let deadline = Instant::now() + Duration::from_secs(60);
     let work = || {
-        while let Some(task) = tasks.recv_timeout(deadline - Instant::now()).unwrap() {
-            task(&mut layers);
+        loop {
+            match wishes.recv_timeout(deadline - Instant::now()).unwrap() {
+                Wish::Task(task) => task(&mut layers),
+                Wish::Complete => jobs.apply("j", Verb::Complete).unwrap(),
+                Wish::End => break,
+            }
         }
     };
     let died = catch_unwind(AssertUnwindSafe(work));
@@ -193,4 +207,47 @@ fn a_commit_below_the_top_leaves_the_base_marked_wherever_it_is_killed() {
         commit::start(jobs, layers, request, Spec::new("j", JobKind::Commit))
     };
     at_each_step(&chain, 1, true, start);
+}
+
+/// Wherever it is killed, the disk goes on in one image: the top, or the base.
+#[test]
+fn a_commit_of_the_top_leaves_one_disk_wherever_it_is_killed() {
+    let chain =
+        [("base", ImageFormat::Raw), ("mid", ImageFormat::Qcow2), ("top", ImageFormat::Qcow2)];
+    let start: &Start = &|jobs, layers, nodes| {
+        let request = CommitRequest {
+            top: nodes[0].clone(),
+            base: nodes.last().unwrap().clone(),
+            is_active: true,
+            backing_file: None,
+            on_error: OnError::Report,
+            filter_name: None,
+        };
+        commit::start(jobs, layers, request, Spec::new("j", JobKind::Commit))
+    };
+    // Of the layer below, or also through one in between.
+    for chain in [&[chain[0], chain[2]][..], &chain] {
+        let (mut before, mut over) = (0, 0);
+        for after in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let dir = dir.path();
+            make(dir, chain);
+            let killed = is_killed(dir, chain[chain.len() - 1], start, after);
+            match (check(dir, "top"), check(dir, "base")) {
+                (Ok(()), Err(refused)) => {
+                    assert!(refused.contains("goes on in"), "{after}: {refused}");
+                    before += 1;
+                }
+                (Err(refused), Ok(())) => {
+                    assert!(refused.contains("committed"), "{after}: {refused}");
+                    over += 1;
+                }
+                other => panic!("{after}: {other:?}"),
+            }
+            if !killed {
+                break;
+            }
+        }
+        assert!(before > 0 && over > 1, "{before} kills before, {over} after");
+    }
 }

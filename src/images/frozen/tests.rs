@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use super::store::beside;
 use super::*;
-use crate::io::OpenOptions;
 
 thread_local! {
     /// How many more changes of files this thread makes before it dies.
