@@ -94,7 +94,7 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
         block_on(keep_content(args, &image.node, below))
             .context(|| format!("{name}: copying what the new backing file does not have"))?;
     } else if let Some(new) = new {
-        new_file = named_file(&image, new, &request);
+        new_file = images::named_file(&image, new, &request.allow_dirs).map(Arc::new);
     }
     let marks = marks(image.file.path(), &old, new_file);
     let announced = marks.announce();
@@ -119,16 +119,11 @@ fn files_below(image: &Image, request: &OpenRequest) -> Vec<Arc<HostFile>> {
     }
     let details = image.node.driver().details();
     let named = details["backing-filename"].as_str();
-    named.and_then(|name| named_file(image, name, request)).into_iter().collect()
-}
-
-/// The file that an image may pull in by this name, if it is there.
-fn named_file(image: &Image, name: &str, request: &OpenRequest) -> Option<Arc<HostFile>> {
-    let gate = open_gate::OpenGate::new(image.file.path(), &request.allow_dirs).ok()?;
-    let path = gate.resolve(image.file.path(), name).ok()?;
-    let file = HostFile::open(&path, OpenOptions::default()).ok()?;
-    gate.confirm(&file).ok()?;
-    Some(Arc::new(file))
+    named
+        .and_then(|name| images::named_file(image, name, &request.allow_dirs))
+        .map(Arc::new)
+        .into_iter()
+        .collect()
 }
 
 /// The marks of snapshots that change: the old backing file is not needed any more, and the new one is, where

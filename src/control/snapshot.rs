@@ -30,6 +30,8 @@
 //! or in the keep of the image that is frozen: who opens it below its overlay redoes them
 //! (`crate::images::open`).
 
+mod renamed;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,12 +40,13 @@ use crate::block::{Graph, Node, Quiesced, Rights};
 use crate::control::disks::Disks;
 use crate::control::qapi::QmpResult;
 use crate::control::{Daemon, QmpError};
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
 use crate::io::{HostFile, block_on};
 use crate::jobs::layer_copy::{Held, held_above};
 use crate::units::ByteRange;
+use renamed::Renamed;
 
 /// Something that happens at the barrier of a transaction. Made by what prepares it; dropping it
 /// before `commit` undoes the preparation.
@@ -153,8 +156,8 @@ pub struct Snapshot {
     overlay_file: Arc<HostFile>,
     /// Where a disk went that has left the overlay earlier, as a mark on it says.
     overlay_moved: Option<PathBuf>,
-    /// The overlay, and what it named before, if it did not name the node.
-    named: Option<(Image, Option<Backing>)>,
+    /// What the overlay named before, if it did not name the node.
+    renamed: Option<Renamed>,
     /// Whether the node got its mark from us.
     marked: Option<Image>,
     is_done: bool,
@@ -266,7 +269,7 @@ impl Snapshot {
                 overlay_image.name()
             )));
         }
-        let names = name_base(&overlay_image, &image)?;
+        let renamed = Renamed::onto(&image, &overlay_image, disks.layers.allow_dirs())?;
         let is_marked = frozen::is_frozen_below(&image.file, overlay_image.file.path());
         let marked = (!is_marked).then(|| image.clone());
         if marked.is_some() {
@@ -282,7 +285,7 @@ impl Snapshot {
             created: Created::default(),
             overlay_moved: frozen::moved_to(&overlay_image.file),
             overlay_file: Arc::clone(&overlay_image.file),
-            named: names.map(|names| (overlay_image, names)),
+            renamed,
             marked,
             is_done: false,
             is_named: false,
@@ -316,45 +319,6 @@ fn holds_any(overlay: &Node, below: &Node) -> Result<bool> {
         left = ByteRange::between(run.end(), left.end());
     }
     Ok(false)
-}
-
-/// What an image names: a file, and its format.
-type Backing = (String, Option<ImageFormat>);
-
-/// Has an overlay that was made beforehand name the image that it comes to stand on: whoever opens it
-/// later goes by that. Returns what it has named so far, if it was something else.
-fn name_base(overlay: &Image, below: &Image) -> QmpResult<Option<Option<Backing>>> {
-    // A VHDX image would not have been put there; and a state is no file.
-    if !matches!(overlay.format, ImageFormat::Qcow2 | ImageFormat::AddCow)
-        || below.format == ImageFormat::CrashState
-        || images::names_as_backing(overlay, &below.file)?
-    {
-        return Ok(None);
-    }
-    let details = overlay.node.driver().details();
-    let format = details["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
-    let old = details["backing-filename"].as_str().map(|name| (name.to_string(), format));
-    let name = std::path::absolute(below.file.path()).map_err(Error::from)?;
-    let name = name
-        .to_str()
-        .ok_or_else(|| QmpError::generic(format!("{}: its path is not text", below.name())))?;
-    let file = overlay.name();
-    let named = old.as_ref().map_or("nothing", |(name, _)| name);
-    match images::set_backing(overlay, Some(name), Some(below.format)) {
-        Ok(()) => {
-            tracing::info!("{file}: names {name} as its backing file from now on, and not {named}");
-            Ok(Some(old))
-        }
-        // Who has made it may see to it later.
-        Err(err) if err.kind() == ErrorKind::Unsupported => {
-            tracing::warn!(
-                "{file}: names {named} as its backing file and not {name}, which cannot be changed now \
-                 ({err}); whoever opens it later without that sees another disk"
-            );
-            Ok(None)
-        }
-        Err(err) => Err(err.into()),
-    }
 }
 
 /// Has the overlay stand on the node, if it does not yet.
@@ -426,6 +390,9 @@ impl Action for Snapshot {
     fn clean(&mut self, disks: &mut Disks) {
         self.created.keep();
         self.marked = None;
+        if let Some(renamed) = self.renamed.take() {
+            renamed.keep();
+        }
         if self.is_named {
             disks.graph().set_explicit(&self.overlay, true);
         }
@@ -476,14 +443,8 @@ impl Drop for Snapshot {
         if let Some(image) = &self.marked {
             frozen::unmark(&image.file, self.overlay_file.path());
         }
-        if let Some((overlay, old)) = &self.named {
-            let (name, format) = old.as_ref().map_or((None, None), |(name, f)| (Some(name), *f));
-            if let Err(err) = images::set_backing(overlay, name.map(String::as_str), format) {
-                tracing::warn!(
-                    "{}: names a backing file that it is not put on: {err}",
-                    overlay.name()
-                );
-            }
+        if let Some(renamed) = self.renamed.take() {
+            renamed.undo();
         }
     }
 }
@@ -666,12 +627,14 @@ fn sync_with_directory(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
     use crate::block::{BlockStatus, Driver, Limits, Root};
     use crate::control::disks::WorkerOptions;
-    use crate::images::{Layers, OpenRequest, StateDir};
+    use crate::images::frozen::tests::die_after;
+    use crate::images::{Layers, Locking, OpenRequest, StateDir};
     use crate::io::{AlignedBuf, Buffers, EngineKind, Fut};
     use crate::units::ByteRange;
 
@@ -723,9 +686,9 @@ mod tests {
         }
     }
 
-    fn add(disks: &mut Disks, dir: &Path, name: &str, format: ImageFormat) -> Node {
-        images::create(&CreateRequest {
-            path: dir.join(name),
+    fn create_request(path: &Path, format: ImageFormat) -> CreateRequest {
+        CreateRequest {
+            path: path.into(),
             format,
             size: Some(SIZE),
             options: Vec::new(),
@@ -733,8 +696,11 @@ mod tests {
             backing_format: None,
             backing_unchecked: false,
             allow_dirs: Vec::new(),
-        })
-        .unwrap();
+        }
+    }
+
+    fn add(disks: &mut Disks, dir: &Path, name: &str, format: ImageFormat) -> Node {
+        images::create(&create_request(&dir.join(name), format)).unwrap();
         let request = OpenRequest::write(dir.join(name)).format(Some(format));
         let image = images::open(&OpenRequest { node_name: name.into(), ..request }).unwrap();
         disks.layers.add_format(image, None, true).unwrap()
@@ -806,6 +772,60 @@ mod tests {
         let action = Snapshot::of_node(&mut bench.disks, "base", "other").unwrap();
         assert!(overlay.backing().is_none());
         drop(action);
+    }
+
+    /// The image that the overlay stood on before needs to stay as it is no more, and keeps its mark as
+    /// long as the overlay names it.
+    #[test]
+    fn marks_tell_what_an_overlay_names_wherever_its_snapshot_is_killed() {
+        let (mut before, mut over) = (0, 0);
+        for after in 0.. {
+            let mut bench = Bench::new();
+            let path = |name: &str| bench.dir.path().join(name);
+            let make = |name: &str, format, backing: Option<&str>| {
+                let request = create_request(&path(name), format);
+                let backing = backing.map(String::from);
+                let backing_format = backing.as_ref().map(|_| ImageFormat::Raw);
+                images::create(&CreateRequest { backing, backing_format, ..request }).unwrap();
+            };
+            make("old", ImageFormat::Raw, None);
+            make("overlay", ImageFormat::AddCow, Some("old"));
+            let file = |name: &str| HostFile::open(&path(name), Default::default()).unwrap();
+            frozen::mark(&file("old"), &path("overlay"));
+            let request = OpenRequest::write(path("overlay")).format(Some(ImageFormat::AddCow));
+            let request = OpenRequest { node_name: "overlay".into(), ..request };
+            let image = images::open_alone(&request).unwrap();
+            bench.disks.layers.add_format(image, None, true).unwrap();
+            die_after(Some(after));
+            let snapshot = AssertUnwindSafe(|| {
+                let mut action = Snapshot::of_node(&mut bench.disks, "base", "overlay").unwrap();
+                let quiesced = bench.disks.graph().quiesce(&action.nodes());
+                let killed = catch_unwind(AssertUnwindSafe(|| {
+                    action.commit(&mut bench.disks, &quiesced).unwrap();
+                    action.clean(&mut bench.disks);
+                }));
+                // Nothing is undone in order.
+                std::mem::forget(action);
+                drop(quiesced);
+                killed.unwrap_or_else(|killed| resume_unwind(killed));
+            });
+            let done = catch_unwind(snapshot);
+            die_after(None);
+            let check = |name: &str| frozen::check(&file(name), &[]).map_err(|e| e.to_string());
+            let request = OpenRequest::read(path("overlay")).locking(Locking::Off);
+            let overlay = images::open_alone(&request).unwrap();
+            if images::names_as_backing(&overlay, &file("old")).unwrap() {
+                assert!(check("old").unwrap_err().contains("goes on in"), "{after}");
+                before += 1;
+            } else {
+                check("old").unwrap_or_else(|err| panic!("{after}: {err}"));
+                over += 1;
+            }
+            if done.is_ok() {
+                break;
+            }
+        }
+        assert!(before > 0 && over > 1, "{before} kills before, {over} after");
     }
 
     /// A driver that no session goes to.

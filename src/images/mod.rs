@@ -44,7 +44,8 @@ pub use create::{CreateRequest, Created, create};
 pub use layers::{Layer, Layers};
 pub use lock::Locking;
 pub use open::{
-    Image, Opening, format_of, names_as_backing, open, open_alone, open_backing_of, open_chain,
+    Image, Opening, format_of, named_file, names_as_backing, open, open_alone, open_backing_of,
+    open_chain,
 };
 pub use request::{Access, OpenRequest, StateDir};
 

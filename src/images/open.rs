@@ -227,6 +227,15 @@ pub fn names_as_backing(image: &Image, file: &HostFile) -> Result<bool> {
     Ok(backing_names(&image.node.driver().details()).iter().any(is_file))
 }
 
+/// The file that an image may pull in by this name, if it is there.
+pub fn named_file(image: &Image, name: &str, allow_dirs: &[PathBuf]) -> Option<HostFile> {
+    let gate = OpenGate::new(image.file.path(), allow_dirs).ok()?;
+    let path = gate.resolve(image.file.path(), name).ok()?;
+    let file = HostFile::open(&path, OpenOptions::default()).ok()?;
+    gate.confirm(&file).ok()?;
+    Some(file)
+}
+
 /// What a format's opening code has at hand.
 #[derive(Debug)]
 pub struct Opening<'a> {
