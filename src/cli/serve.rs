@@ -125,6 +125,9 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         args.daemon.set_up(disks)?;
         controls.extend(args.control.socket()?);
         controls.extend(args.daemon.monitor_sockets()?);
+        if disks.exports.is_empty() && controls.is_empty() {
+            return Err(of_no_use());
+        }
         pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
         disks.exports.iter().for_each(|served| say_what_is_exported(disks, served));
     }
@@ -152,6 +155,15 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
     drop(pidfile);
     closed?;
     Ok(DONE)
+}
+
+/// The refusal to wait for ever, as qemu-storage-daemon does.
+fn of_no_use() -> Error {
+    Error::invalid(
+        "nothing would be served, and nobody could change that: give --export \
+         type=vhost-user-blk,id=ID,node-name=NODE,addr.type=unix,addr.path=PATH, or --control PATH (or \
+         --chardev and --monitor) to add exports later",
+    )
 }
 
 /// Opens what is to be served.

@@ -44,6 +44,24 @@ fn create_refuses_what_makes_no_sense() {
     assert_eq!(vublk(d, &["frobnicate"]).status.code(), Some(2));
 }
 
+/// Not a daemon that waits for ever.
+#[test]
+fn a_daemon_that_nobody_could_use_is_not_started() {
+    let dir = tempfile::tempdir().unwrap();
+    ok(dir.path(), &["create", "x", "1M"]);
+    let line = fails(
+        dir.path(),
+        &["serve", "--blockdev", "driver=file,node-name=x,filename=x", "--pidfile", "pid"],
+        78,
+    );
+    assert!(line.contains("nothing would be served"), "{line}");
+    assert!(line.contains("--export") && line.contains("--control"), "{line}");
+    assert!(!dir.path().join("pid").exists());
+    // What is wrong with an option is told first.
+    let line = fails(dir.path(), &["serve", "--blockdev", "driver=nbd,node-name=x"], 78);
+    assert!(line.contains("does not accept value 'nbd'"), "{line}");
+}
+
 #[test]
 fn bad_images_are_refused_with_a_clear_line() {
     let dir = tempfile::tempdir().unwrap();
