@@ -7,7 +7,7 @@
 use std::fmt;
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Pin, Plan, PlanExtent, PlanOp, Planned};
-use crate::block::link::Link;
+use crate::block::link::{self, Link};
 use crate::block::{Keep, Node, Quiesced, StatusKind};
 use crate::error::{Error, Result};
 use crate::io::{Buffers, File, Fut, carrying};
@@ -231,8 +231,12 @@ pub struct FormatDriver<F: Format> {
 
 impl<F: Format> FormatDriver<F> {
     /// Turns `format` into a driver.
-    pub fn new(format: F) -> Self {
-        FormatDriver::linked(Arc::new(format))
+    ///
+    /// # Errors
+    /// If it has a backing whose end could not be read.
+    pub fn new(format: F) -> Result<Self> {
+        format.backing().as_ref().map_or(Ok(()), link::check)?;
+        Ok(FormatDriver::linked(Arc::new(format)))
     }
 
     fn linked(format: Arc<F>) -> Self {
@@ -393,6 +397,7 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
             (new, old) => new.is_none() && old.is_none(),
         };
         if !is_same {
+            backing.as_ref().map_or(Ok(()), link::check)?;
             self.format.set_backing(backing, quiesced)?;
         }
         Ok(Arc::new(FormatDriver::linked(Arc::clone(&self.format))))
@@ -504,7 +509,7 @@ mod tests {
 
     #[test]
     fn what_is_certain_of_a_file_is_not_certain_of_a_format() {
-        let node = Node::new(Arc::new(FormatDriver::new(Failing)), NodeOptions::default());
+        let node = Node::new(Arc::new(FormatDriver::new(Failing).unwrap()), NodeOptions::default());
         block_on(node.flush()).unwrap_err();
         assert!(node.is_poisoned());
     }

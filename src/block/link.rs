@@ -5,7 +5,20 @@ use std::sync::Arc;
 
 use crate::block::Node;
 use crate::block::driver::{Driver, Limits, Plan, PlanExtent, Planned};
+use crate::error::{Error, Result};
 use crate::units::ByteRange;
+
+/// Refuses a backing whose end could not be read.
+pub(super) fn check(backing: &Node) -> Result<()> {
+    let (size, unit) = (backing.size(), backing.limits().request_alignment);
+    if size.is_multiple_of(unit) {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!(
+        "the backing file of {size} bytes does not end with a sector of {unit} bytes; use --cache \
+         writeback"
+    )))
+}
 
 /// A backing with its driver, which plans borrow from. It stays what it is: a layer whose backing
 /// changes gets another one ([`Driver::on_backing`]).

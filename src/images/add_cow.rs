@@ -52,7 +52,8 @@ pub(super) fn open_driver(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> 
         keep: if read_only { None } else { opening.keep(addcow::NAME)? },
     };
     opening.image_file = Some(image.file);
-    Ok(Arc::new(FormatDriver::new(block_on(AddCow::open(file, options))?)))
+    let image = block_on(AddCow::open(file, options))?;
+    Ok(Arc::new(FormatDriver::new(image).context(|| name)?))
 }
 
 /// The format of the backing file that an add-cow file names.

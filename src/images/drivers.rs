@@ -48,7 +48,8 @@ pub(super) fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         backing: opening.backing(named)?,
         keep: if read_only { None } else { opening.keep("qcow2")? },
     };
-    Ok(Arc::new(FormatDriver::new(block_on(qcow2::Qcow2::open(file, options))?)))
+    let image = block_on(qcow2::Qcow2::open(file, options))?;
+    Ok(Arc::new(FormatDriver::new(image).context(|| name)?))
 }
 
 pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
@@ -77,7 +78,8 @@ pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         alone: request.backing && is_without,
         ..vhdx::OpenOptions::default()
     };
-    Ok(Arc::new(FormatDriver::new(block_on(vhdx::Vhdx::open(structure, options))?)))
+    let image = block_on(vhdx::Vhdx::open(structure, options))?;
+    Ok(Arc::new(FormatDriver::new(image).context(|| file.name().to_string())?))
 }
 
 /// Reads the structures of a damaged image, and says what is missing.
@@ -182,7 +184,7 @@ fn open_vhdx_parent(opening: &mut Opening<'_>, paths: &[String]) -> Result<Optio
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::images::{self, CreateRequest, ImageFormat};
+    use crate::images::{self, CacheMode, CreateRequest, ImageFormat};
     use std::path::Path;
 
     /// A chain `c2.vhdx` on `c1.vhdx` on `p.vhdx`, 3 MiB each.
@@ -201,6 +203,45 @@ mod tests {
                 allow_dirs: Vec::new(),
             })
             .unwrap();
+        }
+    }
+
+    /// Neither where the header names it nor where an overlay is put on it.
+    #[test]
+    fn a_backing_whose_end_direct_io_does_not_reach_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("odd"), vec![1; 1000]).unwrap();
+        let direct = |name: &str| OpenRequest::read(path(name)).cache(CacheMode::None);
+        let odd = match images::open(&direct("odd").format(Some(ImageFormat::Raw))) {
+            Ok(odd) if odd.node.limits().request_alignment > 1 => odd.node,
+            _ => return println!("SKIP: no O_DIRECT in {}", dir.path().display()),
+        };
+        for format in [ImageFormat::Qcow2, ImageFormat::AddCow] {
+            for (name, backing) in [("over", Some("odd")), ("alone", None)] {
+                let name = format!("{name}.{format}");
+                let request = CreateRequest {
+                    path: path(&name),
+                    format,
+                    size: Some(1 << 20),
+                    options: Vec::new(),
+                    backing: backing.map(String::from),
+                    backing_format: backing.map(|_| ImageFormat::Raw),
+                    backing_unchecked: false,
+                    allow_dirs: Vec::new(),
+                };
+                images::create(&request).unwrap();
+            }
+            let refusal = "1000 bytes does not end with a sector of";
+            let over = format!("over.{format}");
+            let err = images::open(&direct(&over)).unwrap_err().to_string();
+            assert!(err.contains(&over) && err.contains(refusal), "{err}");
+            images::open(&direct(&over).cache(CacheMode::Writeback)).unwrap();
+            let alone = images::open(&direct(&format!("alone.{format}"))).unwrap().node;
+            let quiesced = crate::block::Gate::new().quiesce();
+            let err = alone.set_backing(Some(odd.clone()), &quiesced).unwrap_err().to_string();
+            assert!(err.contains(refusal), "{err}");
+            assert!(alone.backing().is_none());
         }
     }
 

@@ -72,7 +72,7 @@ impl Files {
             keep: None,
         };
         let top = block_on(AddCow::open(file(&self.file), options)).unwrap();
-        (base, Arc::new(FormatDriver::new(top)))
+        (base, Arc::new(FormatDriver::new(top).unwrap()))
     }
 }
 

@@ -173,7 +173,7 @@ fn a_discard_leaves_zeros_on_an_overlay_as_well() {
     let filter = Sim::new(0).block_on(async {
         addcow::create::create(&file, &header, SIZE).await.unwrap();
         let overlay = AddCow::open(Arc::new(file.clone()), options).await.unwrap();
-        let below: Arc<dyn Driver> = Arc::new(FormatDriver::new(overlay));
+        let below: Arc<dyn Driver> = Arc::new(FormatDriver::new(overlay).unwrap());
         let subject = Subject { below, is_raw: false, ..bed.subject() };
         let (log, sidecar) = (Arc::new(bed.log.clone()), Arc::new(bed.sidecar.clone()));
         open(subject, log, sidecar, Settings::default()).await.unwrap().0

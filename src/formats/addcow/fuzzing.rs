@@ -44,7 +44,7 @@ fn open(file: &SimFile, image: &SimFile) -> Option<FormatDriver<AddCow>> {
         backing_format: None,
         keep: None,
     };
-    block_on(AddCow::open(Arc::new(file.clone()), options)).ok().map(FormatDriver::new)
+    block_on(AddCow::open(Arc::new(file.clone()), options)).and_then(FormatDriver::new).ok()
 }
 
 fn content(file: &SimFile, image: &SimFile) -> Option<Vec<u8>> {

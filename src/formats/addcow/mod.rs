@@ -142,22 +142,6 @@ struct Shared {
     loading: RangeLock,
 }
 
-impl Backing {
-    /// Refuses one whose end could not be read.
-    fn check(&self, name: &str) -> Result<()> {
-        let Backing::Node(node) = self else { return Ok(()) };
-        let align = node.limits().request_alignment;
-        if node.size().is_multiple_of(align) {
-            return Ok(());
-        }
-        Err(Error::unsupported(format!(
-            "{name}: its backing file of {} bytes does not end with a sector of {align} bytes; use \
-             --cache writeback",
-            node.size()
-        )))
-    }
-}
-
 impl AddCow {
     /// Opens an image.
     ///
@@ -167,7 +151,6 @@ impl AddCow {
     pub async fn open(file: Arc<dyn File>, options: OpenOptions) -> Result<AddCow> {
         let name = file.name().to_string();
         let header = read_header(&file).await?;
-        options.backing.check(&name)?;
         let image_len = options.image.len().context(|| name.clone())?;
         let sectors = sectors_of(image_len);
         let file_len = file.len().context(|| name.clone())?;
@@ -670,7 +653,6 @@ impl Format for AddCow {
 
     fn set_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
         let backing = backing.map_or(Backing::None, Backing::Node);
-        backing.check(self.shared.name())?;
         self.is_alone.store(matches!(backing, Backing::None), Ordering::Relaxed);
         *self.below.write().unwrap() = backing;
         Ok(())

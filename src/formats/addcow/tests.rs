@@ -41,7 +41,7 @@ pub(super) fn open_disk(
 fn try_open(file: &SimFile, image: &SimFile, backing: Backing, keep: Option<Keep>) -> Result<Disk> {
     let image = Arc::new(image.clone());
     let options = OpenOptions { read_only: false, image, backing, backing_format: None, keep };
-    block_on(AddCow::open(Arc::new(file.clone()), options)).map(FormatDriver::new)
+    block_on(AddCow::open(Arc::new(file.clone()), options)).and_then(FormatDriver::new)
 }
 
 pub(super) async fn read(disk: &dyn Driver, offset: u64, len: u64) -> Vec<u8> {
@@ -204,7 +204,8 @@ fn many_pages_stay_in_bounded_memory() {
         backing_format: None,
         keep: None,
     };
-    let disk = FormatDriver::new(block_on(AddCow::open(Arc::new(file.clone()), options)).unwrap());
+    let disk = FormatDriver::new(block_on(AddCow::open(Arc::new(file.clone()), options)).unwrap())
+        .unwrap();
     let seed = 3;
     let mut rng = Rng::new(seed);
     let mut written = std::collections::HashMap::new();
@@ -256,7 +257,7 @@ fn host_disk(keep: Option<Keep>) -> HostDisk {
         keep,
     };
     let disk = block_on(AddCow::open(Arc::clone(&file) as Arc<dyn File>, options)).unwrap();
-    HostDisk { _dir: dir, file, image, base, disk: FormatDriver::new(disk) }
+    HostDisk { _dir: dir, file, image, base, disk: FormatDriver::new(disk).unwrap() }
 }
 
 /// The extents of a plan as (file, offset, length), file 0 for zeros; `None` for "not now".

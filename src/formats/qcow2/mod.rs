@@ -11,7 +11,7 @@
 //! // … open header.backing through the open gate, as a Node …
 //! let keep = Keep::open(&state_dir, identity, "qcow2")?;      // for disks that are served
 //! let image = Qcow2::open(file, OpenOptions { read_only, backing, keep, .. }).await?;
-//! let node = Node::new(Arc::new(FormatDriver::new(image)), …);
+//! let node = Node::new(Arc::new(FormatDriver::new(image)?), …);
 //! node.driver().resume(nonce).await?;          // device: decide what becomes of an earlier session
 //! node.driver().begin_session(new_nonce)?;     // device: from now on completed writes are kept
 //!
@@ -222,10 +222,8 @@ impl Qcow2 {
     async fn open_unnamed(file: Arc<dyn File>, options: OpenOptions) -> Result<Qcow2> {
         let header = Header::read_unnamed(&file).await?;
         header.check_supported(options.read_only)?;
-        match (&options.backing, options.overrides_backing) {
-            (backing, false) => check_backing(&header, backing.as_ref())?,
-            (Some(backing), true) => check_backing_alignment(backing)?,
-            (None, true) => {}
+        if !options.overrides_backing {
+            check_backing(&header, options.backing.as_ref())?;
         }
         let cluster_size = header.cluster_size();
         let disk = Arc::new(Disk::new(Arc::clone(&file)));
@@ -377,22 +375,8 @@ fn check_backing(header: &Header, backing: Option<&Node>) -> Result<()> {
             "the image names no backing file, but node {} was given as one",
             node.name()
         ))),
-        (Some(named), Some(node)) => {
-            check_backing_alignment(node).context(|| format!("backing file '{}'", named.file))
-        }
-        (None, None) => Ok(()),
+        (Some(_), Some(_)) | (None, None) => Ok(()),
     }
-}
-
-/// Refuses a backing whose end could not be read.
-fn check_backing_alignment(node: &Node) -> Result<()> {
-    let (size, unit) = (node.size(), node.limits().request_alignment);
-    if size % unit != 0 {
-        return Err(Error::unsupported(format!(
-            "{size} bytes do not end with a sector of {unit} bytes; use --cache writeback"
-        )));
-    }
-    Ok(())
 }
 
 impl Format for Qcow2 {
@@ -456,9 +440,6 @@ impl Format for Qcow2 {
     }
 
     fn set_backing(&self, backing: Option<Node>, _quiesced: &Quiesced) -> Result<()> {
-        if let Some(node) = &backing {
-            check_backing_alignment(node)?;
-        }
         *self.backing.write().unwrap() = backing;
         Ok(())
     }

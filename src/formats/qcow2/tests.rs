@@ -49,7 +49,7 @@ pub(super) type Driven = FormatDriver<Qcow2>;
 
 pub(super) fn open_image(file: &SimFile, backing: Option<Node>, keep: Option<Keep>) -> Driven {
     let options = OpenOptions { read_only: false, backing, keep, ..OpenOptions::default() };
-    FormatDriver::new(block_on(Qcow2::open(Arc::new(file.clone()), options)).unwrap())
+    FormatDriver::new(block_on(Qcow2::open(Arc::new(file.clone()), options)).unwrap()).unwrap()
 }
 
 pub(super) fn backed(size: u64, cluster_size: u64, by: bool) -> CreateOptions {

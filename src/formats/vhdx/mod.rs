@@ -7,7 +7,7 @@
 //! // … open one of structure.metadata.parent's paths through the open gate, as a Node …
 //! structure.check_parent(node.as_ref())?;                 // is it the right one?
 //! let image = Vhdx::open(structure, OpenOptions { read_only, backing, .. }).await?;
-//! let node = Node::new(Arc::new(FormatDriver::new(image)), …);
+//! let node = Node::new(Arc::new(FormatDriver::new(image)?), …);
 //! ```
 //!
 //! Nothing here opens files.

@@ -44,7 +44,7 @@ impl Host {
         let file: Arc<dyn File> = Arc::new(HostFile::open(&self.path(), options).unwrap());
         let structure = block_on(Structure::read(&file)).unwrap();
         let options = OpenOptions { backing, keep, ..OpenOptions::default() };
-        FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap())
+        FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap()).unwrap()
     }
 }
 

@@ -36,7 +36,7 @@ fn content(bytes: Vec<u8>) -> Vec<u8> {
     let structure = block_on(Structure::read(&file)).unwrap();
     let size = structure.geometry.disk_size;
     let options = OpenOptions { read_only: true, ..Default::default() };
-    let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap());
+    let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap()).unwrap();
     let mut buf = AlignedBuf::zeroed(size as usize, 4096);
     block_on(disk.read(0, buf.buffers())).unwrap();
     buf.as_slice().to_vec()
@@ -90,7 +90,7 @@ fn a_bat_that_becomes_too_small_moves() {
     let found = block_on(check(&file, None)).unwrap();
     assert_eq!((found.corruptions, found.allocated), (0, 1), "{found:?}");
     let options = OpenOptions { read_only: true, ..Default::default() };
-    let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap());
+    let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap()).unwrap();
     let mut buf = AlignedBuf::zeroed(1 << 20, 4096);
     block_on(disk.read(0, buf.buffers())).unwrap();
     assert!(buf.as_slice().iter().all(|byte| *byte == 0x66));

@@ -501,7 +501,7 @@ mod tests {
         let structure = block_on(read(&file)).unwrap();
         let report = structure.salvaged.clone().unwrap();
         let options = OpenOptions { read_only: true, lenient: true, ..Default::default() };
-        let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap());
+        let disk = FormatDriver::new(block_on(Vhdx::open(structure, options)).unwrap()).unwrap();
         let mut buf = AlignedBuf::zeroed(8 << 20, 4096);
         block_on(disk.read(0, buf.buffers())).unwrap();
         let bytes = buf.as_slice().to_vec();

@@ -170,7 +170,7 @@ pub fn open_image(file: &SimFile, backing: Option<Node>, keep: Option<Keep>) -> 
 pub fn open_with(file: &SimFile, options: OpenOptions) -> Result<Driven> {
     let file: Arc<dyn File> = Arc::new(file.clone());
     let structure = block_on(Structure::read(&file))?;
-    Ok(FormatDriver::new(block_on(Vhdx::open(structure, options))?))
+    FormatDriver::new(block_on(Vhdx::open(structure, options))?)
 }
 
 /// A raw disk with this content, as a parent.

@@ -23,7 +23,7 @@ fn qemu_img(args: &[&str], dir: &Path) -> bool {
 
 fn host_image(path: PathBuf, write: bool, direct: bool, backing: Option<Node>) -> Driven {
     let options = OpenOptions { read_only: !write, backing, ..Default::default() };
-    FormatDriver::new(block_on(Qcow2::open(host(&path, write, direct), options)).unwrap())
+    FormatDriver::new(block_on(Qcow2::open(host(&path, write, direct), options)).unwrap()).unwrap()
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn several_threads_at_once() {
     let options =
         OpenOptions { read_only: false, backing: None, keep: Some(keep), ..OpenOptions::default() };
     let image = block_on(Qcow2::open(host(&path, true, false), options)).unwrap();
-    let driver = Arc::new(FormatDriver::new(image));
+    let driver = Arc::new(FormatDriver::new(image).unwrap());
     driver.begin_session(1).unwrap();
     const THREADS: u64 = 4;
     let threads: Vec<_> = (0..THREADS)

@@ -50,7 +50,7 @@ fn features_that_are_not_supported_are_named() {
         match open(true) {
             Ok(image) => {
                 assert!(!refused_read_only);
-                let driver = FormatDriver::new(image);
+                let driver = FormatDriver::new(image).unwrap();
                 assert_eq!(block_on(read(&driver, 0, 512)), [0; 512]);
                 let err = block_on(write(&driver, 0, &[1; 512])).unwrap_err();
                 assert_eq!(err.kind(), ErrorKind::ReadOnly);
@@ -133,7 +133,7 @@ fn hostile_images_are_refused_or_read_without_harm() {
                 OpenOptions { read_only, backing: backing(&header), ..Default::default() };
             let Ok(image) = block_on(Qcow2::open(shared, options)) else { continue };
             opened += 1;
-            let driver = FormatDriver::new(image);
+            let driver = FormatDriver::new(image).unwrap();
             let size = driver.limits().size;
             for _ in 0..10 {
                 let request = random_request(&mut rng, size.clamp(512, 1 << 40), 512, 64);
