@@ -525,17 +525,34 @@ fn a_transaction_is_all_or_nothing() {
     let mut actions = both("b");
     actions[1]["data"]["snapshot-file"] = "no/such/directory".into();
     qmp.fails("transaction", json!({"actions": actions}));
-    // A file that was there is not an overlay afterwards, either.
+    // A file that was there is as it was, whatever is wrong with an action after it.
+    std::fs::write(daemon.path("there"), "precious").unwrap();
+    let wrong = [
+        ("aborted", json!({"type": "abort", "data": {}})),
+        ("no such directory", snapshot("e1", "no/such/there1")),
+        ("no such device", snapshot("e9", "there1")),
+        ("the same disk", snapshot("e0", "there1")),
+        ("the same file", snapshot("e1", "there")),
+        ("a file in use", snapshot("e1", "disk.raw")),
+    ];
     for format in ["qcow2", "add-cow"] {
-        std::fs::write(daemon.path("there"), b"").unwrap();
-        let mut actions = both("there");
-        actions[0]["data"]["snapshot-file"] = daemon.path("there").to_str().into();
-        actions[0]["data"]["format"] = format.into();
-        actions.push(json!({"type": "abort", "data": {}}));
-        qmp.fails("transaction", json!({"actions": actions}));
-        assert_eq!(std::fs::read(daemon.path("there")).unwrap(), b"", "{format}");
-        assert!(!daemon.path("there.raw").exists());
+        for (what, action) in &wrong {
+            let mut first = snapshot("e0", "there");
+            first["data"]["format"] = format.into();
+            let actions = json!([first, action]);
+            qmp.fails("transaction", json!({"actions": actions}));
+            assert_eq!(std::fs::read(daemon.path("there")).unwrap(), b"precious", "{what}");
+            assert!(!daemon.path("there.raw").exists() && !daemon.path("there1").exists());
+        }
     }
+    // A node name twice.
+    let mut actions = both("there");
+    actions[1]["data"]["snapshot-node-name"] = "there0".into();
+    std::fs::write(daemon.path("there0"), "precious").unwrap();
+    let err = qmp.fails("transaction", json!({"actions": actions}));
+    assert_eq!(err, "New overlay node-name already in use");
+    assert_eq!(std::fs::read(daemon.path("there0")).unwrap(), b"precious");
+    std::fs::remove_file(daemon.path("there0")).unwrap();
     for file in ["a0", "a1", "b0", "b1", "there1"] {
         assert!(!daemon.path(file).exists(), "{file} is left");
     }
@@ -546,6 +563,15 @@ fn a_transaction_is_all_or_nothing() {
     );
     assert_eq!(blocks[0]["inserted"]["x-vublk-frozen-below"], Value::Null);
     guests[0].write(0, 0, &[1; 4096]).unwrap();
+
+    // An overlay on one that the same transaction makes.
+    let on_top = json!({"type": "blockdev-snapshot-sync", "data":
+        {"node-name": "c0", "snapshot-file": daemon.path("top"), "snapshot-node-name": "top"}});
+    let mut actions = both("c");
+    actions.push(on_top);
+    let err = qmp.fails("transaction", json!({"actions": actions}));
+    assert_eq!(err, "Node 'c0' is busy: block device is in use by blockdev-snapshot-sync");
+    assert!(!daemon.path("c0").exists() && !daemon.path("top").exists());
 
     qmp.ok("transaction", json!({"actions": both("c")}));
     let blocks = qmp.ok("query-block", json!({}));

@@ -2,8 +2,9 @@
 //! one action.
 //!
 //! ```text
-//!            prepare, in order       open and create files, check names, take holds: slow, undone
-//!               │                    by dropping it
+//!            prepare, in order       open files, check names, take holds: slow, undone by dropping it
+//!            make, in order          overlays that are new: what their files contained is gone
+//!               │                    from here on, but nothing that is wrong has come so far
 //!            flush                   so that little is left to be flushed while guests wait
 //!  guests    ┌─ quiesce ───────────  one barrier for all disks
 //!  wait      │  commit               each action; a failure undoes those before it
@@ -48,6 +49,9 @@ use crate::jobs::layer_copy::{Held, held_above};
 use crate::units::ByteRange;
 use renamed::Renamed;
 
+/// What makes overlays is called.
+const SYNC: &str = "blockdev-snapshot-sync";
+
 /// Something that happens at the barrier of a transaction. Made by what prepares it; dropping it
 /// before `commit` undoes the preparation.
 pub trait Action {
@@ -72,6 +76,58 @@ pub trait Action {
     fn take_created(&mut self) -> Created {
         Created::default()
     }
+}
+
+/// An action for which nothing is gone that was there before.
+pub enum Prepared {
+    /// One that can be done.
+    Action(Box<dyn Action>),
+    /// One whose overlay is still to be made, which gives up what its file contained.
+    Overlay(Box<NewOverlay>),
+}
+
+impl Prepared {
+    /// Whether it is still to make the node of this name.
+    pub fn makes(&self, name: &str) -> bool {
+        let request = match self {
+            Prepared::Overlay(overlay) => &overlay.request,
+            Prepared::Action(_) => return false,
+        };
+        request.snapshot_node_name.as_deref() == Some(name)
+    }
+}
+
+/// Makes the overlays of prepared actions. On failure all of them are undone.
+pub fn make(disks: &mut Disks, prepared: Vec<Prepared>) -> QmpResult<Vec<Box<dyn Action>>> {
+    let mut actions = Vec::with_capacity(prepared.len());
+    let mut result = Ok(());
+    for prepared in prepared {
+        match prepared {
+            Prepared::Action(action) => actions.push(action),
+            // Nor does one of the others make its own.
+            Prepared::Overlay(_) if result.is_err() => {}
+            Prepared::Overlay(overlay) => match overlay.make(disks) {
+                Ok(action) => actions.push(action),
+                Err(err) => result = Err(err),
+            },
+        }
+    }
+    match result {
+        Ok(()) => Ok(actions),
+        Err(err) => {
+            abandon(disks, actions);
+            Err(err)
+        }
+    }
+}
+
+/// Undoes what was prepared; nothing was made for it yet.
+pub fn give_up(disks: &mut Disks, prepared: Vec<Prepared>) {
+    let action = |prepared| match prepared {
+        Prepared::Action(action) => Some(action),
+        Prepared::Overlay(_) => None,
+    };
+    abandon(disks, prepared.into_iter().filter_map(action).collect());
 }
 
 /// Undoes what prepared actions have prepared.
@@ -168,7 +224,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Of an overlay that is there: `blockdev-snapshot`.
-    pub fn of_node(disks: &mut Disks, node: &str, overlay: &str) -> QmpResult<Box<dyn Action>> {
+    pub fn of_node(disks: &mut Disks, node: &str, overlay: &str) -> QmpResult<Prepared> {
         let node = disks.find_image(Some(node), Some(node))?;
         let overlay = disks.graph().find(overlay).ok_or_else(|| {
             QmpError::generic(format!("Cannot find device='{overlay}' nor node-name='{overlay}'"))
@@ -186,38 +242,38 @@ impl Snapshot {
             return Err(QmpError::generic("The overlay already has a backing image"));
         }
         let snapshot = Snapshot::new(disks, name, node, overlay)?;
-        Ok(Box::new(snapshot))
+        Ok(Prepared::Action(Box::new(snapshot)))
     }
 
-    /// Of an overlay that is made now, or opened: `blockdev-snapshot-sync`.
-    pub fn of_file(disks: &mut Disks, request: &OverlayRequest) -> QmpResult<Box<dyn Action>> {
+    /// Of an overlay that is opened, or made once all actions are prepared: `blockdev-snapshot-sync`.
+    /// `before` is what has been prepared for the same transaction.
+    pub fn of_file(
+        disks: &mut Disks,
+        request: OverlayRequest,
+        before: &[Prepared],
+    ) -> QmpResult<Prepared> {
         let node = disks.find_image(request.device.as_deref(), request.node_name.as_deref())?;
         if request.node_name.is_some() && request.snapshot_node_name.is_none() {
             return Err(QmpError::generic("New overlay node-name missing"));
         }
-        let name = "blockdev-snapshot-sync";
         if let Some(new) = &request.snapshot_node_name {
-            if disks.graph().find(new).is_some() {
+            if disks.graph().find(new).is_some() || before.iter().any(|other| other.makes(new)) {
                 return Err(QmpError::generic("New overlay node-name already in use"));
             }
             disks.graph().check_name(new)?;
         }
-        // Before any file is made.
-        drop(disks.hold_graph(&node, name)?);
+        let hold = node.hold(SYNC, Rights::GRAPH, Rights::ALL)?;
         disks.settle(&node)?;
         node.check_guest_is_back()?;
-        let mut created = Created::default();
-        let overlay = create_overlay(disks, &node, request, &mut created);
-        match overlay.and_then(|overlay| Snapshot::new(disks, name, node, overlay)) {
-            Ok(mut snapshot) => {
-                snapshot.created = created;
-                snapshot.is_named = request.snapshot_node_name.is_some();
-                Ok(Box::new(snapshot))
-            }
-            Err(err) => {
-                disks.layers.collect();
-                Err(err)
-            }
+        let file = match request.exists {
+            true => None,
+            false => Some(prepare_file(disks, &node, &request)?),
+        };
+        let overlay = NewOverlay { node, request, file, hold };
+        match overlay.request.exists {
+            // Opening it changes nothing.
+            true => overlay.make(disks).map(Prepared::Action),
+            false => Ok(Prepared::Overlay(Box::new(overlay))),
         }
     }
 
@@ -497,18 +553,64 @@ impl Drop for Created {
     }
 }
 
-/// Makes the overlay's file (or takes the one that is there) and opens it on the node.
-fn create_overlay(
-    disks: &mut Disks,
-    node: &Node,
-    request: &OverlayRequest,
-    created: &mut Created,
-) -> QmpResult<Node> {
-    let below = disks.image_of(node)?;
-    if !request.exists {
-        block_on(node.driver().prepare_for_overlay())?;
-        create_file(&below, node, request, disks.layers.allow_dirs(), created)?;
+/// A snapshot of a node whose overlay is still to be made, or opened.
+pub struct NewOverlay {
+    node: Node,
+    request: OverlayRequest,
+    /// What is to be made.
+    file: Option<NewOverlayFile>,
+    /// As the snapshot has it from then on.
+    hold: Hold,
+}
+
+/// The file of an overlay.
+struct NewOverlayFile {
+    image: images::Prepared,
+    /// Whether there was no such file before.
+    is_new: bool,
+}
+
+impl NewOverlay {
+    fn make(self, disks: &mut Disks) -> QmpResult<Box<dyn Action>> {
+        let NewOverlay { node, request, file, hold } = self;
+        let mut created = Created::default();
+        let made = file.map_or(Ok(()), |file| file.make(&request, &mut created));
+        let overlay = made.and_then(|()| open_overlay(disks, &node, &request));
+        drop(hold);
+        match overlay.and_then(|overlay| Snapshot::new(disks, SYNC, node, overlay)) {
+            Ok(mut snapshot) => {
+                snapshot.created = created;
+                snapshot.is_named = request.snapshot_node_name.is_some();
+                Ok(Box::new(snapshot))
+            }
+            Err(err) => {
+                disks.layers.collect();
+                Err(err)
+            }
+        }
     }
+}
+
+impl NewOverlayFile {
+    /// Makes it; durable on return.
+    fn make(self, request: &OverlayRequest, created: &mut Created) -> QmpResult<()> {
+        let path = &request.file;
+        self.image.write()?;
+        match self.is_new {
+            true => created.new.push(path.clone()),
+            false => created.overwritten.push(path.clone()),
+        }
+        if request.format == ImageFormat::AddCow {
+            // One that was there already has been refused.
+            created.new.push(data_file(path));
+        }
+        Ok(sync_with_directory(path)?)
+    }
+}
+
+/// Opens an overlay on the node.
+fn open_overlay(disks: &mut Disks, node: &Node, request: &OverlayRequest) -> QmpResult<Node> {
+    let below = disks.image_of(node)?;
     let protocol = blockdev::open_protocol(&ProtocolRequest {
         node_name: crate::block::graph::auto_name(),
         path: request.file.clone(),
@@ -552,15 +654,12 @@ fn create_overlay(
     Ok(disks.layers.add_format(image, Some(file), false)?)
 }
 
-/// Makes an empty overlay that names the image below by its full path.
-fn create_file(
-    below: &Image,
-    node: &Node,
-    request: &OverlayRequest,
-    allow_dirs: &[PathBuf],
-    created: &mut Created,
-) -> QmpResult<()> {
+/// Prepares an empty overlay that names the image below by its full path.
+fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResult<NewOverlayFile> {
+    let below = disks.image_of(node)?;
+    block_on(node.driver().prepare_for_overlay())?;
     let path = &request.file;
+    let allow_dirs = disks.layers.allow_dirs();
     let is_new = std::fs::symlink_metadata(path).is_err();
     if !is_new {
         let old = HostFile::open(path, crate::io::OpenOptions::default())?;
@@ -573,21 +672,11 @@ fn create_file(
         // Neither is it overwritten where a disk goes on above it.
         frozen::check_not_frozen(&old, allow_dirs)?;
     }
-    if is_new {
-        created.new.push(path.clone());
-        if request.format == ImageFormat::AddCow {
-            // Made with it, and only if it is not there yet.
-            let image_file = data_file(path);
-            if std::fs::symlink_metadata(&image_file).is_err() {
-                created.new.push(image_file);
-            }
-        }
-    }
     let name = std::path::absolute(below.file.path()).map_err(crate::Error::from)?;
     let name = name
         .to_str()
         .ok_or_else(|| QmpError::generic(format!("{}: its path is not text", below.name())))?;
-    images::create(&CreateRequest {
+    let image = images::create::prepare(&CreateRequest {
         path: path.clone(),
         format: request.format,
         size: Some(node.size()),
@@ -598,16 +687,7 @@ fn create_file(
         backing_unchecked: true,
         allow_dirs: allow_dirs.to_vec(),
     })?;
-    if !is_new {
-        // Not before it was: it may be refused because somebody uses it.
-        created.overwritten.push(path.clone());
-    }
-    if request.format == ImageFormat::AddCow {
-        // `create` refuses one that is there already.
-        created.new.push(data_file(path));
-    }
-    sync_with_directory(path)?;
-    Ok(())
+    Ok(NewOverlayFile { image, is_new })
 }
 
 /// The file that holds the data of a new add-cow image.
@@ -677,7 +757,8 @@ mod tests {
                 format: ImageFormat::Qcow2,
                 exists: false,
             };
-            let mut action = Snapshot::of_file(&mut self.disks, &request).unwrap();
+            let prepared = Snapshot::of_file(&mut self.disks, request, &[]).unwrap();
+            let mut action = make(&mut self.disks, vec![prepared]).unwrap().remove(0);
             write(&self.base, 1);
             let quiesced = self.disks.graph().quiesce(&action.nodes());
             action.commit(&mut self.disks, &quiesced).unwrap();
@@ -782,14 +863,14 @@ mod tests {
         for after in 0.. {
             let mut bench = Bench::new();
             let path = |name: &str| bench.dir.path().join(name);
-            let make = |name: &str, format, backing: Option<&str>| {
+            let make_image = |name: &str, format, backing: Option<&str>| {
                 let request = create_request(&path(name), format);
                 let backing = backing.map(String::from);
                 let backing_format = backing.as_ref().map(|_| ImageFormat::Raw);
                 images::create(&CreateRequest { backing, backing_format, ..request }).unwrap();
             };
-            make("old", ImageFormat::Raw, None);
-            make("overlay", ImageFormat::AddCow, Some("old"));
+            make_image("old", ImageFormat::Raw, None);
+            make_image("overlay", ImageFormat::AddCow, Some("old"));
             let file = |name: &str| HostFile::open(&path(name), Default::default()).unwrap();
             frozen::mark(&file("old"), &path("overlay"));
             let request = OpenRequest::write(path("overlay")).format(Some(ImageFormat::AddCow));
@@ -798,7 +879,8 @@ mod tests {
             bench.disks.layers.add_format(image, None, true).unwrap();
             die_after(Some(after));
             let snapshot = AssertUnwindSafe(|| {
-                let mut action = Snapshot::of_node(&mut bench.disks, "base", "overlay").unwrap();
+                let prepared = Snapshot::of_node(&mut bench.disks, "base", "overlay").unwrap();
+                let mut action = make(&mut bench.disks, vec![prepared]).unwrap().remove(0);
                 let quiesced = bench.disks.graph().quiesce(&action.nodes());
                 let killed = catch_unwind(AssertUnwindSafe(|| {
                     action.commit(&mut bench.disks, &quiesced).unwrap();

@@ -16,7 +16,9 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::addcow::{self, AddCow, Backing, Header};
 use crate::images::check::CheckReport;
 use crate::images::crash_state;
-use crate::images::create::{NewFile, check_not_own_backing, named_backing, open_backing};
+use crate::images::create::{
+    NewFile, Prepared, check_not_own_backing, named_backing, open_backing,
+};
 use crate::images::open::{Opening, guess, open_host};
 use crate::images::{Access, CreateRequest, Created, Image, ImageFormat, OpenRequest, open};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
@@ -221,8 +223,8 @@ pub fn set_backing(
     block_on(image.node.driver().rename_backing(named))
 }
 
-/// Makes an add-cow file, and its image file unless one is given.
-pub(super) fn create(request: &CreateRequest) -> Result<Created> {
+/// Prepares an add-cow file, and makes its image file unless one is given.
+pub(super) fn prepare(request: &CreateRequest) -> Result<Prepared> {
     let path = &request.path;
     let name = || path.display().to_string();
     let option = |keys: [&str; 2]| {
@@ -272,20 +274,27 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
     if new.file.identity()? == image.file.identity()? {
         return Err(Error::invalid(format!("{}: an image cannot be its own image file", name())));
     }
-    remember_format(&new.file, format)?;
-    let len = addcow::layout::file_len(image.size);
-    new.fill(len, addcow::create::create(new.file.as_ref(), &header, image.size))?;
-    if let Some(new) = image.new {
+    Ok(Prepared::new(move || {
+        // All of it: what is locked stays so.
+        let image = image;
+        remember_format(&new.file, format)?;
+        let len = addcow::layout::file_len(image.size);
+        new.fill(len, addcow::create::create(new.file.as_ref(), &header, image.size))?;
+        if let Some(new) = image.new {
+            new.keep();
+        }
+        let file = Arc::clone(&new.file);
         new.keep();
-    }
-    new.keep();
-    // The names are as durable as the content.
-    std::fs::File::open(open_gate::directory_of(path))?.sync_all().context(name)?;
-    let pair = |key: &str, value: String| (key.to_string(), value);
-    let mut shown = vec![pair("size", image.size.to_string()), pair("image_file", image.name)];
-    shown.extend(backing.map(|file| pair("backing_file", file.into())));
-    shown.extend(format.map(|format| pair("backing_fmt", format.to_string())));
-    Ok(Created { size: image.size, options: shown })
+        // The names are as durable as the content.
+        let directory = open_gate::directory_of(file.path());
+        std::fs::File::open(directory)?.sync_all().context(|| file.name().to_string())?;
+        drop(below);
+        let pair = |key: &str, value: String| (key.to_string(), value);
+        let mut shown = vec![pair("size", image.size.to_string()), pair("image_file", image.name)];
+        shown.extend(header.backing.map(|file| pair("backing_file", file)));
+        shown.extend(format.map(|format| pair("backing_fmt", format.to_string())));
+        Ok(Created { size: image.size, options: shown })
+    }))
 }
 
 /// The image file of a new image.

@@ -83,12 +83,39 @@ pub fn options(format: ImageFormat) -> &'static [OptionHelp] {
     }
 }
 
+/// An image that is about to be made: whatever may be refused has been looked at, and its file is open and
+/// locked. As long as it is not written, a file that existed before is as it was, and one that did not goes
+/// when this is dropped.
+pub struct Prepared(Box<dyn FnOnce() -> Result<Created>>);
+
+impl Prepared {
+    pub(super) fn new(write: impl FnOnce() -> Result<Created> + 'static) -> Prepared {
+        Prepared(Box::new(write))
+    }
+
+    /// Makes it.
+    ///
+    /// # Errors
+    /// As for [`create`].
+    pub fn write(self) -> Result<Created> {
+        (self.0)()
+    }
+}
+
 /// Creates an image.
 ///
 /// # Errors
 /// Names the file or the option. A file that did not exist before does not exist after a failure; an
 /// existing one is as it was, unless the error says that what it contained is gone.
 pub fn create(request: &CreateRequest) -> Result<Created> {
+    prepare(request)?.write()
+}
+
+/// Does all of [`create`] that changes nothing.
+///
+/// # Errors
+/// As for [`create`], but nothing is gone.
+pub fn prepare(request: &CreateRequest) -> Result<Prepared> {
     let known = options(request.format);
     for (name, _) in &request.options {
         if !known.iter().any(|(option, _)| option == name) {
@@ -101,10 +128,10 @@ pub fn create(request: &CreateRequest) -> Result<Created> {
         }
     }
     match request.format {
-        ImageFormat::Raw => create_raw(request),
-        ImageFormat::Qcow2 => create_qcow2(request),
-        ImageFormat::Vhdx => vhdx::create(request),
-        ImageFormat::AddCow => add_cow::create(request),
+        ImageFormat::Raw => prepare_raw(request),
+        ImageFormat::Qcow2 => prepare_qcow2(request),
+        ImageFormat::Vhdx => vhdx::prepare(request),
+        ImageFormat::AddCow => add_cow::prepare(request),
         other => Err(Error::unsupported(format!(
             "{}: {other} images cannot be created",
             request.path.display()
@@ -279,46 +306,49 @@ impl Drop for NewFile {
     }
 }
 
-fn create_raw(request: &CreateRequest) -> Result<Created> {
+fn prepare_raw(request: &CreateRequest) -> Result<Prepared> {
     if request.backing.is_some() {
         return Err(Error::invalid(
             "raw images cannot have a backing file; use a format that can (-f qcow2)",
         ));
     }
     let preallocation = request.options.iter().find(|(name, _)| name == "preallocation");
-    let preallocation = preallocation.map_or("off", |(_, value)| value.as_str());
-    if !matches!(preallocation, "off" | "falloc" | "full") {
+    let preallocation = preallocation.map_or("off".into(), |(_, value)| value.clone());
+    if !matches!(&*preallocation, "off" | "falloc" | "full") {
         return Err(Error::invalid(format!(
             "unknown preallocation '{preallocation}' (known: off, falloc, full)"
         )));
     }
     let size = size_of(request, None)?;
     let new = NewFile::open(&request.path, &request.allow_dirs)?;
-    let file = &new.file;
-    new.fill(size, async {
-        let made = async {
-            if file.kind() == HostKind::Regular {
-                file.set_len(size).await?;
-            }
-            match preallocation {
-                "falloc" if size > 0 => {
-                    file.write_zeroes(ByteRange { offset: 0, len: size }, false).await
-                }
-                "full" => write_zeros(file, size).await,
-                _ => Ok(()),
-            }
-        };
-        made.await.context(|| format!("{}: making it {size} bytes large", file.name()))
-    })?;
-    new.keep();
-    let mut options = vec![("size".to_string(), size.to_string())];
-    if preallocation != "off" {
-        options.push(("preallocation".into(), preallocation.into()));
-    }
-    Ok(Created { size, options })
+    Ok(Prepared::new(move || {
+        new.fill(size, fill_raw(&new.file, size, &preallocation))?;
+        new.keep();
+        let mut options = vec![("size".to_string(), size.to_string())];
+        if preallocation != "off" {
+            options.push(("preallocation".into(), preallocation));
+        }
+        Ok(Created { size, options })
+    }))
 }
 
-fn create_qcow2(request: &CreateRequest) -> Result<Created> {
+async fn fill_raw(file: &HostFile, size: u64, preallocation: &str) -> Result<()> {
+    let made = async {
+        if file.kind() == HostKind::Regular {
+            file.set_len(size).await?;
+        }
+        match preallocation {
+            "falloc" if size > 0 => {
+                file.write_zeroes(ByteRange { offset: 0, len: size }, false).await
+            }
+            "full" => write_zeros(file, size).await,
+            _ => Ok(()),
+        }
+    };
+    made.await.context(|| format!("{}: making it {size} bytes large", file.name()))
+}
+
+fn prepare_qcow2(request: &CreateRequest) -> Result<Prepared> {
     let option = |name: &str| {
         request.options.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     };
@@ -355,8 +385,16 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
     options.size = size_of(request, backing.as_ref())?;
     let new = NewFile::open(&request.path, &request.allow_dirs)?;
     let image = block_on(qcow2::NewImage::lay_out(Arc::clone(&new.file) as _, &options))?;
-    new.fill(image.file_len(), image.write())?;
-    new.keep();
+    Ok(Prepared::new(move || {
+        new.fill(image.file_len(), image.write())?;
+        new.keep();
+        drop(backing);
+        Ok(Created { size: options.size, options: shown_of_qcow2(options) })
+    }))
+}
+
+/// The options in effect.
+fn shown_of_qcow2(options: qcow2::CreateOptions) -> Vec<(String, String)> {
     let pair = |key: &str, value: String| (key.to_string(), value);
     let mut shown = vec![
         pair("cluster_size", options.cluster_size.to_string()),
@@ -367,7 +405,7 @@ fn create_qcow2(request: &CreateRequest) -> Result<Created> {
         shown.extend(named.format.map(|format| pair("backing_fmt", format)));
     }
     shown.push(pair("refcount_bits", options.refcount_bits.to_string()));
-    Ok(Created { size: options.size, options: shown })
+    shown
 }
 
 /// What was given as an option of the command or with `-o`, but not as both.

@@ -40,7 +40,7 @@ use std::str::FromStr;
 pub use add_cow::{check_new_backing, set_backing};
 pub use cache_mode::CacheMode;
 pub use check::{CheckReport, Checked, Repair, check, check_path};
-pub use create::{CreateRequest, Created, create};
+pub use create::{CreateRequest, Created, Prepared, create};
 pub use layers::{Layer, Layers};
 pub use lock::Locking;
 pub use open::{

@@ -23,8 +23,10 @@ impl MainCommand for BlockdevSnapshotCommand {
 
     fn run(daemon: &mut Daemon, arguments: BlockdevSnapshot) -> QmpResult<Nothing> {
         let BlockdevSnapshot { node, overlay } = arguments;
-        let action = Snapshot::of_node(daemon.disks_mut(), &node, &overlay)?;
-        snapshot::run(daemon, vec![action])?;
+        let disks = daemon.disks_mut();
+        let prepared = Snapshot::of_node(disks, &node, &overlay)?;
+        let actions = snapshot::make(disks, vec![prepared])?;
+        snapshot::run(daemon, actions)?;
         Ok(Nothing {})
     }
 }

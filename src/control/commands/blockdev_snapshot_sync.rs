@@ -17,8 +17,7 @@ qapi! {
         pub device: Option<String>,
         /// Or the node.
         pub node_name: Option<String>,
-        /// The overlay's file. Overwritten if it exists, unless `mode` says otherwise; then it is left
-        /// empty if there is no snapshot in the end.
+        /// The overlay's file. Overwritten if it exists, unless `mode` says otherwise.
         pub snapshot_file: String,
         /// The name of the overlay's node; must be given with `node-name`.
         pub snapshot_node_name: Option<String>,
@@ -71,8 +70,10 @@ impl MainCommand for BlockdevSnapshotSyncCommand {
     type Returns = Nothing;
 
     fn run(daemon: &mut Daemon, arguments: BlockdevSnapshotSync) -> QmpResult<Nothing> {
-        let action = Snapshot::of_file(daemon.disks_mut(), &arguments.request()?)?;
-        snapshot::run(daemon, vec![action])?;
+        let disks = daemon.disks_mut();
+        let prepared = Snapshot::of_file(disks, arguments.request()?, &[])?;
+        let actions = snapshot::make(disks, vec![prepared])?;
+        snapshot::run(daemon, actions)?;
         Ok(Nothing {})
     }
 }

@@ -3,8 +3,9 @@
 use super::blockdev_snapshot::BlockdevSnapshot;
 use super::blockdev_snapshot_sync::BlockdevSnapshotSync;
 use super::prelude::*;
+use crate::control::Disks;
 use crate::control::qapi::Flat;
-use crate::control::snapshot::{self, Action, Snapshot};
+use crate::control::snapshot::{self, Prepared, Snapshot};
 
 qapi! {
     /// An action whose data has members of its own.
@@ -72,23 +73,31 @@ impl MainCommand for Transaction {
     type Returns = Nothing;
 
     fn run(daemon: &mut Daemon, arguments: TransactionArguments) -> QmpResult<Nothing> {
-        let mut actions = Vec::with_capacity(arguments.actions.len());
+        let disks = daemon.disks_mut();
+        let mut prepared = Vec::with_capacity(arguments.actions.len());
         for action in arguments.actions {
-            match prepare(daemon, action.action.0) {
-                Ok(action) => actions.push(action),
+            match prepare(disks, action.action.0, &prepared) {
+                Ok(action) => prepared.push(action),
                 Err(err) => {
-                    snapshot::abandon(daemon.disks_mut(), actions);
+                    snapshot::give_up(disks, prepared);
                     return Err(err);
                 }
             }
         }
+        let actions = snapshot::make(disks, prepared)?;
         snapshot::run(daemon, actions)?;
         Ok(Nothing {})
     }
 }
 
-fn prepare(daemon: &mut Daemon, action: TransactionData) -> QmpResult<Box<dyn Action>> {
-    let disks = daemon.disks_mut();
+/// Prepares an action that follows those `before`.
+fn prepare(disks: &mut Disks, action: TransactionData, before: &[Prepared]) -> QmpResult<Prepared> {
+    let is_made = |name: &&str| before.iter().any(|other| other.makes(name));
+    if let Some(name) = named_nodes(&action).into_iter().find(is_made) {
+        return Err(QmpError::generic(format!(
+            "Node '{name}' is busy: block device is in use by blockdev-snapshot-sync"
+        )));
+    }
     match action {
         TransactionData::Abort(_) => {
             Err(QmpError::generic("Transaction aborted using Abort action"))
@@ -97,7 +106,20 @@ fn prepare(daemon: &mut Daemon, action: TransactionData) -> QmpResult<Box<dyn Ac
             Snapshot::of_node(disks, &data.node, &data.overlay)
         }
         TransactionData::BlockdevSnapshotSync(BlockdevSnapshotSyncWrapper { data }) => {
-            Snapshot::of_file(disks, &data.request()?)
+            Snapshot::of_file(disks, data.request()?, before)
+        }
+    }
+}
+
+/// The nodes that must be there for an action.
+fn named_nodes(action: &TransactionData) -> Vec<&str> {
+    match action {
+        TransactionData::Abort(_) => Vec::new(),
+        TransactionData::BlockdevSnapshot(BlockdevSnapshotWrapper { data }) => {
+            vec![&data.node, &data.overlay]
+        }
+        TransactionData::BlockdevSnapshotSync(BlockdevSnapshotSyncWrapper { data }) => {
+            [&data.device, &data.node_name].into_iter().flatten().map(|name| &**name).collect()
         }
     }
 }

@@ -4,8 +4,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use super::{
-    CreateRequest, Created, NewFile, OptionHelp, check_not_own_backing, check_size, named_backing,
-    open_backing,
+    CreateRequest, Created, NewFile, OptionHelp, Prepared, check_not_own_backing, check_size,
+    named_backing, open_backing,
 };
 use crate::block::open_gate;
 use crate::error::{Error, Result, ResultExt};
@@ -105,7 +105,7 @@ pub fn options_of(
     Ok(options)
 }
 
-pub(super) fn create(request: &CreateRequest) -> Result<Created> {
+pub(super) fn prepare(request: &CreateRequest) -> Result<Prepared> {
     let name = || request.path.display().to_string();
     // Stays open (and locked) until the image is there.
     let below = parent_of(request).context(name)?;
@@ -137,10 +137,12 @@ pub(super) fn create(request: &CreateRequest) -> Result<Created> {
             name()
         )));
     }
-    let file = Arc::clone(&new.file) as Arc<dyn File>;
-    new.fill(len, vhdx::create::create(&file, &options))?;
-    new.keep();
-    Ok(Created { size: options.size, options: shown(&options, below.as_ref()) })
+    Ok(Prepared::new(move || {
+        let file = Arc::clone(&new.file) as Arc<dyn File>;
+        new.fill(len, vhdx::create::create(&file, &options))?;
+        new.keep();
+        Ok(Created { size: options.size, options: shown(&options, below.as_ref()) })
+    }))
 }
 
 /// The options in effect.
