@@ -843,35 +843,25 @@ fn marks_follow_a_job() {
     let daemon = Daemon::start(TWO);
     let mut qmp = daemon.qmp();
     let path = |name: &str| daemon.path(name);
-    for name in ["s1", "s2", "s3", "s4"] {
-        let snapshot =
-            json!({"device": "e0", "snapshot-file": path(name), "snapshot-node-name": name});
-        qmp.ok("blockdev-snapshot-sync", snapshot);
-    }
+    qmp.take_snapshots("e0", daemon.dir.path(), &["s1", "s2", "s3", "s4"]);
     let mark = |name: &str| {
         frozen::overlay_of(&HostFile::open(&path(name), OpenOptions::default()).unwrap())
     };
-    let stream = |qmp: &mut Qmp, arguments: Value| {
-        qmp.ok("block-stream", arguments);
-        wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
-    };
-    stream(&mut qmp, json!({"device": "e0", "base-node": "s1"}));
+    qmp.ok("block-stream", json!({"device": "e0", "base-node": "s1"}));
+    qmp.wait_for_jobs();
     // What stands on s2 needs it.
     let expected = [("disk.raw", Some("s1")), ("s1", Some("s4")), ("s2", Some("s3")), ("s3", None)];
     for (image, overlay) in expected {
         assert_eq!(mark(image), overlay.map(path), "{image}");
     }
-    stream(&mut qmp, json!({"device": "e0"}));
+    qmp.ok("block-stream", json!({"device": "e0"}));
+    qmp.wait_for_jobs();
     // And what is left needs what it stands on.
     assert_eq!((mark("s1"), mark("disk.raw")), (Some(path("s2")), Some(path("s1"))));
 
-    for name in ["t1", "t2"] {
-        let snapshot =
-            json!({"device": "e1", "snapshot-file": path(name), "snapshot-node-name": name});
-        qmp.ok("blockdev-snapshot-sync", snapshot);
-    }
+    qmp.take_snapshots("e1", daemon.dir.path(), &["t1", "t2"]);
     qmp.ok("block-commit", json!({"device": "e1", "top-node": "t1"}));
-    wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
+    qmp.wait_for_jobs();
     assert_eq!((mark("t1"), mark("more.qcow2")), (None, Some(path("t2"))));
     daemon.quit(&mut qmp);
 }
@@ -936,9 +926,7 @@ fn an_overlay_that_its_disk_has_left_is_not_put_on_it_again_with_what_it_holds()
         qmp.ok("blockdev-snapshot-sync", snapshot.clone());
         guest.write(0, 8192, &[1; 4096]).unwrap();
         qmp.ok("block-commit", json!({"device": "e0"}));
-        wait_until("the job is ready", || qmp.ok("query-jobs", json!({}))[0]["status"] == "ready");
-        qmp.ok("job-complete", json!({"id": "e0"}));
-        qmp_idle(&daemon);
+        qmp.complete_job();
         guest.write(0, 8192, &[2; 4096]).unwrap();
         let mut again = snapshot;
         again["mode"] = "existing".into();
@@ -963,12 +951,7 @@ fn an_overlay_that_its_disk_has_left_is_not_put_on_it_again_with_what_it_holds()
 fn a_job_makes_no_image_name_another_than_its_base() {
     let daemon = Daemon::start(TWO);
     let mut qmp = daemon.qmp();
-    let path = |name: &str| daemon.path(name);
-    for name in ["s1", "s2", "s3"] {
-        let snapshot =
-            json!({"device": "e0", "snapshot-file": path(name), "snapshot-node-name": name});
-        qmp.ok("blockdev-snapshot-sync", snapshot);
-    }
+    qmp.take_snapshots("e0", daemon.dir.path(), &["s1", "s2", "s3"]);
     for other in ["more.qcow2", "s1", "s3"] {
         let stream = json!({"device": "e0", "base-node": "d0", "backing-file": other});
         let err = qmp.fails("block-stream", stream);
@@ -981,7 +964,7 @@ fn a_job_makes_no_image_name_another_than_its_base() {
     // Relative to the image.
     let stream = json!({"device": "e0", "base-node": "d0", "backing-file": "disk.raw"});
     qmp.ok("block-stream", stream);
-    qmp_idle(&daemon);
+    qmp.wait_for_jobs();
     let info = common::ok(daemon.dir.path(), &["info", "-U", "s3"]);
     assert!(info.contains("backing file: disk.raw"), "{info}");
     daemon.quit(&mut qmp);
@@ -994,14 +977,9 @@ fn a_base_that_another_disk_needs_is_not_committed_to() {
     let daemon = Daemon::start(TWO);
     let mut qmp = daemon.qmp();
     let path = |name: &str| daemon.path(name);
-    for name in ["s1", "s2", "s3"] {
-        let snapshot =
-            json!({"device": "e0", "snapshot-file": path(name), "snapshot-node-name": name});
-        qmp.ok("blockdev-snapshot-sync", snapshot);
-    }
-    let over = || qmp_idle(&daemon);
+    qmp.take_snapshots("e0", daemon.dir.path(), &["s1", "s2", "s3"]);
     qmp.ok("block-stream", json!({"device": "e0", "base-node": "d0"}));
-    over();
+    qmp.wait_for_jobs();
     let base = HostFile::open(&path("disk.raw"), OpenOptions::default()).unwrap();
     assert!(frozen::is_frozen_below(&base, &path("s1")));
     std::fs::write(path("other"), "x").unwrap();
@@ -1012,16 +990,9 @@ fn a_base_that_another_disk_needs_is_not_committed_to() {
     assert_eq!(qmp.ok("query-jobs", json!({})), json!([]));
     std::fs::remove_file(path("other")).unwrap();
     qmp.ok("block-commit", json!({"device": "e0"}));
-    wait_until("the job is ready", || qmp.ok("query-jobs", json!({}))[0]["status"] == "ready");
-    qmp.ok("job-complete", json!({"id": "e0"}));
-    over();
+    qmp.complete_job();
     assert_eq!(frozen::overlay_of(&base), None);
     daemon.quit(&mut qmp);
-}
-
-fn qmp_idle(daemon: &Daemon) {
-    let mut qmp = daemon.qmp();
-    wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
 }
 
 /// A base that a commit changes shows other things to whatever else stands on it.
@@ -1030,10 +1001,7 @@ fn what_stands_on_the_base_of_a_commit_is_not_served() {
     let daemon = Daemon::start(TWO);
     let mut qmp = daemon.qmp();
     let path = |name: &str| daemon.path(name);
-    let top = json!({"device": "e0", "snapshot-file": path("top"), "snapshot-node-name": "top"});
-    qmp.ok("blockdev-snapshot-sync", top);
-    let over = json!({"device": "e0", "snapshot-file": path("over"), "snapshot-node-name": "over"});
-    qmp.ok("blockdev-snapshot-sync", over);
+    qmp.take_snapshots("e0", daemon.dir.path(), &["top", "over"]);
     common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "n", &DISK.to_string()]);
     qmp.ok(
         "blockdev-add",
@@ -1054,7 +1022,7 @@ fn what_stands_on_the_base_of_a_commit_is_not_served() {
     qmp.ok("block-export-add", export("over", false));
     qmp.ok("block-export-del", json!({"id": "x"}));
     qmp.ok("job-cancel", json!({"id": "j"}));
-    wait_until("the end of the job", || qmp.ok("query-jobs", json!({})) == json!([]));
+    qmp.wait_for_jobs();
     qmp.ok("block-export-add", export("n", true));
     daemon.quit(&mut qmp);
 }
@@ -1089,9 +1057,7 @@ fn reopening_is_all_or_nothing() {
     let mut qmp = daemon.qmp();
     let mut guest = daemon.guest("e0.sock");
     guest.write(0, 0, &[1; 512]).unwrap();
-    let top = json!({"device": "e0", "snapshot-file": daemon.path("top"),
-                     "snapshot-node-name": "top"});
-    qmp.ok("blockdev-snapshot-sync", top);
+    qmp.take_snapshots("e0", daemon.dir.path(), &["top"]);
     std::fs::File::create(daemon.path("a.raw")).unwrap().set_len(DISK).unwrap();
     let fault = json!({"driver": "fault", "node-name": "bad", "file":
                        {"driver": "raw", "node-name": "a", "file":

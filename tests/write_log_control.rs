@@ -7,23 +7,18 @@ use serde_json::{Value, json};
 
 mod common;
 
-use common::{Qmp, Setup, fails, ok};
+use common::{Host, fails, ok};
 use vublk::frontend::{Personality, Request, SessionOptions};
 
 const DISK: u64 = 1 << 20;
 
 #[test]
 fn recording_starts_and_stops_under_a_running_guest() {
-    let dir = tempfile::tempdir().unwrap();
-    let d = dir.path();
-    let control = d.join("control.sock");
-    let image = d.join("disk.raw");
-    std::fs::File::create(&image).unwrap().set_len(DISK).unwrap();
-    let options = ["--control", control.to_str().unwrap()];
-    let mut backend = Setup::new(&options).image(&image).start();
-    let mut qmp = Qmp::connect(&control);
-    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
-    let device = backend_device(&mut qmp);
+    let mut host = Host::with_disk("raw", DISK);
+    let mut qmp = host.qmp();
+    let mut disk = host.backend.open(SessionOptions::new(Personality::Qemu));
+    let d = host.dir.path();
+    let device = "disk";
     let log = d.join("w.log").to_str().unwrap().to_string();
 
     // The guest writes all the time, each block once, one after the other.
@@ -55,7 +50,7 @@ fn recording_starts_and_stops_under_a_running_guest() {
         std::thread::sleep(std::time::Duration::from_millis(100));
         qmp.run("x-vublk-log-mark", json!({"device": device, "mark": mark})).unwrap();
     }
-    ok(d, &["log", "mark", "--device", &device, "control.sock", "three"]);
+    ok(d, &["log", "mark", "--device", device, "control.sock", "three"]);
     // It may be read while it grows.
     ok(d, &["log", "verify", "w.log"]);
     std::thread::sleep(std::time::Duration::from_millis(100));
@@ -66,9 +61,9 @@ fn recording_starts_and_stops_under_a_running_guest() {
     let count = guest.join().unwrap();
     assert!(count > 100, "{count} writes");
     assert_eq!(std::fs::metadata(d.join("w.log")).unwrap().len(), size, "it went on growing");
-    let err = fails(d, &["log", "mark", "--device", &device, "control.sock", "four"], 1);
+    let err = fails(d, &["log", "mark", "--device", device, "control.sock", "four"], 1);
     assert!(err.starts_with("control.sock: ") && err.contains("is not being recorded"), "{err}");
-    assert!(backend.terminate().success());
+    assert!(host.backend.terminate().success());
 
     ok(d, &["log", "verify", "w.log"]);
     let list = ok(d, &["log", "list", "--output", "json", "w.log"]);
@@ -87,19 +82,13 @@ fn recording_starts_and_stops_under_a_running_guest() {
     }
 }
 
-/// The name of the one export.
 /// A log that nobody will find, or that has lost what it counts, is none.
 #[test]
 fn a_log_that_is_taken_away_while_it_is_recorded_is_not_passed_off_as_one() {
-    let dir = tempfile::tempdir().unwrap();
-    let d = dir.path();
-    let (control, image, log) = (d.join("control.sock"), d.join("disk.raw"), d.join("w.log"));
-    std::fs::File::create(&image).unwrap().set_len(DISK).unwrap();
-    let options = ["--control", control.to_str().unwrap()];
-    let mut backend = Setup::new(&options).image(&image).start();
-    let mut qmp = Qmp::connect(&control);
-    let mut disk = backend.open(SessionOptions::new(Personality::Qemu));
-    let device = backend_device(&mut qmp);
+    let mut host = Host::with_disk("raw", DISK);
+    let mut qmp = host.qmp();
+    let mut disk = host.backend.open(SessionOptions::new(Personality::Qemu));
+    let (device, log) = ("disk", host.path("w.log"));
     let start = json!({"device": device, "log": log.to_str().unwrap(), "log-overwrite": true});
     let mark = json!({"device": device, "mark": "here"});
 
@@ -129,10 +118,5 @@ fn a_log_that_is_taken_away_while_it_is_recorded_is_not_passed_off_as_one() {
     disk.write(0, 0, &[3; 512]).unwrap();
     disk.flush(0).unwrap();
     drop(disk);
-    assert!(backend.terminate().success());
-}
-
-fn backend_device(qmp: &mut Qmp) -> String {
-    let exports = qmp.run("query-block-exports", json!({})).unwrap();
-    exports[0]["id"].as_str().unwrap().to_string()
+    assert!(host.backend.terminate().success());
 }

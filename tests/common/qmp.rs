@@ -142,4 +142,34 @@ impl Qmp {
             }
         }
     }
+
+    /// Takes snapshots of an export's disk, one on the other: new qcow2 files in `dir`, whose nodes are
+    /// called as they are.
+    pub fn take_snapshots(&mut self, device: &str, dir: &Path, names: &[&str]) {
+        for name in names {
+            let snapshot = json!({"device": device, "snapshot-file": dir.join(name),
+                                  "snapshot-node-name": name});
+            self.ok("blockdev-snapshot-sync", snapshot);
+        }
+    }
+
+    /// Completes the one job as soon as it is ready, and waits for its end.
+    pub fn complete_job(&mut self) {
+        let ready = |qmp: &mut Qmp| {
+            let jobs = qmp.ok("query-jobs", json!({}));
+            (jobs[0]["status"] == "ready").then(|| jobs[0]["id"].clone())
+        };
+        let mut id = None;
+        super::wait_until("the job is ready", || {
+            id = ready(self);
+            id.is_some()
+        });
+        self.ok("job-complete", json!({"id": id}));
+        self.wait_for_jobs();
+    }
+
+    /// Waits until there is no job any more.
+    pub fn wait_for_jobs(&mut self) {
+        super::wait_until("the end of the job", || self.ok("query-jobs", json!({})) == json!([]));
+    }
 }
