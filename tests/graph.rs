@@ -381,6 +381,49 @@ fn snapshots_that_are_refused_leave_nothing() {
     daemon.quit(&mut qmp);
 }
 
+/// An image that names such a file could not be opened again.
+#[test]
+fn no_image_is_made_to_stand_on_a_file_with_control_characters_in_its_name() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let (dir, strange) = (daemon.dir.path(), "a\nb");
+    let size = DISK.to_string();
+    qmp.take_snapshots("e0", dir, &["s0"]);
+    let file = json!({"device": "e0", "snapshot-file": daemon.path(strange)});
+    qmp.ok("blockdev-snapshot-sync", file);
+    let refusal = "control characters are not allowed in names";
+    for format in ["qcow2", "add-cow"] {
+        let data = json!({"device": "e0", "snapshot-file": daemon.path("s1"), "format": format});
+        let err = qmp.fails("blockdev-snapshot-sync", data);
+        assert!(err.contains(refusal), "{format}: {err}");
+        assert!(!daemon.path("s1").exists() && !daemon.path("s1.raw").exists(), "{format}");
+        // Nor one that was made beforehand.
+        let base = ["-u", "-b", "disk.raw", "-F", "raw"];
+        let args = [&["create", "-q", "-f", format][..], &base, &["over", &size]].concat();
+        common::ok(dir, &args);
+        let existing = json!({"device": "e0", "snapshot-file": daemon.path("over"),
+                              "format": format, "mode": "existing"});
+        let err = qmp.fails("blockdev-snapshot-sync", existing);
+        assert!(err.contains(refusal), "{format}: {err}");
+        common::ok(dir, &["map", "-U", "-f", format, "over"]);
+        std::fs::remove_file(daemon.path("over")).unwrap();
+    }
+    common::ok(dir, &["map", "-U", "-f", "qcow2", strange]);
+    // Nor offline.
+    for (args, name) in [
+        (
+            &["create", "-q", "-f", "qcow2", "-b", strange, "-F", "qcow2", "-u", "s1", "1M"][..],
+            "s1",
+        ),
+        (&["rebase", "-q", "-u", "-b", strange, "-F", "qcow2", "more"], "more"),
+    ] {
+        common::ok(dir, &["create", "-q", "-f", "qcow2", "more", "1M"]);
+        let err = common::fails(dir, args, 1);
+        assert!(err.contains(name) && err.contains(refusal), "{err}");
+    }
+    daemon.quit(&mut qmp);
+}
+
 /// An add-cow layer is two files, and a chain that is served is one that can be opened again.
 #[test]
 fn a_chain_does_not_become_longer_than_one_that_opens() {

@@ -113,6 +113,20 @@ pub fn combine(from: &Path, reference: &str) -> PathBuf {
     }
 }
 
+/// Refuses to have an image name a file in a way that would have it refused from then on.
+///
+/// # Errors
+/// Shows the name.
+pub fn check_new_name(reference: &str) -> Result<()> {
+    if reference.chars().any(char::is_control) {
+        return Err(Error::invalid(format!(
+            "the backing file '{}': control characters are not allowed in names",
+            reference.escape_debug()
+        )));
+    }
+    Ok(())
+}
+
 /// Refuses names that are not plain paths.
 fn check_name(reference: &str) -> Result<()> {
     if reference.is_empty() {

@@ -143,6 +143,7 @@ const SHORT_NAME: usize = 512 - 12 - 1;
 /// Names the image and what is wrong with the name.
 pub fn check_new_backing(image: &Image, backing: Option<&str>) -> Result<()> {
     let name = || image.name().to_string();
+    backing.map_or(Ok(()), open_gate::check_new_name).context(name)?;
     match image.format {
         ImageFormat::AddCow => {}
         // What else it needs turns out in its header.

@@ -172,6 +172,9 @@ pub(super) fn named_backing(request: &CreateRequest) -> Result<(Option<&str>, Op
         request.options.iter().find(is_it).map(|(_, value)| value.as_str())
     };
     let file = only_one("backing file", request.backing.as_deref(), option("backing_file"))?;
+    if let Some(file) = file {
+        open_gate::check_new_name(file).context(|| request.path.display().to_string())?;
+    }
     let format = request.backing_format.map(ImageFormat::name);
     Ok((file, only_one("backing file's format", format, option("backing_fmt"))?))
 }
