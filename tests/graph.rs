@@ -381,6 +381,39 @@ fn snapshots_that_are_refused_leave_nothing() {
     daemon.quit(&mut qmp);
 }
 
+/// Or whoever opens the overlay later would see another disk, or none.
+#[test]
+fn an_overlay_names_no_path_that_its_base_has_left() {
+    let daemon = Daemon::start(TWO);
+    let mut qmp = daemon.qmp();
+    let (dir, path) = (daemon.dir.path(), |name: &str| daemon.path(name));
+    std::fs::rename(path("disk.raw"), path("away")).unwrap();
+    for is_replaced in [false, true] {
+        if is_replaced {
+            std::fs::write(path("disk.raw"), [9; 512]).unwrap();
+        }
+        for format in ["qcow2", "add-cow"] {
+            common::ok(dir, &["create", "-q", "-f", format, "there", &DISK.to_string()]);
+            let there = std::fs::read(path("there")).unwrap();
+            for (file, mode) in
+                [("new", "absolute-paths"), ("there", "absolute-paths"), ("there", "existing")]
+            {
+                let data = json!({"device": "e0", "snapshot-file": path(file), "format": format,
+                                  "mode": mode});
+                let err = qmp.fails("blockdev-snapshot-sync", data);
+                assert!(err.contains("disk.raw: is not the file of node 'd0' any more"), "{err}");
+            }
+            assert!(!path("new").exists() && !path("new.raw").exists());
+            assert_eq!(std::fs::read(path("there")).unwrap(), there, "{format}");
+            std::fs::remove_file(path("there")).unwrap();
+            let _ = std::fs::remove_file(path("there.raw"));
+        }
+    }
+    std::fs::rename(path("away"), path("disk.raw")).unwrap();
+    qmp.take_snapshots("e0", dir, &["new"]);
+    daemon.quit(&mut qmp);
+}
+
 /// An image that names such a file could not be opened again.
 #[test]
 fn no_image_is_made_to_stand_on_a_file_with_control_characters_in_its_name() {

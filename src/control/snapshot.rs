@@ -654,6 +654,24 @@ fn open_overlay(disks: &mut Disks, node: &Node, request: &OverlayRequest) -> Qmp
     Ok(disks.layers.add_format(image, Some(file), false)?)
 }
 
+/// The full path of an image, for an overlay to name.
+///
+/// # Errors
+/// If the image is not there any more: whoever opens the overlay later would see what is, or nothing.
+fn path_of(below: &Image) -> QmpResult<String> {
+    let path = std::path::absolute(below.file.path()).map_err(Error::from)?;
+    let refused = |why: String| QmpError::generic(format!("{}: {why}", below.name()));
+    let found = HostFile::open(&path, crate::io::OpenOptions::default());
+    if found.and_then(|found| found.identity()).ok() != Some(below.file.identity()?) {
+        return Err(refused(format!(
+            "is not the file of node '{}' any more (was it renamed or replaced?), so no overlay can name it",
+            below.node.name()
+        )));
+    }
+    let path = path.to_str().map(String::from);
+    path.ok_or_else(|| refused("its path is not text".into()))
+}
+
 /// Prepares an empty overlay that names the image below by its full path.
 fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResult<NewOverlayFile> {
     let below = disks.image_of(node)?;
@@ -672,16 +690,13 @@ fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResu
         // Neither is it overwritten where a disk goes on above it.
         frozen::check_not_frozen(&old, allow_dirs)?;
     }
-    let name = std::path::absolute(below.file.path()).map_err(crate::Error::from)?;
-    let name = name
-        .to_str()
-        .ok_or_else(|| QmpError::generic(format!("{}: its path is not text", below.name())))?;
+    let name = path_of(&below)?;
     let image = images::create::prepare(&CreateRequest {
         path: path.clone(),
         format: request.format,
         size: Some(node.size()),
         options: Vec::new(),
-        backing: Some(name.to_string()),
+        backing: Some(name),
         backing_format: Some(below.format),
         // It is open, and locked by ourselves.
         backing_unchecked: true,

@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::control::QmpError;
 use crate::control::qapi::QmpResult;
-use crate::error::{Error, ErrorKind};
+use crate::error::ErrorKind;
 use crate::images::frozen::{self, Turn};
 use crate::images::{self, Image, ImageFormat};
 use crate::io::HostFile;
@@ -39,10 +38,7 @@ impl Renamed {
         let details = overlay.node.driver().details();
         let format = details["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
         let old = details["backing-filename"].as_str().map(|name| (name.to_string(), format));
-        let name = std::path::absolute(below.file.path()).map_err(Error::from)?;
-        let name = name
-            .to_str()
-            .ok_or_else(|| QmpError::generic(format!("{}: its path is not text", below.name())))?;
+        let name = super::path_of(below)?;
         let file = overlay.name();
         let named = old.as_ref().map_or("nothing".into(), |(name, _)| name.clone());
         let leaves = old
@@ -51,7 +47,7 @@ impl Renamed {
             .filter(|left| frozen::is_frozen_below(left, overlay.file.path()));
         let renamed = Renamed { overlay: overlay.clone(), old, leaves };
         renamed.on_left(|left, overlay| Turn::wait(left).note_restacked(overlay));
-        match images::set_backing(overlay, Some(name), Some(below.format)) {
+        match images::set_backing(overlay, Some(&name), Some(below.format)) {
             Ok(()) => {
                 tracing::info!(
                     "{file}: names {name} as its backing file from now on, and not {named}"
