@@ -655,6 +655,8 @@ fn recording_is_refused_where_it_cannot_be_right() {
     assert!(err.contains("new.log: invalid log sector size 131072 (a power of two"), "{err}");
     let err = refused(&["--log-writes", "new.log", "--log-sector-size", "4096", "disk.raw"]);
     assert!(err.contains("--block-size 4096"), "{err}");
+    let err = refused(&["--log-writes", "new.log", "--log-sector-size", "64K", "disk.raw"]);
+    assert!(err.contains("blocks of 512; use a log with smaller sectors"), "{err}");
     std::fs::write(d.join("notes"), "some text").unwrap();
     let err = refused(&["--log-writes", "notes", "disk.raw"]);
     assert!(err.contains("neither empty nor a log of writes"), "{err}");

@@ -16,6 +16,7 @@ use crate::control::QmpError;
 use crate::control::qapi::QmpResult;
 use crate::error::Result;
 use crate::filters::WriteLog;
+use crate::filters::write_log::open::sectors_too_large;
 use crate::filters::write_log::{Existing, Order, Settings};
 use crate::images::Image;
 use crate::images::recording::{RecordRequest, Recording, record};
@@ -81,9 +82,6 @@ impl LogOptions {
 fn exclusive(one: &str, other: &str) -> QmpError {
     QmpError::generic(format!("{one} and {other} are mutually exclusive"))
 }
-
-/// The largest blocks that a guest can have, in bytes.
-const LARGEST_BLOCK: u64 = 4096;
 
 /// All recordings of a daemon.
 #[derive(Debug, Default)]
@@ -212,17 +210,8 @@ impl Recordings {
         if sector_size <= block_size {
             return Ok(());
         }
-        let way_out = match sector_size {
-            0..=LARGEST_BLOCK => {
-                format!("use logical-block-size={sector_size}, or a log with smaller sectors")
-            }
-            _ => "use a log with smaller sectors".into(),
-        };
-        Err(QmpError::generic(format!(
-            "{}: log sectors of {sector_size} bytes are larger than the guest's blocks of \
-             {block_size}; {way_out}",
-            recorded.filter.log_name()
-        )))
+        let refusal = sectors_too_large(sector_size, block_size, "logical-block-size=");
+        Err(refusal.context(recorded.filter.log_name()).into())
     }
 
     /// Whether a node is recorded.

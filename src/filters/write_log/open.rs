@@ -178,6 +178,21 @@ struct Opening<'a> {
     settings: Settings,
 }
 
+/// The refusal of a log whose sectors are larger than the blocks of the guest, whose writes would
+/// fail; `option` sets the latter.
+pub fn sectors_too_large(sector_size: u64, block_size: u64, option: &str) -> Error {
+    /// The largest blocks that a guest can have, in bytes.
+    const LARGEST_BLOCK: u64 = 4096;
+    let larger_blocks = match sector_size {
+        0..=LARGEST_BLOCK => format!("{option}{sector_size}, or "),
+        _ => String::new(),
+    };
+    Error::invalid(format!(
+        "log sectors of {sector_size} bytes are larger than the guest's blocks of {block_size}; use \
+         {larger_blocks}a log with smaller sectors"
+    ))
+}
+
 impl Opening<'_> {
     /// The log to go on with; `None` if a new one is to be started.
     async fn find(&self) -> Result<Option<Found>> {
@@ -426,10 +441,7 @@ impl Opening<'_> {
             )));
         }
         if let Some(block_size) = self.subject.block_size.filter(|n| u64::from(sector_size) > *n) {
-            return Err(Error::invalid(format!(
-                "log sectors of {sector_size} bytes are larger than the guest's blocks of \
-                 {block_size}; use --block-size {sector_size}, or a log with smaller sectors"
-            )));
+            return Err(sectors_too_large(sector_size.into(), block_size, "--block-size "));
         }
         let unit = self.log.alignment().request;
         if u64::from(sector_size) < unit {
