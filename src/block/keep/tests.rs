@@ -269,3 +269,18 @@ fn a_directory_on_disk_or_open_to_others_is_refused() {
         assert!(!missing.exists());
     }
 }
+
+#[test]
+fn a_record_has_one_checksum_however_it_is_cut() {
+    let data: Vec<u8> = (0..200).collect();
+    for len in [0, 1, 8, 16, 47, 48, 49, 64, 200] {
+        let data = &data[..len];
+        let all = [&7u64.to_le_bytes()[..], &4096u64.to_le_bytes()[..], data].concat();
+        let expected = crc32c::crc32c(&all);
+        for cut in [0, 1, len / 2, len] {
+            let (one, other) = data.split_at(cut.min(len));
+            assert_eq!(checksum(7, 4096, &[one, other]), expected, "{len} bytes, cut at {cut}");
+        }
+        assert_eq!(checksum(7, 4096, &[data]), expected, "{len} bytes");
+    }
+}
