@@ -22,13 +22,12 @@ use std::sync::atomic::Ordering;
 use zerocopy::IntoBytes;
 
 use crate::block::driver::{Pin, Plan, PlanExtent, PlanOp, Planned};
-use crate::block::{Attempt, InPlace, OwnedRangeGuard, Settled, Submission};
+use crate::block::{Attempt, InPlace, OwnedRangeGuard, Settled};
 use crate::crc32c;
 use crate::error::{Result, ResultExt};
 use crate::filters::write_log::WriteLog;
-use crate::filters::write_log::batch::Pending;
 use crate::filters::write_log::copies::MAX_DATA;
-use crate::filters::write_log::staged::{Entry, Staged};
+use crate::filters::write_log::staged::Staged;
 use crate::filters::write_log::tail::Reserved;
 use crate::filters::write_log::under_way::Note;
 use crate::io::{HostFile, Scattered};
@@ -76,12 +75,17 @@ struct Waiting {
 }
 
 /// A write that needs no task, and where its data goes on the image.
-struct Target<'a> {
-    range: ByteRange,
-    queue: u16,
-    file: &'a HostFile,
-    offset: u64,
-    pin: Option<Pin>,
+pub struct Target<'a> {
+    /// Where it is on the disk.
+    pub range: ByteRange,
+    /// The queue that it came from.
+    pub queue: u16,
+    /// The file that has it.
+    pub file: &'a HostFile,
+    /// Where in the file.
+    pub offset: u64,
+    /// What keeps it there.
+    pub pin: Option<Pin>,
 }
 
 impl InPlaceWrites {
@@ -230,42 +234,6 @@ impl Room {
 fn sidecar_name(sidecar: &HostFile) -> String {
     use crate::io::File;
     sidecar.name().to_string()
-}
-
-impl Staged {
-    /// Performs a write, or has the host perform it.
-    fn write<'a>(
-        &'a mut self,
-        filter: &WriteLog,
-        target: Target<'a>,
-        data: Scattered<'_>,
-    ) -> Attempt<'a> {
-        let Target { range, queue, file, offset, pin } = target;
-        let Some(guard) = filter.in_flight.try_exclusive_owned(range) else {
-            return Attempt::NotNow;
-        };
-        let header = filter.recorder.header(Flags::NONE, range, 0);
-        let copies = filter.recorder.copies();
-        let Some(mut copy) = copies.try_copy(&header, data, range.len as usize) else {
-            return Attempt::NotNow;
-        };
-        let submitted = filter.recorder.tail().event();
-        let note = filter.under_way.enter(range);
-        let is_inline = file.inline().writes;
-        if is_inline && let Err(err) = file.write_in_place(offset, copy.data_slice()) {
-            return Attempt::Failed(err);
-        }
-        let data_sectors = header.nr_sectors.get();
-        let queue = Some(queue);
-        let pending = Pending { copy, data_sectors, zeros: false, submitted, queue };
-        let entry = Entry { pending, note, range: guard, pin };
-        if is_inline {
-            self.add(entry);
-            return Attempt::Pending;
-        }
-        let (token, data) = self.submit(entry);
-        Attempt::Submit(Submission { file, offset, data, token })
-    }
 }
 
 impl InPlace for InPlaceWrites {

@@ -14,12 +14,14 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 
 use crate::block::driver::Pin;
-use crate::block::{OwnedRangeGuard, Settled};
+use crate::block::{Attempt, OwnedRangeGuard, Settled, Submission};
 use crate::error::Result;
 use crate::filters::write_log::WriteLog;
 use crate::filters::write_log::batch::Pending;
+use crate::filters::write_log::in_place::Target;
 use crate::filters::write_log::under_way::Note;
-use crate::io::Fut;
+use crate::io::{Fut, Scattered};
+use crate::write_log::layout::Flags;
 
 /// See the [module](self).
 #[derive(Debug, Default)]
@@ -34,20 +36,54 @@ pub struct Staged {
 
 /// An entry that is not in the log yet.
 #[derive(Debug)]
-pub struct Entry {
+struct Entry {
     /// What will be written to the log.
-    pub pending: Pending,
+    pending: Pending,
     /// Until the entry is whole, and all before it.
-    pub note: Note,
+    note: Note,
     /// Until the entry has its place.
-    pub range: OwnedRangeGuard,
+    range: OwnedRangeGuard,
     /// Until the data is on the image.
-    pub pin: Option<Pin>,
+    pin: Option<Pin>,
 }
 
 impl Staged {
+    /// Performs a write, or has the host perform it.
+    pub fn write<'a>(
+        &'a mut self,
+        filter: &WriteLog,
+        target: Target<'a>,
+        data: Scattered<'_>,
+    ) -> Attempt<'a> {
+        let Target { range, queue, file, offset, pin } = target;
+        let Some(guard) = filter.in_flight.try_exclusive_owned(range) else {
+            return Attempt::NotNow;
+        };
+        let header = filter.recorder.header(Flags::NONE, range, 0);
+        let copies = filter.recorder.copies();
+        let Some(mut copy) = copies.try_copy(&header, data, range.len as usize) else {
+            return Attempt::NotNow;
+        };
+        let submitted = filter.recorder.tail().event();
+        let note = filter.under_way.enter(range);
+        let is_inline = file.inline().writes;
+        if is_inline && let Err(err) = file.write_in_place(offset, copy.data_slice()) {
+            return Attempt::Failed(err);
+        }
+        let data_sectors = header.nr_sectors.get();
+        let queue = Some(queue);
+        let pending = Pending { copy, data_sectors, zeros: false, submitted, queue };
+        let entry = Entry { pending, note, range: guard, pin };
+        if is_inline {
+            self.add(entry);
+            return Attempt::Pending;
+        }
+        let (token, data) = self.submit(entry);
+        Attempt::Submit(Submission { file, offset, data, token })
+    }
+
     /// An entry whose data the host is about to write: its token, and the data.
-    pub fn submit(&mut self, entry: Entry) -> (u32, &[u8]) {
+    fn submit(&mut self, entry: Entry) -> (u32, &[u8]) {
         let token = self.free.pop().unwrap_or_else(|| {
             self.submitted.push(None);
             self.submitted.len() as u32 - 1
@@ -67,7 +103,7 @@ impl Staged {
     }
 
     /// The data of an entry is on the image.
-    pub fn add(&mut self, mut entry: Entry) {
+    fn add(&mut self, mut entry: Entry) {
         entry.pin = None;
         self.written.push(entry);
     }

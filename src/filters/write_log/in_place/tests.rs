@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::*;
+use crate::block::Submission;
 use crate::block::driver::Driver;
 use crate::filters::write_log::{Order, Settings, Subject, open};
 use crate::formats::raw::Raw;
