@@ -153,14 +153,12 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
             None => size,
         };
         let create = CreateRequest {
-            path: path.to_path_buf(),
-            format: args.target_format,
             size: Some(size),
             options,
             backing: args.backing.clone(),
             backing_format: args.backing_format,
-            backing_unchecked: false,
             allow_dirs: request.allow_dirs.clone(),
+            ..CreateRequest::new(path, args.target_format)
         };
         let align = images::create::check_openable(&create, &request)?.request;
         let is_raw = args.target_format == ImageFormat::Raw;

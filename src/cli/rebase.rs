@@ -242,14 +242,10 @@ mod tests {
             let path = |name: &str| dir.path().join(name);
             let make = |name: &str, format, backing: Option<&str>| {
                 images::create(&CreateRequest {
-                    path: path(name),
-                    format,
                     size: Some(1 << 20),
-                    options: Vec::new(),
                     backing: backing.map(String::from),
                     backing_format: backing.map(|_| ImageFormat::Raw),
-                    backing_unchecked: false,
-                    allow_dirs: Vec::new(),
+                    ..CreateRequest::new(path(name), format)
                 })
                 .unwrap();
             };

@@ -783,16 +783,7 @@ mod tests {
     }
 
     fn create_request(path: &Path, format: ImageFormat) -> CreateRequest {
-        CreateRequest {
-            path: path.into(),
-            format,
-            size: Some(SIZE),
-            options: Vec::new(),
-            backing: None,
-            backing_format: None,
-            backing_unchecked: false,
-            allow_dirs: Vec::new(),
-        }
+        CreateRequest { size: Some(SIZE), ..CreateRequest::new(path, format) }
     }
 
     fn add(disks: &mut Disks, dir: &Path, name: &str, format: ImageFormat) -> Node {

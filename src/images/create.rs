@@ -41,6 +41,22 @@ pub struct CreateRequest {
     pub allow_dirs: Vec<PathBuf>,
 }
 
+impl CreateRequest {
+    /// For an image of a format, with nothing else said.
+    pub fn new(path: impl Into<PathBuf>, format: ImageFormat) -> CreateRequest {
+        CreateRequest {
+            path: path.into(),
+            format,
+            size: None,
+            options: Vec::new(),
+            backing: None,
+            backing_format: None,
+            backing_unchecked: false,
+            allow_dirs: Vec::new(),
+        }
+    }
+}
+
 /// What was created.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Created {

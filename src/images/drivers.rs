@@ -193,14 +193,11 @@ mod tests {
             [("p.vhdx", None), ("c1.vhdx", Some("p.vhdx")), ("c2.vhdx", Some("c1.vhdx"))]
         {
             images::create(&CreateRequest {
-                path: dir.join(name),
-                format: ImageFormat::Vhdx,
                 size: Some(3 << 20),
                 options: vec![("block_size".into(), "1M".into())],
                 backing: backing.map(String::from),
                 backing_format: backing.map(|_| ImageFormat::Vhdx),
-                backing_unchecked: false,
-                allow_dirs: Vec::new(),
+                ..CreateRequest::new(dir.join(name), ImageFormat::Vhdx)
             })
             .unwrap();
         }
@@ -221,14 +218,10 @@ mod tests {
             for (name, backing) in [("over", Some("odd")), ("alone", None)] {
                 let name = format!("{name}.{format}");
                 let request = CreateRequest {
-                    path: path(&name),
-                    format,
                     size: Some(1 << 20),
-                    options: Vec::new(),
                     backing: backing.map(String::from),
                     backing_format: backing.map(|_| ImageFormat::Raw),
-                    backing_unchecked: false,
-                    allow_dirs: Vec::new(),
+                    ..CreateRequest::new(path(&name), format)
                 };
                 images::create(&request).unwrap();
             }

@@ -529,14 +529,9 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             std::fs::write(dir.path().join("base"), vec![1; 1 << 20]).unwrap();
             images::create(&images::CreateRequest {
-                path: dir.path().join("top"),
-                format: ImageFormat::Qcow2,
-                size: None,
-                options: Vec::new(),
                 backing: Some("base".into()),
                 backing_format: Some(ImageFormat::Raw),
-                backing_unchecked: false,
-                allow_dirs: Vec::new(),
+                ..images::CreateRequest::new(dir.path().join("top"), ImageFormat::Qcow2)
             })
             .unwrap();
             let layers = Layers::new(Graph::new(), Vec::new(), StateDir::None);

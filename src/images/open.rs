@@ -654,14 +654,9 @@ pub(super) mod tests {
         let path = dir.path().join("4k.vhdx");
         let format = ImageFormat::Vhdx;
         crate::images::create(&crate::images::CreateRequest {
-            path: path.clone(),
-            format,
             size: Some(8 << 20),
             options: vec![("logical_sector_size".into(), "4096".into())],
-            backing: None,
-            backing_format: None,
-            backing_unchecked: false,
-            allow_dirs: Vec::new(),
+            ..crate::images::CreateRequest::new(&path, format)
         })
         .unwrap();
         let image = open(&OpenRequest::read(&path).format(Some(format))).unwrap();

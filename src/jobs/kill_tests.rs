@@ -53,14 +53,10 @@ fn make(dir: &Path, chain: &[(&str, ImageFormat)]) {
     for (at, (name, format)) in chain.iter().enumerate() {
         let below = at.checked_sub(1).map(|at| chain[at]);
         images::create(&CreateRequest {
-            path: dir.join(name),
-            format: *format,
             size: Some(SIZE),
-            options: Vec::new(),
             backing: below.map(|(name, _)| name.into()),
             backing_format: below.map(|(_, format)| format),
-            backing_unchecked: false,
-            allow_dirs: Vec::new(),
+            ..CreateRequest::new(dir.join(name), *format)
         })
         .unwrap();
         if let Some((below, _)) = below {

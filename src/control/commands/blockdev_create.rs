@@ -139,14 +139,9 @@ impl MainCommand for BlockdevCreate {
 /// What is to be made, and on what if that is given by the client.
 fn wanted(options: BlockdevCreateDriverOptions) -> (CreateRequest, Option<BlockdevRef>) {
     let request = |path: PathBuf, format, size, options| CreateRequest {
-        path,
-        format,
         size: Some(size),
         options,
-        backing: None,
-        backing_format: None,
-        backing_unchecked: false,
-        allow_dirs: Vec::new(),
+        ..CreateRequest::new(path, format)
     };
     match options {
         BlockdevCreateDriverOptions::File(file) => {

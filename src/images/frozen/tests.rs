@@ -39,14 +39,10 @@ fn make_overlay(dir: &Path) {
     use crate::images::{CreateRequest, ImageFormat, create};
     let make = |name: &str, format, backing: Option<&str>| {
         create(&CreateRequest {
-            path: dir.join(name),
-            format,
             size: Some(1 << 20),
-            options: Vec::new(),
             backing: backing.map(String::from),
             backing_format: backing.map(|_| ImageFormat::Raw),
-            backing_unchecked: false,
-            allow_dirs: Vec::new(),
+            ..CreateRequest::new(dir.join(name), format)
         })
         .unwrap();
     };
@@ -62,14 +58,8 @@ fn a_new_image_has_no_mark_and_is_never_made_of_a_frozen_one() {
     let overlay = dir.path().join("overlay");
     let create = || {
         create(&CreateRequest {
-            path: file.path().into(),
-            format: ImageFormat::Raw,
             size: Some(512),
-            options: Vec::new(),
-            backing: None,
-            backing_format: None,
-            backing_unchecked: false,
-            allow_dirs: Vec::new(),
+            ..CreateRequest::new(file.path(), ImageFormat::Raw)
         })
     };
     mark_moved(&file, &overlay);
