@@ -16,12 +16,18 @@
 //! A write that is pending is in flight: nothing has been promised, and a FLUSH that the guest
 //! submits meanwhile does not cover it.
 
+#![allow(unsafe_code)]
+
 use crate::error::{Error, Result};
 use crate::io::{Fut, HostFile, Scattered};
 use crate::units::ByteRange;
 
 /// Performs writes of one thread.
-pub trait InPlace {
+///
+/// # Safety
+/// What a [`Submission`] has as its data stays in its place, and as it is, until [`InPlace::written`] is
+/// called for it: the host reads it meanwhile.
+pub unsafe trait InPlace {
     /// Performs or prepares a write to `range`, of what `data` holds now, for a request of queue
     /// `queue`. The range is legal, as for [`Driver`](crate::block::Driver).
     fn write(&mut self, range: ByteRange, data: Scattered<'_>, queue: u16) -> Attempt<'_>;
@@ -41,7 +47,7 @@ pub struct Submission<'a> {
     pub file: &'a HostFile,
     /// Where in the file.
     pub offset: u64,
-    /// What to write. Stays as it is until [`InPlace::written`] is told.
+    /// What to write.
     pub data: &'a [u8],
     /// Names it.
     pub token: u32,

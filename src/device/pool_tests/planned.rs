@@ -180,7 +180,8 @@ struct Copier {
     copy: Option<Vec<u8>>,
 }
 
-impl InPlace for Copier {
+// SAFETY: the copy is let go when its write has ended.
+unsafe impl InPlace for Copier {
     fn write(&mut self, range: ByteRange, data: Scattered<'_>, _queue: u16) -> Attempt<'_> {
         assert!(self.copy.is_none(), "one at a time");
         self.planner.notes.note(Heard::Planned { fua: false });

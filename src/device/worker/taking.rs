@@ -160,7 +160,8 @@ impl Worker {
         let op = &self.slots[index as usize].parts[part].op;
         let user = u64::from(index) | (part as u64) << 32;
         // SAFETY: the slot keeps the iovecs until its last part is done, the ring keeps the
-        // memory, and the driver's files stay open until the gate has drained this request.
+        // memory (of a copy: the driver), and the driver's files stay open until the gate has
+        // drained this request.
         unsafe { self.reactor.engine().push(op, user) };
     }
 

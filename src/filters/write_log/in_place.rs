@@ -16,6 +16,8 @@
 //! All that the [module above](super) promises holds here, too: an entry takes its place when its data is on
 //! the image, ranges are locked until then, requests complete when their run does.
 
+#![allow(unsafe_code)]
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -236,7 +238,8 @@ fn sidecar_name(sidecar: &HostFile) -> String {
     sidecar.name().to_string()
 }
 
-impl InPlace for InPlaceWrites {
+// SAFETY: `Staged` keeps the copy of each entry, in memory of its own, until it is told.
+unsafe impl InPlace for InPlaceWrites {
     fn write(&mut self, range: ByteRange, data: Scattered<'_>, queue: u16) -> Attempt<'_> {
         let header_len = u64::from(self.filter.recorder.sector_size());
         if !range.is_aligned(header_len) || range.len > MAX_DATA || self.owes_superblock() {
