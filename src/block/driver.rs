@@ -145,6 +145,13 @@ pub trait CommitPlanned: Send + Sync {
 
     /// The data of `range` was not written, or not all of it: nothing is to change.
     fn abandoned(&self, range: ByteRange);
+
+    /// The data of two planned writes, of which the second begins where the first ends, has been
+    /// written. True if [`written`](CommitPlanned::written) for all of it shall do for both: then
+    /// nothing else is called for `next`.
+    fn join(&self, _range: ByteRange, _next: ByteRange) -> bool {
+        false
+    }
 }
 
 /// What [`PlanCommit::written`] leaves to be done.
@@ -172,6 +179,23 @@ impl PlanCommit {
     /// Makes `owner` learn what becomes of a planned write to `range`.
     pub fn new(owner: Arc<dyn CommitPlanned>, range: ByteRange) -> PlanCommit {
         PlanCommit { owner: Some(owner), range }
+    }
+
+    /// Takes in the commit of another write, if its owner would as well learn of both at once; else
+    /// gives it back. The data of both has been written.
+    pub fn join(&mut self, mut next: PlanCommit) -> std::result::Result<(), PlanCommit> {
+        match (&self.owner, &next.owner) {
+            (Some(owner), Some(other))
+                if Arc::ptr_eq(owner, other)
+                    && self.range.end() == next.range.offset
+                    && owner.join(self.range, next.range) =>
+            {
+                self.range.len += next.range.len;
+                next.owner = None;
+                Ok(())
+            }
+            _ => Err(next),
+        }
     }
 
     /// The data has been written.

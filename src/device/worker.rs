@@ -13,8 +13,9 @@
 //! ```
 //!
 //! The loop is here. The way of a request is in `taking` and `completion`, with what it needs
-//! meanwhile in `slot`; `in_place` has writes that the driver performs at once; a ring and its life
-//! are in `served` and `commands`; `failure` has what goes wrong.
+//! meanwhile in `slot`; `run` has transfers that are done by plain calls, and `in_place` writes that
+//! the driver performs; a ring and its life are in `served` and `commands`; `failure` has what goes
+//! wrong.
 //!
 //! How large a batch is depends on where the guest runs: see [`super::pace`].
 //!
@@ -29,6 +30,7 @@ mod commands;
 mod completion;
 mod failure;
 mod in_place;
+mod run;
 mod served;
 mod slot;
 mod taking;
@@ -40,6 +42,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use self::failure::FailureLog;
+use self::run::Run;
 use self::served::Served;
 use self::slot::Slot;
 use crate::block::driver::Driver;
@@ -116,6 +119,8 @@ struct Worker {
     flushing: usize,
     /// Flushes among them that wait for the gate: slots, oldest first.
     held: Vec<u32>,
+    /// Requests that wait to be done in place with what follows them.
+    run: Run,
     /// The driver's way to write in place, if it has one.
     in_place: Option<Box<dyn InPlace>>,
     /// The slots of requests written so that are to be settled.
@@ -176,6 +181,7 @@ impl Worker {
             first: 0,
             flushing: 0,
             held: Vec::new(),
+            run: Run::default(),
             in_place: None,
             unsettled: Vec::new(),
             has_unpolled: false,

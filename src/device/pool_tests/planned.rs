@@ -20,6 +20,8 @@ enum Heard {
     Planned { fua: bool },
     /// The data of a planned write was there.
     Written(u64),
+    /// So was that of another one, which is to be heard of together with the one before it.
+    Joined(u64),
     /// It was not.
     Abandoned(u64),
     /// A flush, not planned.
@@ -40,6 +42,8 @@ struct Notes {
     heard: Mutex<Vec<Heard>>,
     /// What the next commit answers.
     next: Mutex<Option<Result<Committed>>>,
+    /// Whether commits of writes that go on from each other are wanted together.
+    joins: AtomicBool,
 }
 
 impl Notes {
@@ -61,6 +65,15 @@ impl CommitPlanned for Notes {
 
     fn abandoned(&self, range: ByteRange) {
         self.note(Heard::Abandoned(range.offset));
+    }
+
+    fn join(&self, range: ByteRange, next: ByteRange) -> bool {
+        assert_eq!(range.end(), next.offset);
+        let joins = self.joins.load(Ordering::SeqCst);
+        if joins {
+            self.note(Heard::Joined(next.offset));
+        }
+        joins
     }
 }
 
@@ -157,6 +170,7 @@ impl Driver for Planner {
     }
 }
 
+const READ: u32 = 0;
 const WRITE: u32 = 1;
 const FLUSH: u32 = 4;
 
@@ -212,6 +226,56 @@ unsafe impl InPlace for Copier {
             }
         }
     }
+}
+
+/// What a worker answers to 4 KiB requests that it takes in one batch; what their memory holds then.
+/// That of the first was full of ones, of the second full of twos, and so on.
+fn batch(planner: &Arc<Planner>, requests: &[(u32, u64)]) -> (Vec<u8>, Vec<u8>) {
+    let export = export(Arc::clone(planner) as Arc<dyn Driver>, EngineKind::Auto, 1);
+    let pool = Pool::new(export);
+    let memory = guest_memory();
+    let mut queue = Queue::new(&memory, 0, true);
+    for (slot, (kind, offset)) in requests.iter().enumerate() {
+        memory.write(queue.data(slot as u64), &[slot as u8 + 1; 4096]).unwrap();
+        queue.offer(slot as u64, *kind, *offset, true);
+    }
+    queue.ring.publish();
+    pool.start(0, start_of(&queue.ring, 0, true, &memory)).unwrap();
+    queue.ring.kick().unwrap();
+    for _ in requests {
+        while queue.ring.take_used().is_none() {
+            queue.ring.wait_used(Instant::now() + PATIENCE).expect("an answer");
+        }
+    }
+    pool.stop(0).unwrap();
+    pool.disconnected();
+    let slots = 0..requests.len() as u64;
+    let status = |slot| memory.read_vec(queue.status(slot), 1).unwrap()[0];
+    let data = |slot| memory.read_vec(queue.data(slot), 4096).unwrap();
+    (slots.clone().map(status).collect(), slots.flat_map(data).collect())
+}
+
+/// A planner on memory, where what can be done in place is, with so many blocks of 4 KiB. It does not
+/// grow.
+fn in_memory(blocks: u64) -> Arc<Planner> {
+    let file = memfd(blocks * 4096);
+    rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::GROW).unwrap();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let options = OpenOptions { write: true, ..OpenOptions::default() };
+    let open = || HostFile::open(path.as_ref(), options).unwrap();
+    Planner::new(open(), open())
+}
+
+fn content(planner: &Planner) -> Vec<u8> {
+    let len = planner.data.extent().0 as usize;
+    let buf = crate::io::AlignedBuf::zeroed(len, 4096);
+    crate::io::block_on(crate::io::File::read(&planner.data, 0, buf.buffers())).unwrap();
+    buf.to_vec()
+}
+
+/// So many blocks of each byte.
+fn blocks(bytes: &[u8]) -> Vec<u8> {
+    bytes.iter().flat_map(|byte| [*byte; 4096]).collect()
 }
 
 /// A planner served on one ring.
@@ -312,6 +376,64 @@ fn a_planned_write_is_committed() {
         pool.stop(0).unwrap();
         pool.disconnected();
     }
+}
+
+/// Writes that go on from each other are one call of the host, and one step of the driver, if it
+/// wants to have it so.
+#[test]
+fn writes_that_go_on_from_each_other_are_done_and_committed_together() {
+    use Heard::*;
+    let _watchdog = Watchdog::new("the run");
+    let writes = [(WRITE, 4096), (WRITE, 8192), (WRITE, 12288), (WRITE, 24576)];
+    let planned = Planned { fua: false };
+    for joins in [true, false] {
+        let planner = in_memory(8);
+        planner.notes.joins.store(joins, Ordering::SeqCst);
+        assert_eq!(batch(&planner, &writes).0, [0; 4]);
+        // The first three wait for the fourth.
+        let mut heard = vec![planned; 4];
+        match joins {
+            true => heard.extend([Joined(8192), Joined(12288), Written(4096)]),
+            false => heard.extend([Written(4096), Written(8192), Written(12288)]),
+        }
+        heard.push(Written(24576));
+        let mut found = planner.notes.take();
+        assert_eq!(found.pop(), Some(Flush), "of the guest's end");
+        assert_eq!(found, heard);
+        assert!(content(&planner) == blocks(&[0, 1, 2, 3, 0, 0, 4, 0]));
+    }
+    // What the driver says then is of all of them.
+    for (answer, status) in
+        [(Ok(Committed::FlushFirst), 0), (Err(Error::from_errno(libc::ENOSPC)), 1)]
+    {
+        let planner = in_memory(8);
+        planner.notes.joins.store(true, Ordering::SeqCst);
+        *planner.notes.next.lock().unwrap() = Some(answer);
+        assert_eq!(batch(&planner, &writes).0, [status, status, status, 0]);
+    }
+}
+
+/// Each request learns what became of itself.
+#[test]
+fn a_run_that_fails_in_its_middle_fails_there_only() {
+    use Heard::*;
+    let _watchdog = Watchdog::new("the run that fails");
+    let planner = in_memory(2);
+    planner.notes.joins.store(true, Ordering::SeqCst);
+    let at = |kind| [0, 4096, 8192, 12288].map(|offset| (kind, offset));
+    assert_eq!(batch(&planner, &at(WRITE)).0, [0, 0, 1, 1]);
+    let mut heard = vec![Planned { fua: false }; 4];
+    heard.extend([Written(0), Written(4096), Abandoned(8192), Abandoned(12288), Flush]);
+    assert_eq!(planner.notes.take(), heard);
+    assert!(content(&planner) == blocks(&[1, 2]));
+    let (status, data) = batch(&planner, &at(READ));
+    assert_eq!(status, [0, 0, 1, 1]);
+    assert!(data == blocks(&[1, 2, 3, 4]));
+    // In another order, they are no run.
+    let reads = [(READ, 4096), (READ, 0), (READ, 4096), (WRITE, 8192)];
+    let (status, data) = batch(&planner, &reads);
+    assert_eq!(status, [0, 0, 0, 1]);
+    assert!(data == blocks(&[2, 1, 2, 4]));
 }
 
 /// The host writes the driver's copy, and the guest hears of it when the driver has settled it.

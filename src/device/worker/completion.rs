@@ -104,7 +104,13 @@ impl Worker {
     /// The data of a planned write is where it should be, and somebody wants to know.
     #[inline]
     fn commit(&mut self, index: u32, commit: PlanCommit) {
-        match commit.written() {
+        self.committed(index, commit.written());
+    }
+
+    /// Somebody has been told that the data of a planned write is where it should be.
+    #[inline]
+    pub(super) fn committed(&mut self, index: u32, result: Result<Committed>) {
+        match result {
             Ok(Committed::Done) if !self.slots[index as usize].flush_after => {
                 self.finish(index, Status::Ok);
             }

@@ -57,6 +57,8 @@ pub(super) enum Prepared {
     Nothing,
     /// It was done in place, with this result.
     Inline(i32),
+    /// Its one part is to be done in place, on this file.
+    InPlace(*const HostFile),
     /// So many parts are to be pushed.
     Push(usize),
 }
@@ -98,8 +100,8 @@ impl Slot {
     }
 
     /// Asks the driver for a plan and cuts the request into parts accordingly. A single part is
-    /// done at once on a file where the ring would only hand it to a kernel worker, or if it is
-    /// `alone` and what it reads is in the page cache.
+    /// to be done in place on a file where the ring would only hand it to a kernel worker, and is
+    /// done at once if it is `alone` and what it reads is in the page cache.
     #[inline]
     pub(super) fn plan(
         &mut self,
@@ -132,24 +134,20 @@ impl Slot {
             }
             let op = through(op, file, &mut self.flush_after);
             let part = Part::new(op, file, offset, len, data, Vec::new());
-            let result = match op {
-                // SAFETY: this slot keeps the iovecs, the ring the memory, the driver the file.
-                PlanOp::Read if alone && file.reads_nowait() => unsafe { nowait_read(&part.op) },
-                PlanOp::Read if file.inline().reads => {
-                    // SAFETY: as above.
-                    Some(unsafe { file.inline_call(&part.op) })
+            let prepared = match op {
+                PlanOp::Read if alone && file.reads_nowait() => {
+                    // SAFETY: this slot keeps the iovecs, the ring the memory, the driver the file.
+                    unsafe { nowait_read(&part.op) }.map_or(Prepared::Push(1), Prepared::Inline)
                 }
-                PlanOp::Write { fua: false } if file.inline().writes => {
-                    // SAFETY: as above.
-                    Some(unsafe { file.inline_call(&part.op) })
-                }
-                _ => None,
+                PlanOp::Read if file.inline().reads => Prepared::InPlace(file),
+                PlanOp::Write { fua: false } if file.inline().writes => Prepared::InPlace(file),
+                _ => Prepared::Push(1),
             };
             self.parts.push(part);
             self.parts_left = 1;
             self.pin = plan.pin;
             self.commit = plan.commit;
-            return result.map_or(Prepared::Push(1), Prepared::Inline);
+            return prepared;
         }
         self.plan_parts(op, plan)
     }

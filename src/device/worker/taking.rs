@@ -54,6 +54,7 @@ impl Worker {
                 self.publish(at);
             }
         }
+        self.perform_run();
         taken > 0
     }
 
@@ -146,6 +147,8 @@ impl Worker {
             Prepared::NotNow => return false,
             Prepared::Nothing => self.finish(index, Status::Ok),
             Prepared::Inline(result) => self.part_done(index, 0, result),
+            // SAFETY: the driver keeps its files open, and stays until this batch has been taken.
+            Prepared::InPlace(file) => unsafe { self.join_run(index, file) },
             Prepared::Push(parts) => {
                 for part in 0..parts {
                     self.push_part(index, part);

@@ -539,6 +539,16 @@ impl CommitPlanned for Shared {
     fn abandoned(&self, range: ByteRange) {
         self.pages.unpin(range.offset / SECTOR_SIZE);
     }
+
+    fn join(&self, range: ByteRange, next: ByteRange) -> bool {
+        let page = |range: ByteRange| range.offset / SECTOR_SIZE / PAGE_SECTORS;
+        let is_joined = page(range) == page(next);
+        if is_joined {
+            // One pin is enough for both.
+            self.pages.unpin(next.offset / SECTOR_SIZE);
+        }
+        is_joined
+    }
 }
 
 impl Format for AddCow {

@@ -249,6 +249,12 @@ impl Pages {
         self.frames.iter().filter(|frame| frame.words.get().is_some()).count() * PAGE_LEN
     }
 
+    /// How many pins are held.
+    #[cfg(test)]
+    pub fn pins(&self) -> u32 {
+        self.frames.iter().map(|frame| frame.pins.load(Ordering::SeqCst)).sum()
+    }
+
     /// Whether any bit of the page has yet to be written out.
     #[cfg(test)]
     pub fn is_dirty(&self, page: u64) -> bool {

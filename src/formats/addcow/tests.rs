@@ -313,6 +313,41 @@ fn whatever_is_in_memory_is_planned() {
     assert_eq!(host.file.len().unwrap(), 2560 + (64 << 20) / 512 / 8);
 }
 
+/// What a worker writes with one call is one step here, too, as far as a page goes.
+#[test]
+fn writes_that_go_on_from_each_other_are_committed_together() {
+    let host = host_disk(None);
+    let disk = &host.disk;
+    const PAGE: u64 = PAGE_SECTORS * SECTOR_SIZE;
+    let all = ByteRange::between(PAGE - 1536, PAGE + 512);
+    block_on(read(disk, PAGE - 512, 1024));
+    let mut commits = (all.offset..all.end()).step_by(512).map(|offset| {
+        let mut plan = Plan::default();
+        assert_eq!(disk.plan(WRITE, ByteRange { offset, len: 512 }, &mut plan), Planned::Ready);
+        plan.commit.unwrap()
+    });
+    let pins = || disk.format().shared.pages.pins();
+    let mut next = || commits.next().unwrap();
+    let (mut first, mut second, third) = (next(), next(), next());
+    // Not what does not go on, nor in the other direction.
+    let third = first.join(third).unwrap_err();
+    first = second.join(first).unwrap_err();
+    first.join(second).unwrap();
+    first.join(third).unwrap();
+    assert_eq!(pins(), 1);
+    // The next one is of another page.
+    let fourth = first.join(next()).unwrap_err();
+    assert_eq!(pins(), 2);
+    let image = host.image.id() + 1;
+    assert_eq!(first.written().unwrap(), Committed::Done);
+    let read = planned(disk, PlanOp::Read, all.offset, 1536);
+    assert_eq!(read, Some(vec![(image, all.offset, 1536)]));
+    assert_ne!(planned(disk, PlanOp::Read, PAGE, 512), Some(vec![(image, PAGE, 512)]));
+    assert_eq!(fourth.written().unwrap(), Committed::Done);
+    assert_eq!(planned(disk, PlanOp::Read, PAGE, 512), Some(vec![(image, PAGE, 512)]));
+    assert_eq!(pins(), 0);
+}
+
 #[test]
 fn a_backing_whose_driver_was_replaced_is_not_planned_through() {
     let host = host_disk(None);
