@@ -108,9 +108,14 @@ impl Pages {
     /// Where the page is now.
     #[inline]
     pub fn find(&self, page: u64) -> Place {
-        match self.resident(page) {
-            Some((frame, tag)) => Place::Frame(frame, tag),
-            None => self.summarised(page),
+        // A page has its frame before the summary forgets it, and no bit of it changes until then.
+        match self.summarised(page) {
+            Place::Absent => match self.resident(page) {
+                Some((frame, tag)) => Place::Frame(frame, tag),
+                // Unless it has lost its frame between the two looks.
+                None => self.summarised(page),
+            },
+            uniform => uniform,
         }
     }
 
@@ -312,7 +317,8 @@ impl Pages {
         slot.used.store(true, Ordering::Relaxed);
         let version = (self.tags[frame].load(Ordering::Relaxed) >> TAG_PAGE_BITS) + 1;
         self.tags[frame].store(version << TAG_PAGE_BITS | (page + 1), Ordering::SeqCst);
-        // After the tag: who finds neither looks for the page on disk.
+        // After the tag: who finds neither looks for the page on disk. Who pins the page finds its
+        // tag only now, so no bit has changed yet.
         self.summarise(page, None);
         Ok(())
     }
@@ -356,7 +362,7 @@ impl Pages {
             let first = words[0].load(Ordering::Acquire);
             let uniform = matches!(first, 0 | u64::MAX)
                 && words.iter().all(|word| word.load(Ordering::Acquire) == first);
-            // Only now that the tag is gone and no writer is left: readers ask the tag first.
+            // Only now that the tag is gone and no writer is left: it counts as soon as it is there.
             self.summarise((tag & TAG_PAGE) - 1, uniform.then_some(first != 0));
         }
         true
