@@ -206,7 +206,9 @@ impl Worker {
         self.capacity = limits.size;
         self.read_only = limits.read_only || self.export.options.read_only;
         self.memory_alignment = limits.memory_alignment;
-        self.length_alignment = limits.request_alignment as usize;
+        // A format may have larger blocks than its file, whose memory is all the same to the host.
+        let demands = limits.memory_alignment > 1;
+        self.length_alignment = if demands { limits.request_alignment as usize } else { 1 };
         for served in &mut self.rings {
             served.limits.capacity = limits.size;
             served.limits.read_only = self.read_only;

@@ -539,7 +539,8 @@ fn direct_alignment(fd: BorrowedFd<'_>, kind: HostKind) -> Result<Alignment> {
     }
     Ok(Alignment {
         request: u64::from(stx.stx_dio_offset_align),
-        memory: stx.stx_dio_mem_align as usize,
+        // At least what says that the host has demands at all.
+        memory: (stx.stx_dio_mem_align as usize).max(2),
     })
 }
 

@@ -87,12 +87,15 @@ struct Planner {
     rest: Arc<Slow>,
     /// Whether writes are of copies, and planned by nobody.
     copies: AtomicBool,
+    /// What it demands of addresses in memory; of requests, whole blocks.
+    memory_alignment: AtomicUsize,
 }
 
 impl Planner {
     fn new(data: HostFile, synced: HostFile) -> Arc<Planner> {
         let (notes, rest, copies) = (Arc::default(), Slow::new(), AtomicBool::new(false));
-        Arc::new(Planner { data, synced, notes, rest, copies })
+        let memory_alignment = AtomicUsize::new(1);
+        Arc::new(Planner { data, synced, notes, rest, copies, memory_alignment })
     }
 
     /// One on a file of its own in `dir`.
@@ -110,7 +113,8 @@ impl Driver for Planner {
     }
 
     fn limits(&self) -> Limits {
-        self.rest.limits()
+        let memory_alignment = self.memory_alignment.load(Ordering::SeqCst);
+        Limits { request_alignment: 512, memory_alignment, ..self.rest.limits() }
     }
 
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
@@ -410,6 +414,38 @@ fn writes_that_go_on_from_each_other_are_done_and_committed_together() {
         planner.notes.joins.store(true, Ordering::SeqCst);
         *planner.notes.next.lock().unwrap() = Some(answer);
         assert_eq!(batch(&planner, &writes).0, [status, status, status, 0]);
+    }
+}
+
+/// What a format has as its blocks is nothing to the memory of a request, unless the host says so.
+#[test]
+fn memory_in_odd_pieces_is_planned_where_the_host_takes_it() {
+    let _watchdog = Watchdog::new("the odd pieces");
+    for (alignment, planned) in [(1, 1), (4, 0)] {
+        let planner = in_memory(8);
+        planner.memory_alignment.store(alignment, Ordering::SeqCst);
+        let (_, pool, mut queue) = serve(&planner, EngineKind::Auto);
+        let (header, data) = (queue.header(0), queue.data(0));
+        queue.memory.write(header, &crate::frontend::request::header(WRITE, 8)).unwrap();
+        let part = |addr, len, writable| Segment { addr, len, writable };
+        let head = queue.ring.add_chain(&[
+            part(header, 16, false),
+            part(data, 100, false),
+            part(data + 100, 412, false),
+            part(queue.status(0), 1, true),
+        ]);
+        queue.ring.push(head.unwrap());
+        queue.ring.publish();
+        queue.ring.kick().unwrap();
+        queue.ring.wait_used(Instant::now() + PATIENCE).expect("an answer");
+        assert_eq!(queue.memory.read_vec(queue.status(0), 1).unwrap(), [0]);
+        let heard = planner.notes.take();
+        assert_eq!(
+            heard.iter().filter(|heard| matches!(heard, Heard::Planned { .. })).count(),
+            planned
+        );
+        pool.stop(0).unwrap();
+        pool.disconnected();
     }
 }
 
