@@ -23,6 +23,9 @@
 /// interrupts than it hides, 16 already loses some of the overlap; 10 enters the kernel less often
 /// than 8 and does as much.
 const SMALL: usize = 10;
+/// The same where what is done in place has to be settled before any of it is shown. Each of these
+/// steps costs more the fewer it is for: at 20 a logged write costs a seventh less than at 10.
+const SMALL_SETTLED: usize = 20;
 /// Requests done in place that are shown to the guest together when it runs beside us.
 const SMALL_SHOW: usize = 4;
 /// As many as there are: no ring is larger.
@@ -50,10 +53,15 @@ impl Pace {
         Pace { all: false, interrupts: 0, switches: involuntary_switches(), hold: 0 }
     }
 
-    /// Most requests to take from a ring at a time, with so many in flight.
+    /// Most requests to take from a ring at a time, with so many in flight, if they have to be
+    /// settled together or not.
     #[inline]
-    pub(super) fn batch(&self, in_flight: usize) -> usize {
-        if self.all && in_flight == 0 { ALL } else { SMALL }
+    pub(super) fn batch(&self, in_flight: usize, are_settled: bool) -> usize {
+        match (self.all && in_flight == 0, are_settled) {
+            (true, _) => ALL,
+            (false, true) => SMALL_SETTLED,
+            (false, false) => SMALL,
+        }
     }
 
     /// Most requests done in place to keep from the guest.
@@ -113,11 +121,11 @@ mod tests {
     fn a_crowded_processor_gets_large_batches_for_a_while() {
         let mut pace = Pace::new();
         window(&mut pace, 3);
-        assert_eq!(pace.batch(0), SMALL);
+        assert_eq!(pace.batch(0, false), SMALL);
         for _ in 0..3 {
             window(&mut pace, i64::from(WINDOW));
-            assert_eq!((pace.batch(0), pace.show()), (ALL, ALL));
-            assert_eq!(pace.batch(1), SMALL, "the disk is at work");
+            assert_eq!((pace.batch(0, false), pace.show()), (ALL, ALL));
+            assert_eq!(pace.batch(1, false), SMALL, "the disk is at work");
             let mut windows = 0;
             while pace.all {
                 window(&mut pace, 0);

@@ -28,8 +28,8 @@ impl Worker {
             return false;
         }
         let mut taken = 0;
-        let batch = self.pace.batch(self.in_flight);
-        while taken < batch && !self.is_sated() {
+        let in_flight = self.in_flight;
+        while taken < self.pace.batch(in_flight, !self.unsettled.is_empty()) && !self.is_sated() {
             let served = &mut self.rings[at];
             let head = match served.resubmit.pop_front() {
                 Some(head) => head,
