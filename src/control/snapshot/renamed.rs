@@ -38,7 +38,7 @@ impl Renamed {
         let details = overlay.node.driver().details();
         let format = details["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
         let old = details["backing-filename"].as_str().map(|name| (name.to_string(), format));
-        let name = super::path_of(below)?;
+        let name = super::overlay::path_of(below)?;
         let file = overlay.name();
         let named = old.as_ref().map_or("nothing".into(), |(name, _)| name.clone());
         let leaves = old

@@ -1,13 +1,15 @@
 //! Snapshots that fail at the barrier, and those that are killed.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::barrier::abandon;
 use super::*;
 use crate::block::{BlockStatus, Driver, Limits, Root};
 use crate::control::disks::WorkerOptions;
 use crate::images::frozen::tests::die_after;
-use crate::images::{Layers, Locking, OpenRequest, StateDir};
+use crate::images::{CreateRequest, ImageFormat, Layers, Locking, OpenRequest, StateDir};
 use crate::io::{AlignedBuf, Buffers, EngineKind, Fut};
 use crate::units::ByteRange;
 
