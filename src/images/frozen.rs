@@ -298,7 +298,7 @@ pub fn check_not_frozen(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
     settle_restacked(file, allow_dirs)?;
     let overlays = overlays(file, ATTRIBUTE);
     if let Some(overlay) = overlays.iter().find(|overlay| overlay.needs(file)) {
-        return Err(refusal(file, overlay));
+        return Err(refusal(file, overlay, allow_dirs));
     }
     let Some(overlay) = overlays.first() else { return Ok(()) };
     if is_gone(&overlay.path) {
@@ -324,12 +324,15 @@ pub fn check_only_below(file: &HostFile, ours: &[&Path], allow_dirs: &[PathBuf])
         !overlay.is_left && overlay.needs(file) && !ours.iter().any(|ours| overlay.is(ours))
     };
     let overlays = overlays(file, ATTRIBUTE);
-    overlays.iter().find(is_in_the_way).map_or(Ok(()), |overlay| Err(refusal(file, overlay)))
+    overlays
+        .iter()
+        .find(is_in_the_way)
+        .map_or(Ok(()), |overlay| Err(refusal(file, overlay, allow_dirs)))
 }
 
-fn refusal(file: &HostFile, overlay: &Overlay) -> Error {
+fn refusal(file: &HostFile, overlay: &Overlay, allow_dirs: &[PathBuf]) -> Error {
     let (name, shown) = (file.name(), overlay.path.display());
-    let message = match overlay.is_left {
+    let mut message = match overlay.is_left {
         false => format!(
             "{name}: a snapshot was taken of this disk while it was served, and the disk goes on in \
              {shown}; serve that one (writing here would destroy it). To go back to the snapshot and \
@@ -341,6 +344,11 @@ fn refusal(file: &HostFile, overlay: &Overlay) -> Error {
              it, remove {shown} first"
         ),
     };
+    if open::stands_elsewhere(&overlay.path, file, allow_dirs) {
+        message += ". What is there now does not name this image as its backing file: if another image was \
+                    made in the overlay's place, do not remove it, but move it away until this one has \
+                    been opened";
+    }
     Error::new(ErrorKind::Busy, message)
 }
 

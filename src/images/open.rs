@@ -197,21 +197,51 @@ pub fn open_backing_of(
 /// # Errors
 /// If it cannot be opened, or is no image that could stand on another.
 pub(super) fn stands_on(overlay: &Path, file: &HostFile, allow_dirs: &[PathBuf]) -> Result<bool> {
+    let image = named_by_mark(overlay, file, allow_dirs)?;
+    if image.format == ImageFormat::Raw {
+        let name = overlay.display().to_string();
+        return Err(Error::invalid("is no image of a format that has a backing file").context(name));
+    }
+    names_as_backing(&image, file)
+}
+
+/// Whether the chain of the image at `overlay`, which a mark on `file` names, goes to its end without that
+/// file. Then the overlay may have been made anew since; or its header had no room for another name when a
+/// snapshot put it there. A chain that ends at what is not there may be meant to go on in the file.
+pub(super) fn stands_elsewhere(overlay: &Path, file: &HostFile, allow_dirs: &[PathBuf]) -> bool {
+    let mut path = overlay.to_path_buf();
+    for depth in 0..open_gate::MAX_DEPTH {
+        let Ok(image) = named_by_mark(&path, file, allow_dirs) else { return false };
+        if image.format == ImageFormat::Raw {
+            // A raw file in the overlay's own place tells nothing.
+            return depth > 0;
+        }
+        let names = backing_names(&image.node.driver().details());
+        if names.is_empty() {
+            return true;
+        }
+        let below = |name: &String| open_gate::combine(image.file.path(), name);
+        match names.iter().map(below).find(|path| path.exists()) {
+            Some(below) if names_as_backing(&image, file).is_ok_and(|is_below| !is_below) => {
+                path = below;
+            }
+            _ => return false,
+        }
+    }
+    false
+}
+
+/// The image at the path of an overlay that a mark on `file` names, or of one below that.
+fn named_by_mark(path: &Path, file: &HostFile, allow_dirs: &[PathBuf]) -> Result<Image> {
     let gate = OpenGate::new(file.path(), allow_dirs)?;
-    let name = || overlay.display().to_string();
-    let Some(reference) = overlay.to_str() else {
-        return Err(Error::invalid("its path is not text").context(name()));
+    let Some(reference) = path.to_str() else {
+        return Err(Error::invalid("its path is not text").context(path.display().to_string()));
     };
     let path = gate.resolve(file.path(), reference)?;
     let request = OpenRequest { backing: false, ..OpenRequest::read(path).locking(Locking::Off) };
     let image = open_link(&request, &gate, &mut Chain::default(), None)?;
     gate.confirm(&image.file)?;
-    if image.format == ImageFormat::Raw {
-        return Err(
-            Error::invalid("is no image of a format that has a backing file").context(name())
-        );
-    }
-    names_as_backing(&image, file)
+    Ok(image)
 }
 
 /// Whether an image names this file as its backing file.

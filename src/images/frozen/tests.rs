@@ -85,6 +85,62 @@ fn a_marked_image_names_its_overlay_until_that_is_gone() {
     names_its_overlay(dir.path(), &base);
 }
 
+/// Who has made another image in an overlay's place is not told to remove that without a word.
+#[test]
+fn an_image_that_was_made_in_an_overlays_place_is_noticed() {
+    use crate::images::{CreateRequest, ImageFormat, create};
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("other"), [0; 512]).unwrap();
+    let frozen = || {
+        for name in ["base", "overlay", "overlay.raw"] {
+            let _ = std::fs::remove_file(path(name));
+        }
+        make_overlay(dir.path());
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let base = HostFile::open(&path("base"), options).unwrap();
+        mark(&base, &path("overlay"));
+        base
+    };
+    let overwrite = |backing: Option<&str>| {
+        create(&CreateRequest {
+            size: Some(1 << 20),
+            backing: backing.map(String::from),
+            backing_format: backing.map(|_| ImageFormat::Raw),
+            ..CreateRequest::new(path("overlay"), ImageFormat::Qcow2)
+        })
+        .unwrap();
+    };
+    let is_noticed = |base: &HostFile| {
+        let refused = check(base, &[]).unwrap_err().to_string();
+        assert!(refused.contains("serve that one"), "{refused}");
+        refused.contains("another image was made in the overlay's place")
+    };
+    assert!(!is_noticed(&frozen()));
+    for (backing, is_another) in [(None, true), (Some("other"), true), (Some("base"), false)] {
+        let base = frozen();
+        overwrite(backing);
+        assert_eq!(is_noticed(&base), is_another, "{backing:?}");
+    }
+    // Not one that stands on it by way of another.
+    let base = frozen();
+    std::fs::rename(path("overlay"), path("between")).unwrap();
+    create(&CreateRequest {
+        backing: Some("between".into()),
+        backing_format: Some(ImageFormat::AddCow),
+        ..CreateRequest::new(path("overlay"), ImageFormat::Qcow2)
+    })
+    .unwrap();
+    assert!(!is_noticed(&base));
+    // Nor one that names what is not there: the image may have been moved.
+    let base = frozen();
+    std::fs::rename(path("base"), path("moved")).unwrap();
+    assert!(!is_noticed(&base));
+    // What way out it names is one.
+    std::fs::rename(path("overlay"), path("away")).unwrap();
+    check(&base, &[]).unwrap();
+}
+
 /// Marks of the time when a mark was one path are read as they are.
 #[test]
 fn a_mark_names_all_overlays_that_need_the_image() {
