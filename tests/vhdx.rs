@@ -169,6 +169,20 @@ fn an_overlay_is_committed_to_its_parent() {
     assert_eq!(locator["parent_linkage2"], "{00000000-0000-0000-0000-000000000000}");
 }
 
+/// The base would have to grow, by which its children would not know it any more.
+#[test]
+fn an_overlay_that_is_larger_than_its_parent_is_not_committed() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "vhdx", "base.vhdx", "3M"]);
+    ok(d, &["create", "-q", "-f", "vhdx", "-b", "base.vhdx", "-F", "vhdx", "top.vhdx"]);
+    ok(d, &["resize", "-q", "top.vhdx", "5M"]);
+    let line = fails(d, &["commit", "-q", "-d", "top.vhdx"], 1);
+    assert!(line.contains("(vublk convert)") && !line.contains("vublk resize"), "{line}");
+    ok(d, &["convert", "-q", "-f", "vhdx", "-O", "vhdx", "top.vhdx", "whole.vhdx"]);
+    ok(d, &["compare", "-q", "top.vhdx", "whole.vhdx"]);
+}
+
 #[test]
 fn creation_refuses_what_makes_no_sense() {
     let dir = tempfile::tempdir().unwrap();

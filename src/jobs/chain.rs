@@ -102,8 +102,9 @@ pub fn open_base(layers: &mut Layers, nodes: &[Node], quiesced: &Quiesced) -> Re
         let (filters, image) = base.skip_filters();
         if image.driver().identity(true).is_some() {
             return Err(Error::unsupported(format!(
-                "node '{}' has {} bytes, and '{}' {}: images of this format must have the size of their \
-                 parents. Give both the same (vublk resize)",
+                "node '{}' has {} bytes, and '{}' {}: it would have to grow, and images of this format \
+                 refuse a parent whose size was changed. Convert the chain to one image instead (vublk \
+                 convert)",
                 base.name(),
                 base.size(),
                 top.name(),
