@@ -258,6 +258,23 @@ fn headers_that_cannot_be_replaced_refuse_writers() {
     }
 }
 
+/// A number that can grow, but not as often as it must.
+#[test]
+fn headers_that_are_out_of_numbers_are_left_alone() {
+    let mut content = image();
+    change_headers(&mut content, |header| header[8..16].copy_from_slice(&(!1u64).to_le_bytes()));
+    set_entry(&mut content, 0, 0x40_0002);
+    let sim = SimFile::from_bytes("test.vhdx", content.clone());
+    let file: Arc<dyn File> = Arc::new(sim.clone());
+    let repaired = block_on(check(&file, Some(Repair::All))).map(drop);
+    let resized = block_on(resize(&file, 4 * MIB, None));
+    for refused in [repaired, resized] {
+        let err = refused.unwrap_err().to_string();
+        assert!(err.contains("copy it (vublk convert)"), "{err}");
+    }
+    assert!(sim.volatile() == content);
+}
+
 #[test]
 fn a_long_list_ends() {
     let options = CreateOptions { block_size: MIB, ..CreateOptions::new(3 << 30) };

@@ -42,11 +42,13 @@ const CHUNK: u64 = MIB;
 /// and the log replayed and empty.
 ///
 /// # Errors
-/// Those of the file. What was done by then can be repeated.
+/// If the headers cannot be replaced any more; then nothing was changed. Those of the file: what was done
+/// by then can be repeated.
 pub(super) async fn begin_change(
     file: &Arc<dyn File>,
     structure: &Structure,
 ) -> Result<HeaderSlots> {
+    structure.headers.check_room()?;
     let mut headers = structure.headers;
     match &structure.replay {
         Some(replay) => {
