@@ -133,6 +133,11 @@ async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
             None => Finding::dirty_log(replay.entries().len()),
             Some(entries) => Finding::cut_off(entries),
         });
+        let len = file.len()?;
+        let wanted = replay.last_file_offset();
+        if wanted > len {
+            found.say(Finding::shorter_than_logged(len, wanted));
+        }
     }
     for copy in (0..2).filter(|copy| !structure.regions.valid[*copy]) {
         found.say(Finding::damaged_region_table(copy));

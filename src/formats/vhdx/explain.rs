@@ -163,6 +163,21 @@ impl Finding {
         Finding { is_corruption: false, ..finding }
     }
 
+    /// The file is not as long as it is to be after a replay.
+    pub(super) fn shorter_than_logged(len: u64, wanted: u64) -> Finding {
+        let finding = Finding::new(
+            Remedy::None,
+            format!("the file has {len} bytes, and the log says that it is to have {wanted}"),
+            format!("the end of the file, from {len} on"),
+            "whoever wrote the image last made it longer, and the power was cut before that was safe: then \
+             nothing is lost that was flushed. Or it is a copy that was cut short: then what is missing \
+             reads as zeros once the log is replayed",
+            "nothing of its own: a replay makes the file longer, with zeros. If it may be a copy that was cut \
+             short, get the whole file first. `vublk info --salvage` says which parts of the disk it is",
+        );
+        Finding { is_corruption: false, ..finding }
+    }
+
     /// Whole entries of the log lie behind a damaged one.
     pub(super) fn cut_off((first, last): (u64, u64)) -> Finding {
         Finding::new(

@@ -98,6 +98,11 @@ impl Replay {
         self.len
     }
 
+    /// How long the file is to be, as the last entry says.
+    pub fn last_file_offset(&self) -> u64 {
+        self.entries.last().map_or(0, |entry| entry.last_file_offset)
+    }
+
     fn check(&self, change: &Change, log: ByteRange) -> Result<()> {
         let target = match change {
             Change::Page { offset, .. } => ByteRange::new(*offset, PAGE),
@@ -172,7 +177,16 @@ impl Replay {
     /// Changes the file. Nothing is durable before the next flush, and until the log is declared
     /// empty the same can be done again.
     async fn apply(&self, file: &Arc<dyn File>) -> Result<()> {
-        if file.len()? < self.len {
+        let len = file.len()?;
+        if len < self.last_file_offset() {
+            tracing::warn!(
+                "{}: has {len} bytes, and its log says that it is to have {}: it is made longer, with zeros. \
+                 After a power cut that is as it should be; of a copy that was cut short, the end is missing",
+                file.name(),
+                self.last_file_offset()
+            );
+        }
+        if len < self.len {
             file.set_len(self.len).await?;
         }
         for (start, end) in &self.zeros {

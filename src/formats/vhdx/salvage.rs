@@ -103,7 +103,8 @@ pub async fn read(file: &Arc<dyn File>) -> Result<Structure> {
 
 async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
     let mut report = Report::default();
-    let mut file_len = file.len()?;
+    let stored = file.len()?;
+    let mut file_len = stored;
     let padded = Padded::new(Arc::clone(file))?;
     let mut shown: Arc<dyn File> = Arc::new(padded.clone());
     if !disk::read(&shown, 0, PAGE).await?.starts_with(FILE_SIGNATURE) {
@@ -127,9 +128,15 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
     };
     if let Some(last) = structure.replay.as_ref().and_then(|replay| replay.entries().last())
         && last.flushed_file_offset <= file_len
+        && last.last_file_offset > file_len
     {
+        report.notes.push(format!(
+            "the file has {file_len} bytes, and the log says that it is to have {}: the power was cut before \
+             it grew, or its end is missing",
+            last.last_file_offset
+        ));
         // A replay on disk would make the file longer, with zeros.
-        file_len = file_len.max(last.last_file_offset);
+        file_len = last.last_file_offset;
     }
     if log.end() > file_len {
         report.notes.push(format!("the file ends within its log of {log}"));
@@ -145,7 +152,7 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
         file_len,
         bitmaps: BTreeMap::new(),
     };
-    look_for_missing(&mut sanitised, &geometry, first_unknown, file_len, &mut report).await?;
+    look_for_missing(&mut sanitised, &geometry, first_unknown, stored, &mut report).await?;
     if bat_end > file_len {
         report.notes.push(format!(
             "the file ends within its BAT of {bat}, so that it is not known what was stored of a \
@@ -157,13 +164,13 @@ async fn read_unnamed(file: &Arc<dyn File>) -> Result<Structure> {
     Ok(structure)
 }
 
-/// Finds the parts of the disk whose blocks are not in the file. Entries from `first_unknown` on
-/// are not in the file themselves.
+/// Finds the parts of the disk whose blocks are not in the file, of which `stored` bytes are there. Entries
+/// from `first_unknown` on are not in the file themselves.
 async fn look_for_missing(
     file: &mut Sanitised,
     geometry: &Geometry,
     first_unknown: u64,
-    file_len: u64,
+    stored: u64,
     report: &mut Report,
 ) -> Result<()> {
     let (mut bad, mut idle) = (0u64, 0u64);
@@ -190,7 +197,7 @@ async fn look_for_missing(
             bad += 1;
             missing.push(disk);
         } else if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
-            let there = file_len.saturating_sub(bat::offset(entry));
+            let there = stored.saturating_sub(bat::offset(entry));
             if there < disk.len {
                 missing.push(ByteRange::between(disk.offset + there, disk.end()));
             }
@@ -474,9 +481,11 @@ impl File for Sanitised {
 
 #[cfg(test)]
 mod tests {
+    use super::super::check::check;
     use super::super::create::{CreateOptions, Parent, create};
     use super::super::header::Header;
     use super::super::locator::Locator;
+    use super::super::log::NewEntry;
     use super::super::{OpenOptions, Vhdx};
     use super::*;
     use crate::block::{Driver, ExtentKind, Format, FormatDriver};
@@ -665,6 +674,37 @@ mod tests {
         let (report, disk) = salvaged(sim.volatile());
         assert!(report.notes[0].starts_with("the log was ignored"), "{report:?}");
         assert!(report.missing.listed.is_empty() && has_only(&disk, &[]));
+    }
+
+    /// A replay makes such a file longer, whether its end was ever there or not.
+    #[test]
+    fn what_only_a_replay_would_add_is_missing() {
+        let sim = SimFile::from_bytes("test.vhdx", image());
+        let file: Arc<dyn File> = Arc::new(sim.clone());
+        let mut headers = block_on(HeaderSlots::read(&file)).unwrap();
+        let entry = NewEntry {
+            guid: Guid::random(),
+            sequence: 1,
+            tail: 0,
+            flushed_file_offset: 4 * MIB,
+            last_file_offset: 12 * MIB,
+        };
+        block_on(disk::write(&file, headers.current.log.offset, &entry.encode(&[]))).unwrap();
+        let dirty = Header { log_guid: entry.guid, ..headers.current };
+        block_on(headers.update(&file, dirty)).unwrap();
+        let mut content = sim.volatile();
+        let (report, disk) = salvaged(content.clone());
+        assert!(report.is_empty() && has_only(&disk, &[]));
+        content.truncate((9 << 20) + 512);
+        let (report, disk) = salvaged(content.clone());
+        let missing = ByteRange::between(5 * MIB + 512, 8 * MIB);
+        assert_eq!(report.missing.listed, [missing]);
+        assert!(report.notes[0].contains("to have 12582912"), "{report:?}");
+        assert!(has_only(&disk, &[missing]));
+        let file: Arc<dyn File> = Arc::new(SimFile::from_bytes("test.vhdx", content));
+        let found = block_on(check(&file, None)).unwrap();
+        assert!(found.findings.iter().any(|f| f.what.contains("to have 12582912")), "{found:?}");
+        assert_eq!(found.corruptions, 0);
     }
 
     #[test]
