@@ -326,9 +326,7 @@ impl Shared {
             let together = if empty > 0 { empty } else { wanted.min(READ_AHEAD) };
             let _these = self.loading.exclusive(ByteRange { offset: page, len: together }).await;
             // What is absent stays so, and is in the file as it is, while this is locked.
-            let absent = (page..page + together)
-                .take_while(|page| self.pages.find(*page) == Place::Absent)
-                .count() as u64;
+            let absent = self.pages.absent(page..page + together);
             if absent == 0 {
                 continue;
             }
@@ -371,7 +369,7 @@ impl Shared {
                 Place::Uniform(value) => self.pages.install_uniform(page, value),
                 Place::Absent => {
                     let _one = self.loading.exclusive(ByteRange { offset: page, len: 1 }).await;
-                    if self.pages.find(page) != Place::Absent {
+                    if self.pages.absent(page..page + 1) == 0 {
                         continue;
                     }
                     let read = self.read_pages(page, 1).await?;

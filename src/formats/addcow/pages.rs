@@ -105,7 +105,8 @@ impl Pages {
         }
     }
 
-    /// Where the page is now.
+    /// Where the page is now. One that is about to be evicted, or just not, may seem absent: see
+    /// [`Pages::absent`].
     #[inline]
     pub fn find(&self, page: u64) -> Place {
         // A page has its frame before the summary forgets it, and no bit of it changes until then.
@@ -117,6 +118,13 @@ impl Pages {
             },
             uniform => uniform,
         }
+    }
+
+    /// How many of the pages, from the first on, are on disk only. For those who load pages: to
+    /// [`Pages::find`] a page may seem to be while somebody looks whether it can be evicted.
+    pub fn absent(&self, pages: std::ops::Range<u64>) -> u64 {
+        let _changing = self.changing.lock().unwrap();
+        pages.take_while(|page| self.find(*page) == Place::Absent).count() as u64
     }
 
     #[inline]
@@ -286,8 +294,8 @@ impl Pages {
         self.install_words(page, word)
     }
 
-    /// Notes that these pages have no set bit. The caller has found each of them absent, and makes
-    /// sure that nobody else loads them.
+    /// Notes that these pages have no set bit. The caller has found all of them
+    /// [absent](Pages::absent), and makes sure that nobody else loads them.
     pub fn note_empty(&self, pages: std::ops::Range<u64>) {
         let _changing = self.changing.lock().unwrap();
         for page in pages {
@@ -667,5 +675,34 @@ mod tests {
         }
         let bits: u32 = disk.lock().unwrap().iter().flatten().map(|byte| byte.count_ones()).sum();
         assert_eq!(bits, 4 * 2000);
+    }
+
+    #[test]
+    fn who_looks_for_a_victim_hides_no_page_from_those_who_load() {
+        let pages = Arc::new(Pages::new(10_000));
+        let page = |i: usize| (i * SETS) as u64;
+        for i in 0..WAYS {
+            pages.note_empty(page(i)..page(i) + 1);
+            assert!(pages.pin(page(i) * PAGE_SECTORS));
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let (theirs, until) = (Arc::clone(&pages), Arc::clone(&stop));
+        let other = std::thread::spawn(move || {
+            while !until.load(Ordering::Relaxed) {
+                assert_eq!(theirs.install(page(WAYS), &page_with(&[7])), Err(NoRoom::Pinned));
+            }
+        });
+        for i in 0..200_000 {
+            let page = page(i % WAYS);
+            if pages.absent(page..page + 1) > 0 {
+                pages.note_empty(page..page + 1);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        other.join().unwrap();
+        for i in 0..WAYS {
+            pages.set(page(i) * PAGE_SECTORS, 1);
+            assert_eq!(pages.run(page(i) * PAGE_SECTORS, 1), Some((true, 1)));
+        }
     }
 }
