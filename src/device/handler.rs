@@ -57,7 +57,7 @@ use super::inflight::InflightRegion;
 use super::lines::{Lines, limited};
 use super::memory::GuestMemory;
 use super::rings::{RingStart, Rings, Session};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// A served disk, as front-ends see it: lives as long as the process, through all clients.
 ///
@@ -400,7 +400,13 @@ impl Handler {
             Some(nonce) if state.created == Some(nonce) => Session::New(nonce),
             Some(nonce) => Session::Returned(nonce),
         };
-        if state.told_session != Some(session) {
+        if state.told_session.is_none_or(|told| told.nonce() != session.nonce()) {
+            if state.any_live() {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    "the in-flight region is not the one of the queues that run; stop them first",
+                ));
+            }
             self.device.rings.session(session, state.inflight.as_ref())?;
             state.told_session = Some(session);
         }

@@ -200,6 +200,7 @@ impl Rings for MockRings {
 
     fn session(&self, session: Session, _region: Option<&Arc<InflightRegion>>) -> Result<()> {
         let mut state = self.note(Call::Session(session));
+        assert!(state.live.iter().all(Option::is_none), "a session begins while rings run");
         assert_ne!(state.session, Some(session), "the same session twice");
         if self.refuse_session.load(Ordering::SeqCst) {
             return Err(Error::corrupt("mock refuses the session"));

@@ -18,7 +18,7 @@
 //!   to 1024, an index below [`Rings::max_queues`], and three areas that lie in `memory`.
 //! * A new memory table never takes the areas of a live ring away: such a ring is stopped before.
 //! * [`Rings::session`] precedes the first [`Rings::start`] of a connection, and every start after
-//!   the in-flight region has changed.
+//!   the in-flight region has changed. No ring is live then.
 //! * A connection that ends stops every ring, takes memory and log back (an empty table, no log),
 //!   and calls [`Rings::disconnected`] last.
 
@@ -50,6 +50,16 @@ pub enum Session {
     Returned(u128),
     /// No region, or one without a nonce of ours. Nothing can be attributed to this guest.
     Anonymous,
+}
+
+impl Session {
+    /// The nonce, if there is one.
+    pub fn nonce(&self) -> Option<u128> {
+        match self {
+            Session::New(nonce) | Session::Returned(nonce) => Some(*nonce),
+            Session::Anonymous => None,
+        }
+    }
 }
 
 /// Everything a ring needs to live.

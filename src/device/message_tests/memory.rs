@@ -132,6 +132,31 @@ fn sessions_follow_the_region() {
     assert_eq!(session(&fe), Some(Session::Returned(nonce)));
 }
 
+/// A session begins by settling what another one has left, which nobody may add to meanwhile.
+#[test]
+fn a_session_does_not_begin_under_rings_of_another() {
+    let fe = FrontEnd::new(2);
+    fe.negotiate(FEATURES);
+    fe.add_memory();
+    let first = fe.get_inflight(TWO_OF_128);
+    assert!(fe.set_inflight(&first));
+    for index in 0..2 {
+        fe.set_ring(index, 0);
+    }
+    assert!(fe.enable(0, true));
+    let second = fe.get_inflight(TWO_OF_128);
+    fe.calls();
+    // It was only asked for.
+    assert!(fe.enable(1, true) && fe.enable(1, false));
+    assert!(matches!(fe.calls()[..], [Call::Start { .. }, Call::Stop(1)]));
+    assert!(fe.set_inflight(&second));
+    assert!(!fe.enable(1, true));
+    assert_eq!((fe.calls(), fe.rings.live()), (vec![], vec![0]));
+    assert!(fe.enable(0, false) && fe.enable(1, true) && fe.enable(0, true));
+    assert_eq!(fe.rings.live(), [0, 1]);
+    assert!(matches!(fe.calls()[..], [Call::Stop(0), Call::Session(Session::New(_)), ..]));
+}
+
 /// A guest that has switched the write cache off sends no FLUSH; a process that takes over has to
 /// know, and no front-end repeats it.
 #[test]
