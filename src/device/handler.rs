@@ -166,7 +166,7 @@ struct State {
     /// The migration log that the front-end gave us; used while LOG_ALL is negotiated.
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightRegion>>,
-    /// Nonce of the in-flight region that this connection created last.
+    /// Nonce of the in-flight region that this connection created last, until its session begins.
     created: Option<u128>,
     /// What the workers were told last.
     told_session: Option<Session>,
@@ -407,8 +407,12 @@ impl Handler {
                     "the in-flight region is not the one of the queues that run; stop them first",
                 ));
             }
+            // The one before may be over even if this one cannot begin.
+            state.told_session = None;
             self.device.rings.session(session, state.inflight.as_ref())?;
             state.told_session = Some(session);
+            // Who comes back to it finds what it has left.
+            state.created = None;
         }
         state.writeback_settled = true;
         let Some(region) = &state.inflight else { return Ok(()) };

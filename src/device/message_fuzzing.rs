@@ -203,6 +203,7 @@ impl Rings for MockRings {
         assert!(state.live.iter().all(Option::is_none), "a session begins while rings run");
         assert_ne!(state.session, Some(session), "the same session twice");
         if self.refuse_session.load(Ordering::SeqCst) {
+            state.session = None;
             return Err(Error::corrupt("mock refuses the session"));
         }
         state.session = Some(session);

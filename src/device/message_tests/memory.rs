@@ -157,6 +157,29 @@ fn a_session_does_not_begin_under_rings_of_another() {
     assert!(matches!(fe.calls()[..], [Call::Stop(0), Call::Session(Session::New(_)), ..]));
 }
 
+/// One that could not begin may have ended the one before it, which has left something by then.
+#[test]
+fn a_session_is_taken_up_again_after_another_was_refused() {
+    let fe = FrontEnd::new(1);
+    fe.negotiate(FEATURES);
+    fe.add_memory();
+    let first = fe.get_inflight(TWO_OF_128);
+    assert!(fe.set_inflight(&first));
+    fe.set_ring(0, 0);
+    assert!(fe.enable(0, true) && fe.enable(0, false));
+    let (queues, size) = TWO_OF_128;
+    let other = InflightRegion::create(queues, size).unwrap();
+    let other = Region { file: other.file, size: other.mmap_size, dimensions: TWO_OF_128 };
+    assert!(fe.set_inflight(&other));
+    fe.rings.refuse_session.store(true, Ordering::SeqCst);
+    assert!(!fe.enable(0, true));
+    fe.rings.refuse_session.store(false, Ordering::SeqCst);
+    assert!(fe.set_inflight(&first));
+    fe.calls();
+    assert!(fe.enable(0, true));
+    assert!(matches!(fe.calls()[..], [Call::Session(Session::Returned(_)), Call::Start { .. }]));
+}
+
 /// A guest that has switched the write cache off sends no FLUSH; a process that takes over has to
 /// know, and no front-end repeats it.
 #[test]
