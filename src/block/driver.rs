@@ -317,8 +317,9 @@ pub trait Driver: Send + Sync + fmt::Debug {
     }
 
     /// Looks at the size of what is below again: the host may have grown a device or file.
-    /// [`Driver::limits`] tells the result. Called only while quiesced.
-    fn refresh(&self) -> Result<()> {
+    /// [`Driver::limits`] tells the result. The gates of all that reach this layer are closed.
+    fn refresh(&self, quiesced: &Quiesced) -> Result<()> {
+        let _ = quiesced;
         Ok(())
     }
 

@@ -433,9 +433,9 @@ impl Node {
     }
 
     /// Looks at the driver's size again, with the gate closed.
-    pub fn refresh(&self, _quiesced: &Quiesced) -> Result<Limits> {
+    pub fn refresh(&self, quiesced: &Quiesced) -> Result<Limits> {
         let driver = self.driver();
-        driver.refresh()?;
+        driver.refresh(quiesced)?;
         *self.inner.limits.write().unwrap() = driver.limits();
         Ok(self.limits())
     }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
-use crate::block::{Keep, Node};
+use crate::block::{Keep, Node, Quiesced};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuf, Buffers, Fut};
 use crate::units::ByteRange;
@@ -123,8 +123,8 @@ impl Driver for GuessGuard {
         self.below.block_status(range)
     }
 
-    fn refresh(&self) -> Result<()> {
-        self.below.refresh()
+    fn refresh(&self, quiesced: &Quiesced) -> Result<()> {
+        self.below.refresh(quiesced)
     }
 
     fn make_empty<'a>(&'a self, discard: bool) -> Fut<'a, ()> {

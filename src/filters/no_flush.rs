@@ -74,8 +74,8 @@ impl Driver for NoFlush {
         self.below.resize(size)
     }
 
-    fn refresh(&self) -> Result<()> {
-        self.below.refresh()
+    fn refresh(&self, quiesced: &Quiesced) -> Result<()> {
+        self.below.refresh(quiesced)
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::block::Quiesced;
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned, StatusKind};
 use crate::block::format::plan_file;
 use crate::error::Result;
@@ -99,7 +100,7 @@ impl Driver for Raw {
         })
     }
 
-    fn refresh(&self) -> Result<()> {
+    fn refresh(&self, _quiesced: &Quiesced) -> Result<()> {
         self.size.store(self.file.len()?, Ordering::Release);
         Ok(())
     }

@@ -304,8 +304,8 @@ impl Driver for Fault {
         })
     }
 
-    fn refresh(&self) -> Result<()> {
-        self.below().driver().refresh()
+    fn refresh(&self, quiesced: &Quiesced) -> Result<()> {
+        self.below().refresh(quiesced).map(drop)
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {

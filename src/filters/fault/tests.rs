@@ -55,6 +55,16 @@ impl Bed {
 }
 
 #[test]
+fn what_the_disk_has_grown_by_can_be_used() {
+    use crate::io::File;
+    let bed = bed(Settings::default());
+    block_on(bed.disk.set_len(2 * SIZE)).unwrap();
+    assert_eq!(bed.node.refresh(&crate::block::Gate::new().quiesce()).unwrap().size, 2 * SIZE);
+    bed.write(SIZE, &[1; 512], false).unwrap();
+    assert_eq!(bed.read(SIZE, 512), [1; 512]);
+}
+
+#[test]
 fn what_fails_has_changed_nothing_and_the_error_says_where() {
     let bed = bed(error(FaultOp::Write));
     let err = bed.write(4096, &[1; 512], false).unwrap_err();

@@ -321,8 +321,8 @@ impl Driver for WriteLog {
         })
     }
 
-    fn refresh(&self) -> Result<()> {
-        self.below.refresh()
+    fn refresh(&self, quiesced: &Quiesced) -> Result<()> {
+        self.below.refresh(quiesced)
     }
 
     fn children(&self) -> Vec<(&'static str, Node)> {
