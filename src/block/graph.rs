@@ -334,6 +334,16 @@ impl Graph {
         pause
     }
 
+    /// Where a node has another size or driver, has the layers above plan with that. Keeps nobody
+    /// waiting if there is no such node.
+    pub fn catch_up_all(&self) {
+        let behind: Vec<_> =
+            self.nodes().into_iter().filter(|node| node.driver().is_behind()).collect();
+        if !behind.is_empty() {
+            self.resume(self.quiesce(&behind));
+        }
+    }
+
     /// Where a driver was replaced, has the layers above plan with the new one.
     fn catch_up(&self, quiesced: &Quiesced) {
         // One that is renewed leaves the one above it behind, so at most once for each layer.

@@ -76,3 +76,26 @@ impl fmt::Debug for Link {
         write!(f, "Link({})", self.node.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{Gate, NodeOptions};
+    use crate::formats::raw::Raw;
+    use crate::io::{File, block_on, sim::SimFile};
+
+    #[test]
+    fn what_a_backing_has_grown_by_is_not_planned_as_zeros() {
+        let file = SimFile::from_bytes("base", vec![1; 4096]);
+        let raw = Arc::new(Raw::open(Arc::new(file.clone()), false).unwrap());
+        let node = Node::new(raw, NodeOptions::default());
+        let link = Link::new(node.clone(), &node.limits());
+        let beyond = ByteRange { offset: 4096, len: 512 };
+        let quiesced = Gate::new().quiesce();
+        node.refresh(&quiesced).unwrap();
+        assert_eq!(link.plan_read(beyond, &mut Plan::default()), Planned::Ready, "it is as it was");
+        block_on(file.set_len(8192)).unwrap();
+        node.refresh(&quiesced).unwrap();
+        assert_eq!(link.plan_read(beyond, &mut Plan::default()), Planned::NotNow);
+    }
+}

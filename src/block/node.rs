@@ -165,7 +165,8 @@ impl Node {
         old
     }
 
-    /// Changes whenever another driver was put in place: who caches the driver compares.
+    /// Changes whenever another driver was put in place, or the size was found to be another: who
+    /// caches the driver compares.
     #[inline]
     pub fn generation(&self) -> u64 {
         self.inner.generation.load(Ordering::Acquire)
@@ -436,7 +437,12 @@ impl Node {
     pub fn refresh(&self, quiesced: &Quiesced) -> Result<Limits> {
         let driver = self.driver();
         driver.refresh(quiesced)?;
-        *self.inner.limits.write().unwrap() = driver.limits();
+        let limits = driver.limits();
+        let before = std::mem::replace(&mut *self.inner.limits.write().unwrap(), limits);
+        if before.size != limits.size {
+            // Who plans by way of this node knows where it ended.
+            self.inner.generation.fetch_add(1, Ordering::SeqCst);
+        }
         Ok(self.limits())
     }
 

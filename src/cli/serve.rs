@@ -282,6 +282,7 @@ fn look_at_the_sizes_again(disks: &Disks) {
             }
         }
     }
+    disks.graph().catch_up_all();
 }
 
 /// The same for an export of many.
