@@ -33,7 +33,7 @@
 //! * A durable 1 bit implies durable data in the image file.
 //! * A bit is visible only once the data is written, and recorded if a guest's session runs.
 //! * Bits go from 0 to 1 only. So an extent that was planned stays right while it is used.
-//! * Locks are taken in this order: order, loading, turn.
+//! * Locks are taken in this order: loading, turn.
 //!
 //! # Limits
 //!
@@ -65,7 +65,7 @@ use self::layout::{HEADER_LEN, bitmap_len, sectors_of};
 use self::pages::{NoRoom, PAGE_LEN, PAGE_SECTORS, Pages, Place};
 use crate::block::{
     CommitPlanned, Committed, Extent, ExtentKind, Format, Keep, Limits, Node, Plan, PlanCommit,
-    PlanExtent, PlanOp, Planned, Prepared, Quiesced, RangeGuard, RangeLock, WriteCommit,
+    PlanExtent, PlanOp, Planned, Prepared, Quiesced, RangeLock, WriteCommit,
 };
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{AlignedBuf, File, Fut, yield_now};
@@ -134,10 +134,6 @@ struct Shared {
     read_only: bool,
     pages: Pages,
     durability: Durability,
-    /// Shared: allocates. Exclusive: copies up from the backing, which must not race with writes.
-    order: RangeLock,
-    /// While somebody copies up, allocating writes take `order`, that is: are not planned.
-    copying_up: AtomicBool,
     /// Page numbers that are being read from the file.
     loading: RangeLock,
 }
@@ -183,8 +179,6 @@ impl AddCow {
             read_only: options.read_only,
             pages: Pages::new(sectors.div_ceil(PAGE_SECTORS)),
             durability: Durability::new(options.keep, file_len),
-            order: RangeLock::new(),
-            copying_up: AtomicBool::new(false),
             loading: RangeLock::new(),
         };
         Ok(AddCow {
@@ -254,7 +248,6 @@ impl AddCow {
             Some(_) => {
                 if fua
                     || !shared.durability.may_commit_in_memory()
-                    || shared.copying_up.load(Ordering::SeqCst)
                     || first % PAGE_SECTORS + count > PAGE_SECTORS
                     || !shared.pages.pin(first)
                 {
@@ -428,7 +421,6 @@ impl Shared {
         self.check_writable()?;
         let (first, count) = sectors(range);
         let count = count.min(PAGE_SECTORS - first % PAGE_SECTORS);
-        let order = self.order.shared(ByteRange { len: count * SECTOR_SIZE, ..range }).await;
         let (in_image, run) = self.run(first, count).await?;
         // What is there already is written in place, whatever comes behind it.
         let count = if in_image { run } else { count };
@@ -436,7 +428,7 @@ impl Shared {
             self.pin(first).await?;
         }
         let range = ByteRange { offset: range.offset, len: count * SECTOR_SIZE };
-        let commit = Commit { shared: self, range, pinned: !in_image, _order: order };
+        let commit = Commit { shared: self, range, pinned: !in_image };
         Ok(Prepared {
             range,
             file: Arc::clone(&self.data),
@@ -454,8 +446,6 @@ impl Shared {
         while !at.is_empty() {
             let (first, count) = sectors(at);
             let count = count.min(PAGE_SECTORS - first % PAGE_SECTORS);
-            let chunk = ByteRange { offset: at.offset, len: count * SECTOR_SIZE };
-            let _order = self.order.shared(chunk).await;
             let (in_image, run) = self.run(first, count).await?;
             let run = ByteRange { offset: at.offset, len: run * SECTOR_SIZE };
             match (how, in_image) {
@@ -466,7 +456,7 @@ impl Shared {
             }
             if !in_image && has_backing && how != Clear::Discard {
                 self.pin(first).await?;
-                let commit = Commit { shared: self, range: run, pinned: true, _order };
+                let commit = Commit { shared: self, range: run, pinned: true };
                 Box::new(commit).commit().await?;
             } else if in_image {
                 self.settle().await?;
@@ -498,7 +488,6 @@ struct Commit<'a> {
     range: ByteRange,
     /// Whether bits are to be set, in a page that this keeps in memory.
     pinned: bool,
-    _order: RangeGuard<'a>,
 }
 
 impl Drop for Commit<'_> {
