@@ -6,12 +6,17 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// How long a greeting may take. What comes after may take as long as it takes.
 const GREETING: Duration = Duration::from_secs(10);
+
+/// How deep a message may be nested. Each image of a chain that `query-block` tells of is one level, and
+/// there are chains of hundreds.
+const MAX_DEPTH: usize = 1024;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -99,7 +104,7 @@ impl Connection {
             match self.reader.read_until(b'\n', &mut self.line) {
                 Ok(0) => return Err(self.error("the other side has closed the connection")),
                 Ok(_) if self.line.ends_with(b"\n") => {
-                    let message = serde_json::from_slice(&self.line);
+                    let message = parse(&self.line);
                     self.line.clear();
                     return message.map(Some).map_err(|err| {
                         self.error(&format!("what comes from there is no JSON: {err}"))
@@ -116,5 +121,55 @@ impl Connection {
 
     fn error(&self, text: &str) -> Error {
         Error::new(ErrorKind::Io, format!("control socket {}: {text}", self.name))
+    }
+}
+
+/// Parses a line.
+fn parse(line: &[u8]) -> std::result::Result<Value, String> {
+    if depth(line) > MAX_DEPTH {
+        return Err(format!("nested deeper than {MAX_DEPTH} levels"));
+    }
+    let mut deserializer = serde_json::Deserializer::from_slice(line);
+    deserializer.disable_recursion_limit();
+    let value = Value::deserialize(&mut deserializer).map_err(|err| err.to_string())?;
+    deserializer.end().map_err(|err| err.to_string())?;
+    Ok(value)
+}
+
+/// How deep objects and arrays are nested.
+fn depth(line: &[u8]) -> usize {
+    let (mut depth, mut deepest) = (0usize, 0);
+    let (mut is_in_string, mut is_escaped) = (false, false);
+    for byte in line {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if is_in_string => is_escaped = true,
+            b'"' => is_in_string = !is_in_string,
+            b'{' | b'[' if !is_in_string => depth += 1,
+            b'}' | b']' if !is_in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_of_hundreds_are_understood_and_no_depth_overflows_the_stack() {
+        let nested = |n: usize| format!("{}1{}", "{\"image\":[".repeat(n), "]}".repeat(n));
+        for levels in [1, 200, MAX_DEPTH / 2] {
+            assert_eq!(parse(nested(levels).as_bytes()).unwrap().to_string(), nested(levels));
+        }
+        for levels in [MAX_DEPTH / 2 + 1, 1 << 20] {
+            assert!(parse(nested(levels).as_bytes()).unwrap_err().contains("nested deeper"));
+        }
+        // What is in strings is not nested.
+        let text = json!(["[{\"\\".repeat(MAX_DEPTH)]);
+        assert_eq!(parse(text.to_string().as_bytes()).unwrap(), text);
+        assert!(parse(b"{} {}").is_err());
     }
 }
