@@ -121,10 +121,11 @@ mod tests {
     fn a_crowded_processor_gets_large_batches_for_a_while() {
         let mut pace = Pace::new();
         window(&mut pace, 3);
-        assert_eq!(pace.batch(0, false), SMALL);
+        assert_eq!((pace.batch(0, false), pace.batch(0, true)), (SMALL, SMALL_SETTLED));
         for _ in 0..3 {
             window(&mut pace, i64::from(WINDOW));
             assert_eq!((pace.batch(0, false), pace.show()), (ALL, ALL));
+            assert_eq!(pace.batch(0, true), ALL);
             assert_eq!(pace.batch(1, false), SMALL, "the disk is at work");
             let mut windows = 0;
             while pace.all {
