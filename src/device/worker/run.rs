@@ -52,7 +52,7 @@ impl Run {
     }
 
     #[inline]
-    fn push(&mut self, index: u32, part: &Part, file: &HostFile) {
+    fn push(&mut self, index: u32, part: &Part, file: *const HostFile) {
         if self.call.is_none() {
             self.call = Some((part.op, file));
         }
@@ -63,7 +63,8 @@ impl Run {
 }
 
 impl Worker {
-    /// Has a request of one part done in place: by now, or with what follows it in the batch.
+    /// Has a request of one part done in place, at the latest by [`Worker::perform_run`]: together with
+    /// what comes before or after it in the batch, if they go on from each other.
     ///
     /// # Safety
     /// The file stays open until [`Worker::perform_run`] has been called.
@@ -72,8 +73,7 @@ impl Worker {
         if !self.run.goes_on_with(&self.slots[index as usize].parts[0]) {
             self.perform_run();
         }
-        // SAFETY: the caller's promise.
-        self.run.push(index, &self.slots[index as usize].parts[0], unsafe { &*file });
+        self.run.push(index, &self.slots[index as usize].parts[0], file);
         if self.run.members.len() >= MAX_REQUESTS.min(self.pace.show()) {
             self.perform_run();
         }
