@@ -21,24 +21,38 @@ fn python() -> Option<PathBuf> {
 
 /// What libvhdi says of an image (whose parents it is given, nearest first): size and SHA-256.
 pub fn reads(dir: &Path, images: &[&str]) -> Option<(u64, String)> {
+    let text = convert(dir, images, "/dev/null")?;
+    let (size, sum) = text.trim().split_once(' ').unwrap();
+    Some((size.parse().unwrap(), sum.to_string()))
+}
+
+/// The content that libvhdi finds in an image (whose parents it is given, nearest first).
+pub fn content(dir: &Path, images: &[&str]) -> Option<Vec<u8>> {
+    const OUT: &str = "libvhdi.raw";
+    convert(dir, images, OUT)?;
+    Some(std::fs::read(dir.join(OUT)).unwrap())
+}
+
+/// Has libvhdi write the content of an image to a file, and say its size and SHA-256.
+fn convert(dir: &Path, images: &[&str], out: &str) -> Option<String> {
     const SCRIPT: &str = "
 import sys, hashlib, pyvhdi
-files = [pyvhdi.file() for _ in sys.argv[1:]]
-for file, path in zip(files, sys.argv[1:]):
+out, paths = sys.argv[1], sys.argv[2:]
+files = [pyvhdi.file() for _ in paths]
+for file, path in zip(files, paths):
     file.open(path)
 for child, parent in zip(files, files[1:]):
     assert child.parent_identifier == parent.identifier, 'another parent'
     child.set_parent(parent)
 top, sum, left = files[0], hashlib.sha256(), files[0].media_size
-while left:
-    sum.update(piece := top.read_buffer(min(left, 1 << 20)))
-    left -= len(piece)
+with open(out, 'wb') as out:
+    while left:
+        sum.update(piece := top.read_buffer(min(left, 1 << 20)))
+        out.write(piece)
+        left -= len(piece)
 print(top.media_size, sum.hexdigest())
 ";
     let python = python()?;
-    let mut args = vec!["-c", SCRIPT];
-    args.extend(images);
-    let text = super::tool_ok(dir, python.to_str().unwrap(), &args);
-    let (size, sum) = text.trim().split_once(' ').unwrap();
-    Some((size.parse().unwrap(), sum.to_string()))
+    let args = [&["-c", SCRIPT, out], images].concat();
+    Some(super::tool_ok(dir, python.to_str().unwrap(), &args))
 }
