@@ -67,6 +67,16 @@ pub async fn scan(
     Ok(Some(used))
 }
 
+/// Looks at all entries of the BAT, however many are stored, and remembers none.
+///
+/// # Errors
+/// Says which entry is bad.
+pub async fn check(file: &Arc<dyn File>, checker: &Checker, bat: ByteRange) -> Result<()> {
+    let file_len = file.len()?;
+    let mut visit = |index, entry| checker.explain(index, entry, file_len);
+    walk(file, bat, checker.geometry.bat_entries(), u64::MAX, &mut visit).await.map(drop)
+}
+
 /// Shows `visit` each of the first `entries` entries that is not zero, with its index. False if
 /// more than `limit` bytes of the BAT are stored.
 ///

@@ -15,8 +15,8 @@ use crate::error::{Error, Result, ResultExt};
 use crate::io::{HostKind, block_on};
 use crate::units::ByteRange;
 
-/// How much of the BAT is looked at to find free places inside the file, in bytes. More would hold
-/// up the first write for too long; then the file only grows at its end.
+/// Of how much of the BAT the places are remembered to find what is free inside the file, in bytes. If
+/// more of it is stored, the file only grows at its end.
 const SPACE_SCAN: u64 = 16 << 20;
 
 /// Replays the log of an image on disk, and declares it empty. Can be repeated after a crash.
@@ -75,6 +75,9 @@ impl Vhdx {
         let used = self.poisoning(used)?;
         let file_len = self.file_len.load(Ordering::Acquire);
         if used.is_none() {
+            // No entry may name a place that the file would grow into.
+            let checked = scan::check(&self.file, &checker, self.bat()).await;
+            self.poisoning(checked)?;
             tracing::info!(
                 "{}: its BAT is too large to look for free space inside of it",
                 self.name()
@@ -284,6 +287,7 @@ impl Vhdx {
 #[cfg(test)]
 mod tests {
     use super::super::OpenOptions;
+    use super::super::geometry::Geometry;
     use super::super::layout::payload;
     use super::super::testing::*;
     use super::*;
@@ -319,6 +323,30 @@ mod tests {
             }
             assert_eq!(read(&driver, 0, MIB).await, vec![1; MIB as usize]);
         });
+    }
+
+    /// A place behind the end of a truncated file would become another block's when the file grows.
+    #[test]
+    fn a_truncated_file_with_a_large_bat_is_not_written_to() {
+        let blocks = SPACE_SCAN / 8 + 1;
+        let mut bytes = Fixture::new(blocks * MIB).bytes();
+        let geometry = Geometry::of(blocks * MIB, MIB, 512, false);
+        let set = |bytes: &mut [u8], block, entry: u64| {
+            let at = (3 * MIB + geometry.payload_index(block) * 8) as usize;
+            bytes[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+        };
+        (0..blocks).for_each(|block| set(&mut bytes, block, payload::ZERO));
+        let write_to = |bytes: &[u8]| {
+            let file = SimFile::from_bytes("test.vhdx", bytes.to_vec());
+            let image = open_image(&file, None, None).unwrap();
+            block_on(write(&image, 0, &[1; 512], true))
+        };
+        write_to(&bytes).unwrap();
+        let end = bytes.len() as u64;
+        set(&mut bytes, blocks - 1, end | payload::FULLY_PRESENT);
+        let err = write_to(&bytes).unwrap_err().to_string();
+        assert!(err.contains(&format!("of block {}", blocks - 1)), "{err}");
+        assert!(err.contains("truncated"), "{err}");
     }
 
     #[test]
