@@ -9,6 +9,7 @@ use crate::formats::qcow2;
 use crate::formats::raw::Raw;
 use crate::formats::vhdx;
 use crate::images::open::{Image, Opening};
+use crate::images::parents;
 use crate::images::probe;
 use crate::images::request::{Access, OpenRequest};
 use crate::io::{File, block_on};
@@ -63,7 +64,8 @@ pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
     // An overlay that is opened on nothing is put on its parent before a guest uses it.
     let is_without = matches!(opening.overridden, Some(None));
     if request.backing {
-        let paths = structure.metadata.parent.as_ref().map(vhdx::locator::Locator::paths);
+        let locator = structure.metadata.parent.as_ref();
+        let paths = locator.map(|locator| parents::of_locator(opening.file.path(), locator));
         backing = open_vhdx_parent(opening, &paths.unwrap_or_default())?;
         if !is_without {
             structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
@@ -148,17 +150,6 @@ fn list_of(parts: &vhdx::salvage::Parts) -> String {
         list.push("… (vublk info --salvage lists more)".into());
     }
     list.join(", ")
-}
-
-/// The names that an image's details give its backing file, the one to try first first. None if it has
-/// none.
-pub(super) fn backing_names(details: &serde_json::Value) -> Vec<String> {
-    let Some(locator) = details["parent-locator"].as_object() else {
-        return details["backing-filename"].as_str().map(String::from).into_iter().collect();
-    };
-    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_string();
-    let entries = locator.iter().map(|(key, value)| (key.clone(), text(value))).collect();
-    vhdx::locator::Locator { entries }.paths()
 }
 
 /// Opens the parent that the operator says, or else the first that is there of those that the image
@@ -247,6 +238,21 @@ mod tests {
         std::fs::remove_file(dir.path().join("p.vhdx")).unwrap();
         let err = images::open(&top).unwrap_err().to_string();
         assert!(err.contains("c1.vhdx: its backing file: ") && err.contains("p.vhdx: No such"));
+    }
+
+    #[test]
+    fn a_parent_is_found_whatever_the_case_of_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        chain(dir.path());
+        std::fs::rename(dir.path().join("c1.vhdx"), dir.path().join("C1.VHDX")).unwrap();
+        std::fs::rename(dir.path().join("p.vhdx"), dir.path().join("P.vhdx")).unwrap();
+        let top = OpenRequest::read(dir.path().join("c2.vhdx"));
+        let image = images::open(&top).unwrap();
+        let parent = image.backing.as_ref().unwrap();
+        assert!(parent.name().ends_with("C1.VHDX"), "{}", parent.name());
+        let (all, stopped) = images::open_chain(&top).unwrap();
+        assert!(all.len() == 3 && stopped.is_none(), "{stopped:?}");
+        assert!(images::names_as_backing(&image, &parent.file).unwrap());
     }
 
     #[test]

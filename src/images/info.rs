@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Result, ResultExt};
 use crate::images::Image;
-use crate::images::drivers::backing_names;
 use crate::images::open::{full_backing_name, protocol_name};
+use crate::images::parents::backing_names;
 use crate::io::File;
 use crate::units::SECTOR_SIZE;
 
@@ -50,7 +50,7 @@ pub fn describe(image: &Image) -> Result<Value> {
     info.insert("actual-size".into(), actual_size.into());
     info.insert("dirty-flag".into(), false.into());
     let details = image.node.driver().details();
-    let names = backing_names(&details);
+    let names = backing_names(image.file.path(), &details);
     let mut specific = Map::new();
     if let Value::Object(details) = details {
         for (key, value) in details {

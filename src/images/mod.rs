@@ -27,6 +27,7 @@ mod kept;
 pub mod layers;
 mod lock;
 pub mod open;
+mod parents;
 pub mod probe;
 pub mod recording;
 mod request;

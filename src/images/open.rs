@@ -19,9 +19,10 @@ use crate::block::{Driver, Keep, Node, NodeOptions, graph};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::cache_mode::CacheMode;
 use crate::images::crash_state::{self, Named};
-use crate::images::drivers::{backing_names, open_qcow2, open_raw, open_vhdx, warn_if_whole};
+use crate::images::drivers::{open_qcow2, open_raw, open_vhdx, warn_if_whole};
 use crate::images::kept::{check_settled, open_keep, settle};
 use crate::images::lock::{Locking, lock};
+use crate::images::parents::backing_names;
 use crate::images::request::{Access, OpenRequest, StateDir};
 use crate::images::{ImageFormat, add_cow, probe};
 use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
@@ -153,7 +154,7 @@ fn open_below(
     loop {
         let top = images.last().expect("never empty");
         let details = top.node.driver().details();
-        let names = backing_names(&details);
+        let names = backing_names(top.file.path(), &details);
         let is_there = |name: &&String| {
             let resolved = gate.resolve(top.file.path(), name);
             !resolved.is_err_and(|err| err.kind() == ErrorKind::NotFound)
@@ -216,7 +217,7 @@ pub(super) fn stands_elsewhere(overlay: &Path, file: &HostFile, allow_dirs: &[Pa
             // A raw file in the overlay's own place tells nothing.
             return depth > 0;
         }
-        let names = backing_names(&image.node.driver().details());
+        let names = backing_names(image.file.path(), &image.node.driver().details());
         if names.is_empty() {
             return true;
         }
@@ -254,7 +255,7 @@ pub fn names_as_backing(image: &Image, file: &HostFile) -> Result<bool> {
         let found = std::fs::metadata(open_gate::combine(image.file.path(), name));
         found.is_ok_and(|found| (found.dev(), found.ino()) == identity)
     };
-    Ok(backing_names(&image.node.driver().details()).iter().any(is_file))
+    Ok(backing_names(image.file.path(), &image.node.driver().details()).iter().any(is_file))
 }
 
 /// The file that an image may pull in by this name, if it is there.
