@@ -178,7 +178,7 @@ impl Vhdx {
         }
     }
 
-    /// Where the start of `range`, which lies within one block, is, and how far that holds.
+    /// Where the start of `range` is, and how far that holds at least.
     async fn place_of(&self, range: ByteRange) -> Result<(Place, u64)> {
         let found = self.place_by_bat(range).await?;
         let (Place::File(at), len) = found else { return Ok(found) };
@@ -193,18 +193,38 @@ impl Vhdx {
     async fn place_by_bat(&self, range: ByteRange) -> Result<(Place, u64)> {
         let block = self.geometry().block_of(range.offset);
         let within = self.geometry().within_block(range.offset);
+        let part = self.in_first_block(range);
         let entry = self.entry_at(self.geometry().payload_index(block)).await?;
-        match bat::state(entry) {
-            payload::FULLY_PRESENT => Ok((Place::File(bat::offset(entry) + within), range.len)),
-            payload::NOT_PRESENT if self.geometry().has_parent => Ok((Place::Parent, range.len)),
+        let nowhere = match bat::state(entry) {
+            payload::FULLY_PRESENT => {
+                return Ok((Place::File(bat::offset(entry) + within), part.len));
+            }
             payload::PARTIALLY_PRESENT => {
                 let bitmap = self.bitmap_of(block).await?;
-                let (present, len) = self.bits(bitmap, block, range).await?;
+                let (present, len) = self.bits(bitmap, block, part).await?;
                 let at = bat::offset(entry) + within;
-                Ok((if present { Place::File(at) } else { Place::Parent }, len))
+                return Ok((if present { Place::File(at) } else { Place::Parent }, len));
             }
-            state => Ok((Place::Zero { explicit: state != payload::NOT_PRESENT }, range.len)),
-        }
+            payload::NOT_PRESENT if self.geometry().has_parent => Place::Parent,
+            state => Place::Zero { explicit: state != payload::NOT_PRESENT },
+        };
+        let len = self.blocks_alike(block) * self.geometry().block_size() - within;
+        Ok((nowhere, len.min(range.len).max(part.len)))
+    }
+
+    /// How many blocks from this one on have the same entry, at least: as far as one page in memory
+    /// tells, and no other entry lies between them. A disk that holds next to nothing may have millions.
+    fn blocks_alike(&self, block: u64) -> u64 {
+        let geometry = self.geometry();
+        let (page, word) = self.bat_word(geometry.payload_index(block));
+        let in_chunk = geometry.chunk_ratio() - block % geometry.chunk_ratio();
+        let count = in_chunk.min(geometry.payload_blocks() - block) as usize;
+        let end = (word + count).min(WORDS);
+        let alike = self.cache.read(page, |page| {
+            let first = page.get(word);
+            (word..end).take_while(|word| page.get(*word) == first).count() as u64
+        });
+        alike.unwrap_or(1).max(1)
     }
 
     /// The part of a range that lies in the block of its start.
@@ -215,7 +235,7 @@ impl Vhdx {
 
     /// Where a range lies, from its start on, as far as it lies together.
     pub(super) async fn map_run(&self, range: ByteRange) -> Result<Extent> {
-        let (first, len) = self.place_of(self.in_first_block(range)).await?;
+        let (first, len) = self.place_of(range).await?;
         let mut run = ByteRange { offset: range.offset, len };
         // Within what one page of the BAT tells, to keep what others wait for short.
         let page_of = |offset| {
@@ -223,7 +243,7 @@ impl Vhdx {
         };
         let limit = page_of(range.offset);
         while run.end() < range.end() && page_of(run.end()) == limit {
-            let rest = self.in_first_block(ByteRange::between(run.end(), range.end()));
+            let rest = ByteRange::between(run.end(), range.end());
             let (next, len) = self.place_of(rest).await?;
             let goes_on = match (first, next) {
                 (Place::File(start), Place::File(at)) => at == start + run.len,
