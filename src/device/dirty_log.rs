@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use super::mapping::Mapping;
 use crate::error::Result;
@@ -24,25 +24,34 @@ const MAX_LOG: u64 = 1 << (52 - 12 - 3);
 #[derive(Debug)]
 pub struct DirtyLog {
     mapping: Mapping,
+    /// Whether a page was written that the bitmap has no bit for.
+    falls_short: AtomicBool,
 }
 
 impl DirtyLog {
     /// Maps the bitmap of a SET_LOG_BASE message; the file is closed.
     pub fn new(file: File, offset: u64, size: u64) -> Result<Arc<DirtyLog>> {
         let mapping = Mapping::new(&file, offset, size.min(MAX_LOG), "dirty log")?;
-        Ok(Arc::new(DirtyLog { mapping }))
+        Ok(Arc::new(DirtyLog { mapping, falls_short: AtomicBool::new(false) }))
     }
 
     /// Marks the pages of `len` bytes at guest address `gpa`, which were written before. Pages
-    /// past the end of the bitmap are left out: the front-end promised a bitmap that covers its
-    /// memory, and loses only its own pages if it lied.
+    /// past the end of the bitmap are left out, and told of once: the front-end promised a bitmap that
+    /// covers its memory, and loses only its own pages if it lied.
     pub fn mark(&self, gpa: u64, len: u64) {
         if len == 0 {
             return;
         }
         let first = gpa / LOG_PAGE_SIZE;
         let last = gpa.saturating_add(len - 1) / LOG_PAGE_SIZE;
-        let Some(last_byte) = (self.mapping.len() as u64).checked_sub(1) else { return };
+        let bytes = self.mapping.len() as u64;
+        if last / 8 >= bytes && !self.falls_short.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "the front-end's dirty log ends with page {} of the guest's memory, and page {last}                  was written, too; a migration that goes by this log loses what was written there:                  cancel it",
+                (bytes * 8).saturating_sub(1)
+            );
+        }
+        let Some(last_byte) = bytes.checked_sub(1) else { return };
         let end_byte = (last / 8).min(last_byte);
         for byte in first / 8..=end_byte {
             let mut bits = u8::MAX;
@@ -58,6 +67,11 @@ impl DirtyLog {
             // the page before a fetch that clears the bit.
             cell.fetch_or(bits, Ordering::AcqRel);
         }
+    }
+
+    /// Whether a page was written that the bitmap has no bit for.
+    pub fn falls_short(&self) -> bool {
+        self.falls_short.load(Ordering::Relaxed)
     }
 
     /// Whether the bitmap's file was truncated.
@@ -100,5 +114,14 @@ mod tests {
         assert_eq!(marked(2, &[(16 * 4096, 1)]), [0; 0]);
         assert_eq!(marked(2, &[(u64::MAX, u64::MAX)]), [0; 0]);
         assert_eq!(marked(2, &[(0, u64::MAX)]), (0..16).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_page_without_a_bit_is_noticed() {
+        let log = DirtyLog::new(memfd(2), 0, 2).unwrap();
+        log.mark(0, 16 * 4096);
+        assert!(!log.falls_short());
+        log.mark(15 * 4096, 4097);
+        assert!(log.falls_short());
     }
 }
