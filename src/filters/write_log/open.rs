@@ -373,6 +373,12 @@ impl Opening<'_> {
         let sector_size = self.settings.sector_size.unwrap_or(DEFAULT_SECTOR_SIZE);
         self.check_sector_size(sector_size)?;
         let header = self.header(sector_size, 0);
+        if self.settings.existing == Existing::Overwrite {
+            // Whoever is killed before this is over must not leave the old log with a sidecar that says
+            // that it is to be continued.
+            self.sidecar.set_len(0).await?;
+            write_superblock(self.log, Superblock { entries: 0, sector_size }).await?;
+        }
         // A sidecar without a log means nothing; a log without its sidecar could not be continued.
         self.write_header(&header, 0).await?;
         write_superblock(self.log, Superblock { entries: 0, sector_size }).await?;

@@ -502,6 +502,36 @@ fn logs_of_others_are_refused_unless_somebody_insists() {
     assert_eq!(zeros.try_open(Settings::default()).unwrap().1, Began::New);
 }
 
+/// Whoever overwrites a log has taken a new base: what was in it must not come back.
+#[test]
+fn a_log_that_could_not_be_overwritten_is_not_taken_for_the_new_one() {
+    let bed = Bed::new();
+    block_on(async {
+        let filter = bed.open();
+        write(&filter, 1, 1, 1).await.unwrap();
+        filter.close().await.unwrap();
+    });
+    let overwrite = Settings { existing: Existing::Overwrite, ..Settings::default() };
+    for op in [SimOp::Write, SimOp::Flush] {
+        for file in 0..2 {
+            for after in 0..3 {
+                let again = bed.after_kill();
+                let fault = Fault { op: Some(op), after, errno: libc::EIO, for_good: true };
+                [&again.log, &again.sidecar][file].fail(fault);
+                // As good as killed there.
+                let _ = again.try_open(overwrite);
+                let case = format!("{op:?} {after} of file {file}");
+                let next = again.after_kill();
+                let (filter, began) = next.try_open(overwrite).unwrap();
+                let nothing = Began::After { entries: 0, counted_in: 0 };
+                assert!([Began::New, nothing].contains(&began), "{case}: {began:?}");
+                block_on(filter.flush()).unwrap();
+                assert_eq!(next.words(), ["F"], "{case}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_log_whose_process_died_is_never_started_anew() {
     let bed = Bed::new();
