@@ -270,8 +270,8 @@ impl Opening<'_> {
 
     /// The sidecar, if it says that the log can be continued; else why not.
     async fn look_at_sidecar(&self, log: &Log) -> Result<Sidecar> {
-        let sidecar = Sidecar::open(Arc::clone(self.sidecar)).await?;
-        let (header, image) = (sidecar.header(), &self.subject.image);
+        let mut sidecar = Sidecar::open(Arc::clone(self.sidecar)).await?;
+        let (header, image) = (sidecar.header().clone(), &self.subject.image);
         let refuse = |why: String| Err(Error::invalid(why));
         if !header.image.is_same(image) {
             let (path, own) = (header.image.path.display(), image.path.display());
@@ -293,6 +293,10 @@ impl Opening<'_> {
                  ends with"
                     .into(),
             ),
+            Some(_) if !knows_all(log, &mut sidecar).await? => refuse(format!(
+                "{} does not belong to it, or the log is an older copy of what that was ended with",
+                sidecar.name()
+            )),
             _ => Ok(sidecar),
         }
     }
@@ -560,6 +564,22 @@ impl End {
             self.place = Place { entry: self.place.entry + 1, sector: entry.end_sector() };
         }
         Ok(())
+    }
+}
+
+/// Whether a log is the one that its sidecar was ended with, as far as the sidecar tells.
+async fn knows_all(log: &Log, sidecar: &mut Sidecar) -> Result<bool> {
+    let next = sidecar.record(log.entries()).await?;
+    let Some(last) = log.entries().checked_sub(1) else { return Ok(next.is_none()) };
+    let Some(record) = sidecar.record(last).await? else { return Ok(next.is_none()) };
+    // What could not be logged may have left a record behind the end, which is older then.
+    if next.is_some_and(|next| next.completed > record.completed) {
+        return Ok(false);
+    }
+    let position = record.log_sector.saturating_mul(log.sector_size());
+    match log.entry_at(last, position).await {
+        Ok(entry) => sidecar::matches(log, &entry, &record).await,
+        Err(_) => Ok(false),
     }
 }
 

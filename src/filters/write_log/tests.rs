@@ -532,6 +532,34 @@ fn a_log_that_could_not_be_overwritten_is_not_taken_for_the_new_one() {
     }
 }
 
+/// A copy of the log that somebody has put back.
+#[test]
+fn an_older_copy_of_a_log_is_not_continued() {
+    let bed = Bed::new();
+    let record = |bed: &Bed, sector| {
+        let filter = bed.open();
+        block_on(async {
+            write(&filter, sector, 1, 1).await.unwrap();
+            filter.close().await.unwrap();
+        });
+    };
+    record(&bed, 1);
+    let old = bed.log.volatile();
+    let later = bed.after_kill();
+    record(&later, 2);
+    let mixed = Bed { log: SimFile::from_bytes("w.log", old), ..later.after_kill() };
+    let err = mixed.try_open(Settings::default()).unwrap_err().to_string();
+    assert!(err.contains("does not belong to it"), "{err}");
+    // The sidecar of another log of this image.
+    let other = Bed { sidecar: later.sidecar.clone(), ..Bed::new() };
+    let foreign = Bed::new();
+    record(&foreign, 5);
+    let mixed =
+        Bed { sidecar: SimFile::from_bytes("s", other.sidecar.volatile()), ..foreign.after_kill() };
+    let err = mixed.try_open(Settings::default()).unwrap_err().to_string();
+    assert!(err.contains("does not belong to it"), "{err}");
+}
+
 #[test]
 fn a_log_whose_process_died_is_never_started_anew() {
     let bed = Bed::new();
