@@ -42,6 +42,9 @@ const PATH: &str = "{}";
 const STATE: &str = "{state}";
 /// What stands for the last mark in a command, which gets it as one word.
 const MARK: &str = "{mark}";
+/// Where the command has it. A mark may hold anything, and comes from whoever made the log: as part of
+/// the command it would be one wherever somebody puts it in quotes of his own.
+const MARK_VARIABLE: &str = "VUBLK_MARK";
 
 /// A text as one word for the shell.
 pub fn quoted(text: &str) -> String {
@@ -144,12 +147,11 @@ impl Checker {
         match self {
             Checker::Guest => Err(Error::invalid("a guest is no program that could be run")),
             Checker::Command(line) => {
-                // The mark comes last: it may hold anything, and is not looked at again.
                 let line = line.replace(PATH, &word(&path.display().to_string()));
                 let line = line.replace(STATE, &state.to_string());
-                let line = line.replace(MARK, &quoted(mark));
+                let line = line.replace(MARK, &format!("\"${MARK_VARIABLE}\""));
                 let mut command = Command::new("sh");
-                command.arg("-c").arg(&line);
+                command.arg("-c").arg(&line).env(MARK_VARIABLE, mark);
                 let status = run(&mut command, bounds, output)?;
                 if status
                     .and_then(|status| status.code())
@@ -287,6 +289,21 @@ mod tests {
         let mark = check("test -e {} && test $(printf %s {mark} | wc -c) = 16");
         assert_eq!(mark.unwrap(), Verdict::Good, "a mark is one word, and not looked into");
         assert_eq!(check("test {state} = E7").unwrap(), Verdict::Good);
+    }
+
+    #[test]
+    fn a_mark_is_never_a_command() {
+        let dir = tempfile::tempdir().unwrap();
+        let trap = dir.path().join("trap");
+        let mark = format!("'\"$(touch {0})`touch {0}`", trap.display());
+        let (state, stop) = (StateName::prefix(0), Stop::new().unwrap());
+        let bounds = Bounds { limit: Duration::from_secs(60), stop: &stop };
+        for quote in ["", "\"", "'"] {
+            let checker = Checker::Command(format!(": {{}} {quote}{{mark}}{quote}"));
+            let verdict = checker.run(Path::new("/dev/null"), &state, &mark, bounds, None);
+            assert_eq!(verdict.unwrap(), Verdict::Good);
+            assert!(!trap.exists(), "with {quote} around it");
+        }
     }
 
     #[test]
