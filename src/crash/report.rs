@@ -339,7 +339,8 @@ impl Report {
     /// # Errors
     /// None that can be helped.
     pub fn to_junit(&self) -> Result<String> {
-        let mut suite = TestSuite::new(self.subject.log.clone());
+        let check = for_xml(&self.subject.check);
+        let mut suite = TestSuite::new(for_xml(&self.subject.log));
         for (name, number) in [
             ("states", self.states),
             ("done", self.done),
@@ -354,9 +355,9 @@ impl Report {
             let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
             let mut text = String::new();
             let _ = failure.write_text(&mut text);
-            status.set_message(failure.verdict.clone()).set_description(text);
+            status.set_message(for_xml(&failure.verdict)).set_description(for_xml(&text));
             let mut case = TestCase::new(failure.state.clone(), status);
-            case.set_classname(self.subject.check.clone());
+            case.set_classname(check.clone());
             suite.add_test_case(case);
         }
         if !self.finished {
@@ -365,15 +366,55 @@ impl Report {
             let message = format!("not finished: {} of {} states are done", self.done, self.states);
             status.set_message(message);
             let mut case = TestCase::new("all states", status);
-            case.set_classname(self.subject.check.clone());
+            case.set_classname(check.clone());
             suite.add_test_case(case);
         } else if self.failures.is_empty() {
             let mut case = TestCase::new("all states", TestCaseStatus::success());
-            case.set_classname(self.subject.check.clone());
+            case.set_classname(check.clone());
             suite.add_test_case(case);
         }
         let mut report = quick_junit::Report::new("vublk log explore");
         report.add_test_suite(suite);
         report.to_string().map_err(|err| Error::invalid(format!("JUnit: {err}")))
+    }
+}
+
+/// A text without the two characters that XML does not have and that nobody else takes out.
+fn for_xml(text: &str) -> String {
+    text.replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// XML 1.0 has most control characters in no form, and neither U+FFFE nor U+FFFF.
+    #[test]
+    fn whatever_a_mark_and_a_checker_say_is_xml() {
+        let subject = Subject {
+            log: "w\u{ffff}.log".into(),
+            entries: 0,
+            base: String::new(),
+            size: 0,
+            check: "c\u{fffe}\u{1}".into(),
+            options: String::new(),
+            changed: (0, 0),
+        };
+        let failure = serde_json::json!({
+            "state": "E0", "found-as": "E0", "shrunk": true, "dropped": 0, "torn": 0, "flaky": false,
+            "verdict": "bad\u{fffe}]]>&<\"", "output": "\u{1b}[31m\u{ffff}\u{0}", "writes": [],
+            "mark-before": "m\u{ffff}", "mark-after": null, "reproduce": "",
+        });
+        let mut report = Report::new(subject);
+        report.failures.push(serde_json::from_value(failure).unwrap());
+        for finished in [false, true] {
+            report.finished = finished;
+            let text = report.to_junit().unwrap();
+            let is_xml = |c: char| {
+                "\t\n\r".contains(c) || (c >= ' ' && !['\u{fffe}', '\u{ffff}'].contains(&c))
+            };
+            assert!(text.chars().all(is_xml), "{text:?}");
+            assert!(text.contains("m\u{fffd}"), "{text}");
+        }
     }
 }
