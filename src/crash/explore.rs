@@ -418,9 +418,7 @@ fn describe_failures(
         let (epoch, found) = history.expanded(&found_as.parse()?)?;
         let (verdict, _) = place.check_and_listen(&found, checker, bounds)?;
         if verdict == Verdict::Good {
-            failure.flaky = true;
-            failure.reproduce = format!("{}{found_as}", plan.again);
-            failure.serve = format!("{}{found_as}", plan.serve);
+            failure.is_flaky(plan);
             continue;
         }
         let mut fails = |name: &StateName| -> Result<bool> {
@@ -428,9 +426,9 @@ fn describe_failures(
         };
         let least = shrink::shrink(history, &epoch, found, &mut fails)?;
         let (verdict, output) = place.check_and_listen(&least, checker, bounds)?;
-        let how = match verdict {
-            Verdict::Bad(how) => how,
-            Verdict::Good => failure.verdict.clone(),
+        let Verdict::Bad(how) = verdict else {
+            failure.is_flaky(plan);
+            continue;
         };
         *failure =
             Failure { found_as, shrunk: true, output, ..Failure::new(history, &least, &how) };
@@ -444,6 +442,15 @@ fn describe_failures(
         .and_then(|path| add_order(history, path, &mut report.failures).err())
         .map(|err| err.to_string());
     Ok(())
+}
+
+impl Failure {
+    /// A state that failed has passed: this one, or what was made of it.
+    fn is_flaky(&mut self, plan: &Plan) {
+        self.flaky = true;
+        self.reproduce = format!("{}{}", plan.again, self.found_as);
+        self.serve = format!("{}{}", plan.serve, self.found_as);
+    }
 }
 
 /// Adds what the log's sidecar knows of the guilty writes.

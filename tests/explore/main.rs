@@ -771,6 +771,32 @@ fn results_of_another_log_are_not_taken_for_this_one() {
     assert!(error.contains("as log or base were changed since"), "{error}");
 }
 
+/// What is told as the smallest failing state has failed twice.
+#[test]
+fn a_checker_that_changes_its_mind_while_it_is_asked_for_less_is_flaky() {
+    let dir = tempfile::tempdir().unwrap();
+    small_disk(dir.path(), 1);
+    // Fails as often as `most` says, in all states but one without anything.
+    let check = "printf x >>runs; test \"$(head -c 20481 {} | tail -c 1 | od -An -tu1)\" = '   0' || \
+                 test \"$(stat -c %s runs)\" -gt \"$(cat most)\"";
+    let run = |most: u64| {
+        std::fs::write(dir.path().join("most"), most.to_string()).unwrap();
+        std::fs::write(dir.path().join("runs"), "").unwrap();
+        let (code, report) = explore(dir.path(), check, &["--check-alike", "-j", "1"]);
+        assert_eq!(code, Some(1));
+        (report, std::fs::metadata(dir.path().join("runs")).unwrap().len())
+    };
+    let (report, runs) = run(1000);
+    let failure = &report["failures"][0];
+    assert_eq!((&failure["flaky"], &failure["shrunk"]), (&false.into(), &true.into()));
+    let (report, _) = run(runs - 1);
+    let failure = &report["failures"][0];
+    assert_eq!((&failure["flaky"], &failure["shrunk"]), (&true.into(), &false.into()));
+    assert_eq!(failure["state"], failure["found-as"]);
+    let again = failure["reproduce"].as_str().unwrap();
+    assert!(again.ends_with(failure["found-as"].as_str().unwrap()), "{again}");
+}
+
 #[test]
 fn what_cannot_be_explored_is_refused() {
     let dir = tempfile::tempdir().unwrap();
