@@ -283,6 +283,21 @@ impl Report {
         Ok(report)
     }
 
+    /// Whether its numbers can be those of an exploration of so many states.
+    pub fn adds_up(&self, states: u64) -> bool {
+        let told =
+            self.checked.checked_add(self.duplicates).and_then(|n| n.checked_add(self.alike));
+        let is_told = match self.subject.check.is_empty() {
+            true => told.is_some_and(|told| told <= self.done),
+            false => told == Some(self.done),
+        };
+        self.states == states
+            && self.done <= states
+            && is_told
+            && self.failed <= self.checked
+            && (self.done == states || !self.finished)
+    }
+
     /// Writes it; a reader finds the old one or the new one, whatever happens meanwhile.
     ///
     /// # Errors

@@ -771,6 +771,42 @@ fn results_of_another_log_are_not_taken_for_this_one() {
     assert!(error.contains("as log or base were changed since"), "{error}");
 }
 
+/// A report that claims more than was done would pass for a good one.
+#[test]
+fn results_that_do_not_add_up_are_not_continued() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    let check = "test ! -e fail || test \"$(head -c 1 {} | od -An -tu1)\" = '   0'";
+    let run = |more: &[&str]| {
+        let explore = ["log", "explore", "w.log", "--base", "base.img", "-f", "raw"];
+        vublk(d, &[&explore[..], &["--results", "r.json", "--check", check], more].concat())
+    };
+    std::fs::write(d.join("fail"), "").unwrap();
+    assert_eq!(run(&["--stop-after", "1", "-j", "1"]).status.code(), Some(1));
+    let kept: Value = serde_json::from_slice(&std::fs::read(d.join("r.json")).unwrap()).unwrap();
+    assert_eq!(kept["states"], 65);
+    let done = kept["done"].as_u64().unwrap();
+    for (field, value) in [
+        ("done", 65.into()),
+        ("done", u64::MAX.into()),
+        ("done", (done - 1).into()),
+        ("checked", u64::MAX.into()),
+        ("failed", 66.into()),
+        ("states", 3.into()),
+        ("finished", true.into()),
+    ] {
+        let mut damaged = kept.clone();
+        damaged[field] = value;
+        std::fs::write(d.join("r.json"), damaged.to_string()).unwrap();
+        let output = run(&[]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains("r.json: its numbers do not add up"), "{damaged}: {output:?}");
+    }
+    std::fs::write(d.join("r.json"), kept.to_string()).unwrap();
+    assert_eq!(run(&[]).status.code(), Some(1));
+}
+
 /// What is told as the smallest failing state has failed twice.
 #[test]
 fn a_checker_that_changes_its_mind_while_it_is_asked_for_less_is_flaky() {

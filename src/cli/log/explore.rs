@@ -153,7 +153,7 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     }
     let subject = subject(args, &history, base.node.size());
     let mut report = match &plan.results {
-        Some(path) if path.exists() => resume(path, &subject)?,
+        Some(path) if path.exists() => resume(path, &subject, explore::count(&history, &plan))?,
         _ => Report::new(subject),
     };
     if report.finished {
@@ -310,7 +310,8 @@ fn changed(path: &Path) -> i64 {
     meta.map_or(0, |meta| meta.mtime() * 1_000_000_000 + meta.mtime_nsec())
 }
 
-fn resume(path: &Path, subject: &Subject) -> Result<Report> {
+/// What an earlier run has found of `states` states.
+fn resume(path: &Path, subject: &Subject, states: u64) -> Result<Report> {
     let report = Report::load(path)?;
     if report.subject != *subject {
         return Err(Error::invalid(format!(
@@ -327,6 +328,12 @@ fn resume(path: &Path, subject: &Subject) -> Result<Report> {
             report.subject.base,
             report.subject.check,
             report.subject.options
+        )));
+    }
+    if !report.adds_up(states) {
+        return Err(Error::corrupt(format!(
+            "{}: its numbers do not add up, and states would be left out; remove it",
+            path.display()
         )));
     }
     Ok(report)
