@@ -120,3 +120,51 @@ fn a_log_that_is_taken_away_while_it_is_recorded_is_not_passed_off_as_one() {
     drop(disk);
     assert!(host.backend.terminate().success());
 }
+
+/// A log goes on only where the disk is what it ends with, and a guest may write at any time: also
+/// while recording begins.
+#[test]
+fn a_log_that_goes_on_misses_no_write() {
+    let mut host = Host::with_disk("raw", DISK);
+    let mut qmp = host.qmp();
+    let mut disk = host.backend.open(SessionOptions::new(Personality::Qemu));
+    let d = host.dir.path().to_path_buf();
+    let log = d.join("w.log").to_str().unwrap().to_string();
+    let mut random = common::Random::new("a log that goes on");
+    let device = json!({"device": "disk"});
+    let start = |overwrite| json!({"device": "disk", "log": log, "log-overwrite": overwrite});
+    let begin = |qmp: &mut common::Qmp| {
+        std::fs::copy(d.join("disk"), d.join("base")).unwrap();
+        qmp.run("x-vublk-log-start", start(true)).unwrap();
+    };
+    begin(&mut qmp);
+    let (mut went_on, mut refused) = (0, 0);
+    for round in 0..300u64 {
+        qmp.run("x-vublk-log-stop", device.clone()).unwrap();
+        let pause = std::time::Duration::from_micros(random.below(3000));
+        let guest = std::thread::spawn(move || {
+            std::thread::sleep(pause);
+            let at = round % (DISK / 512) * 512;
+            disk.write(0, at, &[1 + (round % 250) as u8; 512]).unwrap();
+            disk
+        });
+        let started = qmp.run("x-vublk-log-start", start(false));
+        disk = guest.join().unwrap();
+        match started {
+            Ok(_) => went_on += 1,
+            Err(err) => {
+                assert!(err.contains("was changed"), "{err}");
+                refused += 1;
+                begin(&mut qmp);
+            }
+        }
+        qmp.run("x-vublk-log-mark", json!({"device": "disk", "mark": "check"})).unwrap();
+        std::fs::copy(d.join("base"), d.join("replayed")).unwrap();
+        ok(&d, &["log", "replay", "w.log", "--replay", "replayed", "-f", "raw"]);
+        let [one, other] = ["disk", "replayed"].map(|name| std::fs::read(d.join(name)).unwrap());
+        assert!(one == other, "round {round}: the log misses a write ({went_on}, {refused})");
+    }
+    assert!(went_on > 0 && refused > 0, "{went_on} went on, {refused} were refused");
+    drop(disk);
+    assert!(host.backend.terminate().success());
+}

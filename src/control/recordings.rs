@@ -120,9 +120,13 @@ impl Recordings {
         let hold = hold(node, &request.log.display().to_string())?;
         node.check_guest_is_back()?;
         let recording = record(image, node.driver(), request)?;
-        recording.say(image.name());
         let filter = Arc::clone(&recording.filter) as Arc<dyn Driver>;
         let quiesced = graph.quiesce(std::slice::from_ref(node));
+        if let Err(err) = block_on(recording.filter.check_unchanged()) {
+            graph.resume(quiesced);
+            return Err(err.into());
+        }
+        recording.say(image.name());
         node.replace_driver(filter, &quiesced);
         graph.resume(quiesced);
         let (node, filter) = (node.clone(), recording.filter);

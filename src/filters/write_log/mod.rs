@@ -246,6 +246,15 @@ impl WriteLog {
         self.recorder.publish(end).await
     }
 
+    /// Makes sure, for a disk that was written to while the log was opened, that the log still ends
+    /// with what the disk is. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// If it does not. Then the log is as it was, and nothing is to be recorded.
+    pub async fn check_unchanged(&self) -> Result<()> {
+        self.closing.check_unchanged(&self.recorder).await.inspect_err(|_| self.under_way.remove())
+    }
+
     /// Ends the recording, for a disk that goes on without it. Nothing may be in flight.
     pub async fn end(&self) -> Result<()> {
         let has_grown = self.has_grown.swap(false, Ordering::Relaxed);

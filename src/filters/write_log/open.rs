@@ -129,6 +129,10 @@ pub async fn open(
     if found.as_ref().is_none_or(|found| found.sidecar.is_none()) {
         opening.check_disk_is_whole().context(|| name.clone())?;
     }
+    let closed_before = match settings.existing {
+        Existing::Continue => found.as_ref().and_then(Found::closed),
+        Existing::Append | Existing::Overwrite => None,
+    };
     let (start, header, began) = match found {
         None => opening.start().await.context(|| name)?,
         Some(found) => opening.go_on(found).await.context(|| name)?,
@@ -143,7 +147,7 @@ pub async fn open(
         under_way,
         has_grown: is_new.into(),
         has_ended: false.into(),
-        closing: Closed { header, image: subject.file },
+        closing: Closed { header, image: subject.file, closed_before },
     };
     Ok((WriteLog { below: subject.below, recording: Arc::new(recording) }, began))
 }
@@ -258,13 +262,7 @@ impl Opening<'_> {
                 let end = End { place: walk_to_end(&log).await?, ..End::default() };
                 Ok(Some(Found { log, sidecar: None, end }))
             }
-            (Err(err), Existing::Continue) => Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "holds a log already, which cannot be continued: {err}. --log-append goes on \
-                     with it all the same, --log-overwrite starts anew"
-                ),
-            )),
+            (Err(err), Existing::Continue) => Err(cannot_go_on(&err)),
         }
     }
 
@@ -281,9 +279,7 @@ impl Opening<'_> {
             return refuse(format!("{} does not belong to it", sidecar.name()));
         }
         match header.closed {
-            Some(then) if then != 0 && self.changed_ns() != 0 && then != self.changed_ns() => {
-                refuse(format!("{} was changed after recording ended", image.path.display()))
-            }
+            Some(then) if is_changed(then, self.changed_ns()) => Err(was_changed(image)),
             None if self.is_changed_since(log) => refuse(format!(
                 "{} was changed after the last entry, while nobody recorded",
                 image.path.display()
@@ -507,7 +503,12 @@ impl Found {
 
     /// Whether the process that recorded it was killed.
     fn is_unfinished(&self) -> bool {
-        self.sidecar.as_ref().is_some_and(|sidecar| sidecar.header().closed.is_none())
+        self.sidecar.is_some() && self.closed().is_none()
+    }
+
+    /// If it was ended in order: when the image was last changed then.
+    fn closed(&self) -> Option<i64> {
+        self.sidecar.as_ref().and_then(|sidecar| sidecar.header().closed)
     }
 }
 
@@ -567,6 +568,25 @@ impl End {
     }
 }
 
+/// Whether an image was changed between two times that it tells; 0 says nothing.
+fn is_changed(then: i64, now: i64) -> bool {
+    then != 0 && now != 0 && then != now
+}
+
+fn was_changed(image: &ImageIdentity) -> Error {
+    Error::invalid(format!("{} was changed after recording ended", image.path.display()))
+}
+
+fn cannot_go_on(why: &Error) -> Error {
+    Error::new(
+        ErrorKind::InvalidArgument,
+        format!(
+            "holds a log already, which cannot be continued: {why}. --log-append goes on with it all \
+             the same, --log-overwrite starts anew"
+        ),
+    )
+}
+
 /// Whether a log is the one that its sidecar was ended with, as far as the sidecar tells.
 async fn knows_all(log: &Log, sidecar: &mut Sidecar) -> Result<bool> {
     let next = sidecar.record(log.entries()).await?;
@@ -605,16 +625,36 @@ fn boot_id() -> [u8; 40] {
 pub struct Closed {
     header: Header,
     image: Option<Arc<HostFile>>,
+    /// What the header said of this before, if the log goes on because of that.
+    closed_before: Option<i64>,
 }
 
 impl Closed {
+    /// Makes sure that the image is still what the log ended with: a guest that writes without being
+    /// recorded may have done so since that was looked at. Nobody may write to it now.
+    pub(super) async fn check_unchanged(&self, recorder: &Recorder) -> Result<()> {
+        let now = self.image.as_ref().map_or(0, |file| file.modified_ns());
+        match self.closed_before {
+            Some(then) if is_changed(then, now) => {
+                // As it was: so the next one is refused, too.
+                self.write(recorder, then).await?;
+                Err(cannot_go_on(&was_changed(&self.header.image)).context(recorder.log_name()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Ends the log; with a mark, as the kernel does, if it has grown.
     pub(super) async fn end(&self, recorder: &Recorder, has_grown: bool) -> Result<()> {
         if has_grown {
             let end = recorder.append(recorder.mark(END_MARK)).await?;
             recorder.publish(end.entry).await?;
         }
-        let changed = self.image.as_ref().map_or(0, |file| file.modified_ns());
+        self.write(recorder, self.image.as_ref().map_or(0, |file| file.modified_ns())).await
+    }
+
+    /// The recording has ended in order, and the image was last changed then.
+    async fn write(&self, recorder: &Recorder, changed: i64) -> Result<()> {
         let header = Header { closed: Some(changed), ..self.header.clone() };
         let bytes = AlignedBuf::from_slice(&header.to_bytes()?, 4096);
         let sidecar = recorder.sidecar();
