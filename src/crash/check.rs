@@ -79,8 +79,13 @@ impl FromStr for Checker {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Checker> {
+        let quoted = |quote: char| text.contains(&format!("{quote}{MARK}{quote}"));
         match text {
             "ext4" => Ok(Checker::Ext4),
+            // In them it would be no word, or another one.
+            _ if quoted('\'') || quoted('"') => Err(Error::invalid(format!(
+                "'{text}': {MARK} is one word by itself; leave out the quotes around it"
+            ))),
             command if command.contains(PATH) || command.contains(STATE) => {
                 Ok(Checker::Command(command.into()))
             }
@@ -303,6 +308,17 @@ mod tests {
             let verdict = checker.run(Path::new("/dev/null"), &state, &mark, bounds, None);
             assert_eq!(verdict.unwrap(), Verdict::Good);
             assert!(!trap.exists(), "with {quote} around it");
+        }
+    }
+
+    #[test]
+    fn a_mark_in_quotes_is_refused() {
+        for text in ["look {} '{mark}'", "look {} \"{mark}\""] {
+            let err = text.parse::<Checker>().unwrap_err().to_string();
+            assert!(err.contains("leave out the quotes around it"), "{err}");
+        }
+        for text in ["look {} {mark}", "sh -c 'look {} {mark}'", "test \"$(look {} {mark})\""] {
+            text.parse::<Checker>().unwrap();
         }
     }
 
