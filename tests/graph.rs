@@ -500,6 +500,11 @@ fn a_chain_does_not_become_longer_than_one_that_opens() {
     let err = qmp.fails("blockdev-snapshot-sync", snapshot(256, "add-cow"));
     assert!(err.contains("513 files") && err.contains("more than 512"), "{err}");
     assert!(!path(256).exists() && !daemon.path("s256.raw").exists());
+    std::fs::write(path(256), "here before").unwrap();
+    let err = qmp.fails("blockdev-snapshot-sync", snapshot(256, "add-cow"));
+    assert!(err.contains("513 files"), "{err}");
+    assert_eq!(std::fs::read(path(256)).unwrap(), b"here before");
+    std::fs::remove_file(path(256)).unwrap();
     // Nor by two at once, in different places, each of which would fit by itself.
     let action = |data: Value| json!({"type": "blockdev-snapshot-sync", "data": data});
     let middle = json!({"node-name": "s254", "snapshot-file": daemon.path("m"),
@@ -539,25 +544,61 @@ fn a_chain_does_not_become_longer_than_one_that_opens() {
     daemon.quit(&mut qmp);
 }
 
+/// A file system of its own; gone when dropped.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    /// Mounts one on a new directory; `None`, visibly, where that is not allowed.
+    fn new(path: &'a Path, args: &[&str]) -> Option<Mounted<'a>> {
+        std::fs::create_dir(path).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(args).arg("none").arg(path).stderr(Stdio::null());
+        if mount.status().is_ok_and(|status| status.success()) {
+            return Some(Mounted(path));
+        }
+        common::skip("a file system of its own, which only root may mount");
+        None
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}
+
+/// One that cannot do what the disk does: that is known before the overlay is made.
+#[test]
+fn an_overlay_that_cannot_be_opened_as_its_base_keeps_its_content() {
+    let daemon = Daemon::start(TWO);
+    let odd = daemon.path("odd");
+    let Some(_mounted) = Mounted::new(&odd, &["-t", "ramfs"]) else { return };
+    let mut qmp = daemon.qmp();
+    std::fs::write(daemon.path("direct.raw"), vec![0; DISK as usize]).unwrap();
+    let cache = json!({"direct": true});
+    let file = json!({"driver": "file", "filename": daemon.path("direct.raw")});
+    let node = json!({"driver": "raw", "node-name": "direct", "cache": cache, "file": file});
+    qmp.ok("blockdev-add", node);
+    for format in ["add-cow", "qcow2"] {
+        std::fs::write(odd.join("x"), "here before").unwrap();
+        let overlay = json!({"node-name": "direct", "snapshot-file": odd.join("x"),
+                             "snapshot-node-name": "over", "format": format});
+        let err = qmp.fails("blockdev-snapshot-sync", overlay.clone());
+        assert!(err.contains("O_DIRECT"), "{err}");
+        assert_eq!(std::fs::read(odd.join("x")).unwrap(), b"here before", "{format}");
+        std::fs::remove_file(odd.join("x")).unwrap();
+        qmp.fails("blockdev-snapshot-sync", overlay);
+        assert_eq!(std::fs::read_dir(&odd).unwrap().count(), 0, "{format}");
+    }
+    daemon.quit(&mut qmp);
+}
+
 /// A file system without room for an overlay: the disk goes on as it is.
 #[test]
 fn a_snapshot_without_space_is_none() {
     let daemon = Daemon::start(TWO);
     let full = daemon.path("full");
-    std::fs::create_dir(&full).unwrap();
-    let mount =
-        |args: &[&str]| Command::new("mount").args(args).arg(&full).stderr(Stdio::null()).status();
-    if !mount(&["-t", "tmpfs", "-o", "size=64k", "none"]).is_ok_and(|status| status.success()) {
-        common::skip("a file system of its own, which only root may mount");
-        return;
-    }
-    struct Mounted<'a>(&'a Path);
-    impl Drop for Mounted<'_> {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg(self.0).status();
-        }
-    }
-    let _mounted = Mounted(&full);
+    let Some(_mounted) = Mounted::new(&full, &["-t", "tmpfs", "-o", "size=64k"]) else { return };
     let rest = std::fs::write(full.join("filler"), vec![0; 1 << 20]);
     assert!(rest.is_err(), "it has 64 KiB");
     let mut qmp = daemon.qmp();

@@ -214,16 +214,35 @@ impl Layers {
     /// # Errors
     /// Kind [`Unsupported`](crate::ErrorKind::Unsupported), with the length of the chain.
     pub fn check_chain(&self, place: Option<&Node>, overlay: &Image, below: &Node) -> Result<()> {
+        let node = &overlay.node;
+        self.check_len(place, (node.name(), files_of(overlay)), Some(node), below)
+    }
+
+    /// The same for an overlay that is still to be made, where `below` is.
+    ///
+    /// # Errors
+    /// As for [`Layers::check_chain`].
+    pub fn check_new_overlay(&self, name: &str, format: ImageFormat, below: &Node) -> Result<()> {
+        let files = 1 + usize::from(format == ImageFormat::AddCow);
+        self.check_len(Some(below), (name, files), None, below)
+    }
+
+    fn check_len(
+        &self,
+        place: Option<&Node>,
+        (name, own): (&str, usize),
+        overlay: Option<&Node>,
+        below: &Node,
+    ) -> Result<()> {
         let nodes_above = self.graph.nodes_above();
         let above = place.map_or(0, |node| self.files_above(node, overlay, &nodes_above));
-        let files = above + files_of(overlay) + self.files_below(below);
+        let files = above + own + self.files_below(below);
         if files <= MAX_DEPTH {
             return Ok(());
         }
         Err(Error::unsupported(format!(
-            "With '{}' on node '{}', the chain of images would have {files} files, and one of more \
+            "With '{name}' on node '{}', the chain of images would have {files} files, and one of more \
              than {MAX_DEPTH} could not be opened again; commit some of its images first",
-            overlay.node.name(),
             below.name()
         )))
     }
@@ -241,11 +260,11 @@ impl Layers {
     fn files_above(
         &self,
         node: &Node,
-        overlay: &Image,
+        overlay: Option<&Node>,
         nodes_above: &HashMap<usize, Vec<Node>>,
     ) -> usize {
         let parents = nodes_above.get(&node.key()).into_iter().flatten();
-        let others = parents.filter(|above| !above.is_same(&overlay.node));
+        let others = parents.filter(|above| !overlay.is_some_and(|overlay| overlay.is_same(above)));
         let of_parent = |above: &Node| {
             let own = self.of(above).map_or(0, |layer| files_of(&layer.image));
             own + self.files_above(above, overlay, nodes_above)

@@ -210,6 +210,8 @@ pub fn path_of(below: &Image) -> QmpResult<String> {
 /// Prepares an empty overlay that names the image below by its full path.
 fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResult<NewOverlayFile> {
     let below = disks.image_of(node)?;
+    let node_name = request.snapshot_node_name.as_deref().unwrap_or("the overlay");
+    disks.layers.check_new_overlay(node_name, request.format, node)?;
     block_on(node.driver().prepare_for_overlay())?;
     let path = &request.file;
     let allow_dirs = disks.layers.allow_dirs();
@@ -237,6 +239,9 @@ fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResu
         backing_unchecked: true,
         allow_dirs: allow_dirs.to_vec(),
     })?;
+    // It is there now, and will be opened like this.
+    let direct = below.cache.is_direct();
+    HostFile::open(path, crate::io::OpenOptions { direct, ..Default::default() })?;
     Ok(NewOverlayFile { image, is_new })
 }
 
