@@ -6,11 +6,11 @@ use std::process::{Child, Command, Stdio};
 
 mod common;
 
-use common::{Qmp, wait_until};
+use common::{LoopDevice, Qmp, wait_until};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, Session, SessionOptions};
 use vublk::images::{self, CreateRequest, ImageFormat, frozen};
-use vublk::io::{HostFile, OpenOptions};
+use vublk::io::{File, HostFile, OpenOptions};
 
 const DISK: u64 = 1 << 20;
 
@@ -590,6 +590,70 @@ fn an_overlay_that_cannot_be_opened_as_its_base_keeps_its_content() {
         qmp.fails("blockdev-snapshot-sync", overlay);
         assert_eq!(std::fs::read_dir(&odd).unwrap().count(), 0, "{format}");
     }
+    daemon.quit(&mut qmp);
+}
+
+/// What a guest was told of its blocks holds for as long as it is there.
+#[test]
+fn a_guest_is_not_put_on_a_node_that_its_requests_are_too_small_for() {
+    let daemon = Daemon::start(&[TWO, &["--allow-dir", "/dev"]].concat());
+    let backing = daemon.path("device.img");
+    std::fs::write(&backing, vec![0; DISK as usize]).unwrap();
+    let Some(device) = LoopDevice::with_blocks(&backing, 4096) else { return };
+    let mut qmp = daemon.qmp();
+    let direct = json!({"direct": true});
+    let node = |driver: &str, name: &str, file: &str, backing: Value| {
+        let file = json!({"driver": "file", "filename": daemon.path(file)});
+        json!({"driver": driver, "node-name": name, "file": file, "backing": backing,
+               "cache": direct})
+    };
+    let has_direct = HostFile::open(&backing, OpenOptions { direct: true, ..Default::default() });
+    if has_direct.map_or(4096, |file| file.alignment().request) > 512 {
+        common::skip("a file system with direct I/O in units of 512 bytes");
+        return;
+    }
+    // The base of a commit.
+    let file = json!({"driver": "host_device", "filename": device.name()});
+    let base = json!({"driver": "raw", "node-name": "base", "file": file, "cache": direct});
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "qcow2", "top", &DISK.to_string()]);
+    qmp.ok("blockdev-add", base);
+    qmp.ok("blockdev-add", node("qcow2", "top", "top", json!("base")));
+    let export = |id: &str, node: &str| {
+        let addr = json!({"type": "unix", "path": daemon.path(&format!("{id}.sock"))});
+        json!({"type": "vhost-user-blk", "id": id, "node-name": node, "addr": addr, "writable": true})
+    };
+    qmp.ok("block-export-add", export("small", "top"));
+    let refused = "export 'small' has blocks of 512 bytes, and node 'base' takes requests in units \
+                   of 4096 bytes";
+    let commit = json!({"device": "small", "job-id": "j"});
+    let err = qmp.fails("block-commit", commit);
+    assert!(err.contains(refused), "{err}");
+    assert_eq!(qmp.ok("query-jobs", json!({})), json!([]));
+    // What comes to lie below an overlay that passes on what it is asked.
+    let add_cow = ["create", "-q", "-f", "add-cow", "over", &DISK.to_string()];
+    common::ok(daemon.dir.path(), &add_cow);
+    qmp.ok("blockdev-add", node("add-cow", "over", "over", Value::Null));
+    qmp.ok("blockdev-snapshot", json!({"node": "top", "overlay": "over"}));
+    qmp.ok("block-commit", json!({"device": "small", "job-id": "j", "top-node": "top"}));
+    let ended = qmp.event("BLOCK_JOB_COMPLETED");
+    let refused = "export 'small' has blocks of 512 bytes, and node 'over'";
+    assert!(ended["error"].as_str().is_some_and(|err| err.contains(refused)), "{ended}");
+    let mut guest = daemon.guest("small.sock");
+    guest.write(0, 0, &[1; 512]).unwrap();
+    drop(guest);
+    // An overlay.
+    let image = format!("image-file={}", device.name());
+    qmp.ok("block-export-del", json!({"id": "small", "mode": "hard"}));
+    for name in ["over", "top", "base"] {
+        qmp.ok("blockdev-del", json!({"node-name": name}));
+    }
+    common::ok(daemon.dir.path(), &["create", "-q", "-f", "add-cow", "-o", &image, "large"]);
+    qmp.ok("blockdev-add", node("add-cow", "large", "large", Value::Null));
+    let err = qmp.fails("blockdev-snapshot", json!({"node": "d0", "overlay": "large"}));
+    assert!(err.contains("export 'e0' has blocks of 512 bytes"), "{err}");
+    let mut guest = daemon.guest("e0.sock");
+    guest.write(0, 0, &[1; 512]).unwrap();
+    drop(guest);
     daemon.quit(&mut qmp);
 }
 

@@ -367,8 +367,8 @@ impl Graph {
     /// are closed.
     ///
     /// # Errors
-    /// If a node would come to stand on itself, or the driver cannot change its backing. Nothing
-    /// has changed then.
+    /// If a node would come to stand on itself, the driver cannot change its backing, or a root above
+    /// sends requests that are too small from then on. Nothing has changed then.
     pub fn set_backing(
         &self,
         parent: &Node,
@@ -378,7 +378,46 @@ impl Graph {
         if let Some(child) = child {
             self.check_cycle(parent, child, "backing")?;
         }
-        parent.set_backing(child.cloned(), quiesced)
+        let before = parent.backing();
+        parent.set_backing(child.cloned(), quiesced)?;
+        self.check_units_above(parent, quiesced).inspect_err(|_| {
+            if let Err(err) = parent.set_backing(before, quiesced) {
+                tracing::error!("node '{}' is not on its backing again: {err}", parent.name());
+            }
+        })
+    }
+
+    /// Refuses to have those whose roots stand on `node` stand on another, which is called `name` and
+    /// takes requests in units of `unit` bytes only.
+    ///
+    /// # Errors
+    /// Whose requests may be smaller.
+    pub fn check_unit(&self, node: &Node, name: &str, unit: u64) -> Result<()> {
+        match self.roots_on(node).iter().find(|root| root.unit() < unit) {
+            None => Ok(()),
+            Some(root) => Err(Error::invalid(format!(
+                "{} has blocks of {} bytes, and node '{name}' takes requests in units of {unit} \
+                 bytes (logical-block-size={unit} for the one, or cache.direct=off for the other)",
+                root.name(),
+                root.unit()
+            ))),
+        }
+    }
+
+    /// The same for all that reach a node, which stands on another one by now. Layers in between may
+    /// take what the node does not.
+    fn check_units_above(&self, node: &Node, quiesced: &Quiesced) -> Result<()> {
+        let unit = node.limits().request_alignment;
+        let roots = self.roots_reaching(std::slice::from_ref(node));
+        if roots.iter().all(|root| root.unit() >= unit) {
+            return Ok(());
+        }
+        // What the layers above demand follows from what those below them do.
+        self.catch_up(quiesced);
+        roots.iter().try_for_each(|root| {
+            let node = root.node();
+            self.check_unit(&node, node.name(), node.limits().request_alignment)
+        })
     }
 
     /// Refuses to put `child` below `parent` if that is above it already, or the chain would be
@@ -399,23 +438,28 @@ impl Graph {
     /// all that reach `from` are closed.
     ///
     /// # Errors
-    /// If a parent cannot be moved; those that were moved before are moved back.
+    /// If a parent cannot be moved, or a root sends requests that are too small for `to`; those that were
+    /// moved before are moved back.
     pub fn replace(&self, from: &Node, to: &Node, quiesced: &Quiesced) -> Result<()> {
         let parents: Vec<_> = (self.parents(from).into_iter())
             .filter(|parent| !matches!(parent, Parent::Node(node, _) if node.is_same(to)))
             .collect();
+        self.check_unit(from, to.name(), to.limits().request_alignment)?;
+        let put_back = |parents: &[Parent]| {
+            for parent in parents {
+                // It stood there a moment ago, so it can stand there again.
+                if let Err(err) = self.move_parent(parent, from, quiesced) {
+                    tracing::error!("{parent} cannot be put back on {}: {err}", from.name());
+                }
+            }
+        };
         for (done, parent) in parents.iter().enumerate() {
             if let Err(err) = self.move_parent(parent, to, quiesced) {
-                for parent in &parents[..done] {
-                    // It stood there a moment ago, so it can stand there again.
-                    if let Err(err) = self.move_parent(parent, from, quiesced) {
-                        tracing::error!("{parent} cannot be put back on {}: {err}", from.name());
-                    }
-                }
+                put_back(&parents[..done]);
                 return Err(err.context(format!("{parent} cannot use node '{}'", to.name())));
             }
         }
-        Ok(())
+        self.check_units_above(to, quiesced).inspect_err(|_| put_back(&parents))
     }
 
     /// Has a parent stand on `to`, a root's session with it.

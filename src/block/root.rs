@@ -34,6 +34,8 @@ pub struct Root {
 
 struct RootInner {
     name: String,
+    /// See [`Root::unit`].
+    unit: u64,
     /// Replaced only while the gate is closed.
     node: RwLock<Node>,
     gate: Gate,
@@ -60,10 +62,18 @@ impl Session {
 
 impl Root {
     /// A root called `name` (an export, a job) on `node`.
+    ///
+    /// Its user asks the node what requests it takes.
     pub fn new(name: impl Into<String>, node: Node) -> Root {
+        Root::with_unit(name, node, u64::MAX)
+    }
+
+    /// The same for a user who was told once that requests may be multiples of `unit` bytes.
+    pub fn with_unit(name: impl Into<String>, node: Node, unit: u64) -> Root {
         Root {
             inner: Arc::new(RootInner {
                 name: name.into(),
+                unit,
                 node: RwLock::new(node),
                 gate: Gate::new(),
                 session: Mutex::default(),
@@ -74,6 +84,11 @@ impl Root {
     /// Whose root it is.
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// What its requests are multiples of, in bytes. It is not put on a node that demands more.
+    pub fn unit(&self) -> u64 {
+        self.inner.unit
     }
 
     /// The node as of now. Parties load it again when the gate's generation has changed.

@@ -278,7 +278,8 @@ impl Disks {
             poll_us: self.workers.poll_us,
             read_only: !request.writable,
         };
-        let root = Root::new(format!("export '{}'", request.id), request.node);
+        let name = format!("export '{}'", request.id);
+        let root = Root::with_unit(name, request.node, request.block_size);
         self.graph().add_root(&root)?;
         let served = Served::start(request.id, root.clone(), options, request.socket);
         match served {

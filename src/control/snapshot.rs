@@ -159,10 +159,13 @@ impl Snapshot {
         let overlay_backing = overlay.backing();
         let quiesced = disks.graph().quiesce(std::slice::from_ref(&overlay));
         put_on(disks.graph(), &overlay, &node, &quiesced)?;
+        let unit = overlay.limits().request_alignment;
+        let is_fine = disks.graph().check_unit(&node, overlay.name(), unit);
         let stale =
             frozen::moved_to(&overlay_image.file).is_some().then(|| holds_any(&overlay, &node));
         overlay.set_backing(overlay_backing.clone(), &quiesced)?;
         drop(quiesced);
+        is_fine?;
         if stale.transpose()?.unwrap_or(false) {
             return Err(QmpError::generic(format!(
                 "{0}: its disk has gone on in another image since, and {0} still holds what that was \

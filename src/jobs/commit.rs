@@ -89,6 +89,9 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     nodes.iter().try_for_each(Node::check_guest_is_back)?;
     chain::check_alone(&graph, &nodes)?;
     check_is_ours(layers, &nodes)?;
+    if is_active {
+        graph.check_unit(&top, base.name(), base.limits().request_alignment)?;
+    }
     let name = chain::name_of(layers, &base)?;
     for overlay in &overlays {
         let name = backing_file.as_deref().unwrap_or(&name);

@@ -15,7 +15,7 @@ use crate::control::qapi::QmpResult;
 use crate::error::{Error, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::{self, Access, CreateRequest, Image, ImageFormat, frozen};
-use crate::io::{HostFile, block_on};
+use crate::io::{File, HostFile, block_on};
 
 /// What makes overlays is called.
 pub const SYNC: &str = "blockdev-snapshot-sync";
@@ -241,7 +241,11 @@ fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResu
     })?;
     // It is there now, and will be opened like this.
     let direct = below.cache.is_direct();
-    HostFile::open(path, crate::io::OpenOptions { direct, ..Default::default() })?;
+    let file = HostFile::open(path, crate::io::OpenOptions { direct, ..Default::default() })?;
+    if request.format != ImageFormat::Qcow2 {
+        let unit = file.alignment().request;
+        disks.graph().check_unit(node, node_name, unit)?;
+    }
     Ok(NewOverlayFile { image, is_new })
 }
 
