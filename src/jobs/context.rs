@@ -156,9 +156,10 @@ impl Context {
         self.job.settle(&mut state);
     }
 
-    /// How the job is to end, once it was told so.
+    /// How the job is to end, once it was told so and may go on: it does not end while it is paused.
     pub fn ending(&self) -> Option<Ending> {
-        self.job.state().ending
+        let state = self.job.state();
+        state.ending.filter(|_| !state.paused)
     }
 
     /// Waits until the job is told how to end.

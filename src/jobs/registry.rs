@@ -159,15 +159,15 @@ impl Jobs {
     pub fn apply(&self, id: &str, verb: Verb) -> Result<(), VerbError> {
         let job = self.find(id).ok_or(VerbError::NotFound)?;
         let mut state = job.state();
+        if verb == Verb::Resume && !state.paused {
+            return Err(VerbError::Refused("Can't resume a job that was not paused".into()));
+        }
         if !verb.is_allowed(state.status) {
             return Err(refused(id, state.status, verb));
         }
         match verb {
             Verb::Pause if state.paused => {
                 return Err(VerbError::Refused("Job is already paused".into()));
-            }
-            Verb::Resume if !state.paused => {
-                return Err(VerbError::Refused("Can't resume a job that was not paused".into()));
             }
             Verb::Pause => {
                 state.paused = true;

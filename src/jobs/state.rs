@@ -124,7 +124,8 @@ impl Verb {
         match self {
             Verb::Cancel => status.is_at_work() || matches!(status, Waiting | Pending),
             Verb::Pause | Verb::Resume | Verb::SetSpeed | Verb::Change => status.is_at_work(),
-            Verb::Complete => status == Ready,
+            // While it rests, it notes that for later.
+            Verb::Complete => matches!(status, Ready | Standby),
             Verb::Finalize => status == Pending,
             Verb::Dismiss => status == Concluded,
         }
