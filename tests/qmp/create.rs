@@ -161,6 +161,7 @@ fn differencing_images_in_one_step_and_on_nodes() {
         let jobs = qmp.ok(r#"{"execute": "query-jobs"}"#);
         let error = jobs[0]["error"].as_str().unwrap();
         assert!(error.contains(words), "{error}");
+        assert_eq!(jobs[0]["current-progress"], 1);
         qmp.ok(DISMISS);
         assert!(!dir.join("no.vhdx").exists());
     };

@@ -212,20 +212,28 @@ impl Create {
     }
 }
 
+impl Create {
+    async fn make(&self, context: &Context) -> Result<()> {
+        let request = self.request.lock().unwrap().take();
+        let request = request.ok_or_else(|| Error::invalid("a job runs once"))?;
+        // Goes when the job does, however that ends.
+        let beside = self.onto.as_ref().map(|_| Beside(request.path.clone()));
+        context.blocking(move || images::create(&request).map(drop)).await?;
+        match (&self.onto, &beside) {
+            (Some(root), Some(beside)) => copy(context, beside, root).await,
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Body for Create {
     fn run<'a>(&'a self, context: &'a Context) -> Fut<'a, ()> {
         Box::pin(async move {
             context.set_total(1);
-            let request = self.request.lock().unwrap().take();
-            let request = request.ok_or_else(|| Error::invalid("a job runs once"))?;
-            // Goes when the job does, however that ends.
-            let beside = self.onto.as_ref().map(|_| Beside(request.path.clone()));
-            context.blocking(move || images::create(&request).map(drop)).await?;
-            if let (Some(root), Some(beside)) = (&self.onto, &beside) {
-                copy(context, beside, root).await?;
-            }
+            let made = self.make(context).await;
+            // Over is over for QEMU's clients, whatever became of it.
             context.set_current(1);
-            Ok(())
+            made
         })
     }
 }
