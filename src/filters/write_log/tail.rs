@@ -223,7 +223,8 @@ impl Tail {
         match failure {
             None => run.state.store(WRITTEN, Ordering::Release),
             Some(failure) => {
-                tracing::error!("{}; the request fails", failure.message);
+                // Whoever asked tells the operator, and knows how often.
+                tracing::debug!("{}; the request fails", failure.message);
                 run.state.store(FAILED, Ordering::Release);
                 state.failure.get_or_insert(failure);
             }
