@@ -240,7 +240,13 @@ impl Opening<'_> {
     async fn decide(&self, log: Log) -> Result<Option<Found>> {
         let found = match self.look_at_sidecar(&log).await {
             Ok(sidecar) => {
-                let mut found = Found::of_this_image(log.clone(), sidecar).await?;
+                let is_over = sidecar.header().closed.is_some();
+                let mut found = match Found::of_this_image(log.clone(), sidecar).await {
+                    Err(_) if is_over && self.settings.existing == Existing::Overwrite => {
+                        return Ok(None);
+                    }
+                    found => found?,
+                };
                 self.check_disk(&mut found).await.map(|()| found)
             }
             Err(err) => Err(err),

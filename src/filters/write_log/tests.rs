@@ -532,6 +532,27 @@ fn a_log_that_could_not_be_overwritten_is_not_taken_for_the_new_one() {
     }
 }
 
+/// One that cannot be read to its end is what somebody overwrites who has read the message.
+#[test]
+fn a_damaged_log_that_was_ended_is_overwritten() {
+    let bed = Bed::new();
+    block_on(async {
+        let filter = bed.open();
+        write(&filter, 1, 1, 1).await.unwrap();
+        filter.close().await.unwrap();
+    });
+    let mut log = bed.log.volatile();
+    log[512 + 16] = 0xff;
+    let mut sidecar = bed.sidecar.volatile();
+    sidecar.truncate(4096);
+    let (log, sidecar) = (SimFile::from_bytes("w.log", log), SimFile::from_bytes("s", sidecar));
+    let damaged = Bed { log, sidecar, ..bed };
+    let err = damaged.try_open(Settings::default()).unwrap_err().to_string();
+    assert!(err.contains("entry 0: unknown flags"), "{err}");
+    let overwrite = Settings { existing: Existing::Overwrite, ..Settings::default() };
+    assert_eq!(damaged.try_open(overwrite).unwrap().1, Began::New);
+}
+
 /// A copy of the log that somebody has put back.
 #[test]
 fn an_older_copy_of_a_log_is_not_continued() {
