@@ -195,6 +195,7 @@ impl Recordings {
         let quiesced = graph.quiesce(std::slice::from_ref(node));
         node.replace_driver(Arc::clone(recorded.filter.below()), &quiesced);
         let ended = block_on(recorded.filter.end());
+        recorded.filter.unlock();
         graph.resume(quiesced);
         tracing::info!("recording in {} has ended", recorded.filter.log_name());
         Ok(ended?)

@@ -264,6 +264,14 @@ impl WriteLog {
         self.recorder.check_has_name()
     }
 
+    /// Lets others write to log and sidecar, after the end: threads that were not awake since may have
+    /// the files open for some time.
+    pub fn unlock(&self) {
+        for file in [self.recorder.log(), self.recorder.sidecar()] {
+            file.as_host().inspect(|file| file.unlock());
+        }
+    }
+
     /// The image was closed after the log had ended, and may have been changed by that: what is known
     /// of it is brought up to date, so that the log can be continued.
     pub async fn image_was_closed(&self) -> Result<()> {
