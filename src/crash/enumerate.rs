@@ -3,8 +3,8 @@
 //! Small epochs have all their subsets. For larger ones: none, each prefix, all but one, only one,
 //! then sets such that any two writes are seen in all four combinations, then random ones.
 //!
-//! A chosen set that no power cut leaves, because a FUA write is missing and a later one is there, gets
-//! the FUA writes that it must have. (Were it left out, an epoch with many of them would hardly be
+//! A chosen set that no power cut leaves, because a FUA write is missing and one is there that was submitted
+//! after it, gets the FUA writes that it must have. (Were it left out, an epoch with many of them would hardly be
 //! looked at.) So does the set of none, where FUA writes were [promised](History::promised).
 
 use std::ops::ControlFlow;
@@ -108,18 +108,7 @@ pub fn count(history: &History, epoch: &Epoch, reach: &Reach) -> u64 {
     let promised = history.promised(epoch);
     let mut states = 1;
     if reach.reorder && count <= reach.all_subsets.min(30) as usize {
-        // By the last write that is there: of those before it, any but the FUA writes may be missing.
-        // Where some were promised, none is last that lies before these.
-        let mut free = 0;
-        for last in 0..count {
-            if last >= promised {
-                states += 1 << free;
-            }
-            free += u32::from(!history.is_fua(epoch, last));
-            if last + 1 == promised {
-                states = 1 << free;
-            }
-        }
+        states = count_subsets(history, epoch, promised);
     } else if reach.reorder {
         let digits = count.next_power_of_two().trailing_zeros();
         states += 3 * count as u64 + 2 * u64::from(digits) + reach.samples;
@@ -132,6 +121,23 @@ pub fn count(history: &History, epoch: &Epoch, reach: &Reach) -> u64 {
         }
     }
     states
+}
+
+/// How many sets of an epoch's writes a power cut could leave.
+fn count_subsets(history: &History, epoch: &Epoch, promised: usize) -> u64 {
+    let count = epoch.writes.len();
+    // By the first FUA write that is missing: those before it are there, and of what comes after it only
+    // that may be which was in flight together with it. If none is missing, any other write may be.
+    let (mut sets, mut free) = (0, 0);
+    for write in 0..count {
+        if !history.is_fua(epoch, write) {
+            free += 1;
+        } else if write >= promised {
+            let may_outlive = |later: &usize| history.may_outlive(epoch, *later, write);
+            sets += 1 << (free + (write + 1..count).filter(may_outlive).count());
+        }
+    }
+    sets + (1 << free)
 }
 
 /// Whether a power cut may tear a write: not one with FUA that was promised before.
@@ -230,6 +236,59 @@ mod tests {
                 let name = StateName { prefix: 0, applied, torn: Vec::new() };
                 assert_eq!(found.contains(&name), expected, "{writes} since {since}: {name}");
             }
+        }
+    }
+
+    /// An order in which each write was in flight together with some of those before it.
+    fn overlapping(writes: &str, rng: &mut Rng) -> Vec<(u64, u64)> {
+        let mut order = Vec::new();
+        let mut event = 0;
+        for _ in writes.chars() {
+            let completed: u64 = event + 1 + rng.below(3);
+            order.push((completed.saturating_sub(1 + rng.below(8)), completed));
+            event = completed;
+        }
+        order
+    }
+
+    /// All sets, asked one by one whether there is an instant that leaves them.
+    #[test]
+    fn what_was_in_flight_together_may_be_there_without_each_other() {
+        let mut rng = Rng::new(7);
+        let all = Reach { reorder: true, torn: 0, all_subsets: 16, samples: 20, seed: 0 };
+        for _ in 0..300 {
+            let writes: String =
+                (0..1 + rng.below(7)).map(|_| if rng.one_in(2) { 'f' } else { 'w' }).collect();
+            let order = overlapping(&writes, &mut rng);
+            let history = history(&writes).ordered(order.clone());
+            let found: HashSet<_> = visited(&history, &all).into_iter().collect();
+            let epoch = history.window(0);
+            assert_eq!(count(&history, &epoch, &all), found.len() as u64, "{writes} {order:?}");
+            for set in 0..1u64 << writes.len() {
+                let is_there = |i: usize| set >> i & 1 == 1;
+                let is_fua = |i: usize| writes.as_bytes()[i] == b'f';
+                // Nothing that is submitted later is there, and all with FUA that was completed.
+                let leaves = |instant: u64| {
+                    order.iter().enumerate().all(|(i, (submitted, completed))| {
+                        let may_be = !is_there(i) || *submitted < instant;
+                        may_be && (is_there(i) || !is_fua(i) || *completed >= instant)
+                    })
+                };
+                let expected = (0..100).any(leaves);
+                let applied = (0..writes.len()).map(is_there).collect();
+                let name = StateName { prefix: 0, applied, torn: Vec::new() };
+                let case = format!("{writes} {order:?}: {name}");
+                assert_eq!(found.contains(&name), expected, "{case}");
+                assert_eq!(history.is_possible(&epoch, &name), expected, "{case}");
+                let made = history.made_possible(&epoch, name.clone());
+                assert!(history.is_possible(&epoch, &made), "{case} became {made}");
+                assert!(!expected || made == name, "{case} became {made}");
+            }
+            let large = Reach { all_subsets: 0, torn: 512, ..all };
+            let names = visited(&history, &large);
+            assert_eq!(count(&history, &epoch, &large), names.len() as u64, "{writes} {order:?}");
+            let impossible = names.iter().find(|name| !history.is_possible(&epoch, name));
+            assert_eq!(impossible, None, "{writes} {order:?}");
         }
     }
 

@@ -5,7 +5,9 @@
 //! data is the first write of the epoch that it begins.
 //!
 //! A write with FUA was durable when it completed, and the log has it where it completed. So it may
-//! be missing only where everything after it in the epoch is missing, too.
+//! be missing only where everything after it in the epoch is missing, too: everything that was submitted
+//! after that, where the log's sidecar tells ([`History::learn_order`]). What was in flight together with
+//! it may be there without it.
 //!
 //! A history may be looked at [up to](History::up_to) some entry, as if nothing behind it had happened,
 //! and [since](History::since) one: the power fails when the entries before it are there, or later.
@@ -17,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::block_on;
 use crate::units::ByteRange;
 use crate::write_log::layout::END_MARK;
+use crate::write_log::sidecar::Sidecar;
 use crate::write_log::{Entry, Flags, Index, Kind, Log, Mark};
 
 /// The writes between two flushes.
@@ -37,6 +40,8 @@ pub struct History {
     index: Index,
     /// How many entries are there when the power fails, at least.
     since: u64,
+    /// When each entry was submitted and when completed, as numbers of events. Empty if not known.
+    order: Vec<(u64, u64)>,
 }
 
 impl History {
@@ -61,7 +66,56 @@ impl History {
                 ),
             ));
         }
-        Ok(History { log, index, since: 0 })
+        Ok(History { log, index, since: 0, order: Vec::new() })
+    }
+
+    /// Takes over what a sidecar knows of the order in which requests came and went, if it knows that of
+    /// every write, and if it matters: without a FUA write no power cut asks for it.
+    ///
+    /// # Errors
+    /// If the sidecar cannot be read.
+    pub fn learn_order(&mut self, sidecar: &mut Sidecar) -> Result<()> {
+        let entries = self.index.entries();
+        if !entries.iter().any(|entry| entry.flags.has(Flags::FUA)) {
+            return Ok(());
+        }
+        let mut order = Vec::with_capacity(entries.len());
+        let mut completed = 0;
+        for entry in entries {
+            if matches!(entry.kind(), Kind::Write | Kind::Discard) {
+                let record = block_on(sidecar.record(entry.number))?;
+                // As the log has them, or it is the sidecar of another.
+                let record = record.filter(|record| {
+                    record.completed > completed && record.log_sector == entry.log_sector()
+                });
+                let Some(record) = record else { return Ok(()) };
+                completed = record.completed;
+                order.push((record.submitted, record.completed));
+            } else {
+                order.push((u64::MAX, 0));
+            }
+        }
+        self.order = order;
+        Ok(())
+    }
+
+    /// The same with this order, which has an item for each entry.
+    #[cfg(test)]
+    pub fn ordered(mut self, order: Vec<(u64, u64)>) -> History {
+        assert_eq!(order.len() as u64, self.len());
+        self.order = order;
+        self
+    }
+
+    /// Whether it is known which writes were in flight together.
+    pub fn knows_order(&self) -> bool {
+        !self.order.is_empty()
+    }
+
+    /// When an entry was submitted, and when completed. What is not known is taken for the order of the
+    /// log: submitted when all before it were completed.
+    fn order_of(&self, number: u64) -> (u64, u64) {
+        self.order.get(number as usize).copied().unwrap_or((u64::MAX, 0))
     }
 
     /// What had happened when the log had so many entries. Its states have the same names, and are
@@ -200,28 +254,58 @@ impl History {
         (0..before).rfind(|write| self.is_fua(epoch, *write)).map_or(0, |last| last + 1)
     }
 
-    /// The state, with the FUA writes that were promised and those without which its last write would
+    /// Whether a write of an epoch, later in the log than one with FUA, may be there without that.
+    pub fn may_outlive(&self, epoch: &Epoch, later: usize, fua: usize) -> bool {
+        let (submitted, _) = self.order_of(epoch.writes[later]);
+        let (_, completed) = self.order_of(epoch.writes[fua]);
+        submitted < completed
+    }
+
+    /// The state, with the FUA writes that were promised and those without which what is there of it would
     /// not be there. `name` has a bit for each write of the epoch.
     pub fn made_possible(&self, epoch: &Epoch, mut name: StateName) -> StateName {
-        let last = name.applied.iter().rposition(|applied| *applied).unwrap_or(0);
-        let whole = last.max(self.promised(epoch));
-        for write in (0..whole).filter(|write| self.is_fua(epoch, *write)) {
-            name.applied[write] = true;
-            name.torn.retain(|tear| tear.write != write);
+        let promised = self.promised(epoch);
+        let mut youngest = None;
+        for write in (0..epoch.writes.len()).rev() {
+            if self.must_be_whole(epoch, write, promised, youngest) {
+                name.applied[write] = true;
+                name.torn.retain(|tear| tear.write != write);
+            }
+            if name.applied[write] {
+                youngest = youngest.max(Some(self.order_of(epoch.writes[write]).0));
+            }
         }
         name
     }
 
-    /// Whether a power cut could leave it: a FUA write is whole unless all after it is missing, and it
-    /// was not promised before.
+    /// Whether a power cut could leave it: a FUA write is whole unless nothing is there that was submitted
+    /// after it was completed, and it was not promised before.
     pub fn is_possible(&self, epoch: &Epoch, name: &StateName) -> bool {
-        let last = name.applied.iter().rposition(|applied| *applied);
         let promised = self.promised(epoch);
-        (0..epoch.writes.len()).all(|i| {
-            let whole = name.applied.get(i) == Some(&true) && name.tear(i).is_none();
-            let is_last = i >= promised && last.is_none_or(|last| last <= i);
-            whole || is_last || !self.is_fua(epoch, i)
+        let mut youngest = None;
+        (0..epoch.writes.len()).rev().all(|write| {
+            let is_there = name.applied.get(write) == Some(&true);
+            let is_whole = is_there && name.tear(write).is_none();
+            let is_good = is_whole || !self.must_be_whole(epoch, write, promised, youngest);
+            if is_there {
+                youngest = youngest.max(Some(self.order_of(epoch.writes[write]).0));
+            }
+            is_good
         })
+    }
+
+    /// Whether a write is one with FUA that no power cut takes any more: it was promised, or something is
+    /// there that was submitted after it, the last of that at the event `youngest`.
+    fn must_be_whole(
+        &self,
+        epoch: &Epoch,
+        write: usize,
+        promised: usize,
+        youngest: Option<u64>,
+    ) -> bool {
+        let (_, completed) = self.order_of(epoch.writes[write]);
+        self.is_fua(epoch, write)
+            && (write < promised || youngest.is_some_and(|youngest| youngest >= completed))
     }
 
     /// The same state with a bit for each write of its epoch: `E<start of the epoch>:s=…`.

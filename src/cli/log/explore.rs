@@ -27,6 +27,7 @@ use crate::crash::stop::Stop;
 use crate::crash::{History, StateName};
 use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
+use crate::io::{HostFile, OpenOptions, block_on};
 use crate::units::SECTOR_SIZE;
 use crate::write_log::{Start, sidecar};
 
@@ -129,7 +130,8 @@ pub fn run(args: &ExploreArgs) -> Result<u8> {
     let log = args.log.open()?;
     let request = OpenRequest::read(&args.base).format(args.format);
     let base = images::open(&request)?;
-    let history = History::read(log, base.node.size())?;
+    let mut history = History::read(log, base.node.size())?;
+    learn_order(args, &mut history);
     let part = part(args, &history)?;
     if !args.torn_at.is_empty() && !args.states.contains(&States::Torn) {
         return Err(Error::invalid("--torn-at wants --states torn"));
@@ -288,12 +290,13 @@ fn subject(args: &ExploreArgs, history: &History, size: u64) -> Subject {
         size,
         check: checker(args).as_ref().map(ToString::to_string).unwrap_or_default(),
         options: format!(
-            "{states:?} all-subsets={} samples={} seed={} part={:?}{}{}",
+            "{states:?} all-subsets={} samples={} seed={} part={:?}{}{}{}",
             args.all_subsets,
             args.samples,
             args.seed,
             args.part,
             if args.check_alike { " check-alike" } else { "" },
+            if history.knows_order() { " order" } else { "" },
             match tears(args, history) {
                 0 => String::new(),
                 sizes => format!(" torn={sizes}"),
@@ -382,6 +385,18 @@ fn log_and_base(args: &ExploreArgs, history: &History) -> String {
     };
     let format = args.format.map(|format| format!(" -f {format}")).unwrap_or_default();
     format!("--log {} --base {}{format}", path(Path::new(history.log().name())), path(&args.base))
+}
+
+/// Tells a history what the log's sidecar knows of the order of its requests. One that cannot be read is
+/// told of in a report that wants it.
+fn learn_order(args: &ExploreArgs, history: &mut History) {
+    let Some(path) = sidecar_of(args, history) else { return };
+    let learnt = HostFile::open(&path, OpenOptions::default())
+        .and_then(|file| block_on(sidecar::Sidecar::open(Arc::new(file))))
+        .and_then(|mut sidecar| history.learn_order(&mut sidecar));
+    if let Err(err) = learnt {
+        tracing::debug!("the order of requests is not known: {err}");
+    }
 }
 
 /// The sidecar that was named, or the one beside the log if it is there.
