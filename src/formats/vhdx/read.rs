@@ -332,7 +332,11 @@ fn run_of_bits(words: &Words<'_>, first: u64, count: u64) -> (bool, u64) {
 #[cfg(test)]
 mod tests {
     use super::super::cache::PageCache;
+    use super::super::testing::{Fixture, open_image, write};
     use super::*;
+    use crate::io::block_on;
+    use crate::io::sim::SimFile;
+    use crate::units::MIB;
 
     #[test]
     fn runs_of_bits_are_found() {
@@ -351,5 +355,30 @@ mod tests {
         assert_eq!(run(64, 1000), (true, 65));
         assert_eq!(run(129, 1 << 20), (false, 32767 - 129));
         assert_eq!(run(32767, 100), (true, 1));
+    }
+
+    /// Entries of sector bitmaps lie between those of blocks, here between blocks 8191 and 8192: they are
+    /// no blocks, although they look like those that have nothing.
+    #[test]
+    fn runs_of_blocks_do_not_count_the_entries_between_them() {
+        let blocks = 8300;
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(blocks * MIB).bytes());
+        let disk = open_image(&file, None, None).unwrap();
+        let data = [8100, 8194, 8299];
+        for block in data {
+            block_on(write(&disk, block * MIB, &[1; 512], true)).unwrap();
+        }
+        let mut found = Vec::new();
+        for from in 0..blocks {
+            let range = ByteRange::between(from * MIB + 512, blocks * MIB);
+            let run = block_on(disk.format().map_run(range)).unwrap();
+            let is_data = matches!(run.kind, ExtentKind::Data { .. });
+            assert_eq!(is_data, data.contains(&from), "block {from}");
+            // As far as it says, all are alike.
+            let past = run.range.end().div_ceil(MIB);
+            assert!((from + 1..past).all(|block| data.contains(&block) == is_data), "block {from}");
+            found.push(past - from);
+        }
+        assert!(found.iter().any(|run| *run > 400), "one by one");
     }
 }
