@@ -210,9 +210,7 @@ impl Create {
     fn new(request: CreateRequest, onto: Option<Root>) -> Create {
         Create { request: Mutex::new(Some(request)), onto }
     }
-}
 
-impl Create {
     async fn make(&self, context: &Context) -> Result<()> {
         let request = self.request.lock().unwrap().take();
         let request = request.ok_or_else(|| Error::invalid("a job runs once"))?;
