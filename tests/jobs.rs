@@ -161,7 +161,7 @@ fn node_of(qmp: &mut Qmp, host: &Host, file: &str) -> String {
 
 /// What an image names as its backing file.
 fn names(host: &Host, image: &str) -> Option<String> {
-    let info = ok(host.dir.path(), &["info", "-U", "-f", "add-cow", "--output=json", image]);
+    let info = ok(host.dir.path(), &["info", "-U", "--output=json", image]);
     let info: Value = serde_json::from_str(&info).unwrap();
     let name = info["backing-filename"].as_str()?;
     Some(Path::new(name).file_name().unwrap().to_str().unwrap().to_string())
@@ -256,6 +256,25 @@ fn a_layer_is_streamed_down_to_a_base() {
     host.is_disk(&guest, "raw", "c.raw");
     let base = std::fs::read(host.path("base")).unwrap();
     assert_eq!(words(&base), (0..DISK / SECTOR).map(base_word).collect::<Vec<_>>());
+}
+
+/// Found out before anything is copied, and not after hours.
+#[test]
+fn a_stream_to_a_top_without_room_for_a_name_is_refused() {
+    let mut host = Host::with_base(DISK);
+    let dir = host.dir.path();
+    ok(dir, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "disk"]);
+    let small = ["-o", "cluster_size=512", "-b", "disk", "-F", "qcow2", "top"];
+    ok(dir, &[&["create", "-q", "-f", "qcow2"][..], &small].concat());
+    host.backend = host.setup("qcow2", "top", &[]).start();
+    let mut qmp = host.qmp();
+    let nowhere = "x".repeat(800);
+    let arguments = |name: &str| json!({"device": "disk", "job-id": "j", "base": host.path("base"), "backing-file": name});
+    let err = qmp.fails("block-stream", arguments(&nowhere));
+    assert!(err.contains("top: its header has no room for another backing file name"), "{err}");
+    assert_eq!(qmp.ok("query-block-jobs", json!({})), json!([]));
+    run(&mut qmp, "block-stream", arguments("base"));
+    assert_eq!(names(&host, "top").as_deref(), Some("base"));
 }
 
 #[test]

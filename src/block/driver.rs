@@ -405,6 +405,15 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(false) })
     }
 
+    /// Checks that [`Driver::rename_backing`] can be done, as far as that can be told before.
+    ///
+    /// # Errors
+    /// What is in the way.
+    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        let _ = backing;
+        Box::pin(async { Ok(()) })
+    }
+
     /// Has the image's own metadata name another backing file and its format, or none; durable on
     /// return, and at any instant the old name or the new one. What it names shows the same where
     /// this layer leaves it to its backing; whoever asks sees to that. The node below stays.

@@ -182,6 +182,12 @@ pub trait Format: Send + Sync + fmt::Debug {
         Box::pin(async { Ok(false) })
     }
 
+    /// See [`Driver::check_rename_backing`].
+    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        let _ = backing;
+        Box::pin(async { Ok(()) })
+    }
+
     /// See [`Driver::rename_backing`].
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
         let _ = backing;
@@ -417,6 +423,10 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
         self.format.adopt_backing(identity)
+    }
+
+    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        self.format.check_rename_backing(backing)
     }
 
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {

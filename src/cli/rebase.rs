@@ -81,7 +81,7 @@ pub fn run(args: &RebaseArgs) -> Result<u8> {
         request.backing = true;
         image = images::open_alone(&request)?;
     }
-    images::check_new_backing(&image, new)?;
+    images::check_new_backing(&image, new, args.backing_format)?;
     if let Some(new) = new {
         check_no_loop(&image, new)?;
     }

@@ -226,6 +226,10 @@ impl Driver for Intercept {
         self.below.children()
     }
 
+    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        self.below.check_rename_backing(backing)
+    }
+
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
         self.below.rename_backing(backing)
     }

@@ -137,17 +137,27 @@ fn forget_format(file: &HostFile) {
 /// all, in bytes.
 const SHORT_NAME: usize = 512 - 12 - 1;
 
-/// Checks that an add-cow image can name this backing file (or none) from now on.
+/// A backing file as drivers are told of it.
+fn named(backing: Option<&str>, format: Option<ImageFormat>) -> Option<(&str, &'static str)> {
+    backing.map(|name| (name, format.unwrap_or(ImageFormat::Raw).name()))
+}
+
+/// Checks that an add-cow or qcow2 image can name this backing file (or none) from now on.
 ///
 /// # Errors
 /// Names the image and what is wrong with the name.
-pub fn check_new_backing(image: &Image, backing: Option<&str>) -> Result<()> {
+pub fn check_new_backing(
+    image: &Image,
+    backing: Option<&str>,
+    format: Option<ImageFormat>,
+) -> Result<()> {
     let name = || image.name().to_string();
     backing.map_or(Ok(()), open_gate::check_new_name).context(name)?;
     match image.format {
         ImageFormat::AddCow => {}
-        // What else it needs turns out in its header.
-        ImageFormat::Qcow2 if backing.is_none_or(|name| name.len() <= 1023) => return Ok(()),
+        ImageFormat::Qcow2 => {
+            return block_on(image.node.driver().check_rename_backing(named(backing, format)));
+        }
         other => {
             return Err(Error::unsupported(format!(
                 "{}: {other} images cannot be made to name this backing file here",
@@ -181,11 +191,11 @@ pub fn set_backing(
     backing: Option<&str>,
     format: Option<ImageFormat>,
 ) -> Result<()> {
-    check_new_backing(image, backing)?;
+    check_new_backing(image, backing, format)?;
     #[cfg(test)]
     super::frozen::tests::step();
     let name = || image.name().to_string();
-    let named = backing.map(|name| (name, format.unwrap_or(ImageFormat::Raw).name()));
+    let named = named(backing, format);
     if image.format != ImageFormat::AddCow {
         return block_on(image.node.driver().rename_backing(named));
     }

@@ -150,10 +150,15 @@ pub(super) fn release(node: &Node, intercept: &Intercept, quiesced: &Quiesced) {
     node.replace_driver(Arc::clone(intercept.below()), quiesced);
 }
 
-/// Checks that the image of a node can be made to name another backing file.
-pub(super) fn check_renaming(layers: &Layers, node: &Node, name: Option<&str>) -> Result<()> {
+/// Checks that the image of a node can be made to name the image of another one, by this name, or nothing.
+pub(super) fn check_renaming(
+    layers: &Layers,
+    node: &Node,
+    new: Option<(&str, &Node)>,
+) -> Result<()> {
     let image = image_of(layers, node)?;
-    images::check_new_backing(&image, name)
+    let format = new.map(|(_, below)| image_of(layers, below)).transpose()?.map(|i| i.format);
+    images::check_new_backing(&image, new.map(|(name, _)| name), format)
 }
 
 /// Refuses a name by which the image of a node would lead to another file than the base that it comes to stand

@@ -95,7 +95,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: CommitRequest, spec: Spe
     let name = chain::name_of(layers, &base)?;
     for overlay in &overlays {
         let name = backing_file.as_deref().unwrap_or(&name);
-        chain::check_renaming(layers, overlay, Some(name))?;
+        chain::check_renaming(layers, overlay, Some((name, &base)))?;
         chain::check_leads_to(layers, overlay, name, &base)?;
     }
     let image = chain::image_of(layers, &base)?;

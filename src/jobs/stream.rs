@@ -82,7 +82,7 @@ pub fn start(jobs: &Jobs, layers: &mut Layers, request: StreamRequest, spec: Spe
             (Some(base), None) => Some(chain::name_of(layers, base)?),
             (None, _) => None,
         };
-        chain::check_renaming(layers, &top, name.as_deref())?;
+        chain::check_renaming(layers, &top, name.as_deref().zip(base.as_ref()))?;
         if let (Some(base), Some(name)) = (&base, &backing_file) {
             chain::check_leads_to(layers, &top, name, base)?;
         }

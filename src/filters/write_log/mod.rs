@@ -367,6 +367,10 @@ impl Driver for WriteLog {
         Ok(Arc::new(WriteLog { below, recording: Arc::clone(&self.recording) }))
     }
 
+    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        self.below.check_rename_backing(backing)
+    }
+
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
         self.below.rename_backing(backing)
     }

@@ -68,6 +68,12 @@ pub struct Backing {
     pub format: Option<String>,
 }
 
+impl From<(&str, &str)> for Backing {
+    fn from((file, format): (&str, &str)) -> Backing {
+        Backing { file: file.into(), format: Some(format.into()) }
+    }
+}
+
 /// What a qcow2 header says.
 #[derive(Clone, Debug)]
 pub struct Header {

@@ -444,10 +444,15 @@ impl Format for Qcow2 {
         Ok(())
     }
 
+    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
+        Box::pin(async move {
+            let backing = backing.map(Backing::from);
+            self.renaming(backing.as_ref()).await.map(drop)
+        })
+    }
+
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        let backing = backing
-            .map(|(file, format)| Backing { file: file.into(), format: Some(format.into()) });
-        Box::pin(self.rename(backing))
+        Box::pin(self.rename(backing.map(Backing::from)))
     }
 
     fn details(&self) -> serde_json::Value {

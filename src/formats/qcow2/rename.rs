@@ -11,11 +11,15 @@ use super::header::{Backing, Renaming};
 use crate::error::{Result, ResultExt};
 
 impl Qcow2 {
+    /// What changes in the header for it to name this backing file.
+    pub(super) async fn renaming(&self, backing: Option<&Backing>) -> Result<Renaming> {
+        let cluster = self.store.read(0, self.cluster_size as usize).await?;
+        Renaming::new(&cluster, backing).context(|| self.name().to_string())
+    }
+
     pub(super) async fn rename(&self, backing: Option<Backing>) -> Result<()> {
         self.check_writable()?;
-        let cluster = self.store.read(0, self.cluster_size as usize).await?;
-        let change = Renaming::new(&cluster, backing.as_ref());
-        let change = change.context(|| self.name().to_string())?;
+        let change = self.renaming(backing.as_ref()).await?;
         if let Some((at, name)) = &change.name {
             self.store.write(*at, name).await?;
             self.checkpoint().await?;
