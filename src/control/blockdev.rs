@@ -712,9 +712,30 @@ fn prepare_reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Cha
             disks.users_of(&node)
         )));
     }
+    if access == Access::Read {
+        check_no_writer_on(disks, &node)?;
+    }
     // Not where a job works. None comes before we are done.
     drop(disks.hold_graph(&node, "blockdev-reopen")?);
     Ok(Change { node, to: Target::Image(access, moves.then_some(backing)) })
+}
+
+/// Refuses to take the right to write from a file whose format may.
+fn check_no_writer_on(disks: &Disks, node: &Node) -> QmpResult<()> {
+    let writes = |parent: &graph::Parent| match parent {
+        graph::Parent::Node(above, "file") => {
+            disks.layers.of(above).is_some_and(|layer| layer.image.access == Access::Write)
+        }
+        _ => false,
+    };
+    match disks.graph().parents(node).iter().find(|parent| writes(parent)) {
+        Some(parent) => Err(QmpError::generic(format!(
+            "Read-only block node '{}' cannot support read-write users: {parent}; reopen that read-only \
+             first",
+            node.name()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// A base that is written to would change every state that stands on it.

@@ -200,27 +200,45 @@ impl Disks {
     /// # Errors
     /// In QEMU's words, with the node to use instead.
     pub fn check_no_node_on(&self, node: &Node, right: &str, who: &str) -> QmpResult<()> {
-        let (filters, image) = node.skip_filters();
-        let is_ours = |above: &Node| filters.iter().any(|filter| filter.is_same(above));
-        let users = filters.iter().chain([&image]).find_map(|node| {
-            self.graph().parents(node).into_iter().find_map(|parent| match parent {
-                Parent::Node(above, role) if !is_ours(&above) => Some((node, above, role)),
-                _ => None,
-            })
-        });
-        let Some((node, above, role)) = users else { return Ok(()) };
+        let Some((node, above, role)) = self.node_on(node) else { return Ok(()) };
         let (name, above) = (node.name(), above.name());
         Err(QmpError::generic(match role {
-            "backing" => format!(
-                "Node '{name}' is busy: node is used as backing hd of '{above}', which relies on \
-                 what is in it; use '{above}' instead"
-            ),
+            "backing" => return self.check_no_overlay_on(&node),
             role => format!(
                 "Permission conflict on node '{name}': permissions '{right}' are both required by \
                  {who} and unshared by node '{above}' (uses node '{name}' as '{role}' child); use \
                  '{above}' instead"
             ),
         }))
+    }
+
+    /// Refuses a node that is another one's backing: that relies on what is in it.
+    ///
+    /// # Errors
+    /// In QEMU's words, with the node to use instead.
+    pub fn check_no_overlay_on(&self, node: &Node) -> QmpResult<()> {
+        match self.node_on(node) {
+            Some((node, above, "backing")) => Err(QmpError::generic(format!(
+                "Node '{}' is busy: node is used as backing hd of '{above}', which relies on what is in \
+                 it; use '{above}' instead",
+                node.name(),
+                above = above.name()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// A node that stands on this one, or on what it filters, and is none of these: which one it stands
+    /// on, and in which role it has that.
+    fn node_on(&self, node: &Node) -> Option<(Node, Node, &'static str)> {
+        let (filters, image) = node.skip_filters();
+        let is_ours = |above: &Node| filters.iter().any(|filter| filter.is_same(above));
+        filters.iter().chain([&image]).find_map(|node| {
+            self.graph().parents(node).into_iter().find_map(|parent| match parent {
+                Parent::Node(above, role) if !is_ours(&above) => Some((node.clone(), above, role)),
+                _ => None,
+            })
+        })
     }
 
     /// Who uses a node, for messages.

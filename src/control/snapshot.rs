@@ -74,6 +74,7 @@ impl Snapshot {
     /// Of an overlay that is there: `blockdev-snapshot`.
     pub fn of_node(disks: &mut Disks, node: &str, overlay: &str) -> QmpResult<Prepared> {
         let node = disks.find_image(Some(node), Some(node))?;
+        disks.check_no_overlay_on(&node)?;
         let overlay = disks.graph().find(overlay).ok_or_else(|| {
             QmpError::generic(format!("Cannot find device='{overlay}' nor node-name='{overlay}'"))
         })?;
@@ -101,6 +102,7 @@ impl Snapshot {
         before: &[Prepared],
     ) -> QmpResult<Prepared> {
         let node = disks.find_image(request.device.as_deref(), request.node_name.as_deref())?;
+        disks.check_no_overlay_on(&node)?;
         if request.node_name.is_some() && request.snapshot_node_name.is_none() {
             return Err(QmpError::generic("New overlay node-name missing"));
         }
