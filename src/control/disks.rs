@@ -200,10 +200,18 @@ impl Disks {
     /// # Errors
     /// In QEMU's words, with the node to use instead.
     pub fn check_no_node_on(&self, node: &Node, right: &str, who: &str) -> QmpResult<()> {
-        let Some((node, above, role)) = self.node_on(node) else { return Ok(()) };
+        let (filters, image) = node.skip_filters();
+        let is_ours = |above: &Node| filters.iter().any(|filter| filter.is_same(above));
+        let users = filters.iter().chain([&image]).find_map(|node| {
+            self.graph().parents(node).into_iter().find_map(|parent| match parent {
+                Parent::Node(above, role) if !is_ours(&above) => Some((node, above, role)),
+                _ => None,
+            })
+        });
+        let Some((node, above, role)) = users else { return Ok(()) };
         let (name, above) = (node.name(), above.name());
         Err(QmpError::generic(match role {
-            "backing" => return self.check_no_overlay_on(&node),
+            "backing" => is_backing_of(name, above),
             role => format!(
                 "Permission conflict on node '{name}': permissions '{right}' are both required by \
                  {who} and unshared by node '{above}' (uses node '{name}' as '{role}' child); use \
@@ -212,33 +220,27 @@ impl Disks {
         }))
     }
 
-    /// Refuses a node that is another one's backing: that relies on what is in it.
+    /// Refuses a node that is the backing, itself or by its filters, of another one that is in use: that
+    /// relies on what is in it. Others are what a disk has left behind.
     ///
     /// # Errors
     /// In QEMU's words, with the node to use instead.
     pub fn check_no_overlay_on(&self, node: &Node) -> QmpResult<()> {
-        match self.node_on(node) {
-            Some((node, above, "backing")) => Err(QmpError::generic(format!(
-                "Node '{}' is busy: node is used as backing hd of '{above}', which relies on what is in \
-                 it; use '{above}' instead",
-                node.name(),
-                above = above.name()
-            ))),
-            _ => Ok(()),
+        let image = node.skip_filters().1;
+        for parent in self.graph().parents(node) {
+            match parent {
+                Parent::Node(above, _) if above.skip_filters().1.is_same(&image) => {
+                    self.check_no_overlay_on(&above)?;
+                }
+                Parent::Node(above, "backing")
+                    if !self.graph().roots_reaching(std::slice::from_ref(&above)).is_empty() =>
+                {
+                    return Err(QmpError::generic(is_backing_of(node.name(), above.name())));
+                }
+                _ => {}
+            }
         }
-    }
-
-    /// A node that stands on this one, or on what it filters, and is none of these: which one it stands
-    /// on, and in which role it has that.
-    fn node_on(&self, node: &Node) -> Option<(Node, Node, &'static str)> {
-        let (filters, image) = node.skip_filters();
-        let is_ours = |above: &Node| filters.iter().any(|filter| filter.is_same(above));
-        filters.iter().chain([&image]).find_map(|node| {
-            self.graph().parents(node).into_iter().find_map(|parent| match parent {
-                Parent::Node(above, role) if !is_ours(&above) => Some((node.clone(), above, role)),
-                _ => None,
-            })
-        })
+        Ok(())
     }
 
     /// Who uses a node, for messages.
@@ -375,6 +377,14 @@ impl Disks {
         let closed = self.layers.close_all();
         (served, closed.and(self.recordings.images_were_closed()))
     }
+}
+
+/// Why a node is to be left as it is, in QEMU's words.
+fn is_backing_of(name: &str, above: &str) -> String {
+    format!(
+        "Node '{name}' is busy: node is used as backing hd of '{above}', which relies on what is in it; \
+         use '{above}' instead"
+    )
 }
 
 /// Refuses to read through a node where a job changes what it shows, on whatever layer below it.
