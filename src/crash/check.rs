@@ -13,9 +13,9 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
-use crate::crash::guard;
 use crate::crash::name::StateName;
 use crate::crash::stop::{Stop, stopped};
+use crate::crash::{guard, orphans};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// What a shell exits with where it cannot run a command.
@@ -244,7 +244,7 @@ fn run(
         Ok(output.map(File::try_clone).transpose()?.map_or_else(Stdio::null, Stdio::from))
     };
     command.stdin(Stdio::null()).stdout(stdio()?).stderr(stdio()?);
-    guard::mark(command);
+    let mark = guard::mark(command);
     reset_signals(command);
     // A group of its own: Ctrl-C at the terminal is for us, and must not look like a bad disk.
     let name = command.get_program().to_string_lossy().into_owned();
@@ -265,6 +265,7 @@ fn run(
     // Before it is waited for: until then nobody else has its number.
     let _ = kill_process_group(pid, Signal::KILL);
     let status = child.wait()?;
+    orphans::end(&mark)?;
     match (has_ended, is_late) {
         (true, _) => Ok(Some(status)),
         (_, true) => Ok(None),

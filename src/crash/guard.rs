@@ -11,6 +11,7 @@
 use std::os::unix::process::CommandExt;
 use std::process::{ChildStdin, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where our name is in the environment.
 const VARIABLE: &str = "VUBLK_EXPLORATION";
@@ -33,41 +34,34 @@ sleep 1
 end "$1"
 "#;
 
-/// The shell that waits for our end.
-#[derive(Debug)]
-struct Guard {
-    name: String,
-    /// Closed when we end, however.
-    _pipe: ChildStdin,
+/// The shell that waits for our end: its standard input, which is closed when we end, however. Started
+/// with the first checker, and there until the end.
+static GUARD: OnceLock<Option<ChildStdin>> = OnceLock::new();
+/// What the names of all our checkers begin with.
+static NAME: OnceLock<String> = OnceLock::new();
+
+fn start(name: &str) -> std::io::Result<ChildStdin> {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", SCRIPT, "vublk-guard", &format!("{VARIABLE}={name}")]);
+    shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    // What the terminal sends is not for it.
+    let mut child = shell.current_dir("/").process_group(0).spawn()?;
+    let pipe = child.stdin.take();
+    pipe.ok_or_else(|| std::io::Error::other("a shell without its standard input"))
 }
 
-/// Started with the first checker, and there until the end.
-static GUARD: OnceLock<Option<Guard>> = OnceLock::new();
-
-impl Guard {
-    fn start() -> std::io::Result<Guard> {
-        let name = format!("{VARIABLE}={}", uuid::Uuid::new_v4().simple());
-        let mut shell = Command::new("sh");
-        shell.args(["-c", SCRIPT, "vublk-guard", &name]);
-        shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-        // What the terminal sends is not for it.
-        let mut child = shell.current_dir("/").process_group(0).spawn()?;
-        let pipe = child.stdin.take();
-        let pipe =
-            pipe.ok_or_else(|| std::io::Error::other("a shell without its standard input"))?;
-        Ok(Guard { name, _pipe: pipe })
-    }
-}
-
-/// Has a checker, and all that it starts, end with us.
-pub(super) fn mark(command: &mut Command) {
-    let guard = GUARD.get_or_init(|| {
+/// Has a checker, and all that it starts, end with us. Returns what tells them from those of all other
+/// checks, in their environment.
+pub(super) fn mark(command: &mut Command) -> String {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let name = NAME.get_or_init(|| format!("{}.", uuid::Uuid::new_v4().simple()));
+    GUARD.get_or_init(|| {
         let warn = |err: &std::io::Error| {
             tracing::warn!("checkers will not end should this process be killed: sh: {err}");
         };
-        Guard::start().inspect_err(warn).ok()
+        start(name).inspect_err(warn).ok()
     });
-    if let Some((variable, value)) = guard.as_ref().and_then(|guard| guard.name.split_once('=')) {
-        command.env(variable, value);
-    }
+    let value = format!("{name}{}", COUNT.fetch_add(1, Ordering::Relaxed));
+    command.env(VARIABLE, &value);
+    format!("{VARIABLE}={value}")
 }

@@ -19,6 +19,7 @@
 //! scratch      the directories of these, and what killed processes have left there
 //! syncer       what a checker wrote to it and the kernel still has
 //! check        programs that say whether a disk is good
+//! orphans      ends what they have left running
 //! guard        ends them should we be killed
 //! mailbox      a guest that says so
 //! stop         the operator's wish to end
@@ -50,6 +51,7 @@ mod guard;
 pub mod history;
 pub mod mailbox;
 pub mod name;
+pub mod orphans;
 pub mod overlay;
 pub mod report;
 mod scratch;

@@ -264,6 +264,27 @@ fn what_a_checker_leaves_running_is_ended() {
     common::wait_until("the end of the checker's child", || !runs(&dir.path().join("pid")));
 }
 
+/// Nor has what is no member of its process group any more.
+#[test]
+fn daemons_that_a_checker_leaves_are_ended_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    small_disk(d, 1);
+    // Each one has a child, and its parent has ended before. Those of another worker go on.
+    let daemon = "sh -c 'sleep 100000 & echo $! >child; echo $$ >apart; wait'";
+    let check = format!(
+        "mkdir -p $(basename {{}}); cd $(basename {{}}); for file in apart child; do \
+         test ! -e $file || ! test -e /proc/$(cat $file) || exit 1; done; rm -f apart; \
+         (setsid {daemon} <{{}} &); until test -s apart; do sleep 0.01; done; \
+         test -e /proc/$(cat apart)"
+    );
+    let (code, report) = explore(d, &check, &["-j", "2", "--check-alike"]);
+    assert_eq!((code, &report["failed"]), (Some(0), &0.into()), "{report}");
+    for worker in ["0.img", "1.img"] {
+        assert!(["apart", "child"].iter().all(|pid| !runs(&d.join(worker).join(pid))), "{worker}");
+    }
+}
+
 #[test]
 fn signals_reach_a_checker() {
     let dir = tempfile::tempdir().unwrap();

@@ -24,7 +24,7 @@ use crate::crash::fuse::Reads;
 use crate::crash::report::{Report, Subject};
 use crate::crash::stage::Stage;
 use crate::crash::stop::Stop;
-use crate::crash::{History, StateName};
+use crate::crash::{History, StateName, orphans};
 use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
 use crate::io::{HostFile, OpenOptions, block_on};
@@ -127,6 +127,7 @@ pub struct ExploreArgs {
 pub fn run(args: &ExploreArgs) -> Result<u8> {
     // Before any thread exists: signals are for this one.
     let stop = stop_on_signals(Signals::block()?)?;
+    orphans::adopt()?;
     let log = args.log.open()?;
     let request = OpenRequest::read(&args.base).format(args.format);
     let base = images::open(&request)?;
