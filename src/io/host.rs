@@ -6,7 +6,7 @@ use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -15,6 +15,7 @@ use super::engine::{Op, OpCode, blocking};
 use super::file::{Alignment, File, Fut, Hole};
 use super::flushes::Flushes;
 use super::lock::{self, Rights};
+use super::slow_calls::SlowCalls;
 use super::{Buffers, carrying, reactor};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::units::{ByteRange, align_down, align_up};
@@ -65,10 +66,8 @@ pub struct HostFile {
     reads_nowait: bool,
     /// See [`HostFile::modified_before_ns`].
     modified_before_ns: i64,
-    /// Until when (in [`coarse_now_ms`]) inline calls are suspended because one was slow.
-    inline_suspended_until_ms: AtomicU64,
-    /// Slow inline calls in a row; each doubles the suspension.
-    inline_slow_streak: AtomicU32,
+    /// Whether plain calls hold up whoever makes them.
+    slow_calls: SlowCalls,
 }
 
 /// In which directions plain calls beat the ring.
@@ -100,24 +99,10 @@ impl Drop for OpenFile {
     }
 }
 
-/// A plain call that takes this long has held up its queue. Two ticks of the coarse clock at 250
-/// Hz, so that a quick call across one tick does not count.
-const INLINE_SLOW_MS: u64 = 8;
-/// How long plain calls on a file are suspended after a slow one; doubled for each in a row.
-const INLINE_SUSPENSION_MS: u64 = 100;
-/// Most doublings: 100 ms << 6 is 6.4 s.
-const INLINE_MAX_DOUBLINGS: u32 = 6;
-
 /// Largest bounce buffer of a request; a multiple of what any O_DIRECT demands.
 const BOUNCE_LEN: u64 = 256 << 10;
 
 static NEXT_ID: AtomicU32 = AtomicU32::new(0);
-
-/// Milliseconds of the coarse monotonic clock (a tick's resolution, a few nanoseconds to read).
-pub fn coarse_now_ms() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
-    now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
-}
 
 impl HostFile {
     /// Opens `path`.
@@ -182,8 +167,7 @@ impl HostFile {
             inline,
             reads_nowait,
             modified_before_ns: modified_ns(&stat),
-            inline_suspended_until_ms: AtomicU64::new(0),
-            inline_slow_streak: AtomicU32::new(0),
+            slow_calls: SlowCalls::default(),
         })
     }
 
@@ -208,8 +192,7 @@ impl HostFile {
             inline,
             reads_nowait,
             modified_before_ns: self.modified_before_ns,
-            inline_suspended_until_ms: AtomicU64::new(0),
-            inline_slow_streak: AtomicU32::new(0),
+            slow_calls: SlowCalls::default(),
         })
     }
 
@@ -245,10 +228,7 @@ impl HostFile {
 
     /// In which directions plain calls are to be preferred right now.
     pub fn inline(&self) -> Inline {
-        if (self.inline.reads || self.inline.writes)
-            && self.inline_suspended_until_ms.load(Ordering::Relaxed) != 0
-            && coarse_now_ms() < self.inline_suspended_until_ms.load(Ordering::Relaxed)
-        {
+        if (self.inline.reads || self.inline.writes) && self.slow_calls.are_suspended() {
             return Inline::default();
         }
         self.inline
@@ -260,23 +240,16 @@ impl HostFile {
         self.reads_nowait
     }
 
-    /// Performs a transfer in place. One that blocks for long (the host throttles the writer, say)
-    /// suspends inline calls for a while: the next requests go through the ring, where they hold
-    /// up nobody else.
+    /// Performs a transfer in place. Those that sleep for long (the host throttles the writer, say)
+    /// suspend such calls for a while: the next requests go through the ring, where they hold up
+    /// nobody else.
     ///
     /// # Safety
     /// As for [`blocking`].
     #[inline]
     pub unsafe fn inline_call(&self, op: &Op) -> i32 {
-        let start = coarse_now_ms();
         // SAFETY: passed on to the caller.
-        let result = unsafe { blocking(op) };
-        if coarse_now_ms() - start >= INLINE_SLOW_MS {
-            self.suspend_inline();
-        } else if self.inline_slow_streak.load(Ordering::Relaxed) != 0 {
-            self.inline_slow_streak.store(0, Ordering::Relaxed);
-        }
-        result
+        self.slow_calls.make(|| unsafe { blocking(op) })
     }
 
     /// Writes all of `data` in place, in as many plain calls as it takes; for files of which
@@ -350,13 +323,6 @@ impl HostFile {
             }
         }
         Ok(done)
-    }
-
-    #[cold]
-    fn suspend_inline(&self) {
-        let streak = self.inline_slow_streak.fetch_add(1, Ordering::Relaxed);
-        let pause = INLINE_SUSPENSION_MS << streak.min(INLINE_MAX_DOUBLINGS);
-        self.inline_suspended_until_ms.store(coarse_now_ms() + pause, Ordering::Relaxed);
     }
 
     /// The descriptor, shared with an operation.

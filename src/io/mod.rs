@@ -29,6 +29,7 @@ pub mod lock;
 pub mod reactor;
 pub mod shared_memory;
 pub mod sim;
+mod slow_calls;
 
 pub use buf::{AlignedBuf, BufferOwner, Buffers, Scattered};
 pub use carry::{Load, carrying};
