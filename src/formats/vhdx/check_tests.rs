@@ -9,8 +9,9 @@ use super::layout::{Guid, HEADER_OFFSETS, REGION_TABLE_OFFSETS};
 use super::locator::Locator;
 use super::log::NewEntry;
 use super::resize::resize;
+use super::testing::{open_image, read, write};
 use super::{OpenOptions, Structure, Vhdx};
-use crate::block::Format;
+use crate::block::{Driver, Format};
 use crate::io::sim::{Fault, SimFile};
 use crate::io::{File, block_on};
 use crate::units::{ByteRange, MIB};
@@ -102,15 +103,31 @@ fn copies_replace_what_is_damaged() {
         let message = format!("region table {} of 2 is damaged", copy + 1);
         is_repaired(|content| content[offset as usize + 60_000] ^= 1, &message, true);
     }
-    let other = |content: &mut Vec<u8>| {
-        let table = &mut content[REGION_TABLE_OFFSETS[1] as usize..][..64 << 10];
-        // Where the BAT is: a MiB further.
-        table[16 + 16 + 2] += 0x10;
-        let sum = super::layout::checksum(table, 4);
-        table[4..8].copy_from_slice(&sum.to_le_bytes());
-    };
-    is_repaired(other, "the two region tables differ", true);
+    is_repaired(make_second_table_stale, "the two region tables differ", true);
     is_repaired(|content| content[0] = b'V', "\"vhdxfile\" is missing", true);
+}
+
+/// As a resize that was cut off leaves it.
+fn make_second_table_stale(content: &mut Vec<u8>) {
+    let table = &mut content[REGION_TABLE_OFFSETS[1] as usize..][..64 << 10];
+    // Where the BAT is: a MiB further.
+    table[16 + 16 + 2] += 0x10;
+    let sum = super::layout::checksum(table, 4);
+    table[4..8].copy_from_slice(&sum.to_le_bytes());
+}
+
+#[test]
+fn the_first_write_replaces_a_stale_region_table() {
+    let mut content = image();
+    make_second_table_stale(&mut content);
+    let sim = SimFile::from_bytes("test.vhdx", content.clone());
+    let disk = open_image(&sim, None, None).unwrap();
+    assert_eq!(block_on(read(&disk, 0, 512)), vec![0; 512]);
+    assert!(sim.volatile() == content, "who only reads changes nothing");
+    block_on(write(&disk, 2 * MIB, &[1; 4096], false)).unwrap();
+    block_on(disk.close()).unwrap();
+    let (found, _) = checked(&sim.volatile(), None);
+    assert_eq!(words(&found), "");
 }
 
 #[test]

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 
 use super::header::{Header, HeaderSlots};
 use super::journal::{Conditions, Edit};
-use super::layout::Guid;
-use super::scan;
+use super::layout::{Guid, REGION_TABLE_OFFSETS};
 use super::space::Space;
 use super::structure::Structure;
 use super::{ALL, Vhdx};
+use super::{disk, region, scan};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{HostKind, block_on};
 use crate::units::ByteRange;
@@ -54,8 +54,25 @@ impl Vhdx {
             })
             .await;
         self.poisoning(updated)?;
+        let replaced = self.replace_stale_region_table().await;
+        self.poisoning(replaced)?;
         *self.next_data_guid.lock().unwrap() = Guid::random();
         self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the second region table say what the first one does. A resize that was cut off leaves one
+    /// that names a BAT in space which is used for other things from now on, and should the first be
+    /// damaged one day, it would be believed. The caller holds `starting`.
+    async fn replace_stale_region_table(&self) -> Result<()> {
+        let regions = self.structure().regions;
+        if !regions.differ {
+            return Ok(());
+        }
+        let table = region::encode(&regions.all);
+        disk::write(&self.file, REGION_TABLE_OFFSETS[1], &table).await?;
+        self.file.flush().await?;
+        tracing::info!("{}: the second region table was out of date, and is no more", self.name());
         Ok(())
     }
 
