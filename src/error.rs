@@ -104,13 +104,18 @@ impl Error {
         Error { lost_nothing: is_certain, ..self }
     }
 
-    /// Puts `message` before this error, which becomes its source. The kind stays.
+    /// Puts `message` before this error, which becomes its source. The kind stays. Two layers that name
+    /// the same thing name it once.
     pub fn context(self, message: impl Into<String>) -> Self {
+        let message = message.into();
+        if message == self.message {
+            return self;
+        }
         Error {
             kind: self.kind,
             errno: self.errno,
             lost_nothing: self.lost_nothing,
-            message: message.into(),
+            message,
             source: Some(Box::new(self)),
         }
     }
@@ -207,6 +212,16 @@ mod tests {
         );
         assert_eq!(err.kind(), ErrorKind::NotFound);
         assert_eq!(err.errno(), Some(libc::ENOENT));
+    }
+
+    #[test]
+    fn what_two_layers_name_is_named_once() {
+        let named = || Error::invalid("no room").context("w.log");
+        assert_eq!(named().context("w.log").to_string(), "w.log: no room");
+        assert_eq!(
+            named().context("copy").context("w.log").to_string(),
+            "w.log: copy: w.log: no room"
+        );
     }
 
     #[test]

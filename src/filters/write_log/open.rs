@@ -212,7 +212,9 @@ impl Opening<'_> {
             Content::Log => match Log::open(Arc::clone(self.log)).await {
                 Ok(log) => self.decide(log).await,
                 Err(_) if overwrite => Ok(None),
-                Err(err) => Err(err),
+                Err(err) => Err(err.context(
+                    "holds a log that nothing can be added to (--log-overwrite starts anew)",
+                )),
             },
         }
     }
