@@ -28,7 +28,7 @@ const HEADER_WINDOW: u64 = 64 << 10;
 /// How much a walk reads at a time whose caller wants the data, too.
 const DATA_WINDOW: u64 = 1 << 20;
 /// The most data that such a walk reads with its header: where entries are larger, most of a window
-/// would be read in vain.
+/// would be read in vain, and headers are read alone.
 const SMALL_DATA: u64 = DATA_WINDOW / 4;
 
 /// An open log.
@@ -293,13 +293,15 @@ impl Walk<'_> {
             .await
             .map_err(|err| err.context(format!("{}: entry {number}", self.log.name())))?;
         (self.number, self.position) = (number + 1, entry.end_position());
-        if self.wants_data {
-            // As this one was, so the next will be.
-            self.window.reach = match entry.data() {
-                Some(data) if data.len > SMALL_DATA => self.log.sector_size().max(4096),
-                _ => DATA_WINDOW,
-            };
-        }
+        // As this one was, so the next will be.
+        let (window, small) = match self.wants_data {
+            true => (DATA_WINDOW, SMALL_DATA),
+            false => (HEADER_WINDOW, HEADER_WINDOW),
+        };
+        self.window.reach = match entry.data() {
+            Some(data) if data.len > small => self.log.sector_size().max(4096),
+            _ => window,
+        };
         Ok(Some(entry))
     }
 

@@ -5,6 +5,7 @@
 //! entries is the order on the disk.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -23,6 +24,11 @@ const LANES: usize = 8;
 /// How many ranges may have been started since everything was last known to be done.
 const MAX_STARTED: usize = 64;
 
+/// Of what length pieces of the disk's file are told apart by whether they were written before, in bytes.
+const CHUNK: u64 = 256 << 10;
+/// How many of these are remembered: 256 GiB.
+const MAX_CHUNKS: usize = 1 << 20;
+
 /// Writes entries to a disk.
 pub struct Replayer {
     log: Arc<dyn File>,
@@ -31,17 +37,24 @@ pub struct Replayer {
     /// What may be in flight.
     started: Vec<ByteRange>,
     spare: Spare,
+    /// Which chunks of the disk's file the host has begun to write out, if it is to do so.
+    written_out: Option<HashSet<u64>>,
 }
 
 /// Memory of pieces that are done: fresh memory would cost the host more than the copy.
 type Spare = Rc<RefCell<Vec<AlignedBuf>>>;
 
 impl Replayer {
-    /// For entries of `log` on `node`.
-    pub fn new(log: &Log, node: Node) -> Replayer {
-        let log = Arc::clone(log.file());
-        let lanes = Lanes::new(LANES);
-        Replayer { log, node, lanes, started: Vec::new(), spare: Spare::default() }
+    /// For entries of `log` on `node`, which is flushed afterwards if `is_flushed`.
+    pub fn new(log: &Log, node: Node, is_flushed: bool) -> Replayer {
+        Replayer {
+            log: Arc::clone(log.file()),
+            node,
+            lanes: Lanes::new(LANES),
+            started: Vec::new(),
+            spare: Spare::default(),
+            written_out: is_flushed.then(HashSet::new),
+        }
     }
 
     /// Applies an entry, after all before it. It may be in flight when this returns.
@@ -115,7 +128,7 @@ impl Replayer {
 
     /// Has the host copy an entry's data, where the disk is a file of its. Returns how much of it is
     /// done.
-    fn copy_within_host(&self, entry: &Entry, data: ByteRange) -> Result<u64> {
+    fn copy_within_host(&mut self, entry: &Entry, data: ByteRange) -> Result<u64> {
         let Some(log) = self.log.as_host() else { return Ok(0) };
         let driver = self.node.driver();
         let mut plan = Plan::default();
@@ -126,10 +139,23 @@ impl Replayer {
             [PlanExtent::File { file, offset, len }]
                 if len == data.len && plan.commit.is_none() && !self.node.is_poisoned() =>
             {
-                file.copy_from(offset, log, data).context(context_of(&self.node, entry))
+                let copied = file.copy_from(offset, log, data);
+                let copied = copied.context(context_of(&self.node, entry))?;
+                if self.is_worth_writing_out(offset) {
+                    file.begin_writeback(ByteRange { offset, len: copied });
+                }
+                Ok(copied)
             }
             _ => Ok(0),
         }
+    }
+
+    /// Whether the host is to begin to write out what was written to this place of the disk's file: the
+    /// disk would have nothing to do until the flush at the end. What is written again and again is
+    /// better written out once, then.
+    fn is_worth_writing_out(&mut self, offset: u64) -> bool {
+        let chunks = self.written_out.as_mut().filter(|chunks| chunks.len() < MAX_CHUNKS);
+        chunks.is_some_and(|chunks| chunks.insert(offset / CHUNK))
     }
 }
 

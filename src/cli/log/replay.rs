@@ -248,7 +248,7 @@ impl Replay<'_> {
         progress: &Progress,
     ) -> Result<Option<(Entry, &str)>> {
         let checker = self.args.check.zip(self.args.fsck.as_deref());
-        let mut replayer = Replayer::new(self.log, node);
+        let mut replayer = Replayer::new(self.log, node, !self.args.target_cache.ignores_flush());
         while *count < end {
             let Some(entry) = walk.next().await? else { break };
             *count += 1;
