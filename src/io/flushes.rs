@@ -29,8 +29,8 @@ struct State {
     waiting: Vec<Waker>,
 }
 
-/// The right to sync the file now, for as long as it lives. Dropped without a result, somebody else
-/// does it again.
+/// The right to sync the file now, for as long as it lives. Dropped without a result, because its
+/// sync was never made, somebody else does it again.
 #[derive(Debug)]
 pub struct FlushTurn {
     flushes: Arc<Flushes>,

@@ -16,7 +16,7 @@ use super::file::{Alignment, File, Fut, Hole};
 use super::flushes::Flushes;
 use super::lock::{self, Rights};
 use super::slow_calls::SlowCalls;
-use super::{Buffers, carrying, reactor};
+use super::{Buffers, reactor};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::units::{ByteRange, align_down, align_up};
 
@@ -641,10 +641,7 @@ impl File for HostFile {
     fn flush<'a>(&'a self) -> Fut<'a, ()> {
         Box::pin(async move {
             let Some(turn) = self.flushes.wait().await? else { return Ok(()) };
-            let turn = Arc::new(turn);
-            let result = carrying(turn.clone(), reactor::fdatasync(self)).await;
-            turn.end(result.as_ref().map_or_else(|err| err.errno().unwrap_or(libc::EIO), |()| 0));
-            result
+            reactor::fdatasync(self, Arc::new(turn)).await
         })
     }
 

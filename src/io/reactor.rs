@@ -28,6 +28,7 @@ use std::task::{Context, Poll, Waker};
 use super::carry::{self, Loads};
 use super::engine::{ASYNC, Engine, EngineKind, Event, MAX_IOVECS, Op, OpCode, WATCH, blocking};
 use super::exec::Executor;
+use super::flushes::FlushTurn;
 use super::host::OpenFile;
 use super::{Buffers, HostFile};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -79,8 +80,8 @@ enum Slot {
         /// `None` if the future was dropped.
         waker: Option<Waker>,
         orphan: bool,
-        /// Never looked at: kept alive for the kernel.
-        _keep: Keep,
+        /// Kept alive for the kernel.
+        keep: Keep,
     },
     /// The event has come, the future has not looked yet.
     Done(i32),
@@ -93,6 +94,29 @@ struct Keep {
     _buf: Option<Buffers>,
     /// What others must not do meanwhile.
     _loads: Loads,
+    /// Of a sync: hears of its end even if nobody waits for it any more. The host tells that a sync
+    /// has failed once, so this may be the only one that learns of it.
+    turn: Option<Arc<FlushTurn>>,
+}
+
+impl Keep {
+    /// Of an operation on `file`.
+    fn new(file: &HostFile, buf: Option<Buffers>, turn: Option<Arc<FlushTurn>>) -> Keep {
+        Keep { _file: file.share_fd(), _buf: buf, _loads: carry::now(), turn }
+    }
+}
+
+/// Tells the turn of a sync how that has ended.
+fn end_turn(turn: Option<&FlushTurn>, result: i32) {
+    if let Some(turn) = turn
+        && !is_to_be_repeated(result)
+    {
+        turn.end(-result.min(0));
+    }
+}
+
+fn is_to_be_repeated(result: i32) -> bool {
+    result == -libc::EAGAIN || result == -libc::EINTR
 }
 
 thread_local! {
@@ -213,7 +237,7 @@ impl Reactor {
     /// Starts an operation whose memory and file the slot keeps.
     fn start(&self, op: &Op, keep: Keep) -> u32 {
         let mut ops = self.ops.borrow_mut();
-        let slot = Slot::InFlight { waker: None, orphan: false, _keep: keep };
+        let slot = Slot::InFlight { waker: None, orphan: false, keep };
         let index = match ops.free.pop() {
             Some(index) => {
                 ops.slots[index as usize] = slot;
@@ -242,9 +266,10 @@ impl Reactor {
             ended
         };
         match ended {
-            Slot::InFlight { waker, _keep, .. } => {
+            Slot::InFlight { waker, keep, .. } => {
+                end_turn(keep.turn.as_deref(), result);
                 // With nothing borrowed: what was kept may wake somebody, too.
-                drop(_keep);
+                drop(keep);
                 if let Some(waker) = waker {
                     waker.wake();
                 }
@@ -438,12 +463,13 @@ pub fn spawn_local(task: impl Future<Output = ()> + 'static) {
 }
 
 /// Performs one operation: through this thread's reactor, or in place on a thread without one.
-async fn perform(file: &HostFile, op: Op, buf: Option<Buffers>) -> i32 {
+async fn perform(op: Op, keep: Keep) -> i32 {
     let Some(reactor) = CURRENT.with_borrow(Clone::clone) else {
-        // SAFETY: `buf` and `file` live until the call is over.
-        return unsafe { blocking(&op) };
+        // SAFETY: `keep` has the file and the memory until the call is over.
+        let result = unsafe { blocking(&op) };
+        end_turn(keep.turn.as_deref(), result);
+        return result;
     };
-    let keep = Keep { _file: file.share_fd(), _buf: buf, _loads: carry::now() };
     let index = reactor.start(&op, keep);
     OpFuture { reactor, index, finished: false }.await
 }
@@ -477,12 +503,12 @@ pub(super) async fn rw(
             // SAFETY: `rest` and `file` live until the call is over.
             unsafe { file.inline_call(&op) }
         } else {
-            perform(file, op, Some(rest)).await
+            perform(op, Keep::new(file, Some(rest), None)).await
         };
         match result {
             0 => return Err(short_file(file, offset + done)),
             n if n > 0 => done += n as u64,
-            e if e == -libc::EAGAIN || e == -libc::EINTR => {}
+            e if is_to_be_repeated(e) => {}
             e => return Err(Error::from_errno(-e)),
         }
     }
@@ -502,15 +528,21 @@ pub(crate) fn short_file(file: &HostFile, offset: u64) -> Error {
 }
 
 pub(super) async fn fallocate(file: &HostFile, mode: i32, range: ByteRange) -> Result<()> {
-    simple(file, OpCode::Allocate { mode }, range).await
+    simple(file, OpCode::Allocate { mode }, range, None).await
 }
 
-pub(super) async fn fdatasync(file: &HostFile) -> Result<()> {
-    simple(file, OpCode::Sync, ByteRange::default()).await
+/// Syncs the file, and says in `turn` how that has ended, whether or not somebody still waits for it.
+pub(super) async fn fdatasync(file: &HostFile, turn: Arc<FlushTurn>) -> Result<()> {
+    simple(file, OpCode::Sync, ByteRange::default(), Some(turn)).await
 }
 
 /// An operation without memory.
-async fn simple(file: &HostFile, code: OpCode, range: ByteRange) -> Result<()> {
+async fn simple(
+    file: &HostFile,
+    code: OpCode,
+    range: ByteRange,
+    turn: Option<Arc<FlushTurn>>,
+) -> Result<()> {
     loop {
         let op = Op {
             code,
@@ -521,8 +553,8 @@ async fn simple(file: &HostFile, code: OpCode, range: ByteRange) -> Result<()> {
             iovs: std::ptr::null(),
             n_iovs: 0,
         };
-        match perform(file, op, None).await {
-            e if e == -libc::EAGAIN || e == -libc::EINTR => {}
+        match perform(op, Keep::new(file, None, turn.clone())).await {
+            e if is_to_be_repeated(e) => {}
             e if e < 0 => return Err(Error::from_errno(-e)),
             _ => return Ok(()),
         }
@@ -596,7 +628,7 @@ mod tests {
             n_iovs: 1,
         };
         let file = Arc::new(OpenFile(reader.into()));
-        let keep = Keep { _file: file, _buf: Some(buf), _loads: Loads::default() };
+        let keep = Keep { _file: file, _buf: Some(buf), _loads: Loads::default(), turn: None };
         let index = reactor.start(&op, keep);
         drop(OpFuture { reactor: Rc::clone(&reactor), index, finished: false });
         reactor.engine().submit();
@@ -758,6 +790,21 @@ mod tests {
         mut future: Pin<&mut (impl Future<Output = T> + ?Sized)>,
     ) -> Poll<T> {
         std::future::poll_fn(move |cx| Poll::Ready(future.as_mut().poll(cx))).await
+    }
+
+    #[test]
+    fn a_flush_that_nobody_waits_for_fails_for_all() {
+        both(|kind| {
+            // A regular file that cannot be synced.
+            let file =
+                HostFile::open("/proc/self/status".as_ref(), OpenOptions::default()).unwrap();
+            block_on(async {
+                let mut future = file.flush();
+                let _ = futures_poll_once(future.as_mut()).await;
+            });
+            // The host tells such a failure once, so the next sync could succeed.
+            assert!(file.flushes().try_begin().is_none(), "{kind:?}: the failure is forgotten");
+        });
     }
 
     #[test]
