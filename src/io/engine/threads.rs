@@ -1,16 +1,24 @@
 //! The engine on a pool of blocking threads, for hosts that refuse io_uring.
 //!
-//! One pool serves all engines of the process; it grows with the load up to a limit and its
-//! threads end after idling. Completions come back through a queue and an eventfd that the engine
-//! polls together with its watches.
+//! One pool serves all engines of the process; it grows with the load and its threads end after
+//! idling. What a file may occupy of it is limited, and nothing else: a disk that hangs holds up its
+//! own requests only, as it does with a ring.
+//!
+//! ```text
+//! submit ─► file has threads left ──► jobs ──► a thread ─► done
+//!               └ no: waits for the file ──────────┘ one of the file's has ended
+//! ```
+//!
+//! Completions come back through a queue and an eventfd that the engine polls together with its
+//! watches.
 
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use rustix::event::EventfdFlags;
@@ -18,8 +26,9 @@ use rustix::event::EventfdFlags;
 use super::{Event, Op, blocking};
 use crate::error::{Result, ResultExt};
 
-/// Most threads of the pool. A disk's queue is rarely served better by more.
-const MAX_THREADS: usize = 16;
+/// Most operations on a file at a time, each of which has a thread. A disk's queue is rarely served
+/// better by more.
+const MAX_PER_FILE: usize = 16;
 /// How long a thread of the pool waits for work before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -92,14 +101,49 @@ struct Pool {
 
 #[derive(Default)]
 struct PoolState {
+    /// To be taken by a thread, oldest first.
     jobs: VecDeque<Job>,
+    /// The files that have something to do, by [`Op::file_id`].
+    files: HashMap<u32, FileLoad>,
     threads: usize,
     idle: usize,
     /// Threads that have been started and have not looked for a job yet.
     starting: usize,
 }
 
+/// What is to be done on a file.
+#[derive(Default)]
+struct FileLoad {
+    /// How much of it is being done, or in the queue of the pool.
+    started: usize,
+    /// What waits until less is, oldest first.
+    waiting: VecDeque<Job>,
+}
+
 impl PoolState {
+    /// Takes a job on, now or when its turn comes.
+    fn add(&mut self, job: Job) {
+        let file = self.files.entry(job.op.file_id).or_default();
+        if file.started < MAX_PER_FILE {
+            file.started += 1;
+            self.jobs.push_back(job);
+        } else {
+            file.waiting.push_back(job);
+        }
+    }
+
+    /// A job on this file has been done; the next one that waited for that takes its place.
+    fn ended(&mut self, file_id: u32) {
+        let Some(file) = self.files.get_mut(&file_id) else { return };
+        match file.waiting.pop_front() {
+            Some(next) => self.jobs.push_back(next),
+            None if file.started > 1 => file.started -= 1,
+            None => {
+                self.files.remove(&file_id);
+            }
+        }
+    }
+
     /// Threads that it takes to do all jobs at once, besides those that are about to look for one.
     fn missing(&self) -> usize {
         self.jobs.len().saturating_sub(self.idle + self.starting)
@@ -149,12 +193,13 @@ impl ThreadsEngine {
         self.enters += 1;
         let pool = pool();
         let mut state = pool.state.lock().unwrap();
-        let n = self.queued.len();
-        state.jobs.extend(self.queued.drain(..));
+        let before = state.jobs.len();
+        self.queued.drain(..).for_each(|job| state.add(job));
+        let added = state.jobs.len() - before;
         // All that nobody has taken up counts, not just ours: an idle thread that was notified
         // looks idle until it runs.
         let mut missing = state.missing();
-        while missing > 0 && state.threads < MAX_THREADS {
+        while missing > 0 {
             let spawned = std::thread::Builder::new()
                 .name("vublk-io".into())
                 .stack_size(128 * 1024)
@@ -167,13 +212,13 @@ impl ThreadsEngine {
             state.starting += 1;
             missing -= 1;
         }
-        let orphans =
-            if state.threads == 0 { std::mem::take(&mut state.jobs) } else { VecDeque::new() };
-        drop(state);
-        for job in orphans {
-            perform(job);
+        while state.threads == 0
+            && let Some(job) = state.jobs.pop_front()
+        {
+            state = pool.perform(job, state);
         }
-        for _ in 0..n {
+        drop(state);
+        for _ in 0..added {
             pool.work.notify_one();
         }
     }
@@ -249,11 +294,22 @@ fn errno() -> i32 {
     std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-/// Does a job and tells its engine.
-fn perform(job: Job) {
-    // SAFETY: who pushed the job keeps its memory and file until the event is reaped.
-    let result = unsafe { blocking(&job.op) };
-    job.done.post(Event { user: job.user, result });
+impl Pool {
+    /// Does a job, with nothing locked meanwhile, and tells its engine.
+    fn perform<'a>(
+        &'a self,
+        job: Job,
+        state: MutexGuard<'a, PoolState>,
+    ) -> MutexGuard<'a, PoolState> {
+        drop(state);
+        // SAFETY: who pushed the job keeps its memory and file until the event is reaped.
+        let result = unsafe { blocking(&job.op) };
+        job.done.post(Event { user: job.user, result });
+        let mut state = self.state.lock().unwrap();
+        // Its thread, which looks for the next job now, takes over what comes in its place.
+        state.ended(job.op.file_id);
+        state
+    }
 }
 
 /// A thread of the pool.
@@ -263,9 +319,7 @@ fn run() {
     state.starting -= 1;
     loop {
         if let Some(job) = state.jobs.pop_front() {
-            drop(state);
-            perform(job);
-            state = pool.state.lock().unwrap();
+            state = pool.perform(job, state);
             continue;
         }
         state.idle += 1;
@@ -406,6 +460,48 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_hangs_takes_no_threads_from_others() {
+        const HUNG: u64 = 100;
+        let (reader, writer) = std::io::pipe().unwrap();
+        let (mut hung, mut other) = (engine(), engine());
+        let mut bytes = [0u8; HUNG as usize];
+        let iovs: Vec<_> = (bytes.iter_mut())
+            .map(|byte| libc::iovec { iov_base: (&raw mut *byte).cast(), iov_len: 1 })
+            .collect();
+        for (user, iov) in iovs.iter().enumerate() {
+            let op = Op {
+                code: OpCode::Read,
+                fd: reader.as_raw_fd(),
+                file_id: u32::MAX - 2,
+                // Of a pipe there is only the next byte, and that does not come.
+                offset: u64::MAX,
+                len: 0,
+                iovs: iov,
+                n_iovs: 1,
+            };
+            // SAFETY: all of it lives until the events are here.
+            unsafe { hung.push(&op, user as u64) };
+        }
+        hung.submit();
+        // SAFETY: the operation refers to nothing.
+        unsafe { other.push(&Op { file_id: u32::MAX - 3, ..quick() }, 7) };
+        other.submit();
+        other.poll(20_000);
+        let mut out = Vec::new();
+        other.reap(&mut out);
+        drop(writer);
+        let mut ended = Vec::new();
+        while ended.len() < HUNG as usize {
+            hung.wait();
+            hung.reap(&mut ended);
+        }
+        assert_eq!(out, [Event { user: 7, result: -libc::EBADF }], "it waited for another disk");
+        ended.sort_by_key(|event| event.user);
+        let each = (0..HUNG).map(|user| Event { user, result: 0 });
+        assert!(ended.iter().copied().eq(each));
+    }
+
+    #[test]
     fn a_slow_operation_does_not_hold_up_another() {
         let mut engine = engine();
         let dir = tempfile::tempdir().unwrap();
@@ -419,12 +515,8 @@ mod tests {
                 unsafe { engine.push(&op, user) };
                 engine.submit();
             }
-            let state = pool().state.lock().unwrap();
-            let waiting = state.missing();
-            let full = state.threads == MAX_THREADS;
-            // Not during a panic: the pool is everybody's.
-            drop(state);
-            assert!(waiting == 0 || full, "{waiting} wait for nobody");
+            let waiting = pool().state.lock().unwrap().missing();
+            assert_eq!(waiting, 0, "so many wait for nobody");
             while out.len() < 2 {
                 engine.wait();
                 engine.reap(&mut out);
