@@ -113,3 +113,27 @@ impl Driver for Raw {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::io::{HostFile, OpenOptions, block_on};
+
+    #[test]
+    fn a_file_that_was_truncated_has_no_status_beyond_its_end() {
+        let there = tempfile::NamedTempFile::new().unwrap();
+        there.as_file().set_len(1 << 20).unwrap();
+        let file = HostFile::open(there.path(), OpenOptions::default()).unwrap();
+        let disk = Raw::open(Arc::new(file), true).unwrap();
+        there.as_file().set_len(4096).unwrap();
+        let status = |offset| block_on(disk.block_status(ByteRange::between(offset, 1 << 20)));
+        assert_eq!(status(0).unwrap().range.len, 4096);
+        // An empty run would be asked about for ever.
+        for offset in [4096, 8192] {
+            let err = status(offset).unwrap_err();
+            assert_eq!(err.kind(), ErrorKind::OutOfRange);
+            assert!(err.to_string().contains("truncated by another program"), "{err}");
+        }
+    }
+}

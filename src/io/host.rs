@@ -659,8 +659,11 @@ impl File for HostFile {
 
     fn hole_at(&self, offset: u64) -> Result<Hole> {
         let len = self.len()?;
+        if offset >= len {
+            return Err(reactor::short_file(self, offset));
+        }
         let to_end = Hole { range: ByteRange::between(offset, len), is_hole: false };
-        if self.kind == HostKind::BlockDevice || offset >= len {
+        if self.kind == HostKind::BlockDevice {
             return Ok(to_end);
         }
         use rustix::fs::SeekFrom;
