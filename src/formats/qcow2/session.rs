@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::Qcow2;
+use super::disk::ALL;
 use crate::block::keep::Reservation;
 use crate::error::{Error, Result, ResultExt};
 use crate::io::{AlignedBuf, block_on};
@@ -115,15 +116,33 @@ impl Qcow2 {
         if self.read_only || goes_on {
             return Ok(());
         }
-        if self.changes.load(Ordering::SeqCst) != self.changes_saved.load(Ordering::SeqCst) {
-            block_on(self.checkpoint())?;
-        }
         // Without a keep, writes that allocate wait for the disk from now on.
-        if let Some(keep) = keep {
-            keep.begin(nonce)?;
+        let before = self.session.swap(true, Ordering::SeqCst);
+        let begun = block_on(self.begin_keeping(nonce));
+        if begun.is_err() {
+            self.session.store(before, Ordering::SeqCst);
         }
-        self.session.store(true, Ordering::Release);
-        Ok(())
+        begun
+    }
+
+    /// Has the keep begin a session, when what is not kept in it is on disk. A job may go on meanwhile,
+    /// and its changes be recorded as those of a guest; until the keep has begun, they wait for the disk.
+    async fn begin_keeping(&self, nonce: u128) -> Result<()> {
+        // What was begun before is not recorded, so it has to be there to be saved.
+        drop(self.meta.exclusive(ALL).await);
+        self.checkpoint_changes().await?;
+        let Some(keep) = &self.keep else { return Ok(()) };
+        keep.begin(nonce)?;
+        // What came between may have been recorded for the session before.
+        self.checkpoint_changes().await
+    }
+
+    /// Makes a checkpoint if anything has changed since the last one.
+    async fn checkpoint_changes(&self) -> Result<()> {
+        match self.changes.load(Ordering::SeqCst) == self.changes_saved.load(Ordering::SeqCst) {
+            true => Ok(()),
+            false => self.checkpoint().await,
+        }
     }
 
     pub(super) async fn resume_session(&self, nonce: Option<u128>) -> Result<()> {

@@ -1,5 +1,8 @@
 //! What completed survives the death of the process.
 
+use std::sync::mpsc;
+use std::time::Duration;
+
 use super::*;
 
 #[test]
@@ -21,7 +24,7 @@ fn what_completed_survives_a_kill_for_the_same_guest_only() {
         let mut driver = open_image(&file, node(), Some(keep()));
         block_on(driver.resume(None)).unwrap();
         let mut nonce = 1000;
-        block_on(async { driver.begin_session(nonce) }).unwrap();
+        driver.begin_session(nonce).unwrap();
         for _ in 0..6 {
             for _ in 0..rng.below(25) {
                 let request = random_request(&mut rng, size, 512, 200);
@@ -121,6 +124,47 @@ fn a_session_begins_with_nothing_left_to_flush_and_goes_on_as_it_is() {
     let again = open_image(&file, None, None);
     assert_eq!(block_on(read(&again, 0, 512)), [1; 512]);
     assert_eq!(block_on(read(&again, 65536, 512)), [2; 512]);
+}
+
+/// A job may fill the image while its guest comes.
+#[test]
+fn a_write_that_was_under_way_when_the_session_began_carries_the_guests_own() {
+    let dir = state_dir();
+    let file = new_image(&CreateOptions::new(1 << 20), Alignment::NONE);
+    let keep = || Keep::open(dir.path(), IMAGE, "qcow2").unwrap();
+    let driver = open_image(&file, None, Some(keep()));
+    let (started, has_started) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let (begun, has_begun) = mpsc::channel();
+    let image = &driver;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            block_on(async {
+                let range = ByteRange { offset: 0, len: 65536 };
+                let place = image.format().prepare_write(range).await.unwrap();
+                let data = AlignedBuf::from_slice(&[1; 65536], 4096);
+                place.file.write(place.offset, data.buffers(), false).await.unwrap();
+                started.send(()).unwrap();
+                may_go_on.recv().unwrap();
+                place.commit.unwrap().commit().await.unwrap();
+            });
+        });
+        has_started.recv().unwrap();
+        scope.spawn(move || {
+            image.begin_session(1).unwrap();
+            begun.send(()).unwrap();
+        });
+        // It may wait for the write, or not.
+        let _ = has_begun.recv_timeout(Duration::from_millis(50));
+        go_on.send(()).unwrap();
+    });
+    block_on(write(&driver, 512, &[2; 512])).unwrap();
+    // Killed.
+    drop(driver);
+    let driver = open_image(&file, None, Some(keep()));
+    block_on(driver.resume(Some(1))).unwrap();
+    assert!(block_on(read(&driver, 512, 512)) == [2; 512], "a completed write was lost");
+    block_on(driver.close()).unwrap();
 }
 
 #[test]
