@@ -126,6 +126,11 @@ struct State {
 }
 
 impl State {
+    /// Knows of no session any more. Reservations stay open: a job's write, say, may be under way.
+    fn drop_session(&mut self) {
+        *self = State { reserved: self.reserved, ..State::default() };
+    }
+
     fn holds_records(&self) -> bool {
         self.halves.iter().any(|half| half.committed > 0)
     }
@@ -302,7 +307,7 @@ impl Keep {
         }
         // Killed within this, the keep holds nothing, which is what the caller wants.
         self.put(at::VALID, 0)?;
-        *state = State::default();
+        state.drop_session();
         rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
         let mut header = [0u8; at::END];
         header[at::MAGIC..at::MAGIC + 8].copy_from_slice(MAGIC);
@@ -540,7 +545,7 @@ impl Keep {
         let mut state = self.lock();
         self.put(at::VALID, 0)?;
         // Unmapped before the file is cut.
-        *state = State::default();
+        state.drop_session();
         rustix::fs::ftruncate(&self.file, HEADER_LEN)?;
         Ok(())
     }
@@ -554,7 +559,7 @@ impl Keep {
         }
         let mut state = self.lock();
         self.put(at::VALID, 0)?;
-        *state = State::default();
+        state.drop_session();
         match std::fs::remove_file(&self.path) {
             Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
                 Err(Error::from(err).context(self.path.display().to_string()))

@@ -284,3 +284,27 @@ fn a_record_has_one_checksum_however_it_is_cut() {
         assert_eq!(checksum(7, 4096, &[data]), expected, "{len} bytes");
     }
 }
+
+/// Of a job's write, say, that is under way while its guest comes or goes.
+#[test]
+fn what_was_reserved_before_a_session_has_its_room_in_it() {
+    let dir = state_dir();
+    let keep = open(dir.path());
+    keep.begin(1).unwrap();
+    let before = keep.reserve(40_000).unwrap();
+    keep.begin(2).unwrap();
+    assert!(keep.reserve(40_000).is_none(), "the same room was promised twice");
+    let other = keep.reserve(20_000).unwrap();
+    before.append(&[&[1; 40_000]]).unwrap();
+    other.append(&[&[2; 20_000]]).unwrap();
+    drop(keep);
+    let keep = open(dir.path());
+    assert_eq!(records(&keep, 2), Some(vec![vec![1; 40_000], vec![2; 20_000]]));
+    keep.begin(3).unwrap();
+    let before = keep.reserve(40_000).unwrap();
+    keep.forget().unwrap();
+    assert!(keep.reserve(40_000).is_none(), "the same room was promised twice");
+    drop(before);
+    assert!(keep.reserve(40_000).is_some());
+    keep.discard().unwrap();
+}
