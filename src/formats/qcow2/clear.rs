@@ -8,7 +8,7 @@ use super::disk::ALL;
 use super::session::{RECORD_DISCARD, RECORD_ZERO};
 use super::{MAX_DIRTY, MAX_RUN, Qcow2};
 use crate::error::{Error, Result, ResultExt};
-use crate::io::AlignedBuf;
+use crate::io::{AlignedBuf, HostFile, yield_now};
 use crate::units::{ByteRange, align_down, align_up};
 
 impl Qcow2 {
@@ -151,28 +151,35 @@ impl Qcow2 {
         punches.extend(rest.into_iter().filter(|(_, punch)| !punch.is_empty()));
     }
 
-    /// Gives the space of discarded clusters back to the host. Their being zero is on disk.
-    pub(super) fn punch(&self, generation: u64) {
-        const CHUNK: u64 = 64 << 20;
+    /// Gives the space of discarded clusters back to the host. Their being zero is on disk. Dropped, it
+    /// leaves the rest to the next call.
+    pub(super) async fn punch(&self, generation: u64) {
         let Some(host) = self.disk.file().as_host() else {
             self.punches.lock().unwrap().retain(|(punch, _)| *punch > generation);
             return;
         };
-        loop {
-            // One call with the list locked: whoever is about to write there waits for it.
-            let mut punches = self.punches.lock().unwrap();
-            let due = punches.iter().position(|(punch, _)| *punch <= generation);
-            let Some(due) = due else { return };
-            let (_, range) = &mut punches[due];
-            let part = ByteRange { offset: range.offset, len: range.len.min(CHUNK) };
-            *range = ByteRange::between(part.end(), range.end());
-            if range.is_empty() {
-                punches.swap_remove(due);
-            }
-            let flags =
-                rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-            // What cannot be freed stays allocated, and reads as zeros by its mapping.
-            let _ = rustix::fs::fallocate(host, flags, part.offset, part.len);
+        // A guest that discards all of its disk leaves many thousands, and each is a plain call.
+        while self.punch_one(host, generation) {
+            yield_now().await;
         }
+    }
+
+    /// Makes one of the holes that are due; false if there is none.
+    fn punch_one(&self, host: &HostFile, generation: u64) -> bool {
+        const CHUNK: u64 = 64 << 20;
+        // One call with the list locked: whoever is about to write there waits for it.
+        let mut punches = self.punches.lock().unwrap();
+        let due = punches.iter().position(|(punch, _)| *punch <= generation);
+        let Some(due) = due else { return false };
+        let (_, range) = &mut punches[due];
+        let part = ByteRange { offset: range.offset, len: range.len.min(CHUNK) };
+        *range = ByteRange::between(part.end(), range.end());
+        if range.is_empty() {
+            punches.swap_remove(due);
+        }
+        let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        // What cannot be freed stays allocated, and reads as zeros by its mapping.
+        let _ = rustix::fs::fallocate(host, flags, part.offset, part.len);
+        true
     }
 }

@@ -92,7 +92,7 @@ impl Qcow2 {
         }
         self.pending.lock().unwrap().retire(under_way.generation);
         *self.under_way.lock().unwrap() = None;
-        self.punch(under_way.generation);
+        self.punch(under_way.generation).await;
         Ok(())
     }
 

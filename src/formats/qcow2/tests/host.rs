@@ -1,8 +1,11 @@
 //! On files of the host, with QEMU's tools as the second opinion where they are installed.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::task::{Context, Waker};
 
 use super::*;
+use crate::io::{spawn_local, yield_now};
 
 /// A scratch directory on disk, where O_DIRECT works.
 fn scratch() -> tempfile::TempDir {
@@ -216,6 +219,39 @@ fn discards_give_space_back_to_the_host() {
     assert!(block_on(read(&driver, 4 << 20, 1 << 20)).iter().all(|byte| *byte == 0));
     block_on(driver.close()).unwrap();
     check_with_qemu(&std::fs::read(&path).unwrap(), None, None, "discard");
+}
+
+#[test]
+fn giving_space_back_lets_others_run() {
+    const PIECES: u64 = 64;
+    let dir = scratch();
+    let path = dir.path().join("image.qcow2");
+    let size = 2 * PIECES * 4096;
+    std::fs::File::create(&path).unwrap();
+    let options = CreateOptions { cluster_size: 4096, ..CreateOptions::new(size) };
+    block_on(create(host(&path, true, false), &options)).unwrap();
+    let driver = host_image(path, true, false, None);
+    block_on(write(&driver, 0, &random_bytes(1, size))).unwrap();
+    for piece in 0..PIECES {
+        block_on(driver.discard(ByteRange { offset: piece * 8192, len: 4096 })).unwrap();
+    }
+    let (turns, over) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(false)));
+    block_on(async {
+        spawn_local({
+            let (turns, over) = (Rc::clone(&turns), Rc::clone(&over));
+            async move {
+                while !over.get() {
+                    turns.set(turns.get() + 1);
+                    yield_now().await;
+                }
+            }
+        });
+        // As the end of a flush does, whose turns at the disk do not count here.
+        driver.format().punch(u64::MAX).await;
+        over.set(true);
+        yield_now().await;
+    });
+    assert!(turns.get() >= PIECES, "{} turns while {PIECES} holes were made", turns.get());
 }
 
 #[test]
