@@ -32,7 +32,7 @@ use super::pages::{BLOCK_LEN, DirtyPage, PAGE_LEN};
 use super::{ALL, PAGE_SECTORS, Shared};
 use crate::block::{Committed, Keep, RangeLock};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::io::{AlignedBuf, block_on};
+use crate::io::{AlignedBuf, block_on, yield_now};
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// How many pages are copied for one sync of the image file: 1 MiB.
@@ -302,15 +302,40 @@ impl Shared {
         if self.read_only || goes_on {
             return Ok(());
         }
-        if durability.changed.load(Ordering::SeqCst) {
-            block_on(self.flush_all())?;
+        let before = durability.session.swap(true, Ordering::SeqCst);
+        let begun = block_on(self.begin_keeping(nonce));
+        if begun.is_err() {
+            durability.session.store(before, Ordering::SeqCst);
         }
-        if let Some(keep) = keep {
+        begun
+    }
+
+    /// Has the keep begin a session, when the bits that are not kept in it are on disk. A job may go on
+    /// meanwhile, and its bits be recorded as those of a guest; until the keep has begun, they wait for
+    /// the disk.
+    async fn begin_keeping(&self, nonce: u128) -> Result<()> {
+        let durability = &self.durability;
+        // What was begun before is not recorded, so it has to be there to be saved. It is short.
+        while durability.setting.load(Ordering::SeqCst) > 0 {
+            yield_now().await;
+        }
+        self.flush_changes().await?;
+        if let Some(keep) = &durability.keep {
             keep.begin(nonce)?;
         }
         durability.rotated.store(false, Ordering::SeqCst);
-        durability.session.store(true, Ordering::SeqCst);
-        Ok(())
+        // What came between may have been recorded for the session before.
+        self.flush_changes().await
+    }
+
+    /// Flushes if a bit that is set may not be on disk.
+    async fn flush_changes(&self) -> Result<()> {
+        let durability = &self.durability;
+        let changed = durability.changed.load(Ordering::SeqCst);
+        match changed || durability.flushing.load(Ordering::SeqCst) {
+            true => self.flush_all().await,
+            false => Ok(()),
+        }
     }
 
     /// See [`Driver::resume`](crate::block::Driver::resume).

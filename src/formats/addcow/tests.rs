@@ -6,6 +6,8 @@ use crate::formats::raw::Raw;
 use crate::io::sim::{Fault, Rng, Sim, SimFile, SimOp, SimTask};
 use crate::io::{Buffers, HostFile, block_on};
 use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
 
 pub(super) type Disk = FormatDriver<AddCow>;
 
@@ -392,6 +394,39 @@ fn killed(file: &SimFile, image: &SimFile) -> (SimFile, SimFile) {
         SimFile::from_bytes("x.add-cow", file.volatile()),
         SimFile::from_bytes("disk.raw", image.volatile()),
     )
+}
+
+/// A job may fill the image while its guest comes.
+#[test]
+fn bits_that_were_being_set_when_the_session_began_are_on_disk() {
+    let dir = state_dir();
+    let file = SimFile::from_bytes("x.add-cow", new_file(200 * 512, false));
+    let image = SimFile::from_bytes("disk.raw", vec![0; 200 * 512]);
+    let disk = open_disk(&file, &image, Backing::None, Some(open_keep(dir.path(), 4096)));
+    block_on(disk.resume(None)).unwrap();
+    let (disk, durability) = (&disk, &disk.format().shared.durability);
+    let (started, has_started) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let (begun, has_begun) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let set = || {
+                started.send(()).unwrap();
+                may_go_on.recv().unwrap();
+            };
+            assert_eq!(durability.commit(ByteRange { offset: 0, len: 512 }, set), Committed::Done);
+        });
+        has_started.recv().unwrap();
+        scope.spawn(move || {
+            disk.begin_session(7).unwrap();
+            begun.send(()).unwrap();
+        });
+        // It may wait for the bits, or not.
+        let _ = has_begun.recv_timeout(Duration::from_millis(50));
+        go_on.send(()).unwrap();
+    });
+    // The guest's own writes to these sectors set no bits, and so are not recorded.
+    assert!(durability.is_settled(), "a kill would take them away");
 }
 
 /// A record finds no room, and before its bit is set a flush copies the page without it: that flush
