@@ -149,8 +149,9 @@ impl HostFile {
             // Through the page cache any alignment works, on devices too.
             Alignment::NONE
         };
-        if options.direct {
-            drop_page_cache(fd.as_fd());
+        let flushes = Arc::default();
+        if options.direct && options.write {
+            drop_page_cache(fd.as_fd(), &flushes);
         }
         keep_access_time(fd.as_fd());
         let (inline, reads_nowait) = probe_inline(fd.as_fd(), kind, options.direct);
@@ -163,7 +164,7 @@ impl HostFile {
             writable: options.write,
             alignment,
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            flushes: Arc::default(),
+            flushes,
             inline,
             reads_nowait,
             modified_before_ns: modified_ns(&stat),
@@ -536,8 +537,12 @@ fn keep_access_time(fd: BorrowedFd<'_>) {
 }
 
 /// A page left in the cache makes a direct NOWAIT write fail and go to a kernel worker.
-fn drop_page_cache(fd: BorrowedFd<'_>) {
-    let _ = rustix::fs::fdatasync(fd);
+fn drop_page_cache(fd: BorrowedFd<'_>, flushes: &Arc<Flushes>) {
+    let synced = rustix::fs::fdatasync(fd);
+    // What a process before this one has written may be lost, and the host tells that once.
+    if let Some(turn) = flushes.try_begin() {
+        turn.end(synced.map_or_else(|errno| errno.raw_os_error(), |()| 0));
+    }
     let _ = rustix::fs::fadvise(fd, 0, None, rustix::fs::Advice::DontNeed);
 }
 
@@ -710,5 +715,19 @@ impl AsRawFd for HostFile {
 impl fmt::Debug for HostFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HostFile({}{})", self.name, if self.direct { ", direct" } else { "" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_process_could_not_write_fails_a_flush() {
+        // A file that cannot be synced.
+        let file = std::fs::File::open("/proc/self/status").unwrap();
+        let flushes = Arc::default();
+        drop_page_cache(file.as_fd(), &flushes);
+        assert!(flushes.try_begin().is_none(), "the failure is forgotten");
     }
 }
