@@ -103,12 +103,12 @@ fn copies_replace_what_is_damaged() {
         let message = format!("region table {} of 2 is damaged", copy + 1);
         is_repaired(|content| content[offset as usize + 60_000] ^= 1, &message, true);
     }
-    is_repaired(make_second_table_stale, "the two region tables differ", true);
+    is_repaired(|content| make_second_table_stale(content), "the two region tables differ", true);
     is_repaired(|content| content[0] = b'V', "\"vhdxfile\" is missing", true);
 }
 
 /// As a resize that was cut off leaves it.
-fn make_second_table_stale(content: &mut Vec<u8>) {
+fn make_second_table_stale(content: &mut [u8]) {
     let table = &mut content[REGION_TABLE_OFFSETS[1] as usize..][..64 << 10];
     // Where the BAT is: a MiB further.
     table[16 + 16 + 2] += 0x10;

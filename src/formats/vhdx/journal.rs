@@ -267,6 +267,8 @@ impl Vhdx {
                 return Ok(Published::Full);
             }
         };
+        #[cfg(test)]
+        super::testing::reached(super::testing::Moment::Kept);
         // First: who sees the changes must see that they are not on disk yet.
         journal.changes += 1;
         self.changes.store(journal.changes, Ordering::SeqCst);

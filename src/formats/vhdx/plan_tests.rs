@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
 
 use super::journal::{Conditions, Edit, Outcome};
 use super::testing::{Driven, Fixture, Moment, read, visit_at, write};
@@ -269,6 +270,33 @@ fn a_session_begins_with_nothing_left_to_flush_and_goes_on_as_it_is() {
     let disk = host.open(None);
     assert_eq!(block_on(read(&disk, 0, 512)), [1; 512]);
     assert_eq!(block_on(read(&disk, MIB, 512)), [2; 512]);
+}
+
+/// A job may fill the image while its guest comes.
+#[test]
+fn a_change_that_was_under_way_when_the_session_began_carries_the_guests_own_write() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let dir = state_dir();
+    let open = || host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    let disk = Arc::new(open());
+    write_at(&disk, 0, 1);
+    block_on(disk.flush()).unwrap();
+    let (image, (begun, has_begun)) = (Arc::clone(&disk), mpsc::channel());
+    visit_at(Moment::Kept, move || {
+        let begin = move || begun.send(image.begin_session(1)).unwrap();
+        std::thread::spawn(begin);
+        // It may wait for the change, or not.
+        std::thread::sleep(Duration::from_millis(50));
+    });
+    // The job's, of which the guest's write changes nothing but the data.
+    write_at(&disk, MIB, 1);
+    has_begun.recv().unwrap().unwrap();
+    write_at(&disk, MIB, 2);
+    // Killed.
+    drop(disk);
+    let disk = open();
+    block_on(disk.resume(Some(1))).unwrap();
+    assert!(block_on(read(&disk, MIB, 512)) == [2; 512], "a completed write was lost");
 }
 
 /// Records that were redone are still there when the image is closed; they name places that are then

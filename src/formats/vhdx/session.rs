@@ -211,15 +211,33 @@ impl Vhdx {
         if self.read_only || goes_on {
             return Ok(());
         }
-        if self.is_dirty() {
-            block_on(self.commit())?;
-        }
         // Without a keep, writes that allocate wait for the disk from now on.
-        if let Some(keep) = keep {
-            keep.begin(nonce)?;
+        let before = self.session.swap(true, Ordering::AcqRel);
+        let begun = block_on(self.begin_keeping(nonce));
+        if begun.is_err() {
+            self.session.store(before, Ordering::Release);
         }
-        self.session.store(true, Ordering::Release);
-        Ok(())
+        begun
+    }
+
+    /// Has the keep begin a session, when what is not kept in it is on disk. A job may go on meanwhile,
+    /// and its changes be kept as those of a guest; until the keep has begun, they wait for the disk.
+    async fn begin_keeping(&self, nonce: u128) -> Result<()> {
+        // Whoever has not seen yet that a session begins shows his change before he lets go of this.
+        drop(self.journal.lock().unwrap());
+        self.commit_changes().await?;
+        let Some(keep) = &self.keep else { return Ok(()) };
+        keep.begin(nonce)?;
+        // What came between may have been kept for the session before.
+        self.commit_changes().await
+    }
+
+    /// Commits if anything has changed since the last commit.
+    async fn commit_changes(&self) -> Result<()> {
+        match self.is_dirty() {
+            true => self.commit().await,
+            false => Ok(()),
+        }
     }
 
     /// Leaves everything in its place and the log empty.
