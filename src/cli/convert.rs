@@ -25,6 +25,7 @@ use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
 use crate::io::{AlignedBuf, File as _, HostFile, HostKind, OpenOptions, block_on};
+use crate::jobs::layer_copy::{Held, held_above};
 use crate::units::{ByteRange, MIB, SECTOR_SIZE, align_down, align_up};
 
 /// How much is copied at a time.
@@ -44,7 +45,8 @@ pub struct ConvertArgs {
     /// Options of the target's format, key=value,key=value; -o help lists them
     #[arg(short = 'o', long = "target-options", value_name = "OPTIONS")]
     options: Vec<String>,
-    /// Make the target an overlay of this backing file, and copy only what differs in layers
+    /// Make the target an overlay of this backing file, and copy only what the layers of the source
+    /// above it hold. One that the source does not stand on must read as the source's backing file does
     #[arg(short = 'B', long = "backing", value_name = "FILE")]
     backing: Option<String>,
     /// Format of the backing file
@@ -212,8 +214,9 @@ struct Copy<'a> {
     target_is_zero: bool,
     /// Whether the target shows its backing file where nothing is written.
     target_has_backing: bool,
-    /// Whether what the source's top layer does not hold is left to the target's backing file.
-    leaves_backing: bool,
+    /// The node of the source's chain that reads as the target's backing file: what no layer above it
+    /// holds is left to that.
+    common_base: Option<Node>,
     /// Zeros of this length become holes; 0 stores everything.
     sparse_size: u64,
     /// What requests to both sides must be multiples of, but for the source's end.
@@ -250,7 +253,7 @@ impl<'a> Copy<'a> {
             target: &target.node,
             target_is_zero: created_zero || args.target_is_zero,
             target_has_backing,
-            leaves_backing: target_has_backing && source.node.backing().is_some(),
+            common_base: if target_has_backing { common_base(source, target)? } else { None },
             sparse_size,
             align,
             granule: unit.max(512).max(align),
@@ -295,20 +298,23 @@ impl<'a> Copy<'a> {
     /// The next run of the source and what to do with it. Runs keep to the alignment: a unit that
     /// holds some data is data.
     async fn next_run(&self, rest: ByteRange) -> Result<(ByteRange, Work)> {
-        let status = match self.leaves_backing {
-            true => self.source.block_status(rest).await,
-            false => self.source.block_status_deep(rest).await,
+        let context = || format!("finding out what is allocated at {}", rest.offset);
+        let (run, held) = match &self.common_base {
+            Some(base) => held_above(self.source, Some(base), rest).await.context(context)?,
+            None => {
+                let status = self.source.block_status_deep(rest).await.context(context)?;
+                let is_data = status.kind == StatusKind::Data;
+                (status.range, if is_data { Held::Data } else { Held::Zero })
+            }
         };
-        let status =
-            status.context(|| format!("finding out what is allocated at {}", rest.offset))?;
-        let work = match status.kind {
-            StatusKind::Data => Work::Copy,
-            StatusKind::Unallocated if self.leaves_backing => Work::Skip,
-            _ if self.sparse_size == 0 => Work::Copy,
-            _ if self.target_is_zero && !self.target_has_backing => Work::Skip,
-            _ => Work::Zero,
+        let work = match held {
+            Held::Data => Work::Copy,
+            Held::Nothing => Work::Skip,
+            Held::Zero if self.sparse_size == 0 => Work::Copy,
+            Held::Zero if self.target_is_zero && !self.target_has_backing => Work::Skip,
+            Held::Zero => Work::Zero,
         };
-        let end = status.range.end().min(rest.end());
+        let end = run.end().min(rest.end());
         let unit_end = align_down(end, self.align);
         let end = match work {
             _ if end == rest.end() => end,
@@ -370,6 +376,24 @@ impl<'a> Copy<'a> {
         (self.target.write_zeroes(range, true).await)
             .context(|| format!("writing zeros, {range} of the target"))
     }
+}
+
+/// The node below the top of the source that reads as the target's backing file: that file itself, if the
+/// source stands on it. Another one is to read as the source's own backing file does.
+fn common_base(source: &Image, target: &Image) -> Result<Option<Node>> {
+    // A state is no file: many may be of one log.
+    let is_file = |image: &&Image| image.format != ImageFormat::CrashState;
+    if let Some(named) = target.backing.as_deref().filter(is_file) {
+        let identity = named.file.identity()?;
+        let chain =
+            std::iter::successors(source.backing.as_deref(), |image| image.backing.as_deref());
+        for image in chain.filter(|image| image.format == named.format) {
+            if image.file.identity()? == identity {
+                return Ok(Some(image.node.clone()));
+            }
+        }
+    }
+    Ok(source.node.backing())
 }
 
 /// Cuts a run into chunks that end at multiples of the chunk's size.

@@ -190,6 +190,43 @@ fn convert_onto_a_backing_file_keeps_content() {
     }
 }
 
+/// The layers between are copied, too, also what they hide by their end.
+#[test]
+fn convert_onto_what_lies_further_down_keeps_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base"), vec![b'B'; 4 << 20]).unwrap();
+    for format in ["qcow2", "add-cow"] {
+        let layer = |name: &str, backing: &str, backing_format: &str, size: &str| {
+            let head = ["create", "-q", "-f", format, "-b", backing, "-F", backing_format];
+            ok(d, &[&head[..], &[name, size]].concat());
+        };
+        let hold = |name: &str, letter: u8, len: usize| {
+            std::fs::write(d.join("piece"), vec![letter; len]).unwrap();
+            ok(d, &["convert", "-n", "-f", "raw", "-O", format, "piece", name]);
+        };
+        let [lower, middle, top] =
+            ["lower", "middle", "top"].map(|name| format!("{name}.{format}"));
+        layer(&lower, "base", "raw", "4M");
+        layer(&middle, &lower, format, "2M");
+        layer(&top, &middle, format, "4M");
+        hold(&lower, b'L', 1 << 20);
+        hold(&middle, b'M', 512 << 10);
+        hold(&top, b'T', 128 << 10);
+        for (below, below_format) in [("base", "raw"), (&lower, format), (&middle, format)] {
+            ok(d, &["convert", "-O", format, "-B", below, "-F", below_format, &top, "copy"]);
+            ok(d, &["compare", &top, "copy"]);
+            let _ = std::fs::remove_file(d.join("copy.raw"));
+        }
+        // What only the base holds stays there.
+        ok(d, &["convert", "-O", format, "-B", "base", "-F", "raw", &lower, "copy"]);
+        let map = json(&ok(d, &["map", "--output=json", "copy"]));
+        let is_left = |entry: &serde_json::Value| entry["start"] == 1 << 20 && entry["depth"] == 1;
+        assert!(map.as_array().unwrap().iter().any(is_left), "{map}");
+        let _ = std::fs::remove_file(d.join("copy.raw"));
+    }
+}
+
 /// It would be emptied before it is read, and locks do not tell with -U.
 #[test]
 fn what_an_image_stands_on_is_neither_its_copy_nor_itself() {
