@@ -119,23 +119,28 @@ pub fn run(args: &ConvertArgs) -> Result<u8> {
     Ok(DONE)
 }
 
-/// A file that is its own target, or that the source stands on, would be emptied before it is read.
+/// A file that is its own target, or that the source stands on, would be emptied before it is read: under
+/// whatever name, be it that of a loop device, or of a disk that the source is a partition of.
 fn refuse_same_file(source: &Image, target: &std::path::Path) -> Result<()> {
     // A target that cannot be opened is not there yet, or the next step says why.
     let Ok(target) = HostFile::open(target, OpenOptions::default()) else { return Ok(()) };
-    let target = target.identity()?;
     for image in std::iter::successors(Some(source), |image| image.backing.as_deref()) {
         for file in [Some(&image.file), image.image_file.as_ref()].into_iter().flatten() {
-            if file.identity()? == target {
-                return Err(Error::invalid(match std::ptr::eq(image, source) {
-                    true => format!("{}: source and target are the same file", source.name()),
-                    false => format!(
-                        "{}: is what the source {} stands on, and cannot be its target",
-                        file.name(),
-                        source.name()
-                    ),
-                }));
+            if !images::shares_storage(file, &target)? {
+                continue;
             }
+            let (name, is_same) = (source.name(), file.identity()? == target.identity()?);
+            return Err(Error::invalid(match (std::ptr::eq(image, source), is_same) {
+                (true, true) => format!("{name}: source and target are the same file"),
+                (true, false) => format!(
+                    "{}: is what the source {name} is made of, or made of it, and cannot be its target",
+                    target.name()
+                ),
+                (false, _) => format!(
+                    "{}: is what the source {name} stands on, and cannot be its target",
+                    target.name()
+                ),
+            }));
         }
     }
     Ok(())

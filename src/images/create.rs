@@ -14,7 +14,9 @@ use crate::error::{Error, Result, ResultExt};
 use crate::formats::qcow2;
 use crate::images::kept::check_nobody_comes_back;
 use crate::images::lock::lock_for_writing;
-use crate::images::{Access, Image, ImageFormat, OpenRequest, add_cow, crash_state, frozen, open};
+use crate::images::{
+    Access, Image, ImageFormat, OpenRequest, add_cow, crash_state, frozen, open, storage,
+};
 use crate::io::{AlignedBuf, Alignment, File, HostFile, HostKind, OpenOptions, block_on};
 use crate::units::parse_size;
 use crate::units::{ByteRange, MIB, SECTOR_SIZE};
@@ -471,18 +473,15 @@ pub(super) fn open_backing(
     open(&open_request).context(|| "the backing file")
 }
 
-/// Refuses the image's own file as its backing file: it would be emptied. One that is not there, or
-/// cannot be opened, is another one.
+/// Refuses the image's own file as its backing file, under whatever name: it would be emptied. One that is
+/// not there, or cannot be opened, is another one.
 pub(super) fn check_not_own_backing(request: &CreateRequest, backing: &str) -> Result<()> {
     let path = open_gate::combine(&request.path, backing);
-    let identity = |path: &Path| {
-        HostFile::open(path, OpenOptions::default()).and_then(|file| file.identity()).ok()
-    };
-    match identity(&request.path) {
-        Some(target) if identity(&path) == Some(target) => Err(Error::invalid(format!(
-            "{}: an image cannot be its own backing file",
-            request.path.display()
-        ))),
+    let file = |path: &Path| HostFile::open(path, OpenOptions::default()).ok();
+    match (file(&request.path), file(&path)) {
+        (Some(own), Some(backing)) if storage::shares(&own, &backing)? => Err(Error::invalid(
+            format!("{}: an image cannot be its own backing file", request.path.display()),
+        )),
         _ => Ok(()),
     }
 }

@@ -49,6 +49,7 @@ pub use open::{
     open_chain,
 };
 pub use request::{Access, OpenRequest, StateDir};
+pub use storage::shares as shares_storage;
 
 use crate::error::Error;
 

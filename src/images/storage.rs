@@ -20,7 +20,7 @@ enum Storage {
 ///
 /// # Errors
 /// If the host does not say what the two are.
-pub(super) fn shares(one: &HostFile, other: &HostFile) -> Result<bool> {
+pub fn shares(one: &HostFile, other: &HostFile) -> Result<bool> {
     let (one, other) = (storage(one)?, storage(other)?);
     Ok(all_of(one).contains(&other) || all_of(other).contains(&one))
 }

@@ -246,6 +246,29 @@ fn what_an_image_stands_on_is_neither_its_copy_nor_itself() {
     assert!(std::fs::read(d.join("base.raw")).unwrap() == vec![b'B'; 1 << 20]);
 }
 
+/// A loop device is its file by another name.
+#[test]
+fn what_the_source_is_made_of_is_not_its_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("disk"), vec![b'D'; 1 << 20]).unwrap();
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "disk", "-F", "raw", "over"]);
+    let Some(device) = LoopDevice::over(&d.join("disk")) else { return };
+    for (from, to) in [("disk", device.name()), (device.name(), "disk"), ("over", device.name())] {
+        let err = fails(d, &["convert", "-O", "qcow2", from, to], 1);
+        assert!(err.contains("cannot be its target"), "{err}");
+    }
+    let own =
+        ["create", "-f", "qcow2", "-b", "disk", "-F", "raw", "--allow-dir", "/", device.name()];
+    let own =
+        own.map(
+            |word| if word == "disk" { d.join("disk").display().to_string() } else { word.into() },
+        );
+    let err = fails(d, &own.each_ref().map(String::as_str), 1);
+    assert!(err.contains("cannot be its own backing file"), "{err}");
+    assert!(std::fs::read(d.join("disk")).unwrap() == vec![b'D'; 1 << 20]);
+}
+
 /// The library that writes qcow2 says by lines of its own that it was not finished, which is no news then.
 #[test]
 fn a_conversion_that_fails_says_so_in_one_line() {
