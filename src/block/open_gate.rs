@@ -118,13 +118,36 @@ pub fn combine(from: &Path, reference: &str) -> PathBuf {
 /// # Errors
 /// Shows the name.
 pub fn check_new_name(reference: &str) -> Result<()> {
+    check_printable(reference)?;
+    match protocol_of(reference) {
+        None => Ok(()),
+        Some(protocol) => Err(Error::unsupported(format!(
+            "the file '{reference}': the protocol '{protocol}:' is not supported for files that an \
+             image names (write ./{reference} if it is a file's name)"
+        ))),
+    }
+}
+
+/// Refuses control characters in a name that an image is to have.
+///
+/// # Errors
+/// Shows the name.
+pub fn check_printable(reference: &str) -> Result<()> {
     if reference.chars().any(char::is_control) {
         return Err(Error::invalid(format!(
-            "the backing file '{}': control characters are not allowed in names",
+            "the file '{}': control characters are not allowed in names",
             reference.escape_debug()
         )));
     }
     Ok(())
+}
+
+/// What stands before a colon in the first part of a name, which makes it an address.
+fn protocol_of(reference: &str) -> Option<&str> {
+    match Path::new(reference).components().next() {
+        Some(Component::Normal(name)) => Some(name.to_str()?.split_once(':')?.0),
+        _ => None,
+    }
 }
 
 /// Refuses names that are not plain paths.
@@ -138,12 +161,7 @@ fn check_name(reference: &str) -> Result<()> {
             reference.escape_debug()
         )));
     }
-    let first = Path::new(reference).components().next();
-    let prefix = match first {
-        Some(Component::Normal(name)) => name.to_str().and_then(|n| n.split_once(':')),
-        _ => None,
-    };
-    if let Some((protocol, _)) = prefix {
+    if let Some(protocol) = protocol_of(reference) {
         return Err(Error::unsupported(format!(
             "the image names '{reference}': the protocol '{protocol}:' is not supported for files \
              that an image pulls in (write ./{reference} if it is a file's name)"

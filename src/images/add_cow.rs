@@ -152,7 +152,7 @@ pub fn check_new_backing(
     format: Option<ImageFormat>,
 ) -> Result<()> {
     let name = || image.name().to_string();
-    backing.map_or(Ok(()), open_gate::check_new_name).context(name)?;
+    backing.map_or(Ok(()), open_gate::check_printable).context(name)?;
     match image.format {
         ImageFormat::AddCow => {}
         ImageFormat::Qcow2 => {
@@ -327,6 +327,7 @@ fn image_file(
 ) -> Result<ImageFile> {
     let context = |path: &Path| format!("image file {}", path.display());
     let Some(named) = named else { return new_image_file(request, below) };
+    open_gate::check_new_name(named).context(|| request.path.display().to_string())?;
     let path = open_gate::combine(&request.path, named);
     // Before it is locked, by ourselves.
     let is_below = |below: &Image| {
@@ -399,7 +400,9 @@ fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<Imag
         new.file.flush().await
     };
     new.fill(size, async { made.await.context(|| path.display().to_string()) })?;
-    Ok(ImageFile { name: base.into(), file: Arc::clone(&new.file), size, new: Some(new) })
+    // A colon would make it an address.
+    let name = if base.contains(':') { format!("./{base}") } else { base.to_string() };
+    Ok(ImageFile { name, file: Arc::clone(&new.file), size, new: Some(new) })
 }
 
 /// Checks, and repairs, an add-cow file.

@@ -191,7 +191,10 @@ pub(super) fn named_backing(request: &CreateRequest) -> Result<(Option<&str>, Op
     };
     let file = only_one("backing file", request.backing.as_deref(), option("backing_file"))?;
     if let Some(file) = file {
-        open_gate::check_new_name(file).context(|| request.path.display().to_string())?;
+        // Where the operator says that it is not looked at, it may be for others, who can open it.
+        let is_address = request.backing_unchecked || crash_state::is_name(file);
+        let check = if is_address { open_gate::check_printable } else { open_gate::check_new_name };
+        check(file).context(|| request.path.display().to_string())?;
     }
     let format = request.backing_format.map(ImageFormat::name);
     Ok((file, only_one("backing file's format", format, option("backing_fmt"))?))

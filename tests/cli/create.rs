@@ -180,3 +180,32 @@ fn qcow2_images_are_made_on_block_devices() {
     assert!(line.contains("a device can be its image file"), "{line}");
     ok(d, &["compare", "-f", "raw", "-F", "qcow2", "from", device]);
 }
+
+/// Not an image that nobody can open.
+#[test]
+fn names_that_would_be_taken_for_addresses_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "raw", "a:b", "1M"]);
+    ok(d, &["create", "-q", "-f", "vhdx", "a:b.vhdx", "1M"]);
+    for (format, backing, backing_format) in
+        [("qcow2", "a:b", "raw"), ("add-cow", "a:b", "raw"), ("vhdx", "a:b.vhdx", "vhdx")]
+    {
+        let create = ["create", "-q", "-f", format, "-F", backing_format, "-b"];
+        let name = format!("over:{format}");
+        let line = fails(d, &[&create[..], &[backing, &name]].concat(), 1);
+        assert!(line.contains(&format!("write ./{backing} if it is a file's name")), "{line}");
+        assert!(!d.join(&name).exists() && !d.join(format!("{name}.raw")).exists());
+        let plain = format!("./{backing}");
+        ok(d, &[&create[..], &[&plain, &name]].concat());
+        ok(d, &["compare", "-f", format, &name, backing]);
+        if format != "vhdx" {
+            let rebase = ["rebase", "-q", "-f", format, "-b", backing, "-F", "raw", &name];
+            let line = fails(d, &rebase, 1);
+            assert!(line.contains("write ./a:b if"), "{line}");
+            ok(d, &["compare", "-f", format, &name, backing]);
+        }
+    }
+    let line = fails(d, &["create", "-f", "add-cow", "-o", "image-file=a:b", "x"], 1);
+    assert!(line.contains("write ./a:b if") && !d.join("x").exists(), "{line}");
+}

@@ -229,7 +229,7 @@ fn qcow2_is_created_as_told() {
         (&["-b", "gone", "-F", "raw", "x", "1M"], "the backing file: gone: No such file"),
         (&["-u", "-b", "gone", "-F", "raw", "x"], "x: a new image needs a size"),
         (&["-b", "a", "-F", "vmdk", "x"], "vmdk images are not supported"),
-        (&["-b", "nbd:host:1", "-F", "raw", "x"], "only files and block devices"),
+        (&["-b", "nbd:host:1", "-F", "raw", "x"], "the protocol 'nbd:' is not supported"),
         (&["x"], "x: a new image needs a size"),
         (&["x", "7E"], "x: cannot create the image"),
     ] {
