@@ -10,8 +10,8 @@ use crate::block::driver::{BlockStatus, Driver, Limits, Pin, Plan, PlanExtent, P
 use crate::block::link::{self, Link};
 use crate::block::{Keep, Node, Quiesced, StatusKind};
 use crate::error::{Error, Result};
-use crate::io::{Buffers, File, Fut, carrying};
-use crate::units::ByteRange;
+use crate::io::{AlignedBuf, Alignment, Buffers, File, Fut, carrying};
+use crate::units::{ByteRange, align_down, align_up};
 use std::sync::Arc;
 
 /// Where a run of the disk lies.
@@ -265,7 +265,7 @@ impl<F: Format> FormatDriver<F> {
             debug_assert!(extent.range.offset == offset && len > 0);
             let part = buf.slice(done, len);
             match extent.kind {
-                ExtentKind::Data { file, offset } => file.read(offset, part).await?,
+                ExtentKind::Data { file, offset } => read_file(&*file, offset, part).await?,
                 ExtentKind::Zero { .. } => part.fill_zero(),
                 ExtentKind::Backing => read_backing(self.format.backing(), offset, part).await?,
                 ExtentKind::Opaque => self.format.read_opaque(offset, part).await?,
@@ -298,6 +298,26 @@ impl<F: Format> FormatDriver<F> {
     }
 }
 
+/// Reads from a file. Runs of a format may be smaller than the units that the host demands.
+async fn read_file(file: &dyn File, offset: u64, buf: Buffers) -> Result<()> {
+    let Alignment { request, memory } = file.alignment();
+    let wanted = ByteRange { offset, len: buf.len() };
+    if wanted.is_aligned(request) {
+        return file.read(offset, buf).await;
+    }
+    let whole = units_around(wanted, request, file.len()?);
+    let bounce = AlignedBuf::zeroed(whole.len as usize, memory);
+    file.read(whole.offset, bounce.buffers()).await?;
+    bounce.buffers().slice(offset - whole.offset, buf.len()).copy_to(&buf);
+    Ok(())
+}
+
+/// The whole units that a range is in, as far as there is something.
+fn units_around(range: ByteRange, unit: u64, size: u64) -> ByteRange {
+    let end = align_up(range.end(), unit).map_or(size, |end| end.min(size));
+    ByteRange::between(align_down(range.offset, unit), end.max(range.end()))
+}
+
 /// Reads from a backing node that may be shorter than the disk above it, or absent.
 async fn read_backing(backing: Option<Node>, offset: u64, buf: Buffers) -> Result<()> {
     let Some(backing) = backing else {
@@ -307,7 +327,15 @@ async fn read_backing(backing: Option<Node>, offset: u64, buf: Buffers) -> Resul
     let inside = ByteRange { offset, len: buf.len() }
         .intersect(&ByteRange { offset: 0, len: backing.size() })
         .len;
-    if inside > 0 {
+    let wanted = ByteRange { offset, len: inside };
+    let limits = backing.limits();
+    if inside > 0 && !wanted.is_aligned(limits.request_alignment) {
+        // A sector of this layer may be a part of one below.
+        let whole = units_around(wanted, limits.request_alignment, limits.size);
+        let bounce = AlignedBuf::zeroed(whole.len as usize, limits.memory_alignment);
+        backing.read(whole.offset, bounce.buffers()).await?;
+        bounce.buffers().slice(offset - whole.offset, inside).copy_to(&buf.slice(0, inside));
+    } else if inside > 0 {
         backing.read(offset, buf.slice(0, inside)).await?;
     }
     if inside < buf.len() {

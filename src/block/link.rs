@@ -29,6 +29,8 @@ pub(super) struct Link {
     generation: u64,
     /// The backing's size in bytes.
     size: u64,
+    /// What requests to the backing must be multiples of, in bytes.
+    unit: u64,
     /// Whether what suits the layer above suits the backing.
     is_aligned: bool,
 }
@@ -44,6 +46,7 @@ impl Link {
             driver,
             generation,
             size: limits.size,
+            unit: limits.request_alignment,
             is_aligned: limits.request_alignment <= above.request_alignment
                 && limits.memory_alignment <= above.memory_alignment,
             node,
@@ -57,7 +60,8 @@ impl Link {
 
     /// Plans a read: zeros where the backing ends.
     pub(super) fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
-        if !self.is_aligned || self.is_behind() {
+        // What suits the layer above may be cut into runs that do not.
+        if !self.is_aligned || !range.is_aligned(self.unit) || self.is_behind() {
             return Planned::NotNow;
         }
         let inside = range.intersect(&ByteRange { offset: 0, len: self.size });
@@ -97,5 +101,16 @@ mod tests {
         block_on(file.set_len(8192)).unwrap();
         node.refresh(&quiesced).unwrap();
         assert_eq!(link.plan_read(beyond, &mut Plan::default()), Planned::NotNow);
+    }
+
+    #[test]
+    fn a_part_of_a_unit_of_the_backing_is_not_planned() {
+        let units = crate::io::Alignment { request: 4096, memory: 512 };
+        let file = SimFile::with_alignment("base", vec![1; 4096], units);
+        let raw = Arc::new(Raw::open(Arc::new(file), false).unwrap());
+        let node = Node::new(raw, NodeOptions::default());
+        let link = Link::new(node.clone(), &node.limits());
+        let planned = |len| link.plan_read(ByteRange { offset: 4096, len }, &mut Plan::default());
+        assert_eq!((planned(4096), planned(512)), (Planned::Ready, Planned::NotNow));
     }
 }

@@ -269,6 +269,27 @@ fn what_the_source_is_made_of_is_not_its_copy() {
     assert!(std::fs::read(d.join("disk")).unwrap() == vec![b'D'; 1 << 20]);
 }
 
+/// An add-cow image that holds a part of one of the host's sectors.
+#[test]
+fn what_the_page_cache_has_written_is_read_by_direct_io() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("base"), vec![b'B'; 1 << 20]).unwrap();
+    std::fs::write(d.join("sector"), vec![b'S'; 512]).unwrap();
+    std::fs::write(d.join("blocks"), vec![0; 1 << 20]).unwrap();
+    let Some(device) = LoopDevice::with_blocks(&d.join("blocks"), 4096) else { return };
+    let image = format!("image-file={}", device.name());
+    ok(d, &["create", "-q", "-f", "add-cow", "-o", &image, "-b", "base", "-F", "raw", "top"]);
+    let allow = ["--allow-dir", "/dev", "-f"];
+    ok(d, &[&["convert", "-n", "-O", "add-cow"], &allow[..], &["raw", "sector", "top"]].concat());
+    for cache in ["writeback", "none"] {
+        ok(d, &[&["convert", "-T", cache], &allow[..], &["add-cow", "top", "copy"]].concat());
+        let copy = std::fs::read(d.join("copy")).unwrap();
+        assert!(copy[..512] == [b'S'; 512], "{cache}");
+        assert!(copy[512..] == vec![b'B'; (1 << 20) - 512], "{cache}");
+    }
+}
+
 /// The library that writes qcow2 says by lines of its own that it was not finished, which is no news then.
 #[test]
 fn a_conversion_that_fails_says_so_in_one_line() {

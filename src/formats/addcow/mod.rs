@@ -209,6 +209,8 @@ impl AddCow {
             };
             let run = ByteRange { offset: at.offset, len: run * SECTOR_SIZE };
             let planned = match in_image {
+                // A sector may be less than what direct I/O takes.
+                true if !run.is_aligned(data.alignment().request) => Planned::NotNow,
                 true => {
                     plan.push(PlanExtent::File { file: data, offset: run.offset, len: run.len });
                     Planned::Ready

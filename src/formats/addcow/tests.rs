@@ -115,6 +115,27 @@ fn a_backing_that_ends_inside_a_sector_goes_on_with_zeros() {
     assert!(err.to_string().contains("without its backing file"), "{err}");
 }
 
+/// The bits may be older than the host's demands, or of another tool.
+#[test]
+fn sectors_smaller_than_the_units_of_the_files_are_read() {
+    let header = Header { backing: Some("base.raw".into()), image: "disk.raw".into() };
+    let mut bytes = header.encode().unwrap();
+    bytes.extend([0x09, 0x02]);
+    let file = SimFile::from_bytes("x.add-cow", bytes);
+    let units = crate::io::Alignment { request: 4096, memory: 512 };
+    let image = SimFile::with_alignment("disk.raw", numbered(0x40, 16), units);
+    let base = Arc::new(SimFile::with_alignment("base.raw", numbered(0x80, 16), units));
+    let base = Node::new(Arc::new(Raw::open(base, true).unwrap()), NodeOptions::default());
+    let disk = open_disk(&file, &image, Backing::Node(base), None);
+    assert_eq!(disk.limits().request_alignment, 4096);
+    let mut expected = numbered(0x80, 16);
+    for sector in [0, 3, 9] {
+        expected[sector * 512..][..512].fill(0x40 + sector as u8);
+    }
+    assert!(block_on(read(&disk, 0, 8192)) == expected);
+    assert!(block_on(read(&disk, 4096, 4096)) == expected[4096..]);
+}
+
 #[test]
 fn what_is_discarded_or_zeroed_never_shows_the_backing() {
     let (file, image, backing) = example();
