@@ -18,7 +18,7 @@ use crate::images::{self, Image, ImageFormat, OpenRequest, frozen};
 use crate::io::{AlignedBuf, HostFile, OpenOptions, block_on};
 use crate::jobs::layer_copy::CHUNK;
 use crate::jobs::marks::{Joins, Marks, Others};
-use crate::units::ByteRange;
+use crate::units::{ByteRange, align_down, align_up};
 
 /// The backing files are compared in pieces of this many bytes.
 const PIECE: usize = 4096;
@@ -178,14 +178,15 @@ async fn keep_content(args: &RebaseArgs, top: &Node, below: Option<&Node>) -> Re
     let mut offset = 0;
     while offset < top.size() {
         let status = top.block_status(ByteRange::between(offset, top.size())).await?;
-        let run = match status.kind {
-            StatusKind::Unallocated => {
-                let run = ByteRange { len: status.range.len.min(CHUNK), ..status.range };
+        let mut run = status.range;
+        if status.kind == StatusKind::Unallocated {
+            // Of a large disk most is nothing, which takes no time.
+            let zeros = zeros_at(Some(top), run).await?.min(zeros_at(below, run).await?);
+            run.len = if zeros > 0 { zeros } else { run.len.min(CHUNK) };
+            if zeros == 0 {
                 compare_and_copy(top, below, run).await?;
-                run
             }
-            _ => status.range,
-        };
+        }
         offset = run.end();
         progress.advance(run.len);
     }
@@ -193,24 +194,46 @@ async fn keep_content(args: &RebaseArgs, top: &Node, below: Option<&Node>) -> Re
     top.flush().await
 }
 
+/// How much from the start of a range on is known to read as zeros, in bytes: at the end of an image, or
+/// without one, all.
+async fn zeros_at(node: Option<&Node>, range: ByteRange) -> Result<u64> {
+    let Some(node) = node else { return Ok(range.len) };
+    let inside = range.intersect(&ByteRange { offset: 0, len: node.size() });
+    if inside.is_empty() {
+        return Ok(range.len);
+    }
+    let status = node.block_status_deep(inside).await?;
+    Ok(if status.kind == StatusKind::Data { 0 } else { status.range.len })
+}
+
+/// What has to be read or written of a node, which takes whole units, to get at a range of it.
+fn units_around(node: &Node, range: ByteRange) -> ByteRange {
+    let (unit, size) = (node.limits().request_alignment, node.size());
+    let end = align_up(range.end(), unit).map_or(size, |end| end.min(size));
+    ByteRange::between(align_down(range.offset, unit), end)
+}
+
 async fn compare_and_copy(top: &Node, below: Option<&Node>, run: ByteRange) -> Result<()> {
+    let run = units_around(top, run);
     let old = AlignedBuf::zeroed(run.len as usize, 4096);
     top.read(run.offset, old.buffers()).await?;
     let mut new = vec![0; run.len as usize];
     if let Some(below) = below {
-        let align = below.limits().request_alignment;
         let inside = run.intersect(&ByteRange { offset: 0, len: below.size() });
         if !inside.is_empty() {
-            let len = inside.len.next_multiple_of(align).min(below.size() - run.offset);
-            let buf = AlignedBuf::zeroed(len as usize, 4096);
-            below.read(run.offset, buf.buffers()).await?;
-            new[..inside.len as usize].copy_from_slice(&buf.to_vec()[..inside.len as usize]);
+            let whole = units_around(below, inside);
+            let mut buf = AlignedBuf::zeroed(whole.len as usize, 4096);
+            below.read(whole.offset, buf.buffers()).await?;
+            let skip = (run.offset - whole.offset) as usize;
+            new[..inside.len as usize]
+                .copy_from_slice(&buf.as_slice()[skip..][..inside.len as usize]);
         }
     }
+    let piece = PIECE.max(top.limits().request_alignment as usize);
     let bytes = old.to_vec();
-    let pieces = bytes.chunks(PIECE).zip(new.chunks(PIECE)).enumerate();
+    let pieces = bytes.chunks(piece).zip(new.chunks(piece)).enumerate();
     for (i, (was, _)) in pieces.filter(|(_, (was, will_be))| was != will_be) {
-        let at = (i * PIECE) as u64;
+        let at = (i * piece) as u64;
         let data = old.buffers().slice(at, was.len() as u64);
         top.write(run.offset + at, data, false).await?;
     }

@@ -346,3 +346,35 @@ fn the_base_of_a_commit_is_found_from_here_and_from_its_overlay() {
     let line = fails(d, &["commit", "-q", "-d", "-b", "nowhere", "sub/top"], 1);
     assert!(line.contains("Did not find 'nowhere' in the backing chain"), "{line}");
 }
+
+/// One whose sectors are larger than the overlay's, which holds parts of them.
+#[test]
+fn a_rebase_reads_whole_sectors_of_the_new_backing_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("old"), vec![b'O'; 1 << 20]).unwrap();
+    std::fs::write(d.join("sector"), vec![b'S'; 512]).unwrap();
+    ok(d, &["convert", "-O", "vhdx", "-o", "logical_sector_size=4096", "old", "new.vhdx"]);
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "old", "-F", "raw", "top"]);
+    ok(d, &["convert", "-n", "-f", "raw", "-O", "add-cow", "sector", "top"]);
+    ok(d, &["convert", "top", "before"]);
+    ok(d, &["rebase", "-q", "-b", "new.vhdx", "-F", "vhdx", "top"]);
+    ok(d, &["compare", "-f", "raw", "before", "top"]);
+}
+
+/// Neither is asked for where it is known that both read as zeros: that would take hours.
+#[test]
+fn a_rebase_of_a_large_disk_reads_what_there_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    for (name, at) in [("old", 5 << 40), ("new", 3 << 40)] {
+        ok(d, &["create", "-q", "-f", "raw", name, "8T"]);
+        let file = File::options().write(true).open(d.join(name)).unwrap();
+        file.write_all_at(name.as_bytes(), at).unwrap();
+    }
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", "old", "-F", "raw", "top"]);
+    ok(d, &["rebase", "-q", "-b", "new", "-F", "raw", "top"]);
+    ok(d, &["compare", "old", "top"]);
+    ok(d, &["rebase", "-q", "-b", "", "top"]);
+    ok(d, &["compare", "old", "top"]);
+}
