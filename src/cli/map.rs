@@ -150,11 +150,11 @@ struct Printer {
 impl Printer {
     fn begin(&self) -> Result<()> {
         match self.output {
-            Output::Human => output::print(&format!(
+            Output::Human => output::print_or_end(&format!(
                 "{:<16}{:<16}{:<16}{}\n",
                 "Offset", "Length", "Mapped to", "File"
             )),
-            Output::Json => output::print("["),
+            Output::Json => output::print_or_end("["),
         }
     }
 
@@ -163,7 +163,7 @@ impl Printer {
         match self.output {
             Output::Json => {
                 let json = serde_json::to_string(entry).map_err(std::io::Error::from)?;
-                output::print(&format!("{}{json}", if first { "" } else { ",\n" }))
+                output::print_or_end(&format!("{}{json}", if first { "" } else { ",\n" }))
             }
             Output::Human if !entry.data => Ok(()),
             Output::Human => {
@@ -174,7 +174,7 @@ impl Printer {
                 };
                 let start =
                     if entry.start == 0 { "0".into() } else { format!("{:#x}", entry.start) };
-                output::print(&format!(
+                output::print_or_end(&format!(
                     "{start:<16}{:<16}{place:<16}{}\n",
                     format!("{:#x}", entry.length),
                     entry.filename.as_deref().unwrap_or_default(),
@@ -186,7 +186,7 @@ impl Printer {
     fn end(&self) -> Result<()> {
         match self.output {
             Output::Human => Ok(()),
-            Output::Json => output::print("]\n"),
+            Output::Json => output::print_or_end("]\n"),
         }
     }
 }

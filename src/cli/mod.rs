@@ -7,7 +7,7 @@
 //! |---|---|
 //! | 0 | done |
 //! | 1 | failed; for `compare` the images differ |
-//! | 2 | wrong usage; for `check` the image is corrupt, for `log verify` the log; for `compare` an image cannot be opened |
+//! | 2 | wrong usage; for `check` the image is corrupt, for `log verify` the log; for `compare` an image cannot be opened, or it failed otherwise |
 //! | 3 | for `check` there are leaks only; for `compare` what is allocated cannot be found out |
 //! | 4 | for `compare` an image cannot be read |
 //! | 63 | for `check` the format cannot be checked |
@@ -96,6 +96,15 @@ impl Command {
         }
     }
 
+    /// The exit code of a failure that the command has none of its own for.
+    fn failure(&self) -> u8 {
+        match self {
+            // 1 would say that the images differ.
+            Command::Compare(_) => 2,
+            _ => 1,
+        }
+    }
+
     /// Whether `-q` is given.
     fn is_quiet(&self) -> bool {
         match self {
@@ -145,13 +154,14 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     ignore_file_size_signal();
     let serves = matches!(cli.command, Command::Serve(_));
+    let failure = cli.command.failure();
     let result = logging::init(&cli.log, cli.command.default_level(), !serves)
         .and_then(|()| cli.command.run());
     match result {
         Ok(code) => ExitCode::from(code),
         Err(err) => {
             report(&err);
-            ExitCode::FAILURE
+            ExitCode::from(failure)
         }
     }
 }

@@ -6,17 +6,22 @@ use serde::Serialize;
 
 use crate::error::{Result, ResultExt};
 
-/// Prints `text` as it is. Where the reader has closed its end (`vublk map … | head`), the program
-/// ends quietly, as a program that does not ignore SIGPIPE would.
+/// Prints `text` as it is. Where the reader has closed its end (`vublk check … | head`), nobody hears it,
+/// and the command goes on: its exit code still has to tell what was found.
 pub fn print(text: &str) -> Result<()> {
+    try_print(text).map(drop)
+}
+
+/// The same for a part of a list, which may be long or without end. If the reader has closed its end, the
+/// program ends quietly, as one that does not ignore SIGPIPE would.
+pub fn print_or_end(text: &str) -> Result<()> {
     match try_print(text)? {
         true => Ok(()),
         false => std::process::exit(0),
     }
 }
 
-/// As [`print()`], for a program that has more to do than to print: false if the reader has closed its
-/// end.
+/// As [`print()`], for whoever wants to know: false if the reader has closed its end.
 pub fn try_print(text: &str) -> Result<bool> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

@@ -57,9 +57,9 @@ pub fn run(args: &TopArgs) -> Result<u8> {
         if is_screen {
             // Home, the page with each line's rest wiped, then what is below it.
             let page = text.replace('\n', "\x1b[K\n");
-            output::print(&format!("\x1b[H{page}\x1b[J"))?;
+            output::print_or_end(&format!("\x1b[H{page}\x1b[J"))?;
         } else {
-            output::print(&text)?;
+            output::print_or_end(&text)?;
         }
         if args.once {
             return Ok(DONE);

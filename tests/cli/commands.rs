@@ -378,3 +378,37 @@ fn a_rebase_of_a_large_disk_reads_what_there_is() {
     ok(d, &["rebase", "-q", "-b", "", "top"]);
     ok(d, &["compare", "old", "top"]);
 }
+
+/// Or `vublk compare a b | head` would call different what is the same, and the other way round.
+#[test]
+fn exit_codes_tell_what_was_found_to_whom_nobody_listens() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("a"), [1; 512]).unwrap();
+    std::fs::write(d.join("b"), [2; 512]).unwrap();
+    ok(d, &["create", "-q", "-f", "add-cow", "over", "1M"]);
+    // Bits that the image file has no sectors for.
+    File::options().write(true).open(d.join("over.raw")).unwrap().set_len(512).unwrap();
+    let over = File::options().write(true).open(d.join("over")).unwrap();
+    over.write_all_at(&[0xff; 8], 2560).unwrap();
+    let code = |out: Stdio, args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+        let command = command.current_dir(d).args(args).stdout(out).stderr(Stdio::null());
+        command.status().unwrap().code().unwrap()
+    };
+    let unread = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        Stdio::from(writer)
+    };
+    let check = ["check", "-f", "add-cow", "over"];
+    let expected = vublk(d, &check).status.code().unwrap();
+    assert_ne!(expected, 0);
+    assert_eq!(code(unread(), &check), expected);
+    assert_eq!(code(unread(), &["compare", "a", "b"]), 1);
+    assert_eq!(code(unread(), &["compare", "a", "a"]), 0);
+    // What cannot be said at all is no difference.
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    assert_eq!(code(full(), &["compare", "a", "a"]), 2);
+    assert_eq!(code(unread(), &["--log-level", "none", "compare", "a", "a"]), 2);
+}

@@ -105,7 +105,7 @@ impl Printer {
         }
         self.count += 1;
         if self.text.len() >= CHUNK {
-            output::print(&std::mem::take(&mut self.text))?;
+            output::print_or_end(&std::mem::take(&mut self.text))?;
         }
         Ok(())
     }
@@ -114,6 +114,6 @@ impl Printer {
         if self.output == Output::Json {
             self.text += if self.count == 0 { "]\n" } else { "\n]\n" };
         }
-        output::print(&self.text)
+        output::print_or_end(&self.text)
     }
 }

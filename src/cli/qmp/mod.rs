@@ -62,7 +62,7 @@ pub fn run(args: &QmpArgs) -> Result<u8> {
     }
     loop {
         if let Some(event) = connection.event(None)? {
-            output::print(&format!("{event}\n"))?;
+            output::print_or_end(&format!("{event}\n"))?;
         }
     }
 }
