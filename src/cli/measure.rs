@@ -72,7 +72,11 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
     };
     images::create::check_size(size)?;
     let measured = match args.target_format {
-        ImageFormat::Raw => Measured { required: size, fully_allocated: size },
+        // What is made has whole sectors.
+        ImageFormat::Raw => {
+            let size = size.next_multiple_of(SECTOR_SIZE);
+            Measured { required: size, fully_allocated: size }
+        }
         ImageFormat::Qcow2 => {
             let mut options = CreateOptions::new(size);
             if let Some(text) = cluster_size {

@@ -362,6 +362,23 @@ fn a_rebase_reads_whole_sectors_of_the_new_backing_file() {
     ok(d, &["compare", "-f", "raw", "before", "top"]);
 }
 
+/// A volume of the measured size has to hold it.
+#[test]
+fn what_is_measured_for_raw_has_whole_sectors() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("odd"), [1; 1000]).unwrap();
+    ok(d, &["convert", "odd", "copy"]);
+    let size = std::fs::metadata(d.join("copy")).unwrap().len();
+    for args in [&["odd"][..], &["--size", "1000"]] {
+        let measured = json(&ok(d, &[&["measure", "--output=json"], args].concat()));
+        assert_eq!(
+            (&measured["required"], &measured["fully-allocated"]),
+            (&size.into(), &size.into())
+        );
+    }
+}
+
 /// Neither is asked for where it is known that both read as zeros: that would take hours.
 #[test]
 fn a_rebase_of_a_large_disk_reads_what_there_is() {
