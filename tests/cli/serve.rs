@@ -100,7 +100,7 @@ fn a_device_that_has_grown_is_looked_at_on_sighup() {
     let file = File::options().write(true).open(d.join("backing")).unwrap();
     file.set_len(2 << 20).unwrap();
     tool_ok(d, "losetup", &["-c", device.name()]);
-    let err = qmp.fails("block_resize", json!({"device": "disk", "size": 2 << 20}));
+    let err = qmp.fails("block_resize", json!({"device": "disk", "size": 3 << 20}));
     assert!(err.contains("send SIGHUP to the process that serves it"), "{err}");
     backend.signal(rustix::process::Signal::HUP);
     wait_until("the size of the device", || {
@@ -108,5 +108,12 @@ fn a_device_that_has_grown_is_looked_at_on_sighup() {
         let image = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "image");
         image.unwrap()["image"]["virtual-size"] == 2 << 20
     });
+    // Or whoever knows the size says it.
+    file.set_len(3 << 20).unwrap();
+    tool_ok(d, "losetup", &["-c", device.name()]);
+    qmp.ok("block_resize", json!({"device": "disk", "size": 3 << 20}));
     assert!(backend.terminate().success());
+    ok(d, &["resize", "-q", "-f", "raw", device.name(), "3M"]);
+    let err = fails(d, &["resize", "-q", "-f", "raw", device.name(), "4M"], 1);
+    assert!(err.contains("the size of a block device cannot be changed from here"), "{err}");
 }
