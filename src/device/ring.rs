@@ -567,6 +567,13 @@ impl Ring {
         }
     }
 
+    /// Whether the ring is as it was made: nothing was ever made available in it.
+    #[inline]
+    pub fn is_untouched(&self) -> bool {
+        // SAFETY: the available ring is mapped and aligned.
+        self.next_avail == 0 && unsafe { load(self.avail.add(AT_IDX), Ordering::Relaxed) } == 0
+    }
+
     /// Marks a write to the used ring in the migration log.
     #[inline]
     fn log_used(&self, offset: usize, len: usize) {

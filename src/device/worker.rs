@@ -321,10 +321,13 @@ impl Worker {
         for event in events.drain(..) {
             if event.user & WATCH != 0 {
                 self.counts.kicks.add(1);
-                if let Some(served) = self.rings.iter_mut().find(|r| r.watch == event.user) {
+                if let Some(at) = self.rings.iter().position(|r| r.watch == event.user) {
+                    let served = &mut self.rings[at];
                     served.ring.disable_notifications();
                     if event.result < 0 {
                         served.lose_kick();
+                    } else if served.ring.is_untouched() {
+                        self.doubt_memory(at);
                     }
                 }
             } else {

@@ -1,7 +1,7 @@
 //! Guests and front-ends that mean harm. The process lives, the other queue goes on, and the one
 //! at fault either fails the request or is reported as broken by its error descriptor.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vublk::frontend::client::{Client, feature};
 use vublk::frontend::request::{STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, STATUS_UNTOUCHED, kind};
@@ -467,6 +467,33 @@ fn no_memory_shared_is_said_clearly() {
     session.memory = memory;
     session.rings[0].set_event_idx(true);
     session.write(0, 0, &[1; 512]).unwrap();
+}
+
+#[test]
+fn memory_that_is_not_what_the_guest_has_is_guessed_from_its_kicks() {
+    const HINT: &str = "share=on";
+    let backend = Backend::start(&[]);
+    // A front-end kicks a queue itself when it starts; that is no sign of anything.
+    let mut session = backend.qemu();
+    session.rings[0].kick().unwrap();
+    session.write(0, 0, &[1; 512]).unwrap();
+    for _ in 0..3 {
+        session.rings[0].kick().unwrap();
+        session.write(0, 0, &[1; 512]).unwrap();
+    }
+    drop(session);
+    assert!(!backend.log().contains(HINT), "{}", backend.log());
+    // QEMU hands over the file of a memory-backend without share=on as well, but its guest writes to
+    // a private copy: kicks come, and the ring stays as it was made.
+    let mut session = backend.qemu();
+    let deadline = session.deadline();
+    while !backend.log().contains(HINT) {
+        assert!(Instant::now() < deadline, "{}", backend.log());
+        session.rings[0].kick().unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // It is a guess, and changes nothing.
+    session.write(0, 0, &[2; 512]).unwrap();
 }
 
 #[test]

@@ -119,6 +119,7 @@ impl Worker {
             stopping: None,
             unpublished: 0,
             reported: false,
+            early_kicks: 0,
         };
         // The process before us may have published without an interrupt.
         served.interrupt();

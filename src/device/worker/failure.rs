@@ -25,6 +25,25 @@ impl Worker {
         }
     }
 
+    /// The ring was kicked, and nothing was ever made available in it. A front-end kicks a ring once
+    /// by itself when it starts. But a guest that kicks has written to its ring before; if that
+    /// cannot be seen, its memory is most likely another: QEMU hands over the file of a memory-backend
+    /// without `share=on`, too, while the guest writes to private pages.
+    #[cold]
+    pub(super) fn doubt_memory(&mut self, at: usize) {
+        let served = &mut self.rings[at];
+        served.early_kicks = served.early_kicks.saturating_add(1);
+        if served.early_kicks != 2 || self.counts.requests.get() > 0 || !self.failures.may_speak() {
+            return;
+        }
+        tracing::warn!(
+            export = self.export.name(),
+            queue = served.index,
+            "the guest kicks the queue, and nothing is to be seen in it: its memory is probably not \
+             shared (QEMU: a memory-backend with share=on; Cloud Hypervisor: --memory shared=on)"
+        );
+    }
+
     /// Guest memory lost its file: the ring lives in it, so nothing in it can be trusted.
     #[cold]
     pub(super) fn lose_memory(&mut self, at: usize) {

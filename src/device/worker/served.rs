@@ -39,6 +39,8 @@ pub(super) struct Served {
     pub(super) unpublished: usize,
     /// Whether the ring has been reported as broken.
     pub(super) reported: bool,
+    /// Kicks that came before anything was ever made available.
+    pub(super) early_kicks: u32,
 }
 
 impl Served {
