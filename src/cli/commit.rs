@@ -22,7 +22,13 @@ pub struct CommitArgs {
     #[arg(short = 'f', long = "format", value_name = "FORMAT")]
     format: Option<ImageFormat>,
     /// How the images are cached: writeback, none, or unsafe (no flush)
-    #[arg(short = 't', long = "cache", value_name = "MODE", default_value_t)]
+    #[arg(
+        short = 't',
+        long = "cache",
+        value_name = "MODE",
+        default_value_t,
+        hide_possible_values = true
+    )]
     cache: CacheMode,
     /// The layer to write to, as `info --backing-chain` names it, or the image above it; the one right
     /// below if not given.

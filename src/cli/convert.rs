@@ -61,11 +61,10 @@ pub struct ConvertArgs {
     /// Zeros of at least this length become holes in the target; 0 stores everything
     #[arg(short = 'S', long, value_name = "SIZE")]
     sparse_size: Option<String>,
-    /// How the host caches the source, as for serve: writeback, none (O_DIRECT) …
+    /// How the host caches the source
     #[arg(short = 'T', long, value_name = "MODE", default_value_t)]
     source_cache: CacheMode,
-    /// How the host caches the target, as for serve: writeback, none (O_DIRECT), unsafe (no flush at the
-    /// end) …
+    /// How the host caches the target; with unsafe it is not flushed at the end
     #[arg(short = 't', long, value_name = "MODE", default_value_t)]
     target_cache: CacheMode,
     /// How many pieces are copied at a time

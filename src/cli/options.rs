@@ -1,13 +1,17 @@
 //! Options that several commands share, and the `key=value,…` grammar of `-o`.
 
+use std::ffi::OsStr;
+use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use clap::{Args, ValueEnum};
+use clap::builder::{PossibleValue, TypedValueParser, ValueParserFactory};
+use clap::{Arg, Args, Command, ValueEnum};
 
 use crate::crash::StateName;
 use crate::error::{Error, Result};
 use crate::images::crash_state::StateOf;
-use crate::images::{ImageFormat, Locking, OpenRequest};
+use crate::images::{CacheMode, ImageFormat, Locking, OpenRequest};
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -17,6 +21,53 @@ pub enum Output {
     Human,
     /// For programs; field names are qemu-img's and stay as they are.
     Json,
+}
+
+/// A parser for values that have names, which help and completions list. What else can be read is up
+/// to the type: the formats that are refused with a way out have names, too.
+#[derive(Clone, Debug)]
+pub struct Listed<T> {
+    names: Vec<&'static str>,
+    value: PhantomData<fn() -> T>,
+}
+
+impl<T> Listed<T> {
+    fn new(names: impl Iterator<Item = &'static str>) -> Listed<T> {
+        Listed { names: names.collect(), value: PhantomData }
+    }
+}
+
+impl<T: FromStr<Err = Error> + Clone + Send + Sync + 'static> TypedValueParser for Listed<T> {
+    type Value = T;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        arg: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<T, clap::Error> {
+        T::from_str.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(self.names.iter().map(PossibleValue::new)))
+    }
+}
+
+impl ValueParserFactory for ImageFormat {
+    type Parser = Listed<ImageFormat>;
+
+    fn value_parser() -> Self::Parser {
+        Listed::new(ImageFormat::SUPPORTED.iter().map(|format| format.name()))
+    }
+}
+
+impl ValueParserFactory for CacheMode {
+    type Parser = Listed<CacheMode>;
+
+    fn value_parser() -> Self::Parser {
+        Listed::new(CacheMode::NAMES.iter().map(|(name, _)| *name))
+    }
 }
 
 /// How an image that is only read is opened.

@@ -105,7 +105,7 @@ pub struct ServeArgs {
     pub salvage: bool,
     /// How the host caches: writeback (the page cache), none (O_DIRECT), writethrough and directsync
     /// (the same, every write durable before it completes), unsafe (flushes are ignored)
-    #[arg(long, value_name = "MODE", default_value_t)]
+    #[arg(long, value_name = "MODE", default_value_t, hide_possible_values = true)]
     #[arg(conflicts_with_all = MANY)]
     pub cache: CacheMode,
     /// Allow images to pull in files (backing files, data files) from below DIR; their own

@@ -213,7 +213,16 @@ fn completions_and_manual_pages_are_made() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
     for shell in ["bash", "zsh", "fish"] {
-        assert!(ok(d, &["completions", shell]).contains("convert"), "{shell}");
+        let script = ok(d, &["completions", shell]);
+        assert!(script.contains("convert") && script.contains("add-cow"), "{shell}");
+        assert!(script.contains("directsync"), "{shell}");
+    }
+    // Who asks for help learns the names of formats, and only those that can be opened.
+    for verb in ["serve", "create", "compare"] {
+        let help = ok(d, &[verb, "-h"]);
+        let words: Vec<_> = help.split_whitespace().collect();
+        let names = "[possible values: raw, qcow2, vhdx, add-cow]";
+        assert!(words.join(" ").contains(names), "{verb}: {help}");
     }
     ok(d, &["man", "pages"]);
     for page in ["vublk.1", "vublk-serve.1", "vublk-convert.1"] {

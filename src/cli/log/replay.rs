@@ -40,7 +40,7 @@ pub struct ReplayArgs {
     #[arg(short = 'f', long = "format", value_name = "FORMAT", requires = "replay")]
     format: Option<ImageFormat>,
     /// How the target is cached: writeback, none, or unsafe (no flush at the end)
-    #[arg(short = 't', long, value_name = "MODE", default_value_t)]
+    #[arg(short = 't', long, value_name = "MODE", default_value_t, hide_possible_values = true)]
     target_cache: CacheMode,
     #[command(flatten)]
     part: PartArgs,
