@@ -246,10 +246,9 @@ fn remove_stale(path: &Path) -> Result<()> {
         Err(err) => return Err(err).context(|| format!("cannot look at {shown}")),
     };
     if !meta.file_type().is_socket() {
-        return Err(Error::new(
-            ErrorKind::Busy,
-            format!("{shown} exists and is not a socket; it is not touched"),
-        ));
+        return Err(Error::invalid(format!(
+            "{shown} exists and is not a socket; it is not touched: remove it, or listen elsewhere"
+        )));
     }
     match probe(path) {
         Ok(false) => {

@@ -81,6 +81,9 @@ fn the_exit_code_tells_whether_another_start_may_succeed() {
     ok(d, &["create", "-q", "plain", "1M"]);
     serve(&["-f", "qcow2", "plain"], 78);
     serve(&["--allow-dir", "missing", "-f", "raw", "plain"], 78);
+    // What is no socket does not become one.
+    let line = fails(d, &["serve", "--socket-path", "plain", "-f", "raw", "plain"], 78);
+    assert!(line.ends_with("remove it, or listen elsewhere"), "{line}");
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/vublk@.service");
     let unit = std::fs::read_to_string(unit).unwrap();
     // 2 is what the parser of options ends with.
