@@ -145,7 +145,7 @@ fn active(top: &'static str, below: &'static str) {
     host.stop(&mut guest);
     let mut old = host.setup(top, "disk", &[]).prepare();
     old.spawn();
-    assert!(!old.wait_end().success());
+    assert_eq!(old.wait_end().code(), Some(78), "{}", old.log());
     assert!(old.log().contains("goes on in"), "{}", old.log());
 }
 

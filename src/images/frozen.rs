@@ -271,21 +271,19 @@ fn is_gone(path: &Path) -> bool {
 /// Refuses to have a guest write to an image that a snapshot has frozen, or that its disk has left.
 ///
 /// # Errors
-/// Kind [`Busy`](ErrorKind::Busy), with the image to serve instead.
+/// Kind [`InvalidArgument`](ErrorKind::InvalidArgument), with the image to serve instead: nobody else
+/// will change that, so it is of no use to try again.
 pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
     check_not_frozen(file, allow_dirs)?;
     let name = file.name();
     if let Some(target) = moved_to(file) {
         let shown = target.display();
         if !is_gone(&target) {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!(
-                    "{name}: this disk was committed or streamed into another image, and goes on in \
-                     {shown}; serve that one, in its own format (-f raw if it is raw): what is here \
-                     is old"
-                ),
-            ));
+            return Err(Error::invalid(format!(
+                "{name}: this disk was committed or streamed into another image, and goes on in \
+                 {shown}; serve that one, in its own format (-f raw if it is raw): what is here is \
+                 old"
+            )));
         }
         tracing::warn!("{name}: the image {shown} that the disk had moved to is gone");
         take(file, MOVED);
@@ -349,7 +347,7 @@ fn refusal(file: &HostFile, overlay: &Overlay, allow_dirs: &[PathBuf]) -> Error 
                     made in the overlay's place, do not remove it, but move it away until this one has \
                     been opened";
     }
-    Error::new(ErrorKind::Busy, message)
+    Error::invalid(message)
 }
 
 /// Has the mark say what the process would have had it say that was killed after it had left a note.

@@ -299,7 +299,7 @@ fn a_note_is_settled_once_its_job_has_ended() {
 fn names_its_overlay(dir: &Path, base: &HostFile) {
     let path = |name: &str| dir.join(name);
     let err = check(base, &[]).unwrap_err();
-    assert_eq!(err.kind(), ErrorKind::Busy);
+    assert_eq!(err.kind(), ErrorKind::InvalidArgument);
     assert!(err.to_string().contains(path("overlay").to_str().unwrap()), "{err}");
     // A directory that is away may come back.
     std::fs::create_dir(path("mount")).unwrap();
