@@ -530,8 +530,14 @@ pub(super) fn open_driver(
 /// Opens a host file for a disk. Explains what only an operator of disks would be told.
 pub(super) fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
     HostFile::open(path, options).map_err(|err| match err.kind() {
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnly if options.write => {
+        ErrorKind::ReadOnly if options.write => {
             Error::new(err.kind(), format!("{err} (to open it for writing)"))
+        }
+        ErrorKind::PermissionDenied => {
+            // Under systemd it is not the user who has typed the command.
+            let (user, what) = (rustix::process::geteuid().as_raw(), options.write);
+            let what = if what { "writing" } else { "reading" };
+            Error::new(err.kind(), format!("{err} (to open it for {what}, as user {user})"))
         }
         ErrorKind::NotFound if path.to_str().is_some_and(has_protocol) => Error::unsupported(
             format!("{}: only files and block devices of this host are supported", path.display()),

@@ -178,10 +178,14 @@ fn unreadable_images_are_refused_as_such() {
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         String::from_utf8(output.stderr).unwrap()
     };
-    assert_eq!(nobody(0o600, &["info", "disk"]), "vublk: disk: Permission denied\n");
+    // Who is asked is named: a unit's user is not the one who has made the image.
+    assert_eq!(
+        nobody(0o600, &["info", "disk"]),
+        "vublk: disk: Permission denied (to open it for reading, as user 65534)\n"
+    );
     assert_eq!(
         nobody(0o444, &["resize", "-f", "raw", "disk", "+1M"]),
-        "vublk: disk: Permission denied (to open it for writing)\n"
+        "vublk: disk: Permission denied (to open it for writing, as user 65534)\n"
     );
     assert_eq!(nobody(0o444, &["create", "new", "1M"]), "vublk: new: Permission denied\n");
 }
