@@ -282,6 +282,11 @@ fn check_explains_and_repairs() {
         .unwrap();
     let text = ok_or(d, &["check", "--explain", "a.vhdx"], 2);
     assert!(text.contains("truncated") && text.contains("vublk convert --salvage"), "{text}");
+    // Who does not know of these commands is led to them.
+    for args in [&["map", "a.vhdx"][..], &["convert", "a.vhdx", "new.raw"]] {
+        let line = fails(d, args, 1);
+        assert!(line.ends_with("`vublk check --explain` says what can be done"), "{line}");
+    }
 }
 
 /// What a kilobyte claims is not believed: 64 TiB of disk, and nothing of it there.

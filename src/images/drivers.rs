@@ -58,7 +58,7 @@ pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
     let file = Arc::clone(&opening.file) as Arc<dyn File>;
     let structure = match request.salvage {
         true => salvage_vhdx(request, &file)?,
-        false => block_on(vhdx::Structure::read(&file))?,
+        false => block_on(vhdx::Structure::read(&file)).map_err(with_way_out)?,
     };
     let mut backing = None;
     // An overlay that is opened on nothing is put on its parent before a guest uses it.
@@ -80,8 +80,19 @@ pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         alone: request.backing && is_without,
         ..vhdx::OpenOptions::default()
     };
-    let image = block_on(vhdx::Vhdx::open(structure, options))?;
+    let image = block_on(vhdx::Vhdx::open(structure, options));
+    let image = if request.salvage { image? } else { image.map_err(with_way_out)? };
     Ok(Arc::new(FormatDriver::new(image).context(|| file.name().to_string())?))
+}
+
+/// The error of a damaged VHDX image, with the command that tells more.
+fn with_way_out(err: Error) -> Error {
+    match err.kind() {
+        ErrorKind::Corrupt => {
+            Error::new(err.kind(), format!("{err}; `vublk check --explain` says what can be done"))
+        }
+        _ => err,
+    }
 }
 
 /// Reads the structures of a damaged image, and says what is missing.

@@ -301,7 +301,7 @@ impl Finding {
     pub(super) fn overlap(checker: &Checker, first: &UsedBlock, second: &UsedBlock) -> Finding {
         let name = |block: &UsedBlock| match checker.geometry.slot(block.index.into()) {
             Slot::Payload(number) => {
-                format!("block {number} (disk bytes {})", checker.geometry.block_range(number))
+                format!("block {number} ({} of the disk)", checker.geometry.block_range(number))
             }
             Slot::Bitmap(chunk) => format!("the sector bitmap of chunk {chunk}"),
         };
@@ -347,7 +347,7 @@ fn place_of(geometry: &Geometry, index: u64, at: u64) -> String {
             format!("block {block}, behind the end of the disk")
         }
         Slot::Payload(block) => {
-            format!("block {block}, disk bytes {}", geometry.block_range(block))
+            format!("block {block}, {} of the disk", geometry.block_range(block))
         }
         Slot::Bitmap(chunk) => format!("the sector bitmap of chunk {chunk}"),
     };
