@@ -8,7 +8,8 @@ use crate::filters::GuessGuard;
 use crate::formats::qcow2;
 use crate::formats::raw::Raw;
 use crate::formats::vhdx;
-use crate::images::open::{Image, Opening};
+use crate::images::ImageFormat;
+use crate::images::open::{Image, Opening, guess};
 use crate::images::parents;
 use crate::images::probe;
 use crate::images::request::{Access, OpenRequest};
@@ -19,7 +20,11 @@ pub(super) fn open_raw(opening: &Opening<'_>, guessed: bool) -> Result<Arc<dyn D
     let file = &opening.file;
     let raw = Raw::open(Arc::clone(file) as Arc<dyn File>, read_only)
         .context(|| file.name().to_string())?;
-    if !guessed || read_only {
+    if read_only {
+        return Ok(Arc::new(raw));
+    }
+    if !guessed {
+        doubt_raw(opening);
         return Ok(Arc::new(raw));
     }
     tracing::warn!(
@@ -29,6 +34,20 @@ pub(super) fn open_raw(opening: &Opening<'_>, guessed: bool) -> Result<Arc<dyn D
     );
     let recognise = |head: &[u8]| probe::by_magic(head).map(|format| format.to_string());
     Ok(Arc::new(GuessGuard::new(Arc::new(raw), file.name(), recognise)))
+}
+
+/// Says so if an image that was said to be raw looks like another: who meant that one destroys it by
+/// the first write. It may also be what a guest has made of its disk. (An encrypted disk is given to
+/// guests as raw.)
+fn doubt_raw(opening: &Opening<'_>) {
+    match guess(&opening.file) {
+        Err(_) | Ok(ImageFormat::Raw | ImageFormat::Luks) => {}
+        Ok(format) => tracing::warn!(
+            "{}: looks like {format}, and is taken byte for byte, because the format given is raw; \
+             leave that out if it is not meant",
+            opening.file.name()
+        ),
+    }
 }
 
 pub(super) fn open_qcow2(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {

@@ -65,6 +65,28 @@ fn a_served_chain_is_told_at_the_start() {
     assert!(!log.contains("imago"), "{log}");
 }
 
+/// A qcow2 image that is served as raw is a small disk with a strange content, and the guest that
+/// writes to it destroys the image.
+#[test]
+fn a_format_that_is_probably_wrong_is_doubted() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "qcow2", "q", "1M"]);
+    ok(d, &["create", "-q", "plain", "1M"]);
+    let log_of = |args: &[&str]| {
+        let log = File::create(d.join("log")).unwrap();
+        drop(served(d, args, log.into()));
+        std::fs::remove_file(d.join("pid")).unwrap();
+        std::fs::read_to_string(d.join("log")).unwrap()
+    };
+    let log = log_of(&["-f", "raw", "q"]);
+    assert!(log.contains("WARN") && log.contains("q: looks like qcow2"), "{log}");
+    for args in [&["-f", "raw", "plain"][..], &["-f", "qcow2", "q"], &["-f", "raw", "-r", "q"]] {
+        let log = log_of(args);
+        assert!(!log.contains("WARN"), "{args:?}: {log}");
+    }
+}
+
 /// Systemd starts a service that has died again, but not one whose start would fail again.
 #[test]
 fn the_exit_code_tells_whether_another_start_may_succeed() {
