@@ -521,9 +521,16 @@ fn a_recorded_log_is_sound_and_replays_to_the_image() {
         let mut bytes = std::fs::read(d.join("w.log")).unwrap();
         let data = if options.is_empty() { 1024 } else { 8192 };
         bytes[data + 700] ^= 1;
-        std::fs::write(d.join("w.log"), bytes).unwrap();
+        std::fs::write(d.join("w.log"), &bytes).unwrap();
         let text = ok_or(d, &["log", "verify", "w.log"], 2);
         assert!(text.starts_with("entry 0: header or data are not what its record says"), "{text}");
+        // And of what is to be zeros, which no CRC covers.
+        bytes[data + 700] ^= 1;
+        let zeros = data + 8192 + data / 2;
+        bytes[zeros + 20000] = 1;
+        std::fs::write(d.join("w.log"), bytes).unwrap();
+        let text = ok_or(d, &["log", "verify", "w.log"], 2);
+        assert!(text.starts_with("entry 1: its data are not the zeros"), "{text}");
     }
 }
 

@@ -1,8 +1,8 @@
 //! `vublk log verify`: whether a log is sound.
 //!
 //! Every entry is checked against the format's rules, and against its record where there is a
-//! sidecar: the CRC of header and data, and the order of completions. It also says what other
-//! programs would not take.
+//! sidecar: the CRC of header and data (zeros are read, as no CRC covers them), and the order of
+//! completions. It also says what other programs would not take.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,7 +16,8 @@ use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::io::{HostFile, OpenOptions, block_on};
-use crate::write_log::sidecar::{self, Record, Sidecar, Slot};
+use crate::units::ByteRange;
+use crate::write_log::sidecar::{self, Record, RecordState, Sidecar, Slot};
 use crate::write_log::{Entry, Flags, Kind, Log};
 
 /// The log is damaged.
@@ -190,6 +191,8 @@ impl Findings {
         if !agrees {
             let what = "header or data are not what its record says (CRC or place)";
             self.damage.push((number, what.into()));
+        } else if record.state == RecordState::Zeros && !are_zeros(log, entry).await? {
+            self.damage.push((number, "its data are not the zeros that its record says".into()));
         } else if before.is_some_and(|before| before >= record.completed) {
             self.damage.push((number, "its record says that it came before the last one".into()));
         } else {
@@ -210,6 +213,30 @@ impl Findings {
             self.notes.push(note.into());
         }
     }
+}
+
+/// Whether the data of an entry are zeros. Holes, which they mostly are, are not read.
+async fn are_zeros(log: &Log, entry: &Entry) -> Result<bool> {
+    const PIECE: u64 = 1 << 20;
+    let Some(data) = entry.data() else { return Ok(true) };
+    let mut at = data.offset;
+    while at < data.end() {
+        let hole = log.file().hole_at(at)?;
+        let mut end = hole.range.end().min(data.end());
+        if !hole.is_hole {
+            end = end.min(at + PIECE);
+            let piece = ByteRange::between(at, end);
+            let bytes = log
+                .read_bytes(piece)
+                .await
+                .context(|| format!("{}: entry {}: reading its zeros", log.name(), entry.number))?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+        }
+        at = end;
+    }
+    Ok(true)
 }
 
 fn human(log: &Log, has_sidecar: bool, findings: &Findings) -> String {
