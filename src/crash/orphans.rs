@@ -31,7 +31,7 @@ static ARE_OURS: AtomicBool = AtomicBool::new(false);
 static TURN: Mutex<()> = Mutex::new(());
 
 /// From now on, what loses its parent below this process becomes its child, for good; and those that
-/// have died are waited for by [`end`]. For a process whose threads wait for their own children
+/// have died are waited for by `end`. For a process whose threads wait for their own children
 /// themselves, and have none that a thread which has ended has left.
 ///
 /// # Errors
