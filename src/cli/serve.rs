@@ -106,9 +106,9 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         image.check_for_guest(args.block_size)?;
         args.control.check_not(args.socket_path.as_deref())?;
         let socket = listen(args)?;
+        controls.extend(args.control.socket()?);
         pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
         say_what_is_served(args, &image, &socket.to_string());
-        controls.extend(args.control.socket()?);
         let node = disks.layers.add_format(image, None, true)?;
         if let Some(recording) = recording {
             disks.recordings.adopt(&node, &recording)?;

@@ -137,6 +137,10 @@ fn serve_says_what_is_wrong_with_its_options() {
     let line =
         fails(d, &["serve", "--socket-path", "s", "--control", "s", "-f", "raw", "disk"], 78);
     assert!(line.starts_with("--control s: is the socket of the disk"), "{line}");
+    let nowhere = ["serve", "--socket-path", "s", "--control", "nowhere/s", "-f", "raw", "disk"];
+    let output = Command::new(env!("CARGO_BIN_EXE_vublk")).current_dir(d).args(nowhere).output();
+    let said = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(said.contains("cannot listen on nowhere/s") && !said.contains("serving"), "{said}");
     let long = format!("/tmp/{}", "s".repeat(110));
     let line = fails(d, &["serve", "--socket-path", &long, "disk"], 78);
     assert!(line.contains("has 115 bytes, and sockets allow 107"), "{line}");

@@ -137,7 +137,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_respected() {
     std::fs::remove_file(&served.control).unwrap();
     std::fs::write(&served.control, "precious").unwrap();
     let mut third = Setup::new(&["--control", &control]).start();
-    assert_eq!(third.wait_end().code(), Some(1));
+    assert_eq!(third.wait_end().code(), Some(78));
     assert_eq!(std::fs::read(&served.control).unwrap(), b"precious");
 }
 
