@@ -6,7 +6,7 @@ mod common;
 use common::guest::sector;
 use common::{Host, Setup, fails, ok};
 use serde_json::{Value, json};
-use vublk::frontend::Session;
+use vublk::frontend::{Personality, Session, SessionOptions};
 
 const DISK: u64 = 1 << 20;
 
@@ -182,5 +182,58 @@ fn commands_that_write_wait_for_the_guest() {
         guest.stop().unwrap();
         assert!(backend.terminate().success());
         ok(d, &["resize", "-q", "-f", format, name, "2M"]);
+    }
+}
+
+/// Adds an export of the disk's node, on a socket beside the image.
+fn export(host: &Host, id: &str, writable: bool) -> Result<Value, String> {
+    let mut qmp = host.qmp();
+    let node = qmp.ok("query-block", json!({}))[0]["inserted"]["node-name"].clone();
+    let address = json!({"type": "unix", "path": host.path(id)});
+    let arguments = json!({"type": "vhost-user-blk", "id": id, "node-name": node, "addr": address,
+                           "writable": writable});
+    qmp.run("block-export-add", arguments)
+}
+
+fn open(host: &Host, id: &str) -> Session {
+    let options = SessionOptions::new(Personality::Qemu);
+    Session::open(&host.path(id), options).unwrap_or_else(|err| panic!("{err}"))
+}
+
+/// A guest that only reads has a session of its own, which takes nothing from the one that writes.
+#[test]
+fn a_guest_that_only_reads_leaves_what_is_kept_for_one_that_writes() {
+    for format in ["qcow2", "add-cow", "vhdx"] {
+        let mut host = match format {
+            "vhdx" => Host::with_disk("vhdx", DISK),
+            _ => {
+                let mut host = Host::with_base(DISK);
+                let args = ["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"];
+                ok(host.dir.path(), &args);
+                host.backend = host.setup(format, "disk", &[]).start();
+                host
+            }
+        };
+        let mut guest = host.backend.qemu();
+        guest.write(0, 0, &sector(1)).unwrap();
+        // It comes while the other runs ...
+        export(&host, "reads", false).unwrap();
+        let mut reader = open(&host, "reads");
+        assert!(reader.read(0, 0, 512).unwrap() == sector(1), "{format}");
+        guest.write(0, 128 << 10, &sector(2)).unwrap();
+        host.backend.kill();
+        host.backend.spawn();
+        // ... or before that is back.
+        export(&host, "reads", false).unwrap();
+        let mut early = open(&host, "reads");
+        early.read(0, 0, 512).unwrap();
+        early.stop().unwrap();
+        drop(early);
+        reader.reconnect().unwrap_or_else(|err| panic!("{err}"));
+        comes_back(&host, &mut guest);
+        assert!(guest.read(0, 128 << 10, 512).unwrap() == sector(2), "{format}");
+        assert!(reader.read(0, 128 << 10, 512).unwrap() == sector(2), "{format}");
+        reader.stop().unwrap();
+        ends(&mut host, &mut guest);
     }
 }

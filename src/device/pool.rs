@@ -266,6 +266,9 @@ impl Rings for Pool {
             && region.is_kept()
         {
             self.check_kept(nonce)?;
+        } else if self.export.options.read_only {
+            // Completes no writes, and has no say in what is kept for the guest that does.
+            return Ok(());
         }
         // No ring is live: the message thread may run the driver's code here, on a reactor of its
         // own, without anybody's drain depending on it.
@@ -276,6 +279,8 @@ impl Rings for Pool {
             region.note_kept(false);
         }
         match session {
+            // It could write once, and what it had written is in its place now.
+            _ if self.export.options.read_only => Ok(()),
             Session::New(nonce) | Session::Returned(nonce) => {
                 let region = region.cloned();
                 self.export.root.begin_session(nonce, move |kept| {
