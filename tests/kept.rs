@@ -237,3 +237,22 @@ fn a_guest_that_only_reads_leaves_what_is_kept_for_one_that_writes() {
         ends(&mut host, &mut guest);
     }
 }
+
+/// What is kept is kept for one guest. Where images need that, a second one may not write.
+#[test]
+fn a_second_guest_that_writes_is_refused_where_one_is_kept_for() {
+    let (mut host, mut guest) = killed("qcow2");
+    host.backend.spawn();
+    comes_back(&host, &mut guest);
+    let refusal = export(&host, "writes", true).unwrap_err();
+    assert!(refusal.contains("is written by export 'disk' already"), "{refusal}");
+    assert!(!host.path("writes").exists());
+    ends(&mut host, &mut guest);
+    // Nothing is kept of raw images, until an overlay comes.
+    host.backend = host.setup("raw", "base", &[]).start();
+    export(&host, "writes", true).unwrap();
+    let snapshot = json!({"device": "disk", "snapshot-file": host.path("new"), "format": "qcow2"});
+    let refusal = host.qmp().fails("blockdev-snapshot-sync", snapshot);
+    assert!(refusal.contains("is written by"), "{refusal}");
+    assert!(!host.path("new").exists());
+}

@@ -15,7 +15,7 @@ use crate::control::recordings::Recordings;
 use crate::device::export::{CachePolicy, Export, ExportOptions};
 use crate::device::exports::{Exports, Served};
 use crate::device::server::ServerSocket;
-use crate::images::{Access, Image, Layers, frozen};
+use crate::images::{Access, Image, ImageFormat, Layers, frozen};
 use crate::io::{EngineKind, block_on};
 
 /// See the [module](self).
@@ -251,6 +251,34 @@ impl Disks {
         users.join(", ")
     }
 
+    /// The writable exports of a node's image, by whatever filters.
+    fn writers_of(&self, node: &Node) -> Vec<&Served> {
+        let image = node.skip_filters().1;
+        let writes = |served: &&Served| {
+            let top = served.root().node().skip_filters().1;
+            !served.export().options.read_only && top.is_same(&image)
+        };
+        self.exports.iter().filter(writes).collect()
+    }
+
+    /// Refuses to put an overlay on a node that several guests write to: what must outlive a kill is
+    /// kept by the overlay for one of them.
+    ///
+    /// # Errors
+    /// With the exports, one of which has to go.
+    pub fn check_one_writer(&self, node: &Node) -> QmpResult<()> {
+        match &self.writers_of(node)[..] {
+            [first, second, ..] => Err(QmpError::generic(format!(
+                "Node '{}' is written by {} and {}, and no overlay keeps what is written for more than \
+                 one guest; delete one of them, or add it again without 'writable'",
+                node.name(),
+                first.root().name(),
+                second.root().name()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Serves a disk.
     ///
     /// # Errors
@@ -285,6 +313,18 @@ impl Disks {
             )));
         }
         if request.writable {
+            // Of raw images nothing is kept: what a guest has written is in the host's memory.
+            if image.format != ImageFormat::Raw
+                && let Some(other) = self.writers_of(node).first()
+            {
+                return Err(QmpError::generic(format!(
+                    "Node '{}' is written by {} already, and what its guest would lose by a kill is \
+                     kept for one guest only; delete that export first, or add this one without \
+                     'writable'",
+                    node.name(),
+                    other.root().name()
+                )));
+            }
             frozen::check(&image.file, self.layers.allow_dirs())?;
         }
         let options = ExportOptions {

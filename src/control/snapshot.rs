@@ -75,6 +75,7 @@ impl Snapshot {
     pub fn of_node(disks: &mut Disks, node: &str, overlay: &str) -> QmpResult<Prepared> {
         let node = disks.find_image(Some(node), Some(node))?;
         disks.check_no_overlay_on(&node)?;
+        disks.check_one_writer(&node)?;
         let overlay = disks.graph().find(overlay).ok_or_else(|| {
             QmpError::generic(format!("Cannot find device='{overlay}' nor node-name='{overlay}'"))
         })?;
@@ -103,6 +104,7 @@ impl Snapshot {
     ) -> QmpResult<Prepared> {
         let node = disks.find_image(request.device.as_deref(), request.node_name.as_deref())?;
         disks.check_no_overlay_on(&node)?;
+        disks.check_one_writer(&node)?;
         if request.node_name.is_some() && request.snapshot_node_name.is_none() {
             return Err(QmpError::generic("New overlay node-name missing"));
         }
