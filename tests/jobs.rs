@@ -149,6 +149,42 @@ fn active(top: &'static str, below: &'static str) {
     assert!(old.log().contains("goes on in"), "{}", old.log());
 }
 
+/// The command line of before would give a guest that lives on a disk without what it wrote since.
+#[test]
+fn an_image_that_a_job_took_out_from_below_a_snapshot_is_not_served() {
+    let mut host = start("qcow2", "raw");
+    let mut guest = host.guest("an_image_that_a_job_took_out_from_below_a_snapshot");
+    let mut qmp = host.qmp();
+    guest.work(Duration::from_millis(10));
+    host.snapshot(&mut qmp, "a", "qcow2");
+    guest.work(Duration::from_millis(10));
+    host.snapshot(&mut qmp, "b", "qcow2");
+    while_writing(&mut guest, || {
+        let (top, base) = (host.path("a"), host.path("disk"));
+        run(&mut qmp, "block-commit", json!({"device": "disk", "top": top, "base": base}));
+        run(&mut qmp, "block-stream", json!({"device": "disk"}));
+    });
+    host.backend.kill();
+    for old in ["a", "disk"] {
+        let mut old = host.setup("qcow2", old, &[]).prepare();
+        old.spawn();
+        assert!(!old.wait_end().success());
+        let goes_on = format!("goes on in {};", host.path("b").display());
+        assert!(old.log().contains(&goes_on), "{}", old.log());
+    }
+    host.backend = host.setup("qcow2", "b", &[]).start();
+    guest.disk.path = host.backend.socket.clone();
+    guest.disk.reconnect().unwrap();
+    guest.verify();
+    guest.disk.stop().unwrap();
+    assert!(host.backend.terminate().success());
+    // Who wants to go back to it gives up what came after.
+    std::fs::remove_file(host.path("b")).unwrap();
+    host.backend = host.setup("qcow2", "disk", &[]).start();
+    drop(host.qmp());
+    assert!(host.backend.terminate().success());
+}
+
 /// The node of an image, by its file.
 fn node_of(qmp: &mut Qmp, host: &Host, file: &str) -> String {
     let path = host.path(file).display().to_string();

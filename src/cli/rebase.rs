@@ -144,7 +144,7 @@ fn marks(top: &Path, old: &[Arc<HostFile>], new: Option<Arc<HostFile>>) -> Marks
         let others = stands_on(&file).or(leaves.is_some().then_some(Others::Stay));
         others.map(|others| Joins { file, others })
     });
-    Marks { overlays: vec![top.into()], leaves, joins }
+    Marks { overlays: vec![top.into()], leaves, is_live: false, joins }
 }
 
 /// Refuses a backing file that is a file of the overlay itself, under whatever name: nobody could ever

@@ -14,8 +14,9 @@
 //! system stays as it was, with a line in the log.
 //!
 //! Likewise when a disk *leaves* an image: the overlay that was committed into the image below it (also by
-//! `vublk commit -d`, of an overlay that a snapshot had made), the add-cow file whose raw image file needs it no more. What is left there is old, or would write
-//! past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
+//! `vublk commit -d`, of an overlay that a snapshot had made), the add-cow file whose raw image file
+//! needs it no more, a layer that a job has taken out from below an overlay that froze it. What is left there
+//! is old, or would write past whatever comes to stand on the disk from now on. So it gets a mark with the image where the
 //! disk goes on, before the guest's first write goes there. An overlay with such a mark needs the image
 //! that the mark names no more, whatever that one's own mark says: so a kill between the two changes leaves
 //! one of them that may be written, and not none or both.

@@ -297,6 +297,7 @@ impl Commit {
         let stands_on_top = |path: &PathBuf| frozen::is_frozen_below(&top.file, path);
         let marks = Marks {
             leaves: paths.iter().any(stands_on_top).then(|| Arc::clone(&top.file)),
+            is_live: true,
             joins: Some(Joins { file: Arc::clone(&base.file), others: Others::Lost }),
             overlays: paths,
         };

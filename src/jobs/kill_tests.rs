@@ -1,5 +1,6 @@
 //! Jobs that take layers out of a chain, killed before each change of a header or a mark: what an overlay
-//! stands on is not given to a guest for writing, and what it needs no more is.
+//! stands on is not given to a guest for writing, and what it needs no more may be removed or made anew, but
+//! is not given to a guest that had gone on above it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -136,7 +137,12 @@ fn at_each_step(chain: &[(&str, ImageFormat)], leaves: usize, is_committed: bool
             before += 1;
         } else {
             over += 1;
-            check(dir, leaves).unwrap_or_else(|err| panic!("{after}: {err}"));
+            // Nothing stands on it. It is only not what the guest that lives has left off with.
+            frozen::check_not_frozen(&file(dir, leaves), &[])
+                .unwrap_or_else(|err| panic!("{after}: {err}"));
+            let refused = check(dir, leaves).unwrap_err();
+            let goes_on = format!("goes on in {};", dir.join(top.0).display());
+            assert!(refused.contains(&goes_on), "{after}: {refused}");
             if let (Some(below), false) = (left.get(1), is_committed) {
                 std::fs::rename(dir.join(top.0), dir.join("away")).unwrap();
                 let refused = check(dir, below).unwrap_err();
@@ -173,7 +179,7 @@ fn stream_to(base: Option<usize>) -> Box<Start> {
 }
 
 #[test]
-fn a_stream_of_the_whole_chain_leaves_no_mark_wherever_it_is_killed() {
+fn a_stream_of_the_whole_chain_leaves_nothing_frozen_wherever_it_is_killed() {
     for format in [ImageFormat::Qcow2, ImageFormat::AddCow] {
         at_each_step(&[("base", ImageFormat::Raw), ("top", format)], 0, false, &*stream_to(None));
     }

@@ -7,11 +7,16 @@
 //!
 //! Killed at any point in between, what has been announced is settled by what an overlay's header says by
 //! then ([`frozen`](crate::images::frozen)).
+//!
+//! What a job takes out from below a guest's disk is needed by nobody, and yet not to be served by mistake:
+//! a command line that was written before the snapshot names it, and the guest that lives would come back to
+//! a disk without what it has written since. So it gets the mark of what a disk has left, before the headers
+//! change: until then it is frozen all the same.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::images::frozen::Turn;
+use crate::images::frozen::{self, Turn};
 use crate::io::HostFile;
 
 /// See the module's text.
@@ -21,6 +26,9 @@ pub struct Marks {
     pub overlays: Vec<PathBuf>,
     /// The image that is frozen below them no more.
     pub leaves: Option<Arc<HostFile>>,
+    /// Whether their disk goes on meanwhile, for a guest that must not find it where it was before the
+    /// snapshot: what leaves is marked as left.
+    pub is_live: bool,
     /// The one that is frozen below them from then on.
     pub joins: Option<Joins>,
 }
@@ -62,6 +70,10 @@ impl Marks {
         };
         let announced = Announced { marks: self, joins, leaves };
         announced.for_each(Turn::note_restacked);
+        // Now: whoever settles the note of a job that was killed only sees to what is needed.
+        if let (Some(left), Some(overlay)) = (announced.left(), self.overlays.first()) {
+            frozen::mark_moved(left, overlay);
+        }
         announced
     }
 }
@@ -95,7 +107,15 @@ impl<'a> Announced<'a> {
 
     /// The headers say what they did before.
     pub fn keep(&self) {
+        if let Some(left) = self.left() {
+            frozen::clear_moved(left);
+        }
         self.for_each(Turn::clear_note);
+    }
+
+    /// The image that the disk leaves.
+    fn left(&self) -> Option<&HostFile> {
+        self.marks.leaves.as_deref().filter(|_| self.marks.is_live)
     }
 
     fn for_each(&self, change: fn(&Turn<'a>, &Path)) {

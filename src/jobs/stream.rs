@@ -167,6 +167,7 @@ impl Stream {
         Marks {
             overlays: vec![top.path().into()],
             leaves: Some(first).filter(|file| frozen::is_frozen_below(file, top.path())).cloned(),
+            is_live: true,
             joins: base.map(|file| Joins { file, others: Others::Left(last.path().into()) }),
         }
     }
