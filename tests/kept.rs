@@ -4,7 +4,7 @@
 mod common;
 
 use common::guest::sector;
-use common::{Host, Setup, fails, ok};
+use common::{Backend, Host, Setup, fails, ok};
 use serde_json::{Value, json};
 use vublk::frontend::{Personality, Session, SessionOptions};
 
@@ -255,4 +255,30 @@ fn a_second_guest_that_writes_is_refused_where_one_is_kept_for() {
     let refusal = host.qmp().fails("blockdev-snapshot-sync", snapshot);
     assert!(refusal.contains("is written by"), "{refusal}");
     assert!(!host.path("new").exists());
+}
+
+/// A new guest that was just beginning when its daemon was killed, too: it has a region, and has completed
+/// nothing. What is kept for the guest before it is not in its way.
+#[test]
+fn a_guest_whose_queues_never_ran_is_a_new_one() {
+    for format in ["qcow2", "add-cow"] {
+        let (mut host, before) = killed(format);
+        drop(before);
+        let other = Backend::start(&[]);
+        let mut guest = other.qemu();
+        let area = guest.inflight.as_ref().unwrap();
+        let (queues, size) = (area.queues(), area.queue_size());
+        guest.inflight = Some(guest.client.get_inflight(queues, size).unwrap());
+        host.backend.spawn();
+        guest.path = host.backend.socket.clone();
+        let begins = guest.reconnect();
+        begins.unwrap_or_else(|err| panic!("{err}\n{}", host.backend.log()));
+        guest.options.timeout = std::time::Duration::from_secs(5);
+        guest.write(0, 0, &sector(3)).unwrap();
+        host.backend.kill();
+        host.backend.spawn();
+        guest.reconnect().unwrap_or_else(|err| panic!("{err}"));
+        assert!(guest.read(0, 0, 512).unwrap() == sector(3), "{format}");
+        ends(&mut host, &mut guest);
+    }
 }

@@ -259,8 +259,11 @@ impl Rings for Pool {
 
     fn session(&self, session: Session, region: Option<&Arc<InflightRegion>>) -> Result<()> {
         let returned = match session {
-            Session::Returned(nonce) => Some(nonce),
-            Session::New(_) | Session::Anonymous => None,
+            // Where no queue has ever run, nothing has completed: who made the region was killed before.
+            Session::Returned(nonce) if region.is_none_or(|region| region.is_recovery()) => {
+                Some(nonce)
+            }
+            Session::Returned(_) | Session::New(_) | Session::Anonymous => None,
         };
         if let (Some(nonce), Some(region)) = (returned, region)
             && region.is_kept()

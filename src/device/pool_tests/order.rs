@@ -186,6 +186,7 @@ fn what_is_noted_of_kept_writes_is_heeded_and_stays_until_they_are_durable() {
     pool.session(Session::New(7), Some(&region)).unwrap();
     assert!(!region.is_kept(), "this driver has no keep");
     // As the process before us left it, which had one.
+    region.queue(0).unwrap().start(0, 0, QUEUE_SIZE).unwrap();
     region.note_kept(true);
     let err = pool.session(Session::Returned(7), Some(&region)).unwrap_err().to_string();
     assert!(err.contains("no state directory now"), "{err}");
@@ -212,6 +213,7 @@ fn a_kill_while_a_session_begins_costs_the_guest_nothing() {
     slow.kept.set((keep, Arc::clone(&region))).unwrap();
     pool.session(Session::New(7), Some(&region)).unwrap();
     assert!(region.is_kept());
+    region.queue(0).unwrap().start(0, 0, QUEUE_SIZE).unwrap();
     // As after a kill: the region says so, and the keep is there.
     pool.session(Session::Returned(7), Some(&region)).unwrap();
     assert!(region.is_kept());
