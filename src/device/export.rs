@@ -61,6 +61,9 @@ pub struct Export {
     pub root: Root,
     /// How it is served.
     pub options: ExportOptions,
+    /// Whether the guest may not write. Settled once: a node may be frozen at any time, and be replaced by
+    /// then, or be about to.
+    read_only: bool,
     /// What the guest reads as device configuration.
     config: Mutex<ConfigSpace>,
     /// Completed writes must be durable, whatever the cache policy: the guest has no FLUSH, or
@@ -203,9 +206,11 @@ impl Export {
     /// requests need no larger alignment than a block's. (Who opens the image has checked that,
     /// with messages that name the image.)
     pub fn new(name: impl Into<String>, root: Root, options: ExportOptions) -> Export {
-        let config = ConfigSpace::new(&config_params(&root.node(), &options));
+        let node = root.node();
+        let config = ConfigSpace::new(&config_params(&node, &options));
         Export {
             name: name.into(),
+            read_only: options.read_only || node.limits().read_only,
             root,
             options,
             config: Mutex::new(config),
@@ -351,7 +356,7 @@ impl Export {
 
     /// Whether the guest may not write.
     pub fn is_read_only(&self) -> bool {
-        self.options.read_only || self.node().limits().read_only
+        self.read_only
     }
 
     /// The name for log lines.
@@ -386,12 +391,8 @@ mod tests {
     use crate::device::latency::Timed;
     use std::time::Duration;
 
-    #[test]
-    fn workers_that_are_gone_stay_in_the_sums_and_cost_nothing() {
-        let file = Arc::new(crate::io::sim::SimFile::new("disk"));
-        let driver = crate::formats::raw::Raw::open(file, false).unwrap();
-        let node = Node::new(Arc::new(driver), Default::default());
-        let options = ExportOptions {
+    fn options() -> ExportOptions {
+        ExportOptions {
             serial: String::new(),
             block_size: 512,
             num_queues: 1,
@@ -401,8 +402,31 @@ mod tests {
             cache: CachePolicy::WriteBack,
             engine: EngineKind::Auto,
             poll_us: 0,
-        };
-        let export = Export::new("e", Root::new("e", node), options);
+        }
+    }
+
+    fn disk() -> Node {
+        let file = Arc::new(crate::io::sim::SimFile::new("disk"));
+        let driver = crate::formats::raw::Raw::open(file, false).unwrap();
+        Node::new(Arc::new(driver), Default::default())
+    }
+
+    /// A snapshot puts an overlay in the node's place and freezes the node; a front-end that connects at
+    /// that moment may still look at the latter.
+    #[test]
+    fn a_guest_that_may_write_is_told_so_whatever_becomes_of_the_node() {
+        let root = Root::new("e", disk());
+        let export = Export::new("e", root.clone(), options());
+        let quiesced = root.quiesce();
+        root.node().set_read_only(true, &quiesced);
+        assert!(!export.is_read_only());
+        drop(quiesced);
+        assert!(Export::new("e", root, options()).is_read_only());
+    }
+
+    #[test]
+    fn workers_that_are_gone_stay_in_the_sums_and_cost_nothing() {
+        let export = Export::new("e", Root::new("e", disk()), options());
         for round in 1..=100 {
             let counters = export.new_counters();
             counters.requests.add(2);
