@@ -66,6 +66,13 @@ pub trait File: Send + Sync + fmt::Debug {
     /// without it the space stays allocated.
     fn write_zeroes<'a>(&'a self, range: ByteRange, may_unmap: bool) -> Fut<'a, ()>;
 
+    /// Has the host set space aside for what will be written to the range, which is in the file, so that it
+    /// finds room later. What is there stays. Does nothing where the host cannot do it.
+    fn reserve<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        let _ = range;
+        Box::pin(async { Ok(()) })
+    }
+
     /// Gives the range's space back if that is cheap; what it reads as afterwards is zeros or old
     /// data. Does nothing where the host cannot do it.
     fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()>;

@@ -626,6 +626,19 @@ impl File for HostFile {
         })
     }
 
+    fn reserve<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
+        Box::pin(async move {
+            let inside = range.intersect(&ByteRange { offset: 0, len: self.len()? });
+            if self.kind == HostKind::BlockDevice || inside.is_empty() {
+                return Ok(());
+            }
+            match reactor::fallocate(self, 0, inside).await {
+                Err(err) if err.kind() == ErrorKind::Unsupported => Ok(()),
+                other => other,
+            }
+        })
+    }
+
     fn discard<'a>(&'a self, range: ByteRange) -> Fut<'a, ()> {
         Box::pin(async move {
             // Only whole blocks are worth a call: the rest would be zeroed, not freed.

@@ -1,13 +1,13 @@
 //! What the host may do to a disk: the guest is told, the process lives, the log has a line.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vublk::frontend::request::{STATUS_IOERR, STATUS_OK};
 use vublk::frontend::{Client, Personality, Request, Session, SessionOptions};
 
-use crate::common::{Backend, LoopDevice, Setup, skip, soon};
+use crate::common::{Backend, LoopDevice, Setup, ok, skip, soon};
 
 #[test]
 fn an_image_truncated_under_us_fails_reads_beyond_its_end() {
@@ -63,6 +63,80 @@ fn a_full_host_fails_writes_and_nothing_else() {
         session.write(0, 4 << 20, &[4; 65536]).unwrap();
         session.flush(0).unwrap();
         backend.assert_lives();
+    }
+}
+
+/// Formats that find space for what is new: a write for which there is none fails, and nothing else. What
+/// was completed is flushed all the same, and once there is room, writing goes on.
+#[test]
+fn a_full_host_fails_writes_that_need_space_and_nothing_else() {
+    const PIECE: usize = 65536;
+    for (format, options) in
+        [("qcow2", "size=64M"), ("add-cow", "size=64M"), ("vhdx", "size=64M,block_size=1M")]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(host) = SmallHost::new(dir.path()) else { return };
+        ok(&host.0, &["create", "-q", "-f", format, "-o", options, "disk"]);
+        host.fill_but(4 << 20);
+        let image = host.0.join("disk");
+        let mut backend = Setup::new(&[]).format(format, &image).start();
+        let mut session = backend.qemu();
+        let place = |number: u64| number * 37 % 256 * (256 << 10);
+        let value = |number: u64| vec![number as u8 + 1; PIECE];
+        let mut good = Vec::new();
+        for number in 0..200 {
+            let write = Request::write(place(number), value(number));
+            if session.execute(0, &write).unwrap().status == STATUS_OK {
+                good.push(number);
+            }
+            if number % 16 == 15 {
+                session.flush(0).unwrap_or_else(|err| panic!("{format}: {err}"));
+            }
+        }
+        assert!((8..100).contains(&good.len()), "{format}: {} written", good.len());
+        backend.wait_log("write failed");
+        std::fs::remove_file(host.0.join("filler")).unwrap();
+        session.write(0, place(201), &value(201)).unwrap();
+        session.flush(0).unwrap();
+        for number in good.into_iter().chain([201]) {
+            let read = session.read(0, place(number), PIECE as u32).unwrap();
+            assert!(read == value(number), "{format}: {number}");
+        }
+        drop(session);
+        assert!(backend.terminate().success(), "{format}: {}", backend.log());
+    }
+}
+
+/// A small file system; gone when dropped.
+struct SmallHost(PathBuf);
+
+impl SmallHost {
+    /// Makes one; `None`, visibly, where that is not allowed.
+    fn new(dir: &Path) -> Option<SmallHost> {
+        let (file, mount) = (dir.join("fs"), dir.join("host"));
+        std::fs::File::create(&file).unwrap().set_len(24 << 20).unwrap();
+        std::fs::create_dir(&mount).unwrap();
+        let is_done = |command: &mut Command| command.output().is_ok_and(|o| o.status.success());
+        if is_done(Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(&file))
+            && is_done(Command::new("mount").args(["-o", "loop"]).args([&file, &mount]))
+        {
+            return Some(SmallHost(mount));
+        }
+        skip("a file system of its own, which only root may mount");
+        None
+    }
+
+    /// Leaves so many bytes.
+    fn fill_but(&self, room: u64) {
+        let status = rustix::fs::statvfs(&self.0).unwrap();
+        let free = (status.f_bavail * status.f_frsize).saturating_sub(room);
+        std::fs::write(self.0.join("filler"), vec![1; free as usize]).unwrap();
+    }
+}
+
+impl Drop for SmallHost {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 

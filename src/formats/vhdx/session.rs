@@ -19,6 +19,10 @@ use crate::units::ByteRange;
 /// more of it is stored, the file only grows at its end.
 const SPACE_SCAN: u64 = 16 << 20;
 
+/// A BAT up to this length gets its space on the host before the first write, in bytes: that of 4 TiB in
+/// blocks of 32 MiB.
+const RESERVED_BAT: u64 = 1 << 20;
+
 /// Replays the log of an image on disk, and declares it empty. Can be repeated after a crash.
 pub(super) async fn replay(structure: &Structure, headers: &mut HeaderSlots) -> Result<()> {
     let Some(replay) = &structure.replay else { return Ok(()) };
@@ -45,6 +49,7 @@ impl Vhdx {
             return Ok(());
         }
         self.find_space().await?;
+        self.reserve_metadata().await?;
         // As was said to children that follow.
         let data_guid = *self.next_data_guid.lock().unwrap();
         let updated = self
@@ -58,6 +63,19 @@ impl Vhdx {
         self.poisoning(replaced)?;
         *self.next_data_guid.lock().unwrap() = Guid::random();
         self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Sees to it that metadata finds room on the host when it is written: no write is lost then that has
+    /// been completed, and the one that needs more space than there is fails alone. The log, and a BAT that
+    /// is not large, are holes in a new image.
+    async fn reserve_metadata(&self) -> Result<()> {
+        let entries = ByteRange { len: self.geometry().bat_entries() * 8, ..self.bat() };
+        let bat = (entries.len <= RESERVED_BAT).then_some(entries);
+        for range in std::iter::once(self.log).chain(bat) {
+            let room = self.file.reserve(range).await;
+            room.context(|| format!("{}: making room for metadata, {range}", self.name()))?;
+        }
         Ok(())
     }
 

@@ -193,6 +193,10 @@ impl Vhdx {
             return Ok(bat::offset(entry));
         }
         let place = self.allocate(MIB).await?;
+        // As for other metadata.
+        self.file.reserve(ByteRange { offset: place.offset, len: MIB }).await.context(|| {
+            format!("{}: making room for a sector bitmap at {}", self.name(), place.offset)
+        })?;
         let edit = Edit::Entry { index, value: place.offset | BITMAP_PRESENT };
         match self.publish_place(place, index, entry, &[edit]).await? {
             true => Ok(place.offset),
