@@ -340,6 +340,16 @@ impl Shared {
         }
     }
 
+    /// For how many sectors, from the first of a page on, no bit is set, as far as one look at the
+    /// host's file tells: however many these are, none of them is looked at.
+    fn sectors_never_written(&self, sector: u64) -> u64 {
+        let page = sector / PAGE_SECTORS;
+        // Before the file. What has no frame then has all of its bits in the file, and as these are
+        // never cleared, what the file has nothing of afterwards had none set.
+        let framed = self.pages.first_resident(page).unwrap_or(u64::MAX);
+        self.empty_pages(page).min(framed - page).saturating_mul(PAGE_SECTORS)
+    }
+
     /// How many whole pages from this one on the file has nothing of, as far as it says so.
     fn empty_pages(&self, page: u64) -> u64 {
         let start = page * PAGE_LEN as u64;
@@ -583,6 +593,7 @@ impl Format for AddCow {
             let last = range.end().div_ceil(SECTOR_SIZE);
             let mut end = range.offset / SECTOR_SIZE;
             let mut value = None;
+            let mut may_jump = true;
             // On through pages that are all the same, but not for ever.
             for _ in 0..1024 {
                 if end >= last {
@@ -593,6 +604,14 @@ impl Format for AddCow {
                     break;
                 }
                 end += same;
+                let is_at_page = end.is_multiple_of(PAGE_SECTORS);
+                // What is in memory is quicker to look at than the host's file.
+                let is_near = matches!(shared.pages.find(end / PAGE_SECTORS), Place::Frame(..));
+                if !in_image && may_jump && is_at_page && !is_near {
+                    let empty = shared.sectors_never_written(end);
+                    may_jump = empty > 0;
+                    end += empty.min(last.saturating_sub(end));
+                }
             }
             let run = ByteRange::between(range.offset, range.end().min(end * SECTOR_SIZE));
             let kind = match (value == Some(true), &*self.below.read().unwrap()) {

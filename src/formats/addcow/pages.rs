@@ -127,6 +127,15 @@ impl Pages {
         pages.take_while(|page| self.find(*page) == Place::Absent).count() as u64
     }
 
+    /// The first page that is in a frame, from `page` on. One that gets a frame meanwhile may be
+    /// missed; none that keeps it is.
+    pub fn first_resident(&self, page: u64) -> Option<u64> {
+        // Who looks whether a page can be evicted takes its tag away for a moment.
+        let _changing = self.changing.lock().unwrap();
+        let tags = self.tags.iter().map(|tag| tag.load(Ordering::SeqCst) & TAG_PAGE);
+        tags.filter(|tag| *tag > page).map(|tag| tag - 1).min()
+    }
+
     #[inline]
     fn resident(&self, page: u64) -> Option<(usize, u64)> {
         let first = set_of(page);

@@ -863,6 +863,48 @@ fn the_map_of_a_large_disk_reads_a_full_bitmap_in_large_pieces() {
     assert!(reads <= 2 * PAGES / 16, "{reads}");
 }
 
+/// What the host's file has nothing of is passed over, however much it is.
+#[test]
+fn the_map_of_a_huge_disk_takes_steps_of_what_it_holds() {
+    const DISK: u64 = 7 << 60;
+    // Such files are on tmpfs only.
+    let open = |name| {
+        let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+        Arc::new(host_file(Path::new(&path))) as Arc<dyn File>
+    };
+    let (file, image) = (open("x.add-cow"), open("disk.raw"));
+    let header = Header { backing: None, image: "disk.raw".into() };
+    block_on(create::create(&*file, &header, DISK)).unwrap();
+    block_on(image.set_len(DISK)).unwrap();
+    let options = OpenOptions {
+        read_only: false,
+        image,
+        backing: Backing::None,
+        backing_format: None,
+        keep: None,
+    };
+    let disk = FormatDriver::new(block_on(AddCow::open(file, options)).unwrap()).unwrap();
+    // What a flush has written, and what only memory knows of.
+    let (flushed, fresh) = (1 << 50, 5 << 60);
+    block_on(write(&disk, flushed, &[1; 4096])).unwrap();
+    block_on(disk.flush()).unwrap();
+    block_on(write(&disk, fresh, &[1; 4096])).unwrap();
+    let mut found = Vec::new();
+    let (mut at, mut steps) = (0, 0);
+    while at < DISK {
+        let status = block_on(disk.block_status(ByteRange::between(at, DISK))).unwrap();
+        if status.kind == crate::block::driver::StatusKind::Data {
+            found.push(status.range);
+        }
+        at = status.range.end();
+        steps += 1;
+        assert!(steps <= 16, "at {at}");
+    }
+    let data = |offset| ByteRange { offset, len: 4096 };
+    assert_eq!(found, [data(flushed), data(fresh)]);
+}
+
 /// What a map saw of the file before it had its turn is not what it notes.
 #[test]
 fn a_page_that_is_written_while_a_map_waits_is_not_noted_as_empty() {
