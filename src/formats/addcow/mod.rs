@@ -473,7 +473,15 @@ impl Shared {
             } else if in_image {
                 self.settle().await?;
             }
-            at = ByteRange::between(run.end(), range.end());
+            let mut end = run.end();
+            let is_left = how == Clear::Discard || !has_backing;
+            if !in_image && is_left && self.pages.is_far_page(end / SECTOR_SIZE) {
+                let empty = self.sectors_never_written(end / SECTOR_SIZE);
+                end = empty
+                    .checked_mul(SECTOR_SIZE)
+                    .map_or(range.end(), |len| end.saturating_add(len));
+            }
+            at = ByteRange::between(end.min(range.end()), range.end());
         }
         Ok(())
     }
@@ -604,10 +612,7 @@ impl Format for AddCow {
                     break;
                 }
                 end += same;
-                let is_at_page = end.is_multiple_of(PAGE_SECTORS);
-                // What is in memory is quicker to look at than the host's file.
-                let is_near = matches!(shared.pages.find(end / PAGE_SECTORS), Place::Frame(..));
-                if !in_image && may_jump && is_at_page && !is_near {
+                if !in_image && may_jump && shared.pages.is_far_page(end) {
                     let empty = shared.sectors_never_written(end);
                     may_jump = empty > 0;
                     end += empty.min(last.saturating_sub(end));

@@ -127,6 +127,13 @@ impl Pages {
         pages.take_while(|page| self.find(*page) == Place::Absent).count() as u64
     }
 
+    /// Whether a page begins with this sector that is in no frame: one that is is quicker to look at
+    /// than the host's file.
+    pub fn is_far_page(&self, sector: u64) -> bool {
+        let page = sector / PAGE_SECTORS;
+        sector.is_multiple_of(PAGE_SECTORS) && !matches!(self.find(page), Place::Frame(..))
+    }
+
     /// The first page that is in a frame, from `page` on. One that gets a frame meanwhile may be
     /// missed; none that keeps it is.
     pub fn first_resident(&self, page: u64) -> Option<u64> {

@@ -903,6 +903,11 @@ fn the_map_of_a_huge_disk_takes_steps_of_what_it_holds() {
     }
     let data = |offset| ByteRange { offset, len: 4096 };
     assert_eq!(found, [data(flushed), data(fresh)]);
+    // What needs no change is passed over as well.
+    let all = ByteRange { offset: 0, len: DISK };
+    block_on(disk.write_zeroes(all, true)).unwrap();
+    block_on(disk.discard(all)).unwrap();
+    assert_eq!(block_on(read(&disk, fresh, 4096)), [0; 4096]);
 }
 
 /// What a map saw of the file before it had its turn is not what it notes.
