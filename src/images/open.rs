@@ -25,7 +25,7 @@ use crate::images::lock::{Locking, lock};
 use crate::images::parents::backing_names;
 use crate::images::request::{Access, OpenRequest, StateDir};
 use crate::images::{ImageFormat, add_cow, probe};
-use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions, block_on};
+use crate::io::{AlignedBuf, File, HostFile, HostKind, OpenOptions};
 
 /// An open image.
 #[derive(Clone, Debug)]
@@ -570,13 +570,15 @@ pub fn format_of(request: &OpenRequest) -> Result<ImageFormat> {
 pub fn guess(file: &HostFile) -> Result<ImageFormat> {
     let alignment = file.alignment();
     let unit = alignment.request.max(probe::HEAD_LEN as u64);
-    let len = file.len().context(|| file.name().to_string())?.min(unit);
-    if len < alignment.request {
-        return Ok(ImageFormat::Raw);
-    }
-    let mut head = AlignedBuf::zeroed(len as usize, alignment.memory.max(512));
-    block_on(file.read(0, head.buffers())).context(|| format!("{}: reading", file.name()))?;
-    Ok(probe::by_magic(head.as_slice()).unwrap_or(ImageFormat::Raw))
+    let mut head = AlignedBuf::zeroed(unit as usize, alignment.memory.max(512));
+    // A plain call, as the file may end inside of what direct I/O takes: it then reads what there is.
+    let read = loop {
+        match rustix::io::pread(file, head.as_slice(), 0) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => break other.context(|| format!("{}: reading", file.name()))?,
+        }
+    };
+    Ok(probe::by_magic(&head.as_slice()[..read]).unwrap_or(ImageFormat::Raw))
 }
 
 /// Name of the driver at the bottom, as QEMU has it.
@@ -615,6 +617,22 @@ pub(super) mod tests {
         drop(image);
         let raw = OpenRequest::write(file.path()).format(Some(ImageFormat::Raw));
         assert_eq!(open(&raw).unwrap().node.driver().name(), "raw");
+    }
+
+    #[test]
+    fn files_shorter_than_what_direct_io_takes_are_looked_at() {
+        for (bytes, format) in [
+            (&b"KDMV"[..], ImageFormat::Vmdk),
+            (b"ADD_COW\xff", ImageFormat::AddCow),
+            (&[0; 100], ImageFormat::Raw),
+            (b"", ImageFormat::Raw),
+        ] {
+            let file = file_of(bytes);
+            let direct = OpenOptions { direct: true, ..Default::default() };
+            // Not every file system has direct I/O.
+            let Ok(file) = HostFile::open(file.path(), direct) else { return };
+            assert_eq!(guess(&file).unwrap(), format);
+        }
     }
 
     #[test]
