@@ -761,3 +761,17 @@ fn a_refused_start_leaves_the_state_directory_as_it_was() {
         assert_eq!(files(), 0, "{format}");
     }
 }
+
+/// What the host has nothing of is passed over, however long it is.
+#[test]
+fn an_empty_disk_of_any_size_is_mapped_at_once() {
+    // Other file systems have no files as long as its bitmap is.
+    let Ok(dir) = tempfile::Builder::new().prefix("vublk-").tempdir_in("/dev/shm") else {
+        return common::skip("no /dev/shm");
+    };
+    let d = dir.path();
+    ok(d, &["create", "-q", "-f", "add-cow", "x", "7E"]);
+    let map = ok(d, &["map", "--output=json", "x"]);
+    assert_eq!(map.lines().count(), 1, "{map}");
+    assert!(map.contains("\"length\":8070450532247928832,"), "{map}");
+}
