@@ -31,7 +31,7 @@ pub(super) struct Link {
     size: u64,
     /// What requests to the backing must be multiples of, in bytes.
     unit: u64,
-    /// Whether what suits the layer above suits the backing.
+    /// Whether memory that suits the layer above suits the backing.
     is_aligned: bool,
 }
 
@@ -47,8 +47,7 @@ impl Link {
             generation,
             size: limits.size,
             unit: limits.request_alignment,
-            is_aligned: limits.request_alignment <= above.request_alignment
-                && limits.memory_alignment <= above.memory_alignment,
+            is_aligned: limits.memory_alignment <= above.memory_alignment,
             node,
         }
     }
@@ -60,7 +59,7 @@ impl Link {
 
     /// Plans a read: zeros where the backing ends.
     pub(super) fn plan_read<'a>(&'a self, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
-        // What suits the layer above may be cut into runs that do not.
+        // The layer above may take less, and what suits it may be cut into runs that do not.
         if !self.is_aligned || !range.is_aligned(self.unit) || self.is_behind() {
             return Planned::NotNow;
         }

@@ -566,12 +566,11 @@ impl Format for AddCow {
     fn limits(&self) -> Limits {
         let data = self.shared.data.alignment();
         let host = self.shared.data.as_host();
-        let below = self.backing().map(|node| node.limits());
-        let (request, memory) =
-            below.map_or((1, 1), |below| (below.request_alignment, below.memory_alignment));
+        // Less than a unit of the backing is read, too, but it is never written.
+        let memory = self.backing().map_or(1, |node| node.limits().memory_alignment);
         Limits {
             size: self.shared.size(),
-            request_alignment: SECTOR_SIZE.max(data.request).max(request),
+            request_alignment: SECTOR_SIZE.max(data.request),
             memory_alignment: data.memory.max(memory),
             optimal_io: host.map_or(0, |host| host.preferred_io_size()),
             discard_granularity: host.map_or(SECTOR_SIZE, |host| host.discard_granularity()),

@@ -127,13 +127,35 @@ fn sectors_smaller_than_the_units_of_the_files_are_read() {
     let base = Arc::new(SimFile::with_alignment("base.raw", numbered(0x80, 16), units));
     let base = Node::new(Arc::new(Raw::open(base, true).unwrap()), NodeOptions::default());
     let disk = open_disk(&file, &image, Backing::Node(base), None);
-    assert_eq!(disk.limits().request_alignment, 4096);
+    assert_eq!(disk.limits().request_alignment, 4096, "the image file's");
     let mut expected = numbered(0x80, 16);
     for sector in [0, 3, 9] {
         expected[sector * 512..][..512].fill(0x40 + sector as u8);
     }
     assert!(block_on(read(&disk, 0, 8192)) == expected);
     assert!(block_on(read(&disk, 4096, 4096)) == expected[4096..]);
+}
+
+/// A VHDX has sectors of 4096 bytes if its disk has: what stands on it need not.
+#[test]
+fn the_units_of_the_backing_are_not_those_of_the_disk() {
+    let units = crate::io::Alignment { request: 4096, memory: 512 };
+    let base = Arc::new(SimFile::with_alignment("base.raw", numbered(0x80, 16), units));
+    let base = Node::new(Arc::new(Raw::open(base, true).unwrap()), NodeOptions::default());
+    let file = SimFile::from_bytes("x.add-cow", new_file(17 * 512, true));
+    let image = SimFile::from_bytes("disk.raw", vec![0; 17 * 512]);
+    let disk = open_disk(&file, &image, Backing::Node(base), None);
+    assert_eq!(disk.limits().request_alignment, 512);
+    block_on(write(&disk, 3 * 512, &[1; 512])).unwrap();
+    let mut expected = numbered(0x80, 16);
+    expected[3 * 512..][..512].fill(1);
+    expected.extend([0; 512]);
+    assert!(block_on(read(&disk, 0, 17 * 512)) == expected);
+    assert!(block_on(read(&disk, 15 * 512, 1024)) == expected[15 * 512..]);
+    // Its end can be read, so others may stand on it.
+    let top = Node::new(Arc::new(disk), NodeOptions::default());
+    let (file, image) = (SimFile::from_bytes("y.add-cow", new_file(17 * 512, true)), image);
+    assert!(try_open(&file, &image, Backing::Node(top), None).is_ok());
 }
 
 #[test]
