@@ -8,15 +8,16 @@ use crate::block::driver::{Driver, Limits, Plan, PlanExtent, Planned};
 use crate::error::{Error, Result};
 use crate::units::ByteRange;
 
-/// Refuses a backing whose end could not be read.
+/// Refuses a backing whose end could not be read: a file opened for direct I/O, as all formats end with
+/// whole sectors of theirs.
 pub(super) fn check(backing: &Node) -> Result<()> {
     let (size, unit) = (backing.size(), backing.limits().request_alignment);
     if size.is_multiple_of(unit) {
         return Ok(());
     }
     Err(Error::unsupported(format!(
-        "the backing file of {size} bytes does not end with a sector of {unit} bytes; use --cache \
-         writeback"
+        "the backing file of {size} bytes does not end with a sector of {unit} bytes, as direct I/O \
+         demands; use --cache writeback (of vublk convert: -T writeback)"
     )))
 }
 

@@ -187,16 +187,19 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
 /// target's unit is too large for is filled up with zeros, if there is room.
 fn check_end(source: &Image, target_align: u64, target_size: u64) -> Result<()> {
     let from = source.node.limits();
+    let is_whole = from.size.is_multiple_of(from.request_alignment);
     let is_room = align_up(from.size, target_align).is_some_and(|end| end <= target_size);
-    if from.size.is_multiple_of(from.request_alignment) && is_room {
-        return Ok(());
-    }
+    let (unit, way_out) = match (is_whole, is_room) {
+        (true, true) => return Ok(()),
+        (false, true) => (from.request_alignment, "-T writeback"),
+        (true, false) => (target_align, "-t writeback"),
+        (false, false) => (from.request_alignment.max(target_align), "-T writeback -t writeback"),
+    };
     Err(Error::unsupported(format!(
-        "{}: its size of {} bytes is not a multiple of the {} that direct I/O takes here; use -T \
-         writeback -t writeback",
+        "{}: its size of {} bytes is not a multiple of the {unit} that direct I/O takes here; use \
+         {way_out}",
         source.name(),
         from.size,
-        from.request_alignment.max(target_align)
     )))
 }
 

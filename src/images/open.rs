@@ -76,10 +76,12 @@ impl Image {
                  make it larger (vublk resize -f {} {name} {up}){}",
                 limits.size,
                 self.format,
-                if block_size > 512 && limits.size.is_multiple_of(512) {
-                    " or use --block-size 512"
-                } else {
-                    ""
+                match block_size > 512 && limits.size.is_multiple_of(512) {
+                    // The host's: formats end with whole sectors of theirs.
+                    true if limits.request_alignment > 512 =>
+                        " or use --block-size 512 and --cache writeback",
+                    true => " or use --block-size 512",
+                    false => "",
                 },
             )));
         }

@@ -132,7 +132,7 @@ impl HostFile {
             rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).map_err(|errno| {
                 match (errno, options.direct) {
                     (rustix::io::Errno::INVAL, true) => Error::unsupported(
-                        "its file system does not support O_DIRECT; use --cache writeback",
+                        "its file system does not support O_DIRECT; use --cache writeback (of vublk convert: -T, -t)",
                     ),
                     _ => Error::from(errno),
                 }
@@ -514,7 +514,8 @@ fn direct_alignment(fd: BorrowedFd<'_>, kind: HostKind) -> Result<Alignment> {
     }
     if stx.stx_dio_offset_align == 0 {
         return Err(Error::unsupported(
-            "its file system does not support O_DIRECT on this file; use --cache writeback",
+            "its file system does not support O_DIRECT on this file; use --cache writeback (of vublk \
+             convert: -T, -t)",
         ));
     }
     Ok(Alignment {

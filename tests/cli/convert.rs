@@ -105,6 +105,10 @@ fn convert_with_direct_io() {
         line.contains("5000 bytes is not a multiple") && line.contains("-T writeback"),
         "{line}"
     );
+    assert!(!line.contains("-t writeback"), "the target has nothing to do with it: {line}");
+    ok(d, &["create", "-f", "qcow2", "-b", "odd", "-F", "raw", "over", "1M"]);
+    let line = fails(d, &["convert", "-T", "none", "over", "to"], 1);
+    assert!(line.contains("direct I/O") && line.contains("-T writeback"), "{line}");
     // The target has whole sectors, so it depends on the host's unit whether there is room.
     let output = vublk(d, &["convert", "-t", "none", "odd", "to"]);
     if output.status.success() {
