@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Killed at any point in between, what has been announced is settled by what an overlay's header says by
-//! then ([`frozen`](crate::images::frozen)).
+//! then ([`frozen`]).
 //!
 //! What a job takes out from below a guest's disk is needed by nobody, and yet not to be served by mistake:
 //! a command line that was written before the snapshot names it, and the guest that lives would come back to
