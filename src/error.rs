@@ -93,8 +93,8 @@ impl Error {
         self.errno
     }
 
-    /// Whether it is certain that nothing was lost by this failure of a flush: it had not begun, and
-    /// another one may succeed.
+    /// Whether it is certain that nothing was lost by this failure of a flush, or of a part of one: no
+    /// sync of a file has failed, and another flush does it all.
     pub fn has_lost_nothing(&self) -> bool {
         self.lost_nothing
     }
@@ -102,6 +102,13 @@ impl Error {
     /// Says whether that is certain.
     pub fn lost_nothing(self, is_certain: bool) -> Self {
         Error { lost_nothing: is_certain, ..self }
+    }
+
+    /// Of a write of metadata that failed and that the next flush makes again: if the host had no room
+    /// for it, it only waits for that, and nothing is lost.
+    pub fn lost_nothing_if_full(self) -> Self {
+        let is_full = self.kind == ErrorKind::NoSpace;
+        self.lost_nothing(is_full)
     }
 
     /// Puts `message` before this error, which becomes its source. The kind stays. Two layers that name

@@ -221,6 +221,12 @@ pub trait Format: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Whether whatever made flushes fail so far has lost nothing, and the next one does all of it: no
+    /// sync of a file has failed.
+    fn can_flush_again(&self) -> bool {
+        false
+    }
+
     /// See [`Driver::close`].
     fn close<'a>(&'a self) -> Fut<'a, ()> {
         self.flush()
@@ -380,7 +386,8 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
 
     fn flush<'a>(&'a self) -> Fut<'a, ()> {
         // What is certain of a file that a format lies on is not certain of the format.
-        Box::pin(async { self.format.flush().await.map_err(|err| err.lost_nothing(false)) })
+        let judged = |err: Error| err.lost_nothing(self.format.can_flush_again());
+        Box::pin(async move { self.format.flush().await.map_err(judged) })
     }
 
     fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {

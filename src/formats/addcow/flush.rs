@@ -22,6 +22,10 @@
 //! completes that relies on them, and that includes writes to sectors whose bit somebody else has
 //! just set: [`Durability::must_wait_for_bits`].
 //!
+//! A flush that fails refuses writes from then on. But the bitmap is sparse, and if the host only had
+//! no room for a part of it, nothing is lost: what was not written counts as changed again, and the
+//! next flush makes up for this one.
+//!
 //! Flushes run one at a time; whoever waited while one began and ended is served by it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -238,7 +242,10 @@ impl Shared {
                 }
                 Err(err) => {
                     let err = err.context(format!("{}: flush", self.name()));
-                    durability.set_poison(self.name(), &err);
+                    // Without room for them, bits are as changed as before.
+                    if !err.has_lost_nothing() {
+                        durability.set_poison(self.name(), &err);
+                    }
                     Err(err)
                 }
             }
@@ -287,7 +294,7 @@ impl Shared {
     async fn extend(&self) -> Result<()> {
         let needed = HEADER_LEN + bitmap_len(self.sectors());
         if self.durability.file_len.load(Ordering::SeqCst) < needed {
-            self.file.set_len(needed).await?;
+            self.file.set_len(needed).await.map_err(Error::lost_nothing_if_full)?;
             self.durability.set_file_len(needed);
         }
         Ok(())
@@ -470,6 +477,7 @@ impl<'a> Batch<'a> {
                 let buf = AlignedBuf::from_slice(&page.bytes[first..end], 512);
                 let at = HEADER_LEN + start + first as u64;
                 let written = shared.file.write(at, buf.buffers(), false).await;
+                let written = written.map_err(Error::lost_nothing_if_full);
                 written.context(|| format!("bitmap at byte {}", start + first as u64))?;
             }
             if let Some(page) = self.pages.pop() {

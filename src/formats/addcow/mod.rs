@@ -657,6 +657,10 @@ impl Format for AddCow {
         })
     }
 
+    fn can_flush_again(&self) -> bool {
+        !self.shared.durability.is_poisoned()
+    }
+
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         let backing = self.backing().map_or(0, |node| node.size());
         Box::pin(self.shared.resize(size, backing))

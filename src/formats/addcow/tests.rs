@@ -599,6 +599,42 @@ fn a_failed_flush_poisons_and_reads_go_on() {
     }
 }
 
+/// The bitmap is sparse, so a flush may find no room for a page of it.
+#[test]
+fn a_flush_without_room_is_made_up_for_once_there_is() {
+    const SIZE: u64 = 4 * PAGE_SECTORS * SECTOR_SIZE;
+    let at = |page: u64| page * PAGE_SECTORS * SECTOR_SIZE;
+    for after in 0..4 {
+        let (file, image) = (SimFile::from_bytes("x", new_file(SIZE, true)), SimFile::new("disk"));
+        block_on(image.set_len(SIZE)).unwrap();
+        let disk = open_disk(&file, &image, backing_of(Some(&[9; 512])), None);
+        let node = Node::new(Arc::new(disk), NodeOptions::default());
+        let write = |page: u64| {
+            let written = node.write(at(page), buffers(&[1; 512]), false);
+            block_on(written).unwrap();
+        };
+        (0..4).for_each(write);
+        let full = Fault { op: Some(SimOp::Write), after, errno: libc::ENOSPC, for_good: true };
+        file.fail(full);
+        for _ in 0..2 {
+            let err = block_on(node.flush()).unwrap_err();
+            assert_eq!(err.kind(), ErrorKind::NoSpace, "{err}");
+        }
+        file.heal();
+        assert!(!node.is_poisoned());
+        write(0);
+        block_on(node.flush()).unwrap();
+        let bitmap = file.durable().split_off(HEADER_LEN as usize);
+        assert!((0..4).all(|page| bitmap[page * PAGE_LEN] == 1));
+        // A sync that failed is another matter, whatever it says.
+        write(1);
+        block_on(node.write(512, buffers(&[1; 512]), false)).unwrap();
+        file.fail(Fault { op: Some(SimOp::Flush), after: 0, ..full });
+        block_on(node.flush()).unwrap_err();
+        assert!(node.is_poisoned());
+    }
+}
+
 #[test]
 fn a_flush_that_was_dropped_is_made_up_for() {
     use crate::io::sim::{Sim, SimTask};

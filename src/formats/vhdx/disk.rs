@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::io::{AlignedBuf, File};
 
 /// Alignment of memory that every host accepts.
@@ -23,9 +23,13 @@ pub async fn read(file: &Arc<dyn File>, offset: u64, len: u64) -> Result<Vec<u8>
 }
 
 /// Writes `bytes` at `offset`; both must be multiples of 4 KiB.
+///
+/// # Errors
+/// The host's. One that only had no room says so ([`Error::lost_nothing_if_full`]): the file may be
+/// sparse, and who writes the same again loses nothing.
 pub async fn write(file: &Arc<dyn File>, offset: u64, bytes: &[u8]) -> Result<()> {
     let buf = AlignedBuf::from_slice(bytes, MEMORY);
-    file.write(offset, buf.buffers(), false).await
+    file.write(offset, buf.buffers(), false).await.map_err(Error::lost_nothing_if_full)
 }
 
 /// Writes pages, sorted by their offset; those that lie side by side together.

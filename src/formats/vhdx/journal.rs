@@ -26,8 +26,8 @@
 //! * Changes that only make sense together are published together, and go into one entry.
 //! * An entry never overwrites what the last entry on disk still needs. At every instant the log
 //!   has a valid sequence of entries, or the header says that it is empty.
-//! * A commit whose future is dropped is finished by the next one, with the same bytes at the same
-//!   place. The turn is held until the host has done what it was given: an old page that lands late
+//! * A commit whose future is dropped, or that the host had no room for, is finished by the next one,
+//!   with the same bytes at the same place. The turn is held until the host has done what it was given: an old page that lands late
 //!   would undo what was applied since.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -367,9 +367,9 @@ impl Vhdx {
                 return Ok(());
             }
             let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
-            self.poisoning(self.commit_now().await)?;
+            self.poisoning_unless_full(self.commit_now().await)?;
             if apply {
-                self.poisoning(self.apply().await)?;
+                self.poisoning_unless_full(self.apply().await)?;
             }
             self.completed.store(number, Ordering::SeqCst);
             self.reclaim().await;
@@ -382,8 +382,8 @@ impl Vhdx {
     pub(super) async fn checkpoint(&self) -> Result<()> {
         self.check_writable()?;
         let in_turn = async {
-            self.poisoning(self.commit_now().await)?;
-            self.poisoning(self.apply().await)
+            self.poisoning_unless_full(self.commit_now().await)?;
+            self.poisoning_unless_full(self.apply().await)
         };
         self.turn.alone_while(ALL, in_turn).await
     }
@@ -397,10 +397,19 @@ impl Vhdx {
         })
     }
 
+    /// As [`Vhdx::poisoning`], unless all that went wrong is that the host had no room for what the
+    /// next attempt writes again: then it waits in memory, as after a commit whose future was dropped.
+    pub(super) fn poisoning_unless_full<T>(&self, result: Result<T>) -> Result<T> {
+        match result {
+            Err(err) if err.has_lost_nothing() => Err(err.context(self.name().to_string())),
+            result => self.poisoning(result),
+        }
+    }
+
     async fn commit_now(&self) -> Result<()> {
         let left_over = self.journal.lock().unwrap().batch.clone();
         if let Some(batch) = left_over {
-            // An earlier commit was dropped half-way.
+            // An earlier commit was dropped half-way, or the host had no room for it.
             self.finish(batch).await?;
         }
         match self.take_batch()? {
@@ -716,9 +725,10 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::super::testing::*;
-    use crate::block::Driver;
+    use crate::block::{Driver, Node, NodeOptions};
+    use crate::error::ErrorKind;
     use crate::io::block_on;
-    use crate::io::sim::{Sim, SimFile, SimOp};
+    use crate::io::sim::{Fault, Sim, SimFile, SimOp};
     use crate::units::MIB;
     use std::pin::pin;
     use std::task::{Context, Waker};
@@ -776,5 +786,66 @@ mod tests {
         }
         // An empty entry, both headers, and the entry, with a flush for each.
         assert_eq!(steps, 8);
+    }
+
+    /// The file is sparse, so that any page of the log, of the BAT or of a header may find no room, and
+    /// only where it is written to.
+    #[test]
+    fn what_the_host_has_no_room_for_waits_until_it_has() {
+        let mut has_failed = [false; 2];
+        for after in 0..40 {
+            let file = SimFile::from_bytes("test.vhdx", Fixture::new(6 * PER_PAGE).bytes());
+            let driver = std::sync::Arc::new(open_image(&file, None, None).unwrap());
+            let node = Node::new(std::sync::Arc::clone(&driver) as _, NodeOptions::default());
+            let write = |at: u64| {
+                let data = crate::io::AlignedBuf::from_slice(&[1; 512], 512);
+                block_on(node.write(at, data.buffers(), false))
+            };
+            let full = Fault { op: Some(SimOp::Write), after, errno: libc::ENOSPC, for_good: true };
+            file.fail(full);
+            let mut written = Vec::new();
+            for page in 0..6 {
+                match write(page * PER_PAGE) {
+                    Ok(()) => written.push(page * PER_PAGE),
+                    Err(err) => assert_eq!(err.kind(), ErrorKind::NoSpace, "{err}"),
+                }
+                if let Err(err) = block_on(node.flush()) {
+                    has_failed[0] = true;
+                    assert_eq!(err.kind(), ErrorKind::NoSpace, "{err}");
+                }
+            }
+            // What it writes to their place when the log is full.
+            if let Err(err) = block_on(driver.format().checkpoint()) {
+                has_failed[1] = true;
+                assert_eq!(err.kind(), ErrorKind::NoSpace, "{err}");
+            }
+            assert!(!node.is_poisoned());
+            let left = open_image(&file.after_kill(), None, None).unwrap();
+            block_on(left.close()).unwrap();
+            file.heal();
+            written.push(MIB);
+            write(MIB).unwrap();
+            block_on(node.flush()).unwrap();
+            let file = SimFile::from_bytes("test.vhdx", file.durable());
+            let found = open_image(&file, None, None).unwrap();
+            for at in written {
+                assert_eq!(block_on(read(&found, at, 512)), [1; 512], "{at} after {after}");
+            }
+            block_on(found.close()).unwrap();
+        }
+        assert_eq!(has_failed, [true; 2]);
+    }
+
+    #[test]
+    fn a_sync_without_room_poisons() {
+        let file = SimFile::from_bytes("test.vhdx", Fixture::new(64 * MIB).bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        let node = Node::new(std::sync::Arc::new(driver), NodeOptions::default());
+        let data = crate::io::AlignedBuf::from_slice(&[1; 512], 512);
+        block_on(node.write(0, data.buffers(), false)).unwrap();
+        let op = Some(SimOp::Flush);
+        file.fail(Fault { op, after: 0, errno: libc::ENOSPC, for_good: false });
+        block_on(node.flush()).unwrap_err();
+        assert!(node.is_poisoned());
     }
 }

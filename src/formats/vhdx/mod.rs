@@ -48,7 +48,8 @@
 //! * An entry of the BAT changes only if it still is what the change was based on.
 //! * Locks are taken in this order: a block, its chunk, the length of the file; then the turn of a
 //!   commit, then the header. The journal's own lock is never held across an await.
-//! * A failed commit poisons the image: later writes and flushes fail, reads go on.
+//! * A failed commit poisons the image: later writes and flushes fail, reads go on. One that the host
+//!   had no room for is only late: the next one makes up for it.
 //!
 //! # Limits
 //!
@@ -520,6 +521,10 @@ impl Format for Vhdx {
                 false => self.commit().await,
             }
         })
+    }
+
+    fn can_flush_again(&self) -> bool {
+        !self.poisoned.load(Ordering::SeqCst)
     }
 
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {

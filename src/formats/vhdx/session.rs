@@ -58,9 +58,9 @@ impl Vhdx {
                 header.data_write_guid = data_guid;
             })
             .await;
-        self.poisoning(updated)?;
+        self.poisoning_unless_full(updated)?;
         let replaced = self.replace_stale_region_table().await;
-        self.poisoning(replaced)?;
+        self.poisoning_unless_full(replaced)?;
         *self.next_data_guid.lock().unwrap() = Guid::random();
         self.started.store(true, Ordering::Release);
         Ok(())
