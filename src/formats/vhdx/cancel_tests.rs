@@ -136,6 +136,37 @@ fn dropped_at_each_step(fixture: &Fixture, parent: Option<&[u8]>) {
     assert!(drops > 60, "{drops}");
 }
 
+/// Who resizes, or changes what a child knows its parent by, empties the log and goes on.
+#[test]
+fn a_log_that_was_half_emptied_is_used_again() {
+    let fixture = Fixture::new(SIZE);
+    for at in 0.. {
+        let file = SimFile::from_bytes("test.vhdx", fixture.bytes());
+        let driver = open_image(&file, None, None).unwrap();
+        let mut disk = vec![0; SIZE as usize];
+        block_on(prepare(&driver, &mut disk));
+        let sim = Sim::new(at);
+        sim.attach(&file);
+        let emptying = async { driver.format().empty_log().await.unwrap() };
+        let is_done = sim.run_until(vec![Box::pin(emptying)], |step| step == at);
+        sim.drain();
+        sim.detach(&file);
+        block_on(write(&driver, 3 * MIB, &[NEW; 512], true)).unwrap();
+        disk[3 << 20..(3 << 20) + 512].fill(NEW);
+        let check = |content: Vec<u8>| {
+            let again = open_image(&SimFile::from_bytes("test.vhdx", content), None, None).unwrap();
+            assert!(block_on(read(&again, 0, SIZE)) == disk, "dropped at step {at}");
+        };
+        check(file.durable());
+        block_on(driver.close()).unwrap();
+        check(file.durable());
+        if is_done {
+            assert!(at > 4, "{at}");
+            break;
+        }
+    }
+}
+
 /// Whatever was dropped, others are not held up, and see no damage.
 fn goes_on(driver: &Driven, file: &SimFile, node: Option<&Node>, mut disk: Vec<u8>, what: &str) {
     for (offset, value) in [(3 * MIB + 8192, 3), (MIB, 4), (0, 5), (2 * MIB + 512, 6)] {

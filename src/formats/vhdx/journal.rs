@@ -535,6 +535,11 @@ impl Vhdx {
     /// Begins to use the log: an empty entry first, so that there is one when the header says so.
     async fn start_log(&self) -> Result<()> {
         let log = self.log;
+        if self.journal.lock().unwrap().starting.is_none() && self.header_names_log() {
+            // Somebody was dropped while he declared it empty.
+            let updated = self.update_header(|header| header.log_guid = Guid::ZERO).await;
+            self.poisoning(updated)?;
+        }
         // If an earlier attempt was dropped half-way, the header may have its GUID already: then the
         // very same entry must stay where it is.
         let (guid, first) = {

@@ -279,16 +279,23 @@ impl Vhdx {
     pub(super) async fn empty_log(&self) -> Result<()> {
         self.checkpoint().await?;
         self.reclaim().await;
-        if !self.uses_log() {
-            return Ok(());
-        }
         let update = async {
-            let updated = self.update_header(|header| header.log_guid = Guid::ZERO).await;
-            self.poisoning(updated)?;
+            let is_left = self.started.load(Ordering::Acquire) && self.header_names_log();
+            if !self.uses_log() && !is_left {
+                return Ok(());
+            }
+            // First: if this is dropped, one header may say already that the log is empty, and an entry
+            // that was added to it would be lost.
             self.forget_log();
-            Ok(())
+            let updated = self.update_header(|header| header.log_guid = Guid::ZERO).await;
+            self.poisoning(updated)
         };
         self.turn.alone_while(ALL, update).await
+    }
+
+    /// Whether the headers do not say that the log is empty, as far as we know.
+    pub(super) fn header_names_log(&self) -> bool {
+        !self.headers.lock().unwrap().current.log_guid.is_zero()
     }
 
     /// Cuts off what lies behind the last place in use: what was freed there, and what the file grew
