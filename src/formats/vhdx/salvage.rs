@@ -35,6 +35,8 @@ use crate::units::{ByteRange, MIB, align_down};
 const PADDED_LEN: u64 = MAX_DISK_SIZE + (MAX_DISK_SIZE >> 8);
 /// The most missing parts that are listed one by one.
 const MAX_LISTED: usize = 1000;
+/// With so many missing parts, it is not looked for what of a block is the parent's.
+const MAX_RUNS: usize = 1 << 20;
 
 /// What is missing from an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -176,6 +178,7 @@ async fn look_for_missing(
     let (mut bad, mut idle) = (0u64, 0u64);
     let (mut used, mut missing) = (Vec::new(), Vec::new());
     let (mut partial, mut bitmaps) = (Vec::new(), BTreeMap::new());
+    let mut cut = Vec::new();
     let mut visit = |index, entry| {
         if index >= first_unknown {
             return Ok(());
@@ -198,14 +201,14 @@ async fn look_for_missing(
             missing.push(disk);
         } else if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
             let there = stored.saturating_sub(bat::offset(entry));
+            let is_partial = bat::state(entry) == payload::PARTIALLY_PRESENT;
             if there < disk.len {
-                missing.push(ByteRange::between(disk.offset + there, disk.end()));
+                let rest = ByteRange::between(disk.offset + there, disk.end());
+                if is_partial { cut.push(rest) } else { missing.push(rest) }
             }
             match geometry.slot(index) {
                 Slot::Bitmap(chunk) => _ = bitmaps.insert(chunk, bat::offset(entry)),
-                Slot::Payload(block) if bat::state(entry) == payload::PARTIALLY_PRESENT => {
-                    partial.push(block);
-                }
+                Slot::Payload(block) if is_partial => partial.push(block),
                 Slot::Payload(_) => {}
             }
             // What is not in the file is nobody's.
@@ -223,6 +226,14 @@ async fn look_for_missing(
     report.doubtful = look_for_shared(&file.checker, used)?;
     file.bitmaps = bitmaps;
     partial.retain(|block| !file.has_bits(*block));
+    for rest in cut {
+        if file.has_bits(geometry.block_of(rest.offset)) && missing.len() < MAX_RUNS {
+            // The parent's sectors are there all the same.
+            missing.extend(file.own_parts(rest).await?);
+        } else {
+            missing.push(rest);
+        }
+    }
     if !partial.is_empty() {
         report.notes.push(format!(
             "the sector bitmaps of {} blocks are not there, so that it is not known which of their \
@@ -391,6 +402,35 @@ impl Sanitised {
         let end = (geometry.first_bit(block) + geometry.sectors_per_block()).div_ceil(8);
         let bitmap = self.bitmaps.get(&geometry.chunk_of(block));
         bitmap.is_some_and(|at| at + end <= self.file_len)
+    }
+
+    /// The parts of a range within a partially present block that are this file's, by its bits.
+    async fn own_parts(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
+        let geometry = &self.checker.geometry;
+        let block = geometry.block_of(range.offset);
+        let Some(bitmap) = self.bitmaps.get(&geometry.chunk_of(block)) else {
+            return Ok(vec![range]);
+        };
+        let (first, count) = (geometry.first_bit(block), geometry.sectors_per_block());
+        let from = align_down(first / 8, PAGE);
+        let len = ((first + count).div_ceil(8) - from).next_multiple_of(PAGE);
+        let bytes = disk::read(&self.file, bitmap + from, len).await?;
+        let start = geometry.block_range(block).offset;
+        let mut parts: Vec<ByteRange> = Vec::new();
+        for sector in 0..count {
+            let bit = first + sector - from * 8;
+            if bytes[(bit / 8) as usize] >> (bit % 8) & 1 == 0 {
+                continue;
+            }
+            let at = start + sector * geometry.sector_size();
+            let part = ByteRange { offset: at, len: geometry.sector_size() }.intersect(&range);
+            match parts.last_mut() {
+                _ if part.is_empty() => {}
+                Some(last) if last.end() == part.offset => last.len += part.len,
+                _ => parts.push(part),
+            }
+        }
+        Ok(parts)
     }
 
     /// Whether an entry can be used as it is.
@@ -616,6 +656,16 @@ mod tests {
         };
         let (report, is_zero) = found(&content);
         assert!(report.is_empty() && !is_zero, "{report:?}");
+        // The file ends before the block: its own sectors are missing, and not those of the parent.
+        let mut behind = content.clone();
+        set(&mut behind, 1, 6 << 20 | 7);
+        let bits = (5 << 20) + 256;
+        behind[bits..bits + 3].copy_from_slice(&[0b110, 0, 1]);
+        let (report, _) = found(&behind);
+        let sectors =
+            |first: u64, count: u64| ByteRange { offset: MIB + first * 512, len: count * 512 };
+        assert_eq!(report.missing.listed, [sectors(1, 2), sectors(16, 1)]);
+        assert_eq!(report.missing.bytes, 3 * 512);
         // The file ends before the bits of block 1, and before the bitmap; or there is none.
         let (mut short, mut none) = (content.clone(), content.clone());
         content.truncate((5 << 20) + 300);
