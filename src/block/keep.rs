@@ -45,6 +45,8 @@
 //! Invariants: `rotate` is called only while nothing of the half before the current one is left;
 //! every committed record stays until `release`, `reset`, `begin` or `discard`.
 
+mod session;
+
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -56,8 +58,10 @@ use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use crate::block::open_gate;
 use crate::crc32c;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+
 use crate::io::{HostFile, SharedMemory};
 use crate::units::align_up;
+pub use session::{Keeper, begin_session};
 
 /// Space for records between two flushes, in bytes, if the owner does not say otherwise.
 pub const DEFAULT_CAPACITY: u64 = 16 << 20;

@@ -34,9 +34,10 @@ use std::sync::{Arc, Mutex};
 use super::layout::{HEADER_LEN, bitmap_len};
 use super::pages::{BLOCK_LEN, DirtyPage, PAGE_LEN};
 use super::{ALL, PAGE_SECTORS, Shared};
+use crate::block::keep::{Keeper, begin_session};
 use crate::block::{Committed, Keep, RangeLock};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-use crate::io::{AlignedBuf, block_on, yield_now};
+use crate::io::{AlignedBuf, yield_now};
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// How many pages are copied for one sync of the image file: 1 MiB.
@@ -222,6 +223,36 @@ impl Durability {
     }
 }
 
+impl Keeper for Shared {
+    fn records(&self) -> Option<&Keep> {
+        self.durability.keep()
+    }
+
+    fn session(&self) -> &AtomicBool {
+        &self.durability.session
+    }
+
+    async fn settle(&self) {
+        // Setting bits is short.
+        while self.durability.setting.load(Ordering::SeqCst) > 0 {
+            yield_now().await;
+        }
+    }
+
+    async fn save(&self) -> Result<()> {
+        let durability = &self.durability;
+        let changed = durability.changed.load(Ordering::SeqCst);
+        match changed || durability.flushing.load(Ordering::SeqCst) {
+            true => self.flush_all().await,
+            false => Ok(()),
+        }
+    }
+
+    fn has_begun(&self) {
+        self.durability.rotated.store(false, Ordering::SeqCst);
+    }
+}
+
 impl Shared {
     /// Makes everything that completed before this call durable, bits included.
     pub(super) async fn flush_all(&self) -> Result<()> {
@@ -302,47 +333,7 @@ impl Shared {
 
     /// See [`Driver::begin_session`](crate::block::Driver::begin_session).
     pub(super) fn begin_session(&self, nonce: u128) -> Result<()> {
-        let durability = &self.durability;
-        let keep = durability.keep.as_ref();
-        let goes_on = durability.session.load(Ordering::SeqCst)
-            && keep.is_none_or(|keep| keep.is_recording_for(nonce));
-        if self.read_only || goes_on {
-            return Ok(());
-        }
-        let before = durability.session.swap(true, Ordering::SeqCst);
-        let begun = block_on(self.begin_keeping(nonce));
-        if begun.is_err() {
-            durability.session.store(before, Ordering::SeqCst);
-        }
-        begun
-    }
-
-    /// Has the keep begin a session, when the bits that are not kept in it are on disk. A job may go on
-    /// meanwhile, and its bits be recorded as those of a guest; until the keep has begun, they wait for
-    /// the disk.
-    async fn begin_keeping(&self, nonce: u128) -> Result<()> {
-        let durability = &self.durability;
-        // What was begun before is not recorded, so it has to be there to be saved. It is short.
-        while durability.setting.load(Ordering::SeqCst) > 0 {
-            yield_now().await;
-        }
-        self.flush_changes().await?;
-        if let Some(keep) = &durability.keep {
-            keep.begin(nonce)?;
-        }
-        durability.rotated.store(false, Ordering::SeqCst);
-        // What came between may have been recorded for the session before.
-        self.flush_changes().await
-    }
-
-    /// Flushes if a bit that is set may not be on disk.
-    async fn flush_changes(&self) -> Result<()> {
-        let durability = &self.durability;
-        let changed = durability.changed.load(Ordering::SeqCst);
-        match changed || durability.flushing.load(Ordering::SeqCst) {
-            true => self.flush_all().await,
-            false => Ok(()),
-        }
+        if self.read_only { Ok(()) } else { begin_session(self, nonce) }
     }
 
     /// See [`Driver::resume`](crate::block::Driver::resume).

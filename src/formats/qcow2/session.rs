@@ -1,12 +1,13 @@
 //! A guest's session: what is recorded in the keep, and redone after a kill.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Qcow2;
 use super::disk::ALL;
-use crate::block::keep::Reservation;
+use crate::block::Keep;
+use crate::block::keep::{Keeper, Reservation, begin_session};
 use crate::error::{Error, Result, ResultExt};
-use crate::io::{AlignedBuf, block_on};
+use crate::io::AlignedBuf;
 use crate::units::ByteRange;
 
 /// Kinds of records in the keep.
@@ -29,6 +30,27 @@ pub(super) enum Promise<'a> {
 impl Promise<'_> {
     pub(super) fn wants_data(&self) -> bool {
         matches!(self, Promise::Record(_))
+    }
+}
+
+impl Keeper for Qcow2 {
+    fn records(&self) -> Option<&Keep> {
+        self.keep.as_ref()
+    }
+
+    fn session(&self) -> &AtomicBool {
+        &self.session
+    }
+
+    async fn settle(&self) {
+        drop(self.meta.exclusive(ALL).await);
+    }
+
+    async fn save(&self) -> Result<()> {
+        match self.changes.load(Ordering::SeqCst) == self.changes_saved.load(Ordering::SeqCst) {
+            true => Ok(()),
+            false => self.checkpoint().await,
+        }
     }
 }
 
@@ -110,39 +132,7 @@ impl Qcow2 {
 
     /// From now on, what completes must survive this process.
     pub(super) fn start_keeping(&self, nonce: u128) -> Result<()> {
-        let keep = self.keep.as_ref();
-        let goes_on = self.session.load(Ordering::Acquire)
-            && keep.is_none_or(|keep| keep.is_recording_for(nonce));
-        if self.read_only || goes_on {
-            return Ok(());
-        }
-        // Without a keep, writes that allocate wait for the disk from now on.
-        let before = self.session.swap(true, Ordering::SeqCst);
-        let begun = block_on(self.begin_keeping(nonce));
-        if begun.is_err() {
-            self.session.store(before, Ordering::SeqCst);
-        }
-        begun
-    }
-
-    /// Has the keep begin a session, when what is not kept in it is on disk. A job may go on meanwhile,
-    /// and its changes be recorded as those of a guest; until the keep has begun, they wait for the disk.
-    async fn begin_keeping(&self, nonce: u128) -> Result<()> {
-        // What was begun before is not recorded, so it has to be there to be saved.
-        drop(self.meta.exclusive(ALL).await);
-        self.checkpoint_changes().await?;
-        let Some(keep) = &self.keep else { return Ok(()) };
-        keep.begin(nonce)?;
-        // What came between may have been recorded for the session before.
-        self.checkpoint_changes().await
-    }
-
-    /// Makes a checkpoint if anything has changed since the last one.
-    async fn checkpoint_changes(&self) -> Result<()> {
-        match self.changes.load(Ordering::SeqCst) == self.changes_saved.load(Ordering::SeqCst) {
-            true => Ok(()),
-            false => self.checkpoint().await,
-        }
+        if self.read_only { Ok(()) } else { begin_session(self, nonce) }
     }
 
     pub(super) async fn resume_session(&self, nonce: Option<u128>) -> Result<()> {

@@ -299,6 +299,26 @@ fn a_change_that_was_under_way_when_the_session_began_carries_the_guests_own_wri
     assert!(block_on(read(&disk, MIB, 512)) == [2; 512], "a completed write was lost");
 }
 
+/// It is recorded for the guest that has left, whose records go.
+#[test]
+fn a_change_that_comes_before_the_keep_begins_is_saved() {
+    let host = Host::new(&Fixture::new(64 * MIB));
+    let dir = state_dir();
+    let open = || host.open(Some(Keep::open(dir.path(), (1, 2), "vhdx").unwrap()));
+    let disk = Arc::new(open());
+    (0..4).for_each(|block| write_at(&disk, block * MIB, 1));
+    disk.begin_session(1).unwrap();
+    let job = Arc::clone(&disk);
+    visit_at(Moment::Saved, move || assert!(planned(&job, WRITE, 20 * MIB, 512).is_some()));
+    disk.begin_session(2).unwrap();
+    let place = place_of(&disk, 20);
+    // Killed.
+    drop(disk);
+    let disk = open();
+    block_on(disk.resume(Some(2))).unwrap();
+    assert!(place.is_some() && place_of(&disk, 20) == place);
+}
+
 /// Records that were redone are still there when the image is closed; they name places that are then
 /// cut off.
 #[test]

@@ -2,7 +2,7 @@
 //! empty log at the end.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::header::{Header, HeaderSlots};
 use super::journal::{Conditions, Edit};
@@ -11,8 +11,10 @@ use super::space::Space;
 use super::structure::Structure;
 use super::{ALL, Vhdx};
 use super::{disk, region, scan};
+use crate::block::Keep;
+use crate::block::keep::{Keeper, begin_session};
 use crate::error::{Error, Result, ResultExt};
-use crate::io::{HostKind, block_on};
+use crate::io::HostKind;
 use crate::units::ByteRange;
 
 /// Of how much of the BAT the places are remembered to find what is free inside the file, in bytes. If
@@ -34,6 +36,28 @@ pub(super) async fn replay(structure: &Structure, headers: &mut HeaderSlots) -> 
         replay.entries().len()
     );
     Ok(())
+}
+
+impl Keeper for Vhdx {
+    fn records(&self) -> Option<&Keep> {
+        self.keep.as_ref()
+    }
+
+    fn session(&self) -> &AtomicBool {
+        &self.session
+    }
+
+    async fn settle(&self) {
+        // Whoever has not seen yet that a session begins shows his change before he lets go of this.
+        drop(self.journal.lock().unwrap());
+    }
+
+    async fn save(&self) -> Result<()> {
+        let saved = if self.is_dirty() { self.commit().await } else { Ok(()) };
+        #[cfg(test)]
+        super::testing::reached(super::testing::Moment::Saved);
+        saved
+    }
 }
 
 impl Vhdx {
@@ -223,39 +247,7 @@ impl Vhdx {
 
     /// From now on, what completes must survive this process.
     pub(super) fn start_keeping(&self, nonce: u128) -> Result<()> {
-        let keep = self.keep.as_ref();
-        let goes_on = self.session.load(Ordering::Acquire)
-            && keep.is_none_or(|keep| keep.is_recording_for(nonce));
-        if self.read_only || goes_on {
-            return Ok(());
-        }
-        // Without a keep, writes that allocate wait for the disk from now on.
-        let before = self.session.swap(true, Ordering::AcqRel);
-        let begun = block_on(self.begin_keeping(nonce));
-        if begun.is_err() {
-            self.session.store(before, Ordering::Release);
-        }
-        begun
-    }
-
-    /// Has the keep begin a session, when what is not kept in it is on disk. A job may go on meanwhile,
-    /// and its changes be kept as those of a guest; until the keep has begun, they wait for the disk.
-    async fn begin_keeping(&self, nonce: u128) -> Result<()> {
-        // Whoever has not seen yet that a session begins shows his change before he lets go of this.
-        drop(self.journal.lock().unwrap());
-        self.commit_changes().await?;
-        let Some(keep) = &self.keep else { return Ok(()) };
-        keep.begin(nonce)?;
-        // What came between may have been kept for the session before.
-        self.commit_changes().await
-    }
-
-    /// Commits if anything has changed since the last commit.
-    async fn commit_changes(&self) -> Result<()> {
-        match self.is_dirty() {
-            true => self.commit().await,
-            false => Ok(()),
-        }
+        if self.read_only { Ok(()) } else { begin_session(self, nonce) }
     }
 
     /// Leaves everything in its place and the log empty.
@@ -352,8 +344,8 @@ mod tests {
     use super::super::testing::*;
     use super::*;
     use crate::block::Driver;
-    use crate::io::File;
     use crate::io::sim::{SimFile, SimOp};
+    use crate::io::{File, block_on};
     use crate::units::MIB;
 
     /// As a kill leaves it after a commit and before the records of that are dropped.

@@ -25,6 +25,8 @@ use crate::units::{ByteRange, MIB};
 pub enum Moment {
     /// A plan for a write has seen that nothing waits for a commit, and has not looked at the mapping.
     Planning,
+    /// All that has changed was made durable, as a session begins.
+    Saved,
     /// A change of the mapping is kept, or needs not to be, and does not show yet.
     Kept,
     /// A change of the mapping shows, and the one who made it goes on.
