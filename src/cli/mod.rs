@@ -17,7 +17,6 @@ pub mod bench;
 mod check;
 mod commit;
 mod compare;
-pub mod control_args;
 mod convert;
 mod create;
 pub mod daemon_args;
@@ -39,6 +38,7 @@ pub mod serve;
 pub mod serve_args;
 mod shell;
 pub mod size;
+pub mod socket_args;
 mod top;
 
 use std::process::ExitCode;

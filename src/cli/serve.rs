@@ -24,7 +24,7 @@ use crate::control::disks::{ExportRequest, WorkerOptions};
 use crate::control::{self, Daemon, Disks};
 use crate::device::export::{CachePolicy, Export};
 use crate::device::exports::Served;
-use crate::device::server::ServerSocket;
+use crate::device::server::{ServerSocket, SocketRights};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::{self, Image, Layers, OpenRequest, StateDir, crash_state, frozen};
 use crate::io::footprint::give_back_start_up;
@@ -85,7 +85,7 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         Keep::check_dir(&dir)?;
     }
     // Before any client can come and use up the file descriptors.
-    let mut daemon = Daemon::new(args.name.clone(), empty_disks(args, engine))?;
+    let mut daemon = Daemon::new(args.name.clone(), empty_disks(args, engine)?)?;
     let disks = daemon.disks_mut();
     let pidfile;
     let is_single = !args.daemon.is_used();
@@ -105,7 +105,7 @@ fn serve(args: &ServeArgs, is_ready: &mut bool) -> Result<u8> {
         }
         image.check_for_guest(args.block_size)?;
         args.control.check_not(args.socket_path.as_deref())?;
-        let socket = listen(args)?;
+        let socket = listen(args, disks.socket_rights)?;
         controls.extend(args.control.socket()?);
         pidfile = args.pidfile.as_deref().map(PidFile::write).transpose()?;
         say_what_is_served(args, &image, &socket.to_string());
@@ -174,10 +174,13 @@ fn open_image(args: &ServeArgs, request: &OpenRequest) -> Result<Image> {
     crash_state::open_writable(request, args.block_size, args.overlay.as_deref())
 }
 
-fn empty_disks(args: &ServeArgs, engine: EngineKind) -> Disks {
+fn empty_disks(args: &ServeArgs, engine: EngineKind) -> Result<Disks> {
     let workers =
         WorkerOptions { engine, threads: args.threads.map(usize::from), poll_us: args.poll_us };
-    Disks::new(Layers::new(Graph::new(), args.allow_dirs.clone(), args.state_dir()), workers)
+    let layers = Layers::new(Graph::new(), args.allow_dirs.clone(), args.state_dir());
+    let mut disks = Disks::new(layers, workers);
+    disks.socket_rights = args.disk_sockets.rights()?;
+    Ok(disks)
 }
 
 fn export_request(args: &ServeArgs, node: Node, socket: ServerSocket) -> ExportRequest {
@@ -199,9 +202,9 @@ fn export_request(args: &ServeArgs, node: Node, socket: ServerSocket) -> ExportR
 }
 
 /// The socket that the operator or systemd gave, or a new one at the path.
-fn listen(args: &ServeArgs) -> Result<ServerSocket> {
+fn listen(args: &ServeArgs, rights: Option<SocketRights>) -> Result<ServerSocket> {
     if let Some(path) = &args.socket_path {
-        return ServerSocket::bind(path, None);
+        return ServerSocket::bind(path, rights);
     }
     if let Some(fd) = args.fd {
         return ServerSocket::from_fd(fd);

@@ -11,9 +11,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::block::Keep;
-use crate::cli::control_args::ControlArgs;
 use crate::cli::daemon_args::DaemonArgs;
 use crate::cli::recording_args::RecordingArgs;
+use crate::cli::socket_args::{ControlArgs, DiskSocketArgs};
 use crate::cli::{DONE, output};
 use crate::crash::StateName;
 use crate::error::{Error, Result};
@@ -154,6 +154,9 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub recording: RecordingArgs,
 
+    /// Who may use the disks' sockets.
+    #[command(flatten)]
+    pub disk_sockets: DiskSocketArgs,
     /// The control socket.
     #[command(flatten)]
     pub control: ControlArgs,
@@ -185,6 +188,9 @@ impl ServeArgs {
                 "where to listen? give --socket-path PATH (or --fd N, or start it from a systemd \
                  socket unit)",
             ));
+        }
+        if self.socket_path.is_none() {
+            self.disk_sockets.check_none()?;
         }
         if let Some(path) = &self.socket_path {
             let len = path.as_os_str().len();
@@ -327,6 +333,8 @@ mod tests {
         for (line, word) in [
             ("--socket-path s", "<IMAGE>"),
             ("--socket-path s --fd 3 x", "--fd"),
+            ("--fd 3 --socket-group kvm x", "--fd"),
+            ("--socket-path s --socket-mode 888 x", "octal"),
             ("--socket-path s --blk-file x y", "--blk-file"),
             ("--socket-path s --num-queues 65 x", "65 is not in 1..=64"),
             ("--socket-path s --num-queues 0 x", "0 is not in 1..=64"),

@@ -14,7 +14,7 @@ use crate::control::qapi::QmpResult;
 use crate::control::recordings::Recordings;
 use crate::device::export::{CachePolicy, Export, ExportOptions};
 use crate::device::exports::{Exports, Served};
-use crate::device::server::ServerSocket;
+use crate::device::server::{ServerSocket, SocketRights};
 use crate::images::{Access, Image, ImageFormat, Layers, frozen};
 use crate::io::{EngineKind, block_on};
 
@@ -31,6 +31,8 @@ pub struct Disks {
     pub faults: Faults,
     /// How exports do their I/O.
     pub workers: WorkerOptions,
+    /// Who may use the sockets that are made for exports; what the umask leaves if absent.
+    pub socket_rights: Option<SocketRights>,
 }
 
 /// How the workers of all exports are set up.
@@ -76,6 +78,7 @@ impl Disks {
             recordings: Recordings::default(),
             faults: Faults::default(),
             workers,
+            socket_rights: None,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use serde_json::json;
 
@@ -105,14 +106,34 @@ fn out_of_band() {
     assert_eq!(desc, "The command quit does not support OOB");
 }
 
+fn permissions(socket: &Path) -> u32 {
+    std::fs::metadata(socket).unwrap().permissions().mode() & 0o777
+}
+
 #[test]
 fn who_may_connect() {
-    let mode =
-        |served: &Served| std::fs::metadata(&served.control).unwrap().permissions().mode() & 0o777;
+    let mode = |served: &Served| permissions(&served.control);
     assert_eq!(mode(&Served::start(&[])), 0o600);
     assert_eq!(mode(&Served::start(&["--control-mode", "640"])), 0o640);
     let group = rustix::process::getegid().as_raw().to_string();
     assert_eq!(mode(&Served::start(&["--control-group", &group])), 0o660);
+}
+
+#[test]
+fn who_may_use_the_disks() {
+    let group = rustix::process::getegid().as_raw().to_string();
+    // The control socket is another matter.
+    let served = Served::start(&["--socket-group", &group]);
+    assert_eq!(permissions(&served.backend.socket), 0o660);
+    assert_eq!(permissions(&served.control), 0o600);
+    // Sockets that are made later, too.
+    let socket = served.control.with_file_name("e1.sock");
+    let export = json!({"type": "vhost-user-blk", "id": "e1", "node-name": "image",
+        "addr": {"type": "unix", "path": socket}});
+    served.client().ok(json!({"execute": "block-export-add", "arguments": export}).to_string());
+    assert_eq!(permissions(&socket), 0o660);
+    let served = Served::start(&["--socket-mode", "642"]);
+    assert_eq!(permissions(&served.backend.socket), 0o642);
 }
 
 #[test]

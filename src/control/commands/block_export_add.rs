@@ -101,7 +101,9 @@ pub fn add(disks: &mut Disks, options: BlockExportOptions) -> QmpResult<()> {
         )));
     }
     let socket = match options.addr {
-        SocketAddress::Unix(unix) => ServerSocket::bind(&PathBuf::from(unix.path), None)?,
+        SocketAddress::Unix(unix) => {
+            ServerSocket::bind(&PathBuf::from(unix.path), disks.socket_rights)?
+        }
         SocketAddress::Fd(fd) => {
             let number = fd.str.parse().map_err(|_| {
                 QmpError::generic(format!(

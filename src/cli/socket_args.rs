@@ -1,4 +1,4 @@
-//! The options of `vublk serve` for its control socket, and who may use that.
+//! The options of `vublk serve` for the sockets that it makes, and who may use them.
 
 use std::path::{Path, PathBuf};
 
@@ -7,6 +7,48 @@ use rustix::fs::Gid;
 
 use crate::device::server::{ServerSocket, SocketRights};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+
+/// Permissions of a socket that is given to a group.
+const SHARED_WITH_GROUP: u32 = 0o660;
+
+/// Who may use the sockets of the disks.
+#[derive(Clone, Debug, Default, Args)]
+pub struct DiskSocketArgs {
+    /// Give the sockets of disks to this group (a name or a number), whose members may use them: that of
+    /// the front-end
+    #[arg(id = "socket-group", long, value_name = "GROUP", conflicts_with = "fd")]
+    group: Option<String>,
+    /// Permissions of the sockets of disks, in octal; what the umask leaves if not given, with
+    /// --socket-group 660
+    #[arg(id = "socket-mode", long, value_name = "MODE", value_parser = parse_mode, conflicts_with = "fd")]
+    mode: Option<u32>,
+}
+
+impl DiskSocketArgs {
+    /// What to give a socket; nothing if it is left to the umask.
+    ///
+    /// # Errors
+    /// The group is unknown.
+    pub fn rights(&self) -> Result<Option<SocketRights>> {
+        let group = find_named(self.group.as_deref(), "--socket-group")?;
+        let mode = self.mode.or(group.map(|_| SHARED_WITH_GROUP));
+        Ok(mode.map(|mode| SocketRights { mode, group }))
+    }
+
+    /// Refuses options for a socket that somebody else has made.
+    ///
+    /// # Errors
+    /// If there are any.
+    pub fn check_none(&self) -> Result<()> {
+        if self.group.is_none() && self.mode.is_none() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "--socket-group and --socket-mode are for sockets that vublk makes (--socket-path); systemd \
+             has SocketGroup= and SocketMode=",
+        ))
+    }
+}
 
 /// The control socket, and who may use it.
 #[derive(Clone, Debug, Default, Args)]
@@ -44,8 +86,8 @@ impl ControlArgs {
     /// The path is of no use, or the group unknown.
     pub fn socket(&self) -> Result<Option<ServerSocket>> {
         let Some(path) = &self.path else { return Ok(None) };
-        let group = self.group.as_deref().map(find_group).transpose()?;
-        let mode = self.mode.unwrap_or(if group.is_some() { 0o660 } else { 0o600 });
+        let group = find_named(self.group.as_deref(), "--control-group")?;
+        let mode = self.mode.unwrap_or(if group.is_some() { SHARED_WITH_GROUP } else { 0o600 });
         let rights = SocketRights { mode, group };
         ServerSocket::bind(path, Some(rights)).context(|| "--control").map(Some)
     }
@@ -54,6 +96,11 @@ impl ControlArgs {
 fn parse_mode(text: &str) -> Result<u32> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
     mode.ok_or_else(|| Error::invalid("permissions are an octal number from 0 to 777"))
+}
+
+/// The number of the group that `option` names, if it is given.
+fn find_named(name: Option<&str>, option: &str) -> Result<Option<Gid>> {
+    name.map(|name| find_group(name).context(|| option)).transpose()
 }
 
 /// The number of a group, by `/etc/group`.
@@ -74,7 +121,7 @@ fn find_group(name: &str) -> Result<Gid> {
     number.map(Gid::from_raw).ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
-            format!("--control-group {name}: /etc/group has no such group; a number is taken, too"),
+            format!("{name}: /etc/group has no such group; a number is taken, too"),
         )
     })
 }
