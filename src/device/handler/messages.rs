@@ -74,14 +74,16 @@ impl VhostUserBackendReqHandler for Handler {
             if state.any_live() {
                 self.sync_write_through(state);
             }
+            let mut started = Ok(());
             if features & features::PROTOCOL_FEATURES == 0 {
-                // Such a front-end knows no SET_VRING_ENABLE.
+                // Such a front-end knows no SET_VRING_ENABLE: nothing else would start those that
+                // come after one that cannot.
                 for index in 0..state.rings.len() {
                     state.rings[index].enabled = true;
-                    self.try_start(state, index)?;
+                    started = started.and(self.try_start(state, index));
                 }
             }
-            Ok(())
+            started
         })
     }
 

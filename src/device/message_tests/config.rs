@@ -59,6 +59,27 @@ fn without_protocol_features_rings_start_enabled() {
 }
 
 #[test]
+fn a_ring_that_cannot_start_keeps_no_other_one_from_being_enabled() {
+    let fe = FrontEnd::new(3);
+    let mut table = words(&[1, 0]);
+    table.extend(longs(&[0, MEMORY, BASE, 0]));
+    fe.tell(R::SET_MEM_TABLE, &table, &[fe.memory.as_fd()]);
+    fe.set_ring(0, 0);
+    // The first one lies outside of memory.
+    let mut outside = areas(0, None);
+    outside[8..16].copy_from_slice(&(BASE + MEMORY).to_ne_bytes());
+    fe.tell(R::SET_VRING_ADDR, &outside, &[]);
+    fe.set_ring(1, 0);
+    fe.tell(R::SET_FEATURES, &longs(&[VERSION_1 | FLUSH]), &[]);
+    fe.set_ring(2, 0);
+    fe.sync();
+    assert_eq!(fe.rings.live(), [1, 2]);
+    fe.tell(R::SET_VRING_ADDR, &areas(0, None), &[]);
+    fe.sync();
+    assert_eq!(fe.rings.live(), [0, 1, 2]);
+}
+
+#[test]
 fn durability_follows_flush_and_the_write_cache() {
     let fe = FrontEnd::new(1);
     fe.run(1);
