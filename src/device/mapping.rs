@@ -216,6 +216,19 @@ pub(crate) mod tests {
         assert_eq!(unsafe { mapping.as_ptr().cast::<[u8; 3]>().read_volatile() }, *b"xyz");
     }
 
+    /// A core dump would hold the guest's memory, and a child keep it from being given back.
+    #[test]
+    fn memory_of_others_goes_into_no_core_dump_and_no_child() {
+        let mapping = mapping_of(&memfd(8192), 0, 8192);
+        let start = format!("{:x}-", mapping.as_ptr() as usize);
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).expect("its flags");
+        for flag in ["dd", "dc"] {
+            assert!(flags.split_whitespace().any(|has| has == flag), "no {flag} in {flags}");
+        }
+    }
+
     #[test]
     fn a_sealed_memfd_keeps_its_size() {
         let file = memfd_create("vublk-test", 4096, true).unwrap();
