@@ -208,21 +208,23 @@ impl Vhdx {
             payload::NOT_PRESENT if self.geometry().has_parent => Place::Parent,
             state => Place::Zero { explicit: state != payload::NOT_PRESENT },
         };
-        let len = self.blocks_alike(block) * self.geometry().block_size() - within;
+        #[cfg(test)]
+        super::testing::reached(super::testing::Moment::LookedUp);
+        let len = self.blocks_alike(block, entry) * self.geometry().block_size() - within;
         Ok((nowhere, len.min(range.len).max(part.len)))
     }
 
-    /// How many blocks from this one on have the same entry, at least: as far as one page in memory
-    /// tells, and no other entry lies between them. A disk that holds next to nothing may have millions.
-    fn blocks_alike(&self, block: u64) -> u64 {
+    /// How many blocks from this one on have this entry, at least: as far as one page in memory tells, and
+    /// no other entry lies between them. A disk that holds next to nothing may have millions. The block's
+    /// own may have changed since it was looked up; then those behind it may be like the new one.
+    fn blocks_alike(&self, block: u64, entry: u64) -> u64 {
         let geometry = self.geometry();
         let (page, word) = self.bat_word(geometry.payload_index(block));
         let in_chunk = geometry.chunk_ratio() - block % geometry.chunk_ratio();
         let count = in_chunk.min(geometry.payload_blocks() - block) as usize;
         let end = (word + count).min(WORDS);
         let alike = self.cache.read(page, |page| {
-            let first = page.get(word);
-            (word..end).take_while(|word| page.get(*word) == first).count() as u64
+            (word..end).take_while(|word| page.get(*word) == entry).count() as u64
         });
         alike.unwrap_or(1).max(1)
     }
@@ -332,11 +334,14 @@ fn run_of_bits(words: &Words<'_>, first: u64, count: u64) -> (bool, u64) {
 #[cfg(test)]
 mod tests {
     use super::super::cache::PageCache;
-    use super::super::testing::{Fixture, open_image, write};
+    use super::super::testing::{Fixture, Moment, open_image, parent_node, read, visit_at, write};
     use super::*;
+    use crate::block::Driver;
     use crate::io::block_on;
     use crate::io::sim::SimFile;
     use crate::units::MIB;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
 
     #[test]
     fn runs_of_bits_are_found() {
@@ -380,5 +385,30 @@ mod tests {
             found.push(past - from);
         }
         assert!(found.iter().any(|run| *run > 400), "one by one");
+    }
+
+    /// Zeros that were written to the second block long ago are zeros, although the first one becomes
+    /// zeros, too, while it is looked up.
+    #[test]
+    fn a_block_that_changes_is_not_taken_for_those_behind_it() {
+        let size = 4 * MIB;
+        let bytes = Fixture { has_parent: true, ..Fixture::new(size) }.bytes();
+        let backing = Some(parent_node(&vec![7; size as usize]));
+        let disk =
+            Arc::new(open_image(&SimFile::from_bytes("test.vhdx", bytes), backing, None).unwrap());
+        let block = |number| ByteRange { offset: number * MIB, len: MIB };
+        block_on(disk.write_zeroes(block(1), true)).unwrap();
+        let other = Arc::clone(&disk);
+        visit_at(Moment::LookedUp, move || {
+            let mut zeroes = pin!(other.write_zeroes(block(0), true));
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(zeroes.as_mut().poll(&mut context).is_ready());
+        });
+        let seen = block_on(read(&*disk, 0, 2 * MIB));
+        assert!(
+            seen[..MIB as usize].iter().all(|byte| *byte == 7),
+            "as it was when it was looked up"
+        );
+        assert!(seen[MIB as usize..].iter().all(|byte| *byte == 0), "the parent's");
     }
 }

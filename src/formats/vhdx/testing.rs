@@ -23,6 +23,8 @@ use crate::units::{ByteRange, MIB};
 /// A moment at which another thread may come in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
+    /// A block without a place has been looked up, and not those behind it.
+    LookedUp,
     /// A plan for a write has seen that nothing waits for a commit, and has not looked at the mapping.
     Planning,
     /// All that has changed was made durable, as a session begins.
