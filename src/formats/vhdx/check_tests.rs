@@ -117,17 +117,26 @@ fn make_second_table_stale(content: &mut [u8]) {
 }
 
 #[test]
-fn the_first_write_replaces_a_stale_region_table() {
-    let mut content = image();
-    make_second_table_stale(&mut content);
-    let sim = SimFile::from_bytes("test.vhdx", content.clone());
-    let disk = open_image(&sim, None, None).unwrap();
-    assert_eq!(block_on(read(&disk, 0, 512)), vec![0; 512]);
-    assert!(sim.volatile() == content, "who only reads changes nothing");
-    block_on(write(&disk, 2 * MIB, &[1; 4096], false)).unwrap();
-    block_on(disk.close()).unwrap();
-    let (found, _) = checked(&sim.volatile(), None);
-    assert_eq!(words(&found), "");
+fn the_first_write_replaces_a_bad_region_table() {
+    // The second is stale, or either is damaged.
+    for damaged in [None, Some(0), Some(1)] {
+        let mut content = image();
+        match damaged {
+            None => make_second_table_stale(&mut content),
+            Some(copy) => content[REGION_TABLE_OFFSETS[copy] as usize + 60_000] ^= 1,
+        }
+        let sim = SimFile::from_bytes("test.vhdx", content.clone());
+        let disk = open_image(&sim, None, None).unwrap();
+        assert_eq!(block_on(read(&disk, 0, 512)), vec![0; 512]);
+        assert!(sim.volatile() == content, "who only reads changes nothing");
+        block_on(write(&disk, 2 * MIB, &[1; 4096], false)).unwrap();
+        let details = disk.details();
+        assert_eq!(details["region-table-1"]["valid"], true);
+        assert_eq!(details["region-table-2"]["valid"], true);
+        block_on(disk.close()).unwrap();
+        let (found, _) = checked(&sim.volatile(), None);
+        assert_eq!(words(&found), "");
+    }
 }
 
 #[test]

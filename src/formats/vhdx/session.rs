@@ -83,7 +83,7 @@ impl Vhdx {
             })
             .await;
         self.poisoning_unless_full(updated)?;
-        let replaced = self.replace_stale_region_table().await;
+        let replaced = self.replace_bad_region_tables().await;
         self.poisoning_unless_full(replaced)?;
         *self.next_data_guid.lock().unwrap() = Guid::random();
         self.started.store(true, Ordering::Release);
@@ -103,18 +103,26 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Makes the second region table say what the first one does. A resize that was cut off leaves one
-    /// that names a BAT in space which is used for other things from now on, and should the first be
-    /// damaged one day, it would be believed. The caller holds `starting`.
-    async fn replace_stale_region_table(&self) -> Result<()> {
+    /// Makes both region tables say what the one does that is believed. A resize that was cut off leaves a
+    /// second one that names a BAT in space which is used for other things from now on, and should the
+    /// first be damaged one day, it would be believed. One that is damaged is no spare copy, and QEMU reads
+    /// only the first. The caller holds `starting`.
+    async fn replace_bad_region_tables(&self) -> Result<()> {
         let regions = self.structure().regions;
-        if !regions.differ {
-            return Ok(());
-        }
         let table = region::encode(&regions.all);
-        disk::write(&self.file, REGION_TABLE_OFFSETS[1], &table).await?;
-        self.file.flush().await?;
-        tracing::info!("{}: the second region table was out of date, and is no more", self.name());
+        for (copy, offset) in REGION_TABLE_OFFSETS.into_iter().enumerate() {
+            let is_stale = copy == 1 && regions.differ;
+            if regions.valid[copy] && !is_stale {
+                continue;
+            }
+            disk::write(&self.file, offset, &table).await?;
+            self.file.flush().await?;
+            let (name, number) = (self.name(), copy + 1);
+            let was = if is_stale { "out of date" } else { "damaged" };
+            tracing::info!("{name}: region table {number} of 2 was {was}, and is no more");
+        }
+        let regions = &mut self.structure.write().unwrap().regions;
+        (regions.valid, regions.differ) = ([true; 2], false);
         Ok(())
     }
 
