@@ -87,7 +87,12 @@ pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         let paths = locator.map(|locator| parents::of_locator(opening.file.path(), locator));
         backing = open_vhdx_parent(opening, &paths.unwrap_or_default())?;
         if !is_without {
-            structure.check_parent(backing.as_ref()).context(|| file.name().to_string())?;
+            // Of several that it may stand on, which was found?
+            let parent =
+                opening.below().map(|image| format!(": its backing file: {}", image.name()));
+            structure
+                .check_parent(backing.as_ref())
+                .context(|| format!("{}{}", file.name(), parent.unwrap_or_default()))?;
         }
     }
     let read_only = request.access == Access::Read;

@@ -326,6 +326,11 @@ impl Opening<'_> {
         Ok(self.backing.as_ref().map(|image| image.node.clone()))
     }
 
+    /// The image that [`Opening::backing`] has opened last.
+    pub(super) fn below(&self) -> Option<&Image> {
+        self.backing.as_ref()
+    }
+
     /// The place for what must outlive this process, if a guest is to be served.
     pub fn keep(&self, format: &str) -> Result<Option<Keep>> {
         let keep = open_keep(self.request, &self.file, format)?;

@@ -260,8 +260,8 @@ impl Structure {
         if !locator.linkages().any(|linkage| linkage == found) {
             let wanted: Vec<_> = locator.linkages().map(|guid| guid.to_string()).collect();
             return Err(Error::corrupt(format!(
-                "the parent was modified since this child was created (its DataWriteGuid is \
-                 {found}, the child was made from {})",
+                "the parent was modified since this child was created, or is another image (its \
+                 DataWriteGuid is {found}, the child was made from {})",
                 wanted.join(" or ")
             )));
         }
