@@ -175,7 +175,7 @@ async fn look_for_missing(
     stored: u64,
     report: &mut Report,
 ) -> Result<()> {
-    let (mut bad, mut idle) = (0u64, 0u64);
+    let (mut bad, mut idle, mut short) = (0u64, 0u64, 0u64);
     let (mut used, mut missing) = (Vec::new(), Vec::new());
     let (mut partial, mut bitmaps) = (Vec::new(), BTreeMap::new());
     let mut cut = Vec::new();
@@ -200,6 +200,7 @@ async fn look_for_missing(
             bad += 1;
             missing.push(disk);
         } else if matches!(bat::state(entry), payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT) {
+            short += u64::from(!file.checker.is_good(index, entry, file.file_len));
             let there = stored.saturating_sub(bat::offset(entry));
             let is_partial = bat::state(entry) == payload::PARTIALLY_PRESENT;
             if there < disk.len {
@@ -261,6 +262,11 @@ async fn look_for_missing(
         missing.push(ByteRange::between(start, geometry.disk_size));
     }
     report.missing = Parts::of(missing);
+    if short > 0 && report.missing.bytes == 0 {
+        report.notes.push(format!(
+            "the file ends before {short} of its blocks do, but what they hold of the disk is all there"
+        ));
+    }
     Ok(())
 }
 
@@ -666,6 +672,15 @@ mod tests {
             |first: u64, count: u64| ByteRange { offset: MIB + first * 512, len: count * 512 };
         assert_eq!(report.missing.listed, [sectors(1, 2), sectors(16, 1)]);
         assert_eq!(report.missing.bytes, 3 * 512);
+        // The file ends behind the bits of block 1, and before the bitmap does: it is refused by others.
+        let mut enough = content.clone();
+        enough.truncate((5 << 20) + 512);
+        let (report, is_zero) = found(&enough);
+        assert!(
+            report.notes[0].starts_with("the file ends before 1 of its blocks do"),
+            "{report:?}"
+        );
+        assert!(report.missing.bytes == 0 && !is_zero);
         // The file ends before the bits of block 1, and before the bitmap; or there is none.
         let (mut short, mut none) = (content.clone(), content.clone());
         content.truncate((5 << 20) + 300);
