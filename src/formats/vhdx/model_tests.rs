@@ -4,7 +4,7 @@ use super::testing::*;
 use super::*;
 use crate::block::Driver;
 use crate::io::block_on;
-use crate::io::sim::{Rng, SimFile};
+use crate::io::sim::{Fault, Rng, SimFile, SimOp};
 use crate::units::MIB;
 
 /// A kind of image.
@@ -303,6 +303,27 @@ fn a_closed_image_ends_with_its_last_block() {
         let driver = open_image(&file.after_kill(), None, None).unwrap();
         assert_eq!(block_on(read(&driver, 0, 16 * MIB)), vec![0; 16 << 20]);
     }
+}
+
+/// A guest may try again for ever, and the first write to a chunk of a child makes a sector bitmap, too.
+#[test]
+fn attempts_that_the_host_has_no_room_for_take_no_place() {
+    let fixture = Fixture { has_parent: true, block: 2 * MIB, ..Fixture::new(8 * MIB) };
+    let len_after = |failures| {
+        let file = SimFile::from_bytes("test.vhdx", fixture.bytes());
+        let driver = open_image(&file, Some(parent_node(&[1; 512])), None).unwrap();
+        for _ in 0..failures {
+            let op = Some(SimOp::SetLen);
+            file.fail(Fault { op, after: 0, errno: libc::ENOSPC, for_good: true });
+            block_on(write(&driver, 0, &[2; 512], false)).unwrap_err();
+            file.heal();
+        }
+        block_on(write(&driver, 0, &[2; 512], false)).unwrap();
+        assert_eq!(block_on(read(&driver, 0, 1024)), [[2; 512], [0; 512]].concat());
+        block_on(driver.close()).unwrap();
+        file.volatile().len()
+    };
+    assert_eq!(len_after(5), len_after(0));
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub struct Space {
     end: u64,
     /// Free places of a block's size, with whether they read as zeros.
     free: BTreeMap<u64, bool>,
-    /// Free places of 1 MiB between others, too small for a block. Never zeroed.
+    /// Free places of 1 MiB, too small for a block. Never zeroed.
     scraps: BTreeSet<u64>,
     /// What is free behind all that is in use or known, up to the end as it was at first.
     unknown: Option<ByteRange>,
@@ -164,6 +164,11 @@ impl Space {
     /// Gives back a place that nothing refers to, of a block's size.
     pub fn give_back(&mut self, offset: u64, is_zeroed: bool) {
         self.free.insert(offset, is_zeroed);
+    }
+
+    /// Gives back a place for a sector bitmap block, which is smaller than a block.
+    pub fn give_back_bitmap(&mut self, offset: u64) {
+        self.scraps.insert(offset);
     }
 }
 

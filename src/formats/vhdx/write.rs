@@ -194,7 +194,11 @@ impl Vhdx {
         }
         let place = self.allocate(MIB).await?;
         // As for other metadata.
-        self.file.reserve(ByteRange { offset: place.offset, len: MIB }).await.context(|| {
+        let reserved = self.file.reserve(ByteRange { offset: place.offset, len: MIB }).await;
+        if reserved.is_err() {
+            self.unallocate(Place { is_zeroed: false, ..place }, MIB);
+        }
+        reserved.context(|| {
             format!("{}: making room for a sector bitmap at {}", self.name(), place.offset)
         })?;
         let edit = Edit::Entry { index, value: place.offset | BITMAP_PRESENT };
@@ -300,13 +304,13 @@ impl Vhdx {
         (len.min(self.geometry().disk_size) / 8).min(MOST) / block * block
     }
 
-    /// Gives back a place that was never mapped. One of another size stays unused until the image is
-    /// opened again.
+    /// Gives back a place that was never mapped: on a full host a guest may try again for ever.
     fn unallocate(&self, place: Place, len: u64) {
-        if len == self.geometry().block_size()
-            && let Some(space) = self.space.lock().unwrap().as_mut()
-        {
-            space.give_back(place.offset, place.is_zeroed);
+        if let Some(space) = self.space.lock().unwrap().as_mut() {
+            match len == self.geometry().block_size() {
+                true => space.give_back(place.offset, place.is_zeroed),
+                false => space.give_back_bitmap(place.offset),
+            }
         }
     }
 
