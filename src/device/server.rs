@@ -152,19 +152,29 @@ impl ServerSocket {
     /// front-end is connected to; then that one is served and no other.
     ///
     /// # Errors
-    /// It is not open, not a Unix stream socket, or neither listens nor is connected.
+    /// It is not open, was opened by this process itself, is not a Unix stream socket, or neither
+    /// listens nor is connected. Then it is left as it is: a wrong number may be that of a disk.
     pub fn from_fd(fd: RawFd) -> Result<ServerSocket> {
         if fd <= 2 {
             return Err(Error::invalid(format!(
                 "fd {fd} is standard input, output or error; a socket has to be 3 or more"
             )));
         }
-        // SAFETY: borrowed for one call, which fails cleanly on a number that is not open.
-        let open = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) });
-        open.context(|| format!("fd {fd} is not open in this process"))?;
-        // SAFETY: it is open, and the operator gave it to us by number; nothing else in this
-        // process knows it.
-        Self::from_owned(unsafe { OwnedFd::from_raw_fd(fd) }, format!("fd {fd}"))
+        let description = format!("fd {fd}");
+        // SAFETY: borrowed for these calls, which fail cleanly on a number that is not open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        let flags = rustix::io::fcntl_getfd(borrowed)
+            .context(|| format!("{description} is not open in this process"))?;
+        // What was inherited cannot have the flag, and what we open or take over always has it.
+        if flags.contains(rustix::io::FdFlags::CLOEXEC) {
+            return Err(Error::invalid(format!(
+                "{description} was not inherited, but opened by this process itself"
+            )));
+        }
+        check_listens(borrowed, &description)?;
+        // SAFETY: it is an open socket that the operator gave us by number, and was not taken before;
+        // nothing else in this process knows it.
+        Self::from_owned(unsafe { OwnedFd::from_raw_fd(fd) }, description)
     }
 
     /// Takes the socket of this `index` that systemd passed (socket activation); `None` if it
@@ -178,18 +188,11 @@ impl ServerSocket {
 
     /// Sorts out what kind of socket it is.
     fn from_owned(fd: OwnedFd, description: String) -> Result<ServerSocket> {
-        let wrong = |what: &str| Error::invalid(format!("{description} {what}"));
-        let family = sockopt::socket_domain(&fd).map_err(|_| wrong("is not a socket"))?;
-        if family != AddressFamily::UNIX || sockopt::socket_type(&fd)? != SocketType::STREAM {
-            return Err(wrong("is not a Unix stream socket"));
-        }
+        let listens = check_listens(fd.as_fd(), &description)?;
         rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
-        let source = if sockopt::socket_acceptconn(&fd)? {
-            Source::Listening(fd.into())
-        } else if rustix::net::getpeername(&fd).is_ok() {
-            Source::Connected(fd.into())
-        } else {
-            return Err(wrong("neither listens nor is connected"));
+        let source = match listens {
+            true => Source::Listening(fd.into()),
+            false => Source::Connected(fd.into()),
         };
         match &source {
             // Somebody else may take what woke us.
@@ -204,6 +207,23 @@ impl std::fmt::Display for ServerSocket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.description)
     }
+}
+
+/// Whether a socket listens; else it is connected.
+///
+/// # Errors
+/// It is neither, or not a Unix stream socket.
+fn check_listens(fd: BorrowedFd<'_>, description: &str) -> Result<bool> {
+    let wrong = |what: &str| Error::invalid(format!("{description} {what}"));
+    let family = sockopt::socket_domain(fd).map_err(|_| wrong("is not a socket"))?;
+    if family != AddressFamily::UNIX || sockopt::socket_type(fd)? != SocketType::STREAM {
+        return Err(wrong("is not a Unix stream socket"));
+    }
+    let listens = sockopt::socket_acceptconn(fd)?;
+    if !listens && rustix::net::getpeername(fd).is_err() {
+        return Err(wrong("neither listens nor is connected"));
+    }
+    Ok(listens)
 }
 
 /// Locks the directory of `path` against other processes of ours; no lock if the directory cannot
@@ -468,7 +488,7 @@ mod tests {
     use super::super::message_fuzzing::{Call, MockRings, send_message};
     use super::*;
     use std::io::{Read, Write};
-    use std::os::fd::IntoRawFd;
+    use std::os::fd::{AsRawFd, IntoRawFd};
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixDatagram;
 
@@ -483,6 +503,13 @@ mod tests {
 
     fn message(result: Result<ServerSocket>) -> String {
         result.unwrap_err().to_string()
+    }
+
+    /// As a process has it from the one that started it.
+    fn inherited(fd: impl Into<OwnedFd>) -> OwnedFd {
+        let fd = fd.into();
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).unwrap();
+        fd
     }
 
     /// Sends GET_FEATURES and waits for the answer; false if the connection is closed.
@@ -558,17 +585,28 @@ mod tests {
             let err = message(ServerSocket::from_fd(fd));
             assert!(err.contains(words), "{err}");
         }
+        // What is refused stays open: it may be somebody's disk.
+        let refused = |fd: OwnedFd| {
+            let err = message(ServerSocket::from_fd(fd.as_raw_fd()));
+            assert!(rustix::io::fcntl_getfd(&fd).is_ok(), "{err}");
+            err
+        };
         let file = std::fs::File::open(dir.path()).unwrap();
-        assert!(message(ServerSocket::from_fd(file.into_raw_fd())).contains("is not a socket"));
-        let datagram = UnixDatagram::unbound().unwrap().into_raw_fd();
-        assert!(message(ServerSocket::from_fd(datagram)).contains("Unix stream"));
+        assert!(refused(inherited(file)).contains("is not a socket"));
+        assert!(refused(inherited(UnixDatagram::unbound().unwrap())).contains("Unix stream"));
         let loose = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
-        let err = message(ServerSocket::from_fd(loose.into_raw_fd()));
+        let err = refused(inherited(loose));
         assert!(err.contains("neither listens nor is connected"), "{err}");
         let path = dir.path().join("given");
         let listener = UnixListener::bind(&path).unwrap();
-        let given = ServerSocket::from_fd(listener.into_raw_fd()).unwrap();
-        assert!(matches!(given.source, Source::Listening(_)));
+        let ours = listener.try_clone().unwrap();
+        assert!(refused(ours.into()).contains("was not inherited"));
+        let given = inherited(listener).into_raw_fd();
+        let socket = ServerSocket::from_fd(given).unwrap();
+        assert!(matches!(socket.source, Source::Listening(_)));
+        let err = message(ServerSocket::from_fd(given));
+        assert!(err.contains("was not inherited"), "taken once: {err}");
+        let given = socket;
         // Served as any other, and its file is not ours to remove.
         let server = Server::start(given, device().0).unwrap();
         assert!(talk(&UnixStream::connect(&path).unwrap()));
@@ -650,7 +688,7 @@ mod tests {
     #[test]
     fn a_connected_socket_is_served_once() {
         let (mine, theirs) = UnixStream::pair().unwrap();
-        let socket = ServerSocket::from_fd(theirs.into_raw_fd()).unwrap();
+        let socket = ServerSocket::from_fd(inherited(theirs).into_raw_fd()).unwrap();
         let server = Server::start(socket, device().0).unwrap();
         assert!(talk(&mine));
         let ended = |timeout| wait_any(&[server.ended()], Some(timeout));
@@ -682,7 +720,7 @@ mod tests {
     #[test]
     fn stop_does_not_wait_for_a_client_that_reads_no_answers() {
         let (mut mine, theirs) = UnixStream::pair().unwrap();
-        let socket = ServerSocket::from_fd(theirs.into_raw_fd()).unwrap();
+        let socket = ServerSocket::from_fd(inherited(theirs).into_raw_fd()).unwrap();
         let server = Server::start(socket, device().0).unwrap();
         // Until neither questions nor answers find a place any more.
         mine.set_write_timeout(Some(Duration::from_millis(500))).unwrap();

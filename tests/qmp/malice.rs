@@ -40,6 +40,30 @@ fn garbage_costs_an_error_and_not_the_connection() {
     served.assert_well();
 }
 
+/// A socket for an export is inherited, or it is none: no number takes from the process what it has.
+#[test]
+fn no_number_of_a_descriptor_takes_what_is_in_use() {
+    let mut served = Served::start(&[]);
+    let mut qmp = served.client();
+    let fds = format!("/proc/{}/fd", served.backend.pid());
+    let open = || -> std::collections::BTreeSet<String> {
+        let names = std::fs::read_dir(&fds).unwrap().map(|entry| entry.unwrap().file_name());
+        names.map(|name| name.into_string().unwrap()).collect()
+    };
+    let before = open();
+    for number in &before {
+        let add = format!(
+            "{{'execute': 'block-export-add', 'arguments': {{'type': 'vhost-user-blk', 'id': 'e',
+              'node-name': 'image', 'addr': {{'type': 'fd', 'str': '{number}'}}}}}}"
+        );
+        qmp.send(&add);
+        let answer = qmp.read();
+        assert!(answer["error"]["desc"].is_string(), "{number}: {answer}");
+    }
+    assert_eq!(open(), before);
+    served.assert_well();
+}
+
 #[test]
 fn depth_and_size_have_bounds() {
     let mut served = Served::start(&[]);
