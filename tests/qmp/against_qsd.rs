@@ -176,6 +176,15 @@ const BAD_COMMANDS: &[(&str, &str)] = &[
     ),
     ("transaction", r#"{"actions": [], "properties": 1}"#),
     ("transaction", r#"{"actions": [], "properties": {"completion-mode": "nope"}}"#),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "blockdev-snapshot", "data": {"node": "x", "overlay": "y"}}],
+            "properties": {"completion-mode": "grouped"}}"#,
+    ),
+    (
+        "transaction",
+        r#"{"actions": [{"type": "abort", "data": {}}], "properties": {"completion-mode": "grouped"}}"#,
+    ),
     ("transaction", r#"{"actions": [], "properties": {"x": 1}}"#),
     ("transaction", r#"{"actions": [], "x": 1}"#),
     ("blockdev-add", r#"{}"#),

@@ -50,7 +50,7 @@ qapi! {
 qapi! {
     /// What holds for all actions.
     pub struct TransactionProperties {
-        /// Whether jobs of it fail together. No action starts a job yet.
+        /// Whether jobs of it fail together. No action starts a job yet, so none takes `grouped`.
         pub completion_mode: Option<ActionCompletionMode>,
     }
 }
@@ -73,6 +73,15 @@ impl MainCommand for Transaction {
     type Returns = Nothing;
 
     fn run(daemon: &mut Daemon, arguments: TransactionArguments) -> QmpResult<Nothing> {
+        let mode = arguments.properties.and_then(|properties| properties.completion_mode);
+        if let (Some(ActionCompletionMode::Grouped), Some(first)) =
+            (mode, arguments.actions.first())
+        {
+            return Err(QmpError::generic(format!(
+                "Action '{}' does not support transaction property completion-mode = grouped",
+                first.action.word()
+            )));
+        }
         let disks = daemon.disks_mut();
         let mut prepared = Vec::with_capacity(arguments.actions.len());
         for action in arguments.actions {
