@@ -73,6 +73,7 @@ fn injected_errors_reach_the_guest_and_nobody_dies() {
     assert_eq!(reads, [true, true, false, true]);
     let event = qmp.event("BLOCK_IO_ERROR");
     assert_eq!((&event["device"], &event["operation"]), (&json!("disk"), &json!("write")));
+    assert_eq!(event["qom-path"], "", "QEMU's clients expect one");
     assert!(works(&mut disk, &Request::flush()));
     // A failed flush: what it lost is unknown, so nothing is written any more.
     assert!(!works(&mut disk, &Request::flush()));

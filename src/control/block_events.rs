@@ -20,6 +20,8 @@ impl Event for BlockExportDeleted {
 qapi! {
     /// A guest's request has failed, and the guest was told so.
     pub struct BlockIoError {
+        /// Where the guest's device is in a tree of objects, which we have none of: empty.
+        pub qom_path: String,
         /// The export.
         pub device: String,
         /// The node it stands on.
@@ -39,6 +41,7 @@ impl BlockIoError {
     /// Of a failure on an export.
     pub fn new(device: &str, node_name: &str, failure: &Failure<'_>) -> BlockIoError {
         BlockIoError {
+            qom_path: String::new(),
             device: device.to_string(),
             node_name: Some(node_name.to_string()),
             operation: match failure.of {
