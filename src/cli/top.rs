@@ -177,11 +177,11 @@ const DISK: [&str; 13] = [
 
 /// All that is shown of an interval.
 fn page(disks: &[Value], jobs: &Value) -> String {
-    if disks.is_empty() {
-        return "no disks\n".to_string();
-    }
     let columns = DISK.map(|title| (title, title != "disk"));
-    let mut text = human::table(&columns, &disks.iter().map(disk_row).collect::<Vec<_>>());
+    let mut text = match disks {
+        [] => "no disks\n".to_string(),
+        disks => human::table(&columns, &disks.iter().map(disk_row).collect::<Vec<_>>()),
+    };
     let jobs: Vec<_> = jobs.as_array().into_iter().flatten().map(job_row).collect();
     if !jobs.is_empty() {
         let columns = [("job", false), ("type", false), ("status", false), ("done", true)];
@@ -259,6 +259,19 @@ mod tests {
         let words: Vec<_> = lines[1].split_whitespace().collect();
         assert_eq!(words[..6], ["d", "3", "250", "250.0", "2.0us", "5.0ms"]);
         assert!(lines.iter().all(|line| line.len() < 100), "{page}");
+    }
+
+    #[test]
+    fn jobs_are_shown_without_disks() {
+        let job = json!({"id": "j", "type": "create", "status": "running",
+                         "current-progress": 1, "total-progress": 4});
+        let lines: Vec<_> = page(&[], &json!([job])).lines().map(String::from).collect();
+        assert_eq!(lines[0], "no disks");
+        assert_eq!(
+            lines[3].split_whitespace().collect::<Vec<_>>(),
+            ["j", "create", "running", "25.0", "%"]
+        );
+        assert_eq!(page(&[], &json!([])), "no disks\n");
     }
 
     #[test]
