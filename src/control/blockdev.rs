@@ -21,8 +21,8 @@ use crate::filters::fault::{Fault, Settings};
 use crate::filters::write_log::Stand;
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::recording::{RecordOptions, record_to};
-use crate::images::{Access, CacheMode, Image, ImageFormat, Locking, crash_state};
-use crate::io::{HostFile, block_on};
+use crate::images::{Access, CacheMode, Image, ImageFormat, Layer, Locking, crash_state};
+use crate::io::{HostFile, OpenOptions, block_on};
 use crate::qapi;
 
 /// How long a node waits for a file that is locked: a killed predecessor's locks stay until the
@@ -280,10 +280,7 @@ fn open_protocol(
     explicit: bool,
 ) -> QmpResult<Node> {
     let read_only = options.read_only.or(inherited.and_then(|i| i.read_only)) == Some(true);
-    let shares = options.force_share == Some(true);
-    if shares && !read_only {
-        return Err(QmpError::generic("force-share=on can only be used with read-only images"));
-    }
+    let locking = locking(options, file, read_only)?;
     let request = ProtocolRequest {
         node_name,
         path: PathBuf::from(&file.filename),
@@ -292,11 +289,7 @@ fn open_protocol(
         auto_read_only: options.auto_read_only.or(inherited.and_then(|i| i.auto_read_only))
             == Some(true),
         cache: options.cache().or(inherited.map(|i| i.cache)).unwrap_or_default(),
-        locking: match (file.locking, shares) {
-            (Some(OnOffAuto::Off), _) => Locking::Off,
-            (_, true) => Locking::Share,
-            _ => Locking::Guard,
-        },
+        locking,
         lock_wait: LOCK_WAIT,
         keeps_space: match options.discard {
             Some(discard) => discard == BlockdevDiscardOptions::Ignore,
@@ -304,7 +297,37 @@ fn open_protocol(
         },
     };
     let image = blockdev::open_protocol(&request)?;
-    Ok(disks.layers.add_protocol(image, explicit)?)
+    let node = disks.layers.add_protocol(image, explicit)?;
+    // Not where the image above has asked for it: that may be written later.
+    disks.layers.keep_read_only(&node, options.read_only == Some(true));
+    Ok(node)
+}
+
+/// How a file is guarded against others.
+fn locking(
+    options: &BlockdevOptions,
+    file: &BlockdevOptionsFile,
+    read_only: bool,
+) -> QmpResult<Locking> {
+    let shares = options.force_share == Some(true);
+    if shares && !read_only {
+        return Err(QmpError::generic("force-share=on can only be used with read-only images"));
+    }
+    Ok(match (&file.locking, shares) {
+        (Some(OnOffAuto::Off), _) => Locking::Off,
+        (_, true) => Locking::Share,
+        _ => Locking::Guard,
+    })
+}
+
+/// Force-share belongs to the file of a format.
+fn refuse_force_share(options: &BlockdevOptions) -> QmpResult<()> {
+    match options.force_share {
+        Some(true) => Err(QmpError::generic(
+            "force-share belongs to the file: give it to the node below (file.force-share=on)",
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn open_format(
@@ -315,11 +338,7 @@ fn open_format(
     inherited: Option<Inherited>,
     explicit: bool,
 ) -> QmpResult<Node> {
-    if options.force_share == Some(true) {
-        return Err(QmpError::generic(
-            "force-share belongs to the file: give it to the node below (file.force-share=on)",
-        ));
-    }
+    refuse_force_share(options)?;
     let inherited = Inherited {
         read_only: options.read_only.or(inherited.and_then(|i| i.read_only)),
         auto_read_only: options.auto_read_only.or(inherited.and_then(|i| i.auto_read_only)),
@@ -547,6 +566,13 @@ pub fn by_name(graph: &Graph, name: &str) -> QmpResult<Node> {
 /// nothing else. Options that are absent go back to their defaults, as in QEMU. Guests see all
 /// changes at once, or none where one is refused.
 pub fn reopen(disks: &mut Disks, options: &[BlockdevOptions]) -> QmpResult<()> {
+    // A file becomes writable before the image in it does, and read-only after that.
+    let mut options: Vec<_> = options.iter().collect();
+    options.sort_by_key(|options| match (options.file(), options.access()) {
+        (None, Access::Write) => 0,
+        (Some(_), _) => 1,
+        (None, Access::Read) => 2,
+    });
     let Some((first, others)) = options.split_first() else { return Ok(()) };
     // Here, so that most refusals cost guests no pause. Others may depend on those before them.
     let first = prepare_reopen(disks, first)?;
@@ -589,8 +615,14 @@ struct Change {
 
 enum Target {
     Fault(Arc<Fault>, Settings),
-    /// What it may be used for, and what it stands on if that changes.
-    Image(Access, Option<Option<Node>>),
+    Image {
+        /// What it may be used for.
+        access: Access,
+        /// What it stands on, if that changes.
+        backing: Option<Option<Node>>,
+        /// For a file: whether the images in it may only be read.
+        stays_read_only: bool,
+    },
 }
 
 impl Change {
@@ -606,23 +638,29 @@ impl Change {
                 block_on(filter.set(settings))?;
                 Target::Fault(filter, before)
             }
-            Target::Image(access, backing) => {
+            Target::Image { access, backing, stays_read_only } => {
                 // What was written so far is durable below the old backing.
                 if !node.limits().read_only {
                     block_on(node.flush())?;
                 }
                 let before = disks.image_of(&node)?.access;
                 let stood_on = node.backing();
-                disks.layers.set_access(&node, access, quiesced)?;
+                let stayed = disks.layers.keep_read_only(&node, stays_read_only);
+                if let Err(err) = disks.layers.set_access(&node, access, quiesced) {
+                    disks.layers.keep_read_only(&node, stayed);
+                    return Err(err.into());
+                }
                 if let Some(backing) = &backing
                     && let Err(err) = disks.graph().set_backing(&node, backing.as_ref(), quiesced)
                 {
+                    disks.layers.keep_read_only(&node, stayed);
                     if let Err(err) = disks.layers.set_access(&node, before, quiesced) {
                         tracing::error!("node '{}' is not as it was: {err}", node.name());
                     }
                     return Err(err.into());
                 }
-                Target::Image(before, backing.map(|_| stood_on))
+                let backing = backing.map(|_| stood_on);
+                Target::Image { access: before, backing, stays_read_only: stayed }
             }
         };
         Ok(Change { node, to: back })
@@ -663,12 +701,18 @@ fn prepare_reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Cha
         return Err(cannot("driver"));
     }
     match &options.driver.0 {
-        BlockdevDriverOptions::File(file) | BlockdevDriverOptions::HostDevice(file)
-            if Path::new(&file.filename) != layer.image.file.path() =>
-        {
-            return Err(cannot("filename"));
+        BlockdevDriverOptions::File(file) | BlockdevDriverOptions::HostDevice(file) => {
+            if Path::new(&file.filename) != layer.image.file.path() {
+                return Err(cannot("filename"));
+            }
+            let locking = locking(options, file, options.access() == Access::Read)?;
+            match (layer.image.locking, locking) {
+                (before, after) if before == after => {}
+                (Locking::Share, _) | (_, Locking::Share) => return Err(cannot("force-share")),
+                _ => return Err(cannot("locking")),
+            }
         }
-        _ => {}
+        _ => refuse_force_share(options)?,
     }
     if let Some(file) = options.file() {
         let now = disks.graph().children(&node).into_iter().find(|(role, _)| *role == "file");
@@ -695,7 +739,10 @@ fn prepare_reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Cha
         Some(BlockdevRefOrNull::Reference(name)) => Some(by_name(disks.graph(), name)?),
         Some(BlockdevRefOrNull::Definition(_)) => return Err(cannot("backing")),
     };
-    let access = options.access();
+    let access = match options.auto_read_only == Some(true) && !could_write(disks, &layer) {
+        true => Access::Read,
+        false => options.access(),
+    };
     let moves = match (&backing, &node.backing()) {
         (Some(new), Some(old)) => !new.is_same(old),
         (None, None) => false,
@@ -717,7 +764,24 @@ fn prepare_reopen(disks: &mut Disks, options: &BlockdevOptions) -> QmpResult<Cha
     }
     // Not where a job works. None comes before we are done.
     drop(disks.hold_graph(&node, "blockdev-reopen")?);
-    Ok(Change { node, to: Target::Image(access, moves.then_some(backing)) })
+    let to = Target::Image {
+        access,
+        backing: moves.then_some(backing),
+        stays_read_only: layer.is_protocol && options.read_only == Some(true),
+    };
+    Ok(Change { node, to })
+}
+
+/// Whether an image may be written as far as its file is concerned.
+fn could_write(disks: &Disks, layer: &Layer) -> bool {
+    if layer.image.access == Access::Write {
+        return true;
+    }
+    let children = disks.graph().children(&layer.image.node).into_iter();
+    let file = children.filter(|(role, _)| *role == "file").find_map(|(_, f)| disks.layers.of(&f));
+    let options = OpenOptions { write: true, ..OpenOptions::default() };
+    !file.is_some_and(|file| file.stays_read_only)
+        && HostFile::open(layer.image.file.path(), options).is_ok()
 }
 
 /// Refuses to take the right to write from a file whose format may.

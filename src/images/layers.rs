@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::block::open_gate::MAX_DEPTH;
 use crate::block::{Graph, Node, Quiesced, graph};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::blockdev::{self, BackingChoice, FormatRequest, ProtocolRequest};
 use crate::images::kept::{check_guest_is_back, look_among_others};
 use crate::images::lock::{self, lock_rights};
@@ -33,6 +33,9 @@ pub struct Layer {
     pub image: Image,
     /// Whether it stands for the file itself (`file`, `host_device`).
     pub is_protocol: bool,
+    /// For a file: whether the operator has said that it is only read. No image in it is opened for
+    /// writing then, whoever asks for that.
+    pub stays_read_only: bool,
 }
 
 /// All layers of a daemon. See the [module](self).
@@ -100,7 +103,7 @@ impl Layers {
     pub fn add_protocol(&mut self, image: Image, explicit: bool) -> Result<Node> {
         let node = image.node.clone();
         self.graph.add(node.clone(), None, explicit)?;
-        self.layers.push(Layer { image, is_protocol: true });
+        self.layers.push(Layer { image, is_protocol: true, stays_read_only: false });
         Ok(node)
     }
 
@@ -123,7 +126,7 @@ impl Layers {
         };
         self.graph.add(node.clone(), Some(protocol), explicit)?;
         let backing = image.backing.take();
-        self.layers.push(Layer { image, is_protocol: false });
+        self.layers.push(Layer { image, is_protocol: false, stays_read_only: false });
         // Unless the operator said what it stands on: then that is there already.
         if let Some(below) = backing
             && self.graph.find(below.node.name()).is_none()
@@ -309,7 +312,11 @@ impl Layers {
             layer.image = alone.clone();
         }
         let image_of_protocol = Image { node: protocol, ..alone };
-        self.layers.push(Layer { image: image_of_protocol, is_protocol: true });
+        self.layers.push(Layer {
+            image: image_of_protocol,
+            is_protocol: true,
+            stays_read_only: false,
+        });
         for root in self.graph.roots_on(node) {
             // A raw file keeps nothing, so this cannot fail; it says that nothing is kept.
             root.renew_session(quiesced)?;
@@ -346,6 +353,9 @@ impl Layers {
         if image.access == access {
             return Ok(());
         }
+        if access == Access::Write {
+            self.check_may_write(&image)?;
+        }
         let can_write = image.file.is_writable() && !node.driver().limits().read_only;
         if access == Access::Read || can_write {
             if let (Some(from), Some(to)) =
@@ -357,6 +367,31 @@ impl Layers {
             return Ok(());
         }
         self.reopen_for_writing(&self.layers[at].clone(), quiesced)
+    }
+
+    /// Says whether the file that a node stands for may only be read, by whatever image is in it.
+    /// Returns whether that was so before.
+    pub fn keep_read_only(&mut self, node: &Node, stays: bool) -> bool {
+        let mut layers = self.layers.iter_mut();
+        let layer = layers.find(|layer| layer.is_protocol && layer.image.node.is_same(node));
+        layer.is_some_and(|layer| std::mem::replace(&mut layer.stays_read_only, stays))
+    }
+
+    /// Refuses to write to an image in a file that the operator wants to be read only, or that is not
+    /// locked because it is.
+    ///
+    /// # Errors
+    /// In QEMU's words, with the node of the file.
+    pub fn check_may_write(&self, image: &Image) -> Result<()> {
+        let mut on_file = self.layers.iter().filter(|l| Arc::ptr_eq(&l.image.file, &image.file));
+        let text = match on_file.find(|layer| layer.stays_read_only) {
+            Some(layer) => format!("Block node is read-only: '{}'", layer.image.node.name()),
+            None if image.locking == Locking::Share => {
+                format!("{}: force-share=on can only be used with read-only images", image.name())
+            }
+            None => return Ok(()),
+        };
+        Err(Error::new(ErrorKind::ReadOnly, text))
     }
 
     /// Redoes what an earlier process has kept for an image that another comes to stand on: that shows

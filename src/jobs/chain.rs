@@ -157,6 +157,9 @@ pub(super) fn check_renaming(
     new: Option<(&str, &Node)>,
 ) -> Result<()> {
     let image = image_of(layers, node)?;
+    if image.access == Access::Read {
+        layers.check_may_write(&image)?;
+    }
     let format = new.map(|(_, below)| image_of(layers, below)).transpose()?.map(|i| i.format);
     images::check_new_backing(&image, new.map(|(name, _)| name), format)
 }

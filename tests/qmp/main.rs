@@ -10,6 +10,7 @@ mod create;
 mod jobs;
 mod malice;
 mod python;
+mod reopen;
 mod wire;
 
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ struct Served {
     backend: Backend,
     /// Where the control socket is.
     control: PathBuf,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Served {
@@ -34,7 +35,7 @@ impl Served {
         let mut backend = Setup::new(&all).start();
         backend.wait_log("control socket on");
         backend.assert_lives();
-        Served { backend, control, _dir: dir }
+        Served { backend, control, dir }
     }
 
     /// A client past the negotiation.
