@@ -15,6 +15,7 @@ mod common;
 use common::guest::{Guest, SECTOR, sector, words};
 use common::{Backend, LoopDevice, Qmp, Random, Setup, have, libvhdi, ok, tool_ok};
 use serde_json::{Value, json};
+use vublk::frontend::process::footprint;
 use vublk::frontend::{Personality, Session, SessionOptions};
 
 /// Size of an image's blocks.
@@ -477,4 +478,25 @@ fn an_image_on_a_block_device_is_closed_without_a_warning() {
     let log = backend.log();
     assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
     ok(dir, &["check", "-f", "vhdx", device.name()]);
+}
+
+/// How much metadata a guest makes us look at decides nothing: the operator does.
+#[test]
+fn memory_for_metadata_has_the_bound_that_was_given() {
+    const PAGES: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    ok(dir.path(), &["create", "-q", "-f", "vhdx", "-o", "block_size=1M", "disk", "64T"]);
+    let path = dir.path().join("disk");
+    let memory = |most: &str| {
+        let backend = Setup::new(&["--metadata-cache", most]).format("vhdx", &path).start();
+        let mut disk = backend.qemu();
+        for page in 0..PAGES {
+            // 512 entries of the block allocation table further on.
+            let content = disk.read(0, page * (512 << 20), SECTOR as u32).unwrap();
+            assert!(content.iter().all(|byte| *byte == 0));
+        }
+        footprint(backend.pid()).unwrap().own()
+    };
+    let (little, much) = (memory("64K"), memory("64M"));
+    assert!(much > little + PAGES * 4096 / 2, "{little} and {much} bytes");
 }

@@ -177,7 +177,8 @@ fn open_image(args: &ServeArgs, request: &OpenRequest) -> Result<Image> {
 fn empty_disks(args: &ServeArgs, engine: EngineKind) -> Result<Disks> {
     let workers =
         WorkerOptions { engine, threads: args.threads.map(usize::from), poll_us: args.poll_us };
-    let layers = Layers::new(Graph::new(), args.allow_dirs.clone(), args.state_dir());
+    let mut layers = Layers::new(Graph::new(), args.allow_dirs.clone(), args.state_dir());
+    layers.metadata_cache = Some(args.metadata_cache);
     let mut disks = Disks::new(layers, workers);
     disks.socket_rights = args.disk_sockets.rights()?;
     Ok(disks)

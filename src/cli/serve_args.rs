@@ -19,6 +19,7 @@ use crate::crash::StateName;
 use crate::error::{Error, Result};
 use crate::images::crash_state::StateOf;
 use crate::images::{Access, CacheMode, ImageFormat, Locking, OpenRequest, StateDir};
+use crate::units::parse_size;
 
 /// The most queues that one disk can have: the wire's mask of queues has 64 bits.
 pub const MAX_QUEUES: u16 = 64;
@@ -112,6 +113,10 @@ pub struct ServeArgs {
     /// directory is always allowed
     #[arg(long = "allow-dir", value_name = "DIR")]
     pub allow_dirs: Vec<PathBuf>,
+    /// The most memory for metadata of each VHDX image (block allocation table, sector bitmaps), from 64K
+    /// to 4G
+    #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = parse_metadata_cache)]
+    pub metadata_cache: u64,
     /// Do not lock the image files against other users; two writers destroy an image
     #[arg(long)]
     #[arg(conflicts_with_all = MANY)]
@@ -235,6 +240,7 @@ impl ServeArgs {
             .locking(locking)
             .allow_dirs(&self.allow_dirs);
         Ok(OpenRequest {
+            metadata_cache: Some(self.metadata_cache),
             access,
             lock_wait: LOCK_WAIT,
             state_dir: self.state_dir(),
@@ -281,6 +287,14 @@ fn parse_queue_size(text: &str) -> Result<u16> {
     size.ok_or_else(|| {
         Error::invalid(format!("a queue's size is a power of two from 4 to {MAX_QUEUE_SIZE}"))
     })
+}
+
+fn parse_metadata_cache(text: &str) -> Result<u64> {
+    let size = parse_size(text)?;
+    match (64 << 10..=4 << 30).contains(&size) {
+        true => Ok(size),
+        false => Err(Error::invalid("memory for metadata is from 64K to 4G")),
+    }
 }
 
 /// The size of a disk's blocks in bytes.
@@ -342,6 +356,7 @@ mod tests {
             ("--socket-path s --queue-size 100 x", "a power of two from 4 to 1024"),
             ("--socket-path s --serial 123456789012345678901 x", "at most 20 bytes"),
             ("--socket-path s --block-size 1024 x", "512 or 4096"),
+            ("--socket-path s --metadata-cache 4k x", "from 64K to 4G"),
             ("--socket-path s --cache off x", "unknown cache mode 'off'"),
             ("--socket-path s -f qcow3 x", "unknown format 'qcow3'"),
             ("--socket-path s --aio native x", "io_uring"),

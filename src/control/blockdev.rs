@@ -387,6 +387,7 @@ fn open_format(
         keeps_space: inherited.keeps_space,
         backing,
         allow_dirs: disks.layers.allow_dirs().to_vec(),
+        metadata_cache: disks.layers.metadata_cache,
         state_dir: disks.layers.state_dir().clone(),
         settled,
     };

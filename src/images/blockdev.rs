@@ -165,6 +165,8 @@ pub struct FormatRequest {
     pub backing: BackingChoice,
     /// Directories that files named by images may be in, besides the image's own.
     pub allow_dirs: Vec<PathBuf>,
+    /// The most memory for its metadata; see [`OpenRequest::metadata_cache`].
+    pub metadata_cache: Option<u64>,
     /// Where is kept what must outlive the process.
     pub state_dir: StateDir,
     /// The session whose records were redone in the image that it is to stand on
@@ -217,6 +219,7 @@ fn with_opening<T>(
         cache: protocol.cache,
         locking: protocol.locking,
         allow_dirs: request.allow_dirs.clone(),
+        metadata_cache: request.metadata_cache,
         state_dir: request.state_dir.clone(),
         node_name: request.node_name.clone(),
         ..OpenRequest::read(path)

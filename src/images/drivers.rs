@@ -100,9 +100,9 @@ pub(super) fn open_vhdx(opening: &mut Opening<'_>) -> Result<Arc<dyn Driver>> {
         read_only,
         backing,
         keep: if read_only { None } else { opening.keep("vhdx")? },
+        cache: request.metadata_cache.unwrap_or(vhdx::DEFAULT_CACHE),
         lenient: !request.backing || request.salvage,
         alone: request.backing && is_without,
-        ..vhdx::OpenOptions::default()
     };
     let image = block_on(vhdx::Vhdx::open(structure, options));
     let image = if request.salvage { image? } else { image.map_err(with_way_out)? };

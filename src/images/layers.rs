@@ -47,6 +47,8 @@ pub struct Layers {
     filters: Vec<Node>,
     /// Directories that images may pull files from, for all images.
     allow_dirs: Vec<PathBuf>,
+    /// The most memory for metadata of each image; see [`FormatRequest::metadata_cache`].
+    pub metadata_cache: Option<u64>,
     /// Where is kept what must outlive the process.
     state_dir: StateDir,
 }
@@ -54,7 +56,8 @@ pub struct Layers {
 impl Layers {
     /// No layers yet, of the nodes in `graph`.
     pub fn new(graph: Arc<Graph>, allow_dirs: Vec<PathBuf>, state_dir: StateDir) -> Layers {
-        Layers { graph, layers: Vec::new(), filters: Vec::new(), allow_dirs, state_dir }
+        let (layers, filters, metadata_cache) = (Vec::new(), Vec::new(), None);
+        Layers { graph, layers, filters, allow_dirs, metadata_cache, state_dir }
     }
 
     /// The graph.
@@ -527,6 +530,7 @@ impl Layers {
                         None => BackingChoice::Nothing,
                     },
                     allow_dirs: self.allow_dirs.clone(),
+                    metadata_cache: self.metadata_cache,
                     state_dir: self.state_dir.clone(),
                     settled: None,
                 };
@@ -618,6 +622,7 @@ mod tests {
                 keeps_space: false,
                 backing: BackingChoice::AsNamed,
                 allow_dirs: Vec::new(),
+                metadata_cache: None,
                 state_dir: StateDir::None,
                 settled: None,
             }

@@ -48,6 +48,8 @@ pub struct OpenRequest {
     pub lock_wait: Duration,
     /// Directories that files named by images may be in, besides the image's own.
     pub allow_dirs: Vec<PathBuf>,
+    /// The most memory for metadata of each image that reads it page by page, in bytes (vhdx).
+    pub metadata_cache: Option<u64>,
     /// Whether to open backing files. Without them, only metadata may be looked at: an image that
     /// has a format cannot be read then.
     pub backing: bool,
@@ -74,6 +76,7 @@ impl OpenRequest {
             locking: Locking::Guard,
             lock_wait: Duration::ZERO,
             allow_dirs: Vec::new(),
+            metadata_cache: None,
             backing: true,
             salvage: false,
             state_dir: StateDir::None,

@@ -180,6 +180,7 @@ fn open_overlay(disks: &mut Disks, node: &Node, request: &OverlayRequest) -> Qmp
                 _ => BackingChoice::Image(Box::new(below)),
             },
             allow_dirs: disks.layers.allow_dirs().to_vec(),
+            metadata_cache: disks.layers.metadata_cache,
             state_dir: disks.layers.state_dir().clone(),
             settled: None,
         },
