@@ -123,8 +123,8 @@ pub fn count(history: &History, plan: &Plan) -> u64 {
 /// finished afterwards was stopped.
 ///
 /// # Errors
-/// If base or log cannot be read, or the checker cannot be run. What was found until then is in the
-/// report.
+/// If base or log cannot be read, the checker cannot be run, or the report not be kept. What was found
+/// until then is in the report.
 pub fn explore(
     history: &Arc<History>,
     base: &Node,
@@ -156,25 +156,28 @@ pub fn explore(
         given: 0,
         error: None,
     };
-    std::thread::scope(|scope| -> Result<()> {
+    std::thread::scope(|scope| {
         for place in stage.places.iter_mut().take(workers) {
             let (queue, ending, answers) = (&queue, &ending, answers.clone());
             scope.spawn(move || work(place, plan, stop, queue, ending, &answers));
         }
         drop(answers);
-        let generated = run.generate(base);
+        if let Err(err) = run.generate(base) {
+            run.fail(err);
+        }
         ending.store(run.given < run.report.states, Ordering::Relaxed);
         run.tasks = None;
         // The workers end what they have in hand.
         while let Ok((ordinal, answer)) = run.results.recv() {
             run.take(ordinal, answer);
-            run.say_now_and_then()?;
+            if let Err(err) = run.say_now_and_then() {
+                run.fail(err);
+            }
             if run.is_stopped() {
                 ending.store(true, Ordering::Relaxed);
             }
         }
-        generated
-    })?;
+    });
     run.keep_what_is_not_counted();
     let stopped = run.is_stopped() || run.report.done < run.report.states;
     run.report.seconds = before + started.elapsed().as_secs_f64();
@@ -185,12 +188,10 @@ pub fn explore(
     // Failures that were not described yet are left for the next run.
     let is_described = report.failures.iter().all(|failure| failure.shrunk || failure.flaky);
     report.finished = !stopped && is_described && described.is_ok();
-    if let Some(path) = &plan.results {
-        report.save(path)?;
-    }
+    let saved = plan.results.as_ref().map_or(Ok(()), |path| report.save(path));
     match described {
-        Err(err) if err.kind() == ErrorKind::Cancelled => Ok(()),
-        other => other,
+        Err(err) if err.kind() == ErrorKind::Cancelled => saved,
+        other => other.and(saved),
     }
 }
 
@@ -334,7 +335,7 @@ impl Run<'_> {
             (Ok(_), _) => *pending = Pending::Good,
             // This one is not done: it waits for another run.
             (Err(err), _) if err.kind() == ErrorKind::Cancelled => {}
-            (Err(err), _) => drop(self.error.get_or_insert(err)),
+            (Err(err), _) => self.fail(err),
         }
         self.count_done();
     }
@@ -379,6 +380,11 @@ impl Run<'_> {
                 self.keep(*failure);
             }
         }
+    }
+
+    /// Ends the exploration, because of the first error.
+    fn fail(&mut self, err: Error) {
+        self.error.get_or_insert(err);
     }
 
     fn is_stopped(&self) -> bool {

@@ -308,11 +308,14 @@ impl Report {
         bytes.push(b'\n');
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
-        let mut file = std::fs::File::create(&new).context(name)?;
-        file.write_all(&bytes).context(name)?;
-        // A rename may be on the disk before the data is.
-        file.sync_data().context(name)?;
-        std::fs::rename(&new, path).context(name)
+        let write = || {
+            let mut file = std::fs::File::create(&new)?;
+            file.write_all(&bytes)?;
+            // A rename may be on the disk before the data is.
+            file.sync_data()?;
+            std::fs::rename(&new, path)
+        };
+        write().inspect_err(|_| drop(std::fs::remove_file(&new))).context(name)
     }
 
     /// States per second, duplicates included.
@@ -403,10 +406,8 @@ fn for_xml(text: &str) -> String {
 mod tests {
     use super::*;
 
-    /// XML 1.0 has most control characters in no form, and neither U+FFFE nor U+FFFF.
-    #[test]
-    fn whatever_a_mark_and_a_checker_say_is_xml() {
-        let subject = Subject {
+    fn subject() -> Subject {
+        Subject {
             log: "w\u{ffff}.log".into(),
             entries: 0,
             base: String::new(),
@@ -414,13 +415,28 @@ mod tests {
             check: "c\u{fffe}\u{1}".into(),
             options: String::new(),
             changed: (0, 0),
-        };
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_kept_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("r.json"), dir.path().join("r.json.new"));
+        std::os::unix::fs::symlink("/dev/full", &new).unwrap();
+        let err = Report::new(subject()).save(&path).unwrap_err().to_string();
+        assert!(err.contains("r.json: No space left on device"), "{err}");
+        assert!(!new.is_symlink() && !path.exists());
+    }
+
+    /// XML 1.0 has most control characters in no form, and neither U+FFFE nor U+FFFF.
+    #[test]
+    fn whatever_a_mark_and_a_checker_say_is_xml() {
         let failure = serde_json::json!({
             "state": "E0", "found-as": "E0", "shrunk": true, "dropped": 0, "torn": 0, "flaky": false,
             "verdict": "bad\u{fffe}]]>&<\"", "output": "\u{1b}[31m\u{ffff}\u{0}", "writes": [],
             "mark-before": "m\u{ffff}", "mark-after": null, "reproduce": "",
         });
-        let mut report = Report::new(subject);
+        let mut report = Report::new(subject());
         report.failures.push(serde_json::from_value(failure).unwrap());
         for finished in [false, true] {
             report.finished = finished;

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod ends;
 mod guest;
 
 use std::path::Path;
