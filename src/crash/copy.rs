@@ -87,8 +87,15 @@ impl CopiedFile {
     pub fn show(&mut self, name: &StateName) -> Result<()> {
         self.disk.show(name)?;
         let context = || self.path.display().to_string();
+        // The checker may have made something else of the file, or have kept it by another name.
+        match std::fs::remove_file(&self.path) {
+            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                return Err(err).context(context);
+            }
+            _ => {}
+        }
         let mut options = File::options();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create_new(true).mode(0o600);
         let file = options.open(&self.path).context(context)?;
         file.set_len(self.disk.size()).context(context)?;
         let mut at = 0;

@@ -1,4 +1,4 @@
-//! Explorations that do not come to their end.
+//! Explorations that do not come to their end, and checkers that make more of their file than a disk.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 use vublk::write_log::LogBuilder;
 
 use crate::common::vublk;
-use crate::SIZE;
+use crate::{SIZE, without_fuse};
 
 /// Two states of which the second is not good.
 fn one_write(d: &Path) {
@@ -53,4 +53,23 @@ fn what_was_found_is_told_where_it_cannot_be_kept() {
     assert_eq!(output.status.code(), Some(1));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["failed"], 1, "{report}");
+}
+
+/// A state that is kept by another name is what it was, and no state is written into another file.
+#[test]
+fn copies_are_files_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    one_write(d);
+    let kept = |state: &str| std::fs::read(d.join("tmp").join(state)).unwrap();
+    let check = "ln {} \"$TMPDIR/{state}\"";
+    let Some(mut command) = without_fuse(d, check) else { return };
+    assert!(command.status().unwrap().success());
+    assert_eq!((kept("E0:s=0")[0], kept("E0:s=1")[0]), (0, b'x'));
+    assert_eq!(kept("E0:s=1").len(), SIZE);
+
+    std::fs::write(d.join("tmp/other"), "other").unwrap();
+    let check = "ln -sf \"$TMPDIR/other\" {}";
+    assert!(without_fuse(d, check).unwrap().status().unwrap().success());
+    assert_eq!(kept("other"), b"other");
 }
