@@ -211,7 +211,10 @@ fn verdict(who: &str, status: Option<ExitStatus>, good: &[i32], limit: Duration)
         Some(status) => match (status.code(), status.signal()) {
             (Some(code), _) if good.contains(&code) => Verdict::Good,
             (Some(code), _) => Verdict::Bad(format!("{who} exited with {code}")),
-            (None, signal) => Verdict::Bad(format!("{who} was killed by signal {signal:?}")),
+            (None, signal) => {
+                let signal = signal.map(|number| format!(" by signal {number}"));
+                Verdict::Bad(format!("{who} was killed{}", signal.unwrap_or_default()))
+            }
         },
     }
 }
@@ -290,6 +293,8 @@ mod tests {
         assert_eq!(check("exit 3 # {}").unwrap(), Verdict::Bad("the checker exited with 3".into()));
         let slow = Verdict::Bad("the checker was killed after 1 seconds".into());
         assert_eq!(check("sleep 100 < {}").unwrap(), slow);
+        let killed = Verdict::Bad("the checker was killed by signal 9".into());
+        assert_eq!(check("kill -9 $$ # {}").unwrap(), killed);
         assert!(check("/no/such/program {}").is_err());
         assert!(check("true").is_err(), "a checker that does not look at the disk");
         let mark = check("test -e {} && test $(printf %s {mark} | wc -c) = 16");
