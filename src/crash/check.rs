@@ -254,7 +254,9 @@ fn run(
     let mut child = command.process_group(0).spawn().context(|| name)?;
     let pid = Pid::from_child(&child);
     let ended = pidfd_open(pid, PidfdFlags::empty()).context(|| "pidfd_open")?;
-    let limit = Timespec { tv_sec: bounds.limit.as_secs() as i64, tv_nsec: 0 };
+    // Nobody waits longer than the kernel can.
+    let seconds = bounds.limit.as_secs().try_into().unwrap_or(i64::MAX);
+    let limit = Timespec { tv_sec: seconds, tv_nsec: 0 };
     let (mut has_ended, mut is_late) = (false, false);
     while !has_ended && !is_late && !bounds.stop.is_asked() {
         let mut events = [PollFd::new(&ended, PollFlags::IN), bounds.stop.poll()];
@@ -300,6 +302,17 @@ mod tests {
         let mark = check("test -e {} && test $(printf %s {mark} | wc -c) = 16");
         assert_eq!(mark.unwrap(), Verdict::Good, "a mark is one word, and not looked into");
         assert_eq!(check("test {state} = E7").unwrap(), Verdict::Good);
+    }
+
+    #[test]
+    fn a_checker_may_have_all_the_time_there_is() {
+        let (state, stop) = (StateName::prefix(0), Stop::new().unwrap());
+        for seconds in [1 << 63, u64::MAX] {
+            let bounds = Bounds { limit: Duration::from_secs(seconds), stop: &stop };
+            let checker = Checker::Command("test {}".into());
+            let verdict = checker.run(Path::new("/dev/null"), &state, "", bounds, None);
+            assert_eq!(verdict.unwrap(), Verdict::Good);
+        }
     }
 
     #[test]
