@@ -390,6 +390,31 @@ fn a_replay_that_cannot_be_right_writes_nothing() {
     ok(d, &["log", "replay", "far.log", "--replay", "disk.img", "--no-discard"]);
 }
 
+/// Direct I/O on a disk with large blocks cannot write what a log of smaller ones has.
+#[test]
+fn a_replay_in_pieces_that_the_target_does_not_take_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("disk.img"), vec![7; 16384]).unwrap();
+    let log = LogBuilder::new(512).write(0, &[1; 4096]).flush().mark("whole");
+    let log = log.discard(ByteRange { offset: 4096, len: 4096 + 512 });
+    std::fs::write(d.join("w.log"), log.finish()).unwrap();
+    let disk = d.join("disk.img");
+    let Some(device) = common::LoopDevice::with_blocks(&disk, 4096) else { return };
+    let replay = ["log", "replay", "w.log", "--replay", device.name(), "-f", "raw", "-t"];
+    let err = fails(d, &[&replay[..], &["none"]].concat(), 1);
+    assert!(err.contains("only in units of 4096 bytes") && err.contains("change 512"), "{err}");
+    assert!(err.contains("-t writeback"), "{err}");
+    assert!(std::fs::read(&disk).unwrap() == [7; 16384], "something was written");
+    // What is chosen of it may do.
+    ok(d, &[&replay[..], &["none", "--end-mark", "whole"]].concat());
+    ok(d, &[&replay[..], &["writeback"]].concat());
+    let mut expected = vec![7; 16384];
+    expected[..4096].fill(1);
+    expected[4096..8704].fill(0);
+    assert!(std::fs::read(&disk).unwrap() == expected);
+}
+
 #[test]
 fn discards_of_any_length_are_zeros_and_holes() {
     let dir = tempfile::tempdir().unwrap();

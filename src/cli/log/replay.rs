@@ -152,6 +152,8 @@ struct Survey {
     discarded_bytes: u64,
     /// The entry that reaches farthest into the disk.
     farthest: Option<Entry>,
+    /// A power of two of which the ends of all that changes the disk are multiples, in bytes.
+    unit: u64,
 }
 
 impl Replay<'_> {
@@ -188,6 +190,7 @@ impl Replay<'_> {
             written_bytes: 0,
             discarded_bytes: 0,
             farthest: None,
+            unit: 1 << 63,
         };
         let mut walk = self.log.walk_from(&self.args.part.start()).await?;
         let stop = self.args.part.stop();
@@ -305,6 +308,9 @@ impl Survey {
             _ => &mut self.discarded_bytes,
         };
         *bytes = bytes.saturating_add(entry.target.len);
+        for place in [entry.target.offset, entry.target.len] {
+            self.unit = self.unit.min(1 << place.trailing_zeros().min(63));
+        }
         if self.farthest.is_none_or(|other| other.target.end() < entry.target.end()) {
             self.farthest = Some(*entry);
         }
@@ -338,7 +344,7 @@ impl<'a> Target<'a> {
         self.image.as_ref().ok_or_else(|| Error::invalid("the target is closed"))
     }
 
-    /// Refuses a target that is the log, or too small.
+    /// Refuses a target that is the log, that cannot be written in pieces so small, or that is too small.
     fn refuse_unfit(&self, log: &Log, survey: &Survey) -> Result<()> {
         let image = self.image()?;
         let name = self.path.display();
@@ -346,6 +352,14 @@ impl<'a> Target<'a> {
             == Some(image.file.identity()?)
         {
             return Err(Error::invalid(format!("{name}: is the log itself")));
+        }
+        let unit = image.node.limits().request_alignment;
+        if survey.unit < unit {
+            return Err(Error::unsupported(format!(
+                "{name}: the host takes direct I/O on it only in units of {unit} bytes, and entries of the \
+                 log change {} of them; use -t writeback",
+                survey.unit
+            )));
         }
         let size = image.node.size();
         match survey.farthest {
