@@ -192,12 +192,14 @@ impl Recorder {
             crc,
             state: RecordState::Pending,
         };
-        let flush = FlushEntry { recorder: self, record, is_over: false };
+        let mut flush = FlushEntry { recorder: self, record, is_over: false };
         let result = self.write_flush(&pending, &reserved, &record).await;
         match reserved.settle(result).await {
             Ok(()) => Ok(flush),
             Err(err) => {
-                flush.over();
+                // The tail has forgotten it. Of the flushes before it nothing is known yet, and its number
+                // may be another's by now.
+                flush.is_over = true;
                 Err(err)
             }
         }

@@ -397,6 +397,24 @@ fn a_flush_without_a_place_in_the_log_has_lost_nothing() {
     });
 }
 
+/// Nor does it say anything of a flush before it that is still under way.
+#[test]
+fn a_flush_without_a_place_in_the_log_is_not_the_end_of_others() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    let sim = Sim::new(1);
+    sim.attach(&bed.disk);
+    let mut flush = filter.flush();
+    assert!(poll(&mut flush).is_pending());
+    let full = Fault { op: Some(SimOp::Write), after: 0, errno: libc::ENOSPC, for_good: false };
+    bed.log.fail(full);
+    block_on(filter.flush()).unwrap_err();
+    assert_eq!(filter.entries(), (0, 0), "a flush that is not over may be counted");
+    finish(&sim, &mut flush).unwrap();
+    assert_eq!(filter.entries(), (1, 1));
+    assert_eq!(bed.words(), ["F"]);
+}
+
 #[test]
 fn a_log_that_cannot_be_made_durable_counts_nothing_more() {
     let bed = Bed::new();
