@@ -163,9 +163,17 @@ impl Recorder {
         }
     }
 
-    /// A mark's header. A text that is too long is cut, as the kernel does.
+    /// A mark's header. A text that is too long is cut, as the kernel does; but not within a character, or
+    /// nobody could type what is left.
     pub fn mark(&self, text: &[u8]) -> Pending {
-        let text = &text[..text.len().min(mark_room(self.sector_size))];
+        let room = mark_room(self.sector_size);
+        let text = match text.get(..room) {
+            Some(cut) => match std::str::from_utf8(cut) {
+                Err(err) if err.error_len().is_none() => &cut[..err.valid_up_to()],
+                _ => cut,
+            },
+            None => text,
+        };
         let header = self.header(Flags::MARK, ByteRange::default(), text.len() as u64);
         Pending {
             copy: self.copies.header(&header, text),

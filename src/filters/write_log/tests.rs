@@ -222,10 +222,13 @@ fn long_writes_become_several_entries_and_long_marks_are_cut() {
         let buf = AlignedBuf::from_slice(&bytes, 512).buffers();
         filter.write(1024, buf, false).await.unwrap();
         filter.mark(&[b'x'; 600]).await.unwrap();
+        // Two bytes each, of which only one would fit.
+        filter.mark("ü".repeat(300).as_bytes()).await.unwrap();
     });
     let first = MAX_DATA / SECTOR;
-    let mark = format!("M:{}", "x".repeat(479));
-    assert_eq!(bed.words(), [format!("W2+{first}"), format!("W{}+8", first + 2), mark]);
+    let marks = ["x".repeat(479), "ü".repeat(239)].map(|text| format!("M:{text}"));
+    let writes = [format!("W2+{first}"), format!("W{}+8", first + 2)];
+    assert_eq!(bed.words(), [writes, marks].concat());
     assert_eq!(bed.disk.volatile()[1024..1024 + len as usize], bytes);
 }
 
