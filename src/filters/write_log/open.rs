@@ -276,9 +276,16 @@ impl Opening<'_> {
 
     /// The sidecar, if it says that the log can be continued; else why not.
     async fn look_at_sidecar(&self, log: &Log) -> Result<Sidecar> {
+        let refuse = |why: String| Err(Error::invalid(why));
+        // It was made just now if it was not there.
+        if self.sidecar.len()? == 0 {
+            return refuse(format!(
+                "there is no sidecar {}, which would say which image it is of",
+                self.sidecar.name()
+            ));
+        }
         let mut sidecar = Sidecar::open(Arc::clone(self.sidecar)).await?;
         let (header, image) = (sidecar.header().clone(), &self.subject.image);
-        let refuse = |why: String| Err(Error::invalid(why));
         if !header.image.is_same(image) {
             let (path, own) = (header.image.path.display(), image.path.display());
             return refuse(format!("it is of another image, {path}, and not of {own}"));

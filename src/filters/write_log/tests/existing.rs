@@ -43,6 +43,7 @@ fn logs_of_others_are_refused_unless_somebody_insists() {
         text.starts_with("w.log: holds a log already") && text.contains("--log-append"),
         "{err}"
     );
+    assert!(text.contains("there is no sidecar w.log.sidecar"), "{text}");
     assert_eq!(foreign.log.volatile(), before);
     // As another image's.
     let other = own.after_kill();
