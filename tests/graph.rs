@@ -130,6 +130,12 @@ fn many_disks_are_served_and_told() {
     let stats = qmp.ok("query-blockstats", json!({}));
     assert_eq!(stats[0]["stats"]["wr_bytes"], 4096);
     assert_eq!(stats[0]["stats"]["rd_operations"], 1);
+    // One that fails is no read that was done.
+    first.read(0, u64::MAX / 512 * 512, 512).unwrap_err();
+    first.discard(0, 0, 8192).unwrap();
+    let stats = qmp.ok("query-blockstats", json!({}))[0]["stats"].clone();
+    assert_eq!([&stats["rd_operations"], &stats["failed_rd_operations"]], [1, 1]);
+    assert_eq!([&stats["unmap_operations"], &stats["unmap_bytes"]], [1, 8192]);
     assert_eq!(qmp.ok("query-block-exports", json!({}))[1]["x-vublk-connected"], true);
     drop((first, second));
     daemon.quit(&mut qmp);

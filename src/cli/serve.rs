@@ -330,9 +330,8 @@ fn say_what_is_served(args: &ServeArgs, image: &Image, where_: &str) {
 }
 
 fn say_what_was_served(export: &Export, is_single: bool) {
-    let totals = export.totals().map(|(name, count)| format!("{name}={count}"));
     let which = if is_single { String::new() } else { format!("'{}': ", export.name()) };
-    tracing::info!("served {which}{}", totals.join(" "));
+    tracing::info!("served {which}{}", export.totals());
 }
 
 /// SIGTERM, SIGINT and SIGHUP, as a file descriptor.

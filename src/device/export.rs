@@ -1,5 +1,6 @@
 //! What is served: a node, and how the guest is to see it.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -105,39 +106,90 @@ struct Observer(OnceLock<Box<Listener>>);
 
 type Listener = dyn Fn(&Failure<'_>) + Send + Sync;
 
-impl std::fmt::Debug for Observer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Observer")
     }
 }
 
-/// What a worker has done since it was made. Only the worker adds; anybody may read.
-#[derive(Debug, Default)]
-pub struct Counters {
+/// Makes [`Counters`] and [`Totals`] of one list.
+macro_rules! counts {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What a worker has done since it was made. Only the worker adds; anybody may read.
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: Counter,)*
+            /// Requests that are in flight, when the worker last submitted or waited.
+            pub in_flight: Counter,
+            /// How long requests took.
+            pub latencies: Latencies,
+        }
+
+        /// What all workers of an export together have done.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Totals {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            /// Adds what a worker has done that is gone.
+            fn absorb(&self, gone: &Counters) {
+                $(self.$name.add(gone.$name.get());)*
+                self.latencies.absorb(&gone.latencies);
+            }
+
+            fn add_to(&self, totals: &mut Totals) {
+                $(totals.$name += self.$name.get();)*
+            }
+        }
+    };
+}
+
+counts! {
     /// Requests completed.
-    pub requests: Counter,
+    requests,
     /// Of these, reads.
-    pub reads: Counter,
+    reads,
     /// Of these, writes.
-    pub writes: Counter,
+    writes,
     /// Of these, flushes.
-    pub flushes: Counter,
+    flushes,
+    /// Of these, discards.
+    discards,
     /// Bytes read.
-    pub bytes_read: Counter,
+    bytes_read,
     /// Bytes written.
-    pub bytes_written: Counter,
+    bytes_written,
+    /// Bytes discarded.
+    bytes_discarded,
     /// Requests that ended with an error.
-    pub errors: Counter,
+    errors,
+    /// Of these, reads.
+    failed_reads,
+    /// Of these, writes.
+    failed_writes,
+    /// Of these, flushes.
+    failed_flushes,
+    /// Of these, discards.
+    failed_discards,
     /// Kicks that woke a worker.
-    pub kicks: Counter,
+    kicks,
     /// Interrupts sent to the guest.
-    pub interrupts: Counter,
+    interrupts,
     /// Times a worker entered the kernel to submit or wait.
-    pub enters: Counter,
-    /// Requests that are in flight, when the worker last submitted or waited.
-    pub in_flight: Counter,
-    /// How long requests took.
-    pub latencies: Latencies,
+    enters,
+}
+
+/// The counts that people look for, in the order that they read them.
+impl fmt::Display for Totals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Totals { requests, reads, writes, flushes, .. } = self;
+        write!(f, "requests={requests} reads={reads} writes={writes} flushes={flushes} ")?;
+        let Totals { bytes_read, bytes_written, errors, .. } = self;
+        write!(f, "bytes_read={bytes_read} bytes_written={bytes_written} errors={errors} ")?;
+        let Totals { kicks, interrupts, enters, .. } = self;
+        write!(f, "kicks={kicks} interrupts={interrupts} enters={enters}")
+    }
 }
 
 /// A count that one thread adds to: a plain addition, no locked instruction.
@@ -160,44 +212,6 @@ impl Counter {
     /// The count as of now, on any thread.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
-    }
-}
-
-impl Counters {
-    /// Adds what a worker has done that is gone.
-    fn absorb(&self, gone: &Counters) {
-        let sums = [
-            (&self.requests, &gone.requests),
-            (&self.reads, &gone.reads),
-            (&self.writes, &gone.writes),
-            (&self.flushes, &gone.flushes),
-            (&self.bytes_read, &gone.bytes_read),
-            (&self.bytes_written, &gone.bytes_written),
-            (&self.errors, &gone.errors),
-            (&self.kicks, &gone.kicks),
-            (&self.interrupts, &gone.interrupts),
-            (&self.enters, &gone.enters),
-        ];
-        for (sum, gone) in sums {
-            sum.add(gone.get());
-        }
-        self.latencies.absorb(&gone.latencies);
-    }
-
-    /// Each count with its name, in the order that people read them.
-    pub fn named(&self) -> [(&'static str, u64); 10] {
-        [
-            ("requests", self.requests.get()),
-            ("reads", self.reads.get()),
-            ("writes", self.writes.get()),
-            ("flushes", self.flushes.get()),
-            ("bytes_read", self.bytes_read.get()),
-            ("bytes_written", self.bytes_written.get()),
-            ("errors", self.errors.get()),
-            ("kicks", self.kicks.get()),
-            ("interrupts", self.interrupts.get()),
-            ("enters", self.enters.get()),
-        ]
     }
 }
 
@@ -278,12 +292,10 @@ impl Export {
     }
 
     /// What all workers together have done since the export was made.
-    pub fn totals(&self) -> [(&'static str, u64); 10] {
-        let mut totals = Counters::default().named();
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
         for worker in self.workers.lock().unwrap().iter() {
-            for (total, (_, count)) in totals.iter_mut().zip(worker.named()) {
-                total.1 += count;
-            }
+            worker.add_to(&mut totals);
         }
         totals
     }
@@ -432,7 +444,7 @@ mod tests {
             counters.requests.add(2);
             counters.in_flight.set(1);
             counters.latencies.add(Timed::Read, Duration::from_micros(7));
-            assert_eq!(export.totals()[0], ("requests", 2 * round));
+            assert_eq!(export.totals().requests, 2 * round);
             assert_eq!(export.times()[0].count(), round);
             assert!(export.workers.lock().unwrap().len() <= 3);
         }

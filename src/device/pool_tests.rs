@@ -453,7 +453,7 @@ fn stress(driver: Arc<dyn Driver>, slow: Option<Arc<Slow>>, engine: EngineKind, 
     }
     pool.disconnected();
     assert!(answered > 100, "only {answered} requests");
-    let counted = export.totals()[0].1;
+    let counted = export.totals().requests;
     assert_eq!(counted, answered, "lost or doubled");
 }
 
@@ -540,7 +540,7 @@ fn a_truncated_region_takes_its_own_device_down() {
         let answered = std::thread::scope(|scope| {
             let guest = scope.spawn(|| queues[1].drive(&over));
             let until = Instant::now() + PATIENCE;
-            while exports[1].totals()[0].1 == 0 && Instant::now() < until {
+            while exports[1].totals().requests == 0 && Instant::now() < until {
                 std::thread::sleep(Duration::from_millis(1));
             }
             over.store(true, Ordering::SeqCst);

@@ -1,5 +1,6 @@
 //! The same bytes to us and to qemu-storage-daemon: the same answers.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
@@ -338,5 +339,74 @@ fn nesting_ends_where_qemu_ends_it() {
         let theirs = answers(qsd.socket(), nested.as_bytes(), true);
         let ours = answers(&served.control, nested.as_bytes(), true);
         assert_eq!(ours[0], theirs[0], "depth {depth}");
+    }
+}
+
+/// What QEMU's schema says is always in an answer is in ours: clients that are generated from it rely on
+/// that.
+#[test]
+fn no_answer_lacks_what_qemu_always_gives() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut qsd) = Qsd::start(dir.path()) else { return };
+    let served = Served::start(&[]);
+    let schema = |answer: &Value| -> BTreeMap<String, Value> {
+        let entries = answer["return"].as_array().unwrap().iter();
+        entries.map(|entry| (entry["name"].as_str().unwrap().to_string(), entry.clone())).collect()
+    };
+    let question = br#"{"execute": "query-qmp-schema"}"#;
+    let theirs = schema(&answers(qsd.socket(), question, true)[0]);
+    let ours = schema(&answers(&served.control, question, true)[0]);
+    let mut missing = Vec::new();
+    let commands = theirs.values().filter(|entry| entry["meta-type"] == "command");
+    for command in commands.filter(|command| ours.contains_key(command["name"].as_str().unwrap())) {
+        let name = command["name"].as_str().unwrap();
+        let types = (&command["ret-type"], &ours[name]["ret-type"]);
+        compare_members(name, (&theirs, types.0), (&ours, types.1), &mut missing);
+    }
+    // Of these there are never any.
+    missing.retain(|place| !place.starts_with("query-blockstats: stats: timed_stats: "));
+    assert_eq!(missing, [""; 0]);
+}
+
+/// Adds to `missing` the members that `theirs` always has and `ours` has not, or not always.
+fn compare_members(
+    place: &str,
+    (their_schema, theirs): (&BTreeMap<String, Value>, &Value),
+    (our_schema, ours): (&BTreeMap<String, Value>, &Value),
+    missing: &mut Vec<String>,
+) {
+    let find = |schema: &BTreeMap<String, Value>, name: &Value| {
+        schema.get(name.as_str().unwrap_or_default()).cloned().unwrap_or_default()
+    };
+    let (their_type, our_type) = (find(their_schema, theirs), find(our_schema, ours));
+    if their_type["meta-type"] == "array" {
+        let types = (&their_type["element-type"], &our_type["element-type"]);
+        return compare_members(place, (their_schema, types.0), (our_schema, types.1), missing);
+    }
+    // What is any value by our schema may be all that QEMU's is.
+    if their_type["meta-type"] != "object" || our_type["meta-type"] != "object" {
+        return;
+    }
+    for member in their_type["members"].as_array().into_iter().flatten() {
+        let place = format!("{place}: {}", member["name"].as_str().unwrap());
+        let is_optional = |member: &Value| member.get("default").is_some();
+        let mut our_members = our_type["members"].as_array().into_iter().flatten();
+        match our_members.find(|our| our["name"] == member["name"]) {
+            // Inside of what both may leave out, what is there has to be whole.
+            Some(our) if is_optional(member) || !is_optional(our) => {
+                // A type may hold itself.
+                if place.matches(':').count() < 8 {
+                    let types = (&member["type"], &our["type"]);
+                    compare_members(
+                        &place,
+                        (their_schema, types.0),
+                        (our_schema, types.1),
+                        missing,
+                    );
+                }
+            }
+            None if is_optional(member) => {}
+            _ => missing.push(place),
+        }
     }
 }

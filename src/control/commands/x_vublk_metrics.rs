@@ -95,23 +95,22 @@ impl MainCommand for QueryMetrics {
 
 fn of_export(served: &Served) -> ExportMetrics {
     let totals = served.export().totals();
-    let get = |name: &str| totals.iter().find(|(n, _)| *n == name).map_or(0, |(_, count)| *count);
     let [reads, writes, flushes] = served.export().times();
     ExportMetrics {
         id: served.id().to_string(),
         node_name: served.root().node().name().to_string(),
         connected: served.is_connected(),
         in_flight: served.export().in_flight(),
-        requests: get("requests"),
-        reads: get("reads"),
-        writes: get("writes"),
-        flushes: get("flushes"),
-        bytes_read: get("bytes_read"),
-        bytes_written: get("bytes_written"),
-        errors: get("errors"),
-        kicks: get("kicks"),
-        interrupts: get("interrupts"),
-        enters: get("enters"),
+        requests: totals.requests,
+        reads: totals.reads,
+        writes: totals.writes,
+        flushes: totals.flushes,
+        bytes_read: totals.bytes_read,
+        bytes_written: totals.bytes_written,
+        errors: totals.errors,
+        kicks: totals.kicks,
+        interrupts: totals.interrupts,
+        enters: totals.enters,
         read_latency: latency(&reads),
         write_latency: latency(&writes),
         flush_latency: latency(&flushes),

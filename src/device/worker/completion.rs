@@ -174,13 +174,25 @@ impl Worker {
                 self.counts.bytes_written.add(slot.request.data_len);
             }
             Kind::Flush => self.counts.flushes.add(1),
-            _ => {}
+            Kind::Discard => {
+                self.counts.discards.add(1);
+                let segments = slot.request.segments.iter();
+                self.counts.bytes_discarded.add(segments.map(|segment| segment.range.len).sum());
+            }
+            Kind::WriteZeroes | Kind::GetId => {}
         }
         if std::mem::take(&mut slot.flushing) {
             self.flushing -= 1;
         }
         if status != Status::Ok {
             self.counts.errors.add(1);
+            match slot.request.kind {
+                Kind::Read { .. } => self.counts.failed_reads.add(1),
+                Kind::Write { .. } => self.counts.failed_writes.add(1),
+                Kind::Flush => self.counts.failed_flushes.add(1),
+                Kind::Discard => self.counts.failed_discards.add(1),
+                Kind::WriteZeroes | Kind::GetId => {}
+            }
         }
         if let Some(time) = self.stopwatch.end(index) {
             let timed = match slot.request.kind {
