@@ -63,6 +63,18 @@ impl Shared {
 
     async fn grow(&self, old: u64, size: u64, backing: u64) -> Result<()> {
         trim_bitmap(self.file.as_ref(), old / SECTOR_SIZE).await?;
+        let is_growing = &self.durability.is_growing;
+        is_growing.store(true, Ordering::SeqCst);
+        let result = self.grow_files(old, size, backing).await;
+        is_growing.store(false, Ordering::SeqCst);
+        if result.is_err() {
+            self.size.store(old, Ordering::Release);
+            self.undo_grow(old).await;
+        }
+        result
+    }
+
+    async fn grow_files(&self, old: u64, size: u64, backing: u64) -> Result<()> {
         let len = HEADER_LEN + bitmap_len(size / SECTOR_SIZE);
         self.file.set_len(len).await?;
         self.durability.set_file_len(len);
@@ -74,21 +86,27 @@ impl Shared {
         }
         self.size.store(size, Ordering::Release);
         let hidden = backing.next_multiple_of(SECTOR_SIZE).min(size);
-        let grown = async {
-            self.mark_all(ByteRange::between(old, hidden)).await?;
-            self.flush_all().await?;
-            self.file.flush().await?;
-            self.data.set_len(size).await?;
-            self.data.flush().await
-        };
-        let is_growing = &self.durability.is_growing;
-        is_growing.store(true, Ordering::SeqCst);
-        let result = grown.await;
-        is_growing.store(false, Ordering::SeqCst);
-        if result.is_err() {
-            self.size.store(old, Ordering::Release);
+        self.mark_all(ByteRange::between(old, hidden)).await?;
+        self.flush_all().await?;
+        self.file.flush().await?;
+        self.data.set_len(size).await?;
+        self.data.flush().await
+    }
+
+    /// Makes the bitmap again what the disk needs that could not grow, so that nobody takes the image file
+    /// for one that was cut off. Where that fails, too, a check finds it.
+    async fn undo_grow(&self, old: u64) {
+        // If the image file has grown all the same, so has the disk as soon as it is opened again.
+        let has_grown = self.data.len().map_or(true, |len| len / SECTOR_SIZE > old / SECTOR_SIZE);
+        if has_grown || self.durability.is_poisoned() {
+            return;
         }
-        result
+        if let Err(err) = trim_bitmap(self.file.as_ref(), old / SECTOR_SIZE).await {
+            tracing::warn!("{}: its bitmap stays longer than the disk needs: {err}", self.name());
+        }
+        if let Ok(len) = self.file.len() {
+            self.durability.set_file_len(len);
+        }
     }
 
     async fn shrink(&self, size: u64) -> Result<()> {

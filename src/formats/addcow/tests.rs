@@ -626,6 +626,36 @@ fn growing_hides_what_the_backing_had_behind_the_end() {
     assert!(err.to_string().contains("multiple of 512"), "{err}");
 }
 
+/// A block device as image file, a limit of the file system: nobody may take the image file for one that
+/// was cut off then.
+#[test]
+fn a_disk_that_cannot_grow_is_as_it_was() {
+    let base = numbered(0x80, 40);
+    for op in [SimOp::Write, SimOp::SetLen] {
+        let file = SimFile::from_bytes("x.add-cow", new_file(5 * 512, true));
+        let image = SimFile::from_bytes("disk.raw", vec![0; 5 * 512]);
+        let disk = open_disk(&file, &image, backing_of(Some(&base)), None);
+        block_on(write(&disk, 512, &[1; 512])).unwrap();
+        block_on(disk.flush()).unwrap();
+        let full = Fault { op: Some(op), after: 0, errno: libc::ENOSPC, for_good: true };
+        let faulty = if op == SimOp::Write { &file } else { &image };
+        faulty.fail(full);
+        let refused = block_on(disk.resize(50 * 512)).unwrap_err();
+        assert!(refused.to_string().contains("No space"), "{refused}");
+        faulty.heal();
+        let mut expected = base[..5 * 512].to_vec();
+        expected[512..1024].fill(1);
+        assert!(block_on(read(&disk, 0, 5 * 512)) == expected);
+        assert_eq!(file.volatile()[2560..], [2], "{op:?}");
+        // Both go on as if nobody had tried.
+        block_on(write(&disk, 4 * 512, &[2; 512])).unwrap();
+        block_on(disk.flush()).unwrap();
+        assert_eq!(file.durable()[2560..], [0x12]);
+        block_on(disk.resize(50 * 512)).unwrap();
+        assert_eq!(file.durable()[2560..], [0xf2, 0xff, 0xff, 0xff, 0xff, 0, 0]);
+    }
+}
+
 /// What is kept must name sectors of the disk that the next process finds.
 #[test]
 fn a_guest_comes_back_after_a_kill_while_the_disk_grows() {
