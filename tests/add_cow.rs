@@ -161,6 +161,12 @@ fn an_existing_image_file_can_be_used_and_is_hidden() {
     assert!(err.contains("gone: No such file") && err.contains("without -o image-file"), "{err}");
     let err = refused(&["-o", "image-file=base", "-b", "base", "-F", "raw", "x"]);
     assert!(err.contains("base: is both image file and backing file"), "{err}");
+    for args in [&["-o", "image-file=base", "-b", "base"][..], &["-b", "x.raw"]] {
+        // Whether it is looked at or not.
+        let err = refused(&[args, &["-u", "-F", "raw", "x", "20K"]].concat());
+        assert!(err.contains("is both image file and backing file"), "{err}");
+        assert!(!d.join("x").exists() && !d.join("x.raw").exists());
+    }
     let err = refused(&["-o", "image-file=data", "-b", "base", "-F", "raw", "data"]);
     assert!(err.contains("data"), "{err}");
     assert_eq!(std::fs::read(d.join("data")).unwrap(), [0x55; 8192], "not emptied");

@@ -273,6 +273,9 @@ pub(super) fn prepare(request: &CreateRequest) -> Result<Prepared> {
         _ => None,
     };
     let image = image_file(request, option(["image-file", "image_file"]), below.as_ref())?;
+    if let (Some(file), None) = (backing, &below) {
+        check_not_image_file(request, file, &image.file)?;
+    }
     let header = Header { backing: backing.map(str::to_string), image: image.name.clone() };
     header.encode().context(name)?;
     let new = NewFile::open(path, &request.allow_dirs)?;
@@ -308,6 +311,20 @@ pub(super) fn prepare(request: &CreateRequest) -> Result<Prepared> {
     }))
 }
 
+/// Refuses the image file as a backing file that is not looked at: nobody could ever open that.
+fn check_not_image_file(request: &CreateRequest, backing: &str, image: &HostFile) -> Result<()> {
+    let path = open_gate::combine(&request.path, backing);
+    // One that is not there yet is another one.
+    match HostFile::open(&path, OpenOptions::default()).and_then(|file| file.identity()) {
+        Ok(backing) if backing == image.identity()? => Err(both_image_and_backing(&path)),
+        _ => Ok(()),
+    }
+}
+
+fn both_image_and_backing(path: &Path) -> Error {
+    Error::invalid(format!("{}: is both image file and backing file", path.display()))
+}
+
 /// The image file of a new image.
 struct ImageFile {
     /// As it is to be named.
@@ -335,10 +352,7 @@ fn image_file(
         file.ok() == below.file.identity().ok()
     };
     if below.is_some_and(is_below) {
-        return Err(Error::invalid(format!(
-            "{}: is both image file and backing file",
-            path.display()
-        )));
+        return Err(both_image_and_backing(&path));
     }
     let to_open = OpenRequest::write(&path).format(Some(ImageFormat::Raw));
     let image = open(&to_open).map_err(|err| match err.kind() {
@@ -386,11 +400,13 @@ fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<Imag
     let Some(base) = base else {
         return Err(Error::invalid(format!("{}: is no name for a file", path.display())));
     };
+    // A colon would make it an address.
+    let name = if base.contains(':') { format!("./{base}") } else { base.to_string() };
     if std::fs::symlink_metadata(&path).is_ok() {
         return Err(Error::invalid(format!(
             "{0}: exists already, and would hold the data of the new image; give that another name, or \
              make this its image file, with what it contains hidden: vublk create -f add-cow -o \
-             image-file={base}",
+             image-file={name}",
             path.display()
         )));
     }
@@ -400,8 +416,6 @@ fn new_image_file(request: &CreateRequest, below: Option<&Image>) -> Result<Imag
         new.file.flush().await
     };
     new.fill(size, async { made.await.context(|| path.display().to_string()) })?;
-    // A colon would make it an address.
-    let name = if base.contains(':') { format!("./{base}") } else { base.to_string() };
     Ok(ImageFile { name, file: Arc::clone(&new.file), size, new: Some(new) })
 }
 
