@@ -638,6 +638,11 @@ fn commit_grows_a_base_that_is_too_small() {
     let before = content(d, "top");
     ok(d, &["commit", "-q", "top"]);
     assert!(std::fs::read(d.join("base")).unwrap() == before);
+    // Or says which file cannot.
+    ok(d, &["create", "-q", "-f", "vhdx", "small", "1M"]);
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "small", "-F", "vhdx", "wide", "2M"]);
+    let err = fails(d, &["commit", "wide"], 1);
+    assert!(err.contains("committing wide (which is as it was) to small: "), "{err}");
 }
 
 /// A name that is written is one by which the image can be opened again.

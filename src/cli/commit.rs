@@ -10,7 +10,7 @@ use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::{self, CacheMode, ImageFormat, Layers, OpenRequest, StateDir, frozen};
-use crate::io::block_on;
+use crate::io::{File, block_on};
 use crate::jobs::layer_copy::{Copier, CopyDown};
 use crate::jobs::{chain, commit};
 use crate::units::ByteRange;
@@ -76,7 +76,7 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
     let quiesced = Gate::new().quiesce();
     let nodes = chain::between(&top, Some(&base)).unwrap_or_default();
     commit::check_is_ours(&layers, &nodes).context(|| format!("committing {name}"))?;
-    let commit = |layers: &mut Layers| {
+    let commit = |layers: &mut Layers| -> Result<()> {
         chain::open_base(layers, &nodes, &quiesced)?;
         block_on(async {
             copy(args, &top, &base).await?;
@@ -86,9 +86,15 @@ pub fn run(args: &CommitArgs) -> Result<u8> {
         if args.keep {
             leave(layers, &nodes);
         }
-        if empties { block_on(top.driver().make_empty(true)) } else { Ok(()) }
+        Ok(())
     };
-    commit(&mut layers).context(|| format!("committing {name} (which is as it was)"))?;
+    let base_name = layers.file_of(&base).map_or("its base".into(), |file| file.name().to_string());
+    commit(&mut layers)
+        .context(|| format!("committing {name} (which is as it was) to {base_name}"))?;
+    if empties {
+        block_on(top.driver().make_empty(true))
+            .context(|| format!("{name}: has been committed to {base_name}, but not emptied"))?;
+    }
     layers.close_all()?;
     if !args.quiet {
         output::print("Image committed.\n")?;
