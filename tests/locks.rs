@@ -162,6 +162,10 @@ fn a_machines_disk_is_left_alone() {
                 let line = fails(d, args, 1);
                 assert!(line.ends_with("; -U reads it all the same"), "{line}");
             }
+            // It is no option of those who rely on it.
+            let overlay = ["create", "-f", "add-cow", "-b", "disk", "-F", "raw", "top"];
+            let line = fails(d, &overlay, 1);
+            assert!(line.contains("qemu-system-x86 (pid ") && !line.contains("-U"), "{line}");
             ok(d, &["map", "-U", "disk"]);
             ok(d, &["convert", "-U", "disk", "copy"]);
             ok(d, &["info", "disk"]);

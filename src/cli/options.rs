@@ -121,7 +121,10 @@ impl SharingArgs {
     /// A request to read `path`.
     pub fn request(&self, path: &std::path::Path, format: Option<ImageFormat>) -> OpenRequest {
         let locking = if self.force_share { Locking::Share } else { Locking::Guard };
-        OpenRequest::read(path).format(format).locking(locking).allow_dirs(&self.allow_dirs)
+        OpenRequest {
+            may_share: true,
+            ..OpenRequest::read(path).format(format).locking(locking).allow_dirs(&self.allow_dirs)
+        }
     }
 }
 

@@ -53,10 +53,10 @@ pub(super) fn lock(file: &HostFile, request: &OpenRequest, format: ImageFormat) 
     let Some((held, shared)) = lock_rights(request.locking, request.access) else {
         return Ok(());
     };
-    let advice = if request.access == Access::Read && request.locking != Locking::Share {
-        "; -U reads it all the same"
-    } else {
-        ""
+    let could_share = request.may_share && request.locking != Locking::Share;
+    let advice = match could_share && request.access == Access::Read {
+        true => "; -U reads it all the same",
+        false => "",
     };
     lock_host(file, held, shared, request.lock_wait, advice)
 }
@@ -151,6 +151,8 @@ mod tests {
         assert_eq!(err.kind(), ErrorKind::Busy);
         let err = open(&reader).unwrap_err();
         assert_eq!(err.kind(), ErrorKind::Busy);
+        assert!(!err.to_string().contains("-U"), "{err}");
+        let err = open(&OpenRequest { may_share: true, ..reader.clone() }).unwrap_err();
         assert!(err.to_string().contains("-U reads it all the same"), "{err}");
         open(&reader.clone().locking(Locking::Share)).unwrap();
         open(&reader.clone().locking(Locking::Inspect)).unwrap();

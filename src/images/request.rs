@@ -43,6 +43,8 @@ pub struct OpenRequest {
     pub cache: CacheMode,
     /// How the files are locked.
     pub locking: Locking,
+    /// Whether whoever asks could have said [`Locking::Share`] (`-U`): a refusal then says so.
+    pub may_share: bool,
     /// How long to wait for a lock. The kernel may hold a killed process's files (and so its
     /// locks) until the I/O it had in flight is done, so whoever restarts one should wait a moment.
     pub lock_wait: Duration,
@@ -74,6 +76,7 @@ impl OpenRequest {
             access: Access::Read,
             cache: CacheMode::Writeback,
             locking: Locking::Guard,
+            may_share: false,
             lock_wait: Duration::ZERO,
             allow_dirs: Vec::new(),
             metadata_cache: None,
