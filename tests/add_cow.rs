@@ -12,6 +12,8 @@ mod common;
 
 use common::{Setup, fails, have, ok, ok_or, tool_ok, vublk};
 use vublk::frontend::Request;
+use vublk::images::frozen;
+use vublk::io::{HostFile, OpenOptions};
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|err| panic!("{err}: {text}"))
@@ -736,6 +738,37 @@ fn reset_forgets_what_was_written() {
 }
 
 /// A start that is refused leaves nothing in the state directory; what a killed process left stays.
+/// The overlay of a live snapshot shows what the image below had then: no command gives that up.
+#[test]
+fn what_a_snapshot_has_frozen_is_left_alone() {
+    let dir = base_and_top();
+    let d = dir.path();
+    own_sector(d, 3, 0xaa);
+    ok(d, &["create", "-q", "-f", "add-cow", "-b", "top", "-F", "add-cow", "over"]);
+    ok(d, &["create", "-q", "other", "20K"]);
+    let commands = [
+        &["reset", "top"][..],
+        &["resize", "--shrink", "top", "4K"],
+        &["convert", "-n", "-O", "add-cow", "other", "top"],
+    ];
+    let over = d.join("over");
+    let options = OpenOptions { write: true, ..Default::default() };
+    let top = HostFile::open(&d.join("top"), options).unwrap();
+    frozen::mark(&top, &over);
+    let before = content(d, "over");
+    for args in commands {
+        let err = fails(d, args, 1);
+        assert!(err.contains("top: a snapshot was taken of this disk"), "{args:?}: {err}");
+        assert!(content(d, "over") == before, "{args:?}");
+    }
+    // Without the overlay it is anybody's.
+    std::fs::remove_file(over).unwrap();
+    for args in commands {
+        ok(d, args);
+        ok(d, &["resize", "-q", "top", "20K"]);
+    }
+}
+
 #[test]
 fn a_refused_start_leaves_the_state_directory_as_it_was() {
     for format in ["add-cow", "qcow2", "vhdx"] {

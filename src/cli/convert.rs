@@ -23,7 +23,7 @@ use crate::cli::progress::{Progress, ProgressArgs};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest};
+use crate::images::{self, CacheMode, CreateRequest, Image, ImageFormat, OpenRequest, frozen};
 use crate::io::{AlignedBuf, File as _, HostFile, HostKind, OpenOptions, block_on};
 use crate::jobs::layer_copy::{Held, held_above};
 use crate::units::{ByteRange, MIB, SECTOR_SIZE, align_down, align_up};
@@ -173,6 +173,9 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
         images::create(&create)?;
     }
     let target = images::open(&request)?;
+    if args.no_create {
+        frozen::check_not_frozen(&target.file, &request.allow_dirs)?;
+    }
     if target.node.size() < size {
         return Err(Error::invalid(format!(
             "{}: has {} bytes, and the source {size}; make it larger (vublk resize) first",

@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
-use crate::images::{self, ImageFormat, OpenRequest};
+use crate::images::{self, ImageFormat, OpenRequest, frozen};
 use crate::io::block_on;
 
 /// Forget all that was written to an overlay: it reads as its backing file again
@@ -41,6 +41,8 @@ pub fn run(args: &ResetArgs) -> Result<u8> {
             image.format
         )));
     }
+    // Whoever stands on it would lose what it shows of it.
+    frozen::check_not_frozen(&image.file, &args.allow_dirs)?;
     block_on(async {
         image.node.driver().make_empty(args.discard).await?;
         image.node.close().await

@@ -9,7 +9,7 @@ use crate::cli::size::SizeChange;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
 use crate::images::resize::Offline;
-use crate::images::{self, ImageFormat, OpenRequest};
+use crate::images::{self, ImageFormat, OpenRequest, frozen};
 use crate::io::block_on;
 
 /// Change the size of a disk that nobody uses
@@ -82,6 +82,7 @@ fn wanted(args: &ResizeArgs, name: &str, old: u64) -> Result<u64> {
 fn resize_node(args: &ResizeArgs, request: &OpenRequest) -> Result<u64> {
     let image = images::open(request)?;
     let name = image.name();
+    frozen::check_not_frozen(&image.file, &request.allow_dirs)?;
     let new = wanted(args, name, image.node.size())?;
     block_on(async {
         // Nobody else uses this node.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::formats::vhdx;
 use crate::images::open::open_file;
-use crate::images::{Access, ImageFormat, OpenRequest, format_of, open};
+use crate::images::{Access, ImageFormat, OpenRequest, format_of, frozen, open};
 use crate::io::{File, HostFile, block_on};
 
 /// An image that is resized while nobody uses it, open and locked.
@@ -34,6 +34,7 @@ impl Offline {
         let parent_size = image.backing.as_ref().map(|below| below.node.size());
         drop(image);
         let (file, _) = open_file(&OpenRequest { access: Access::Write, ..request.clone() })?;
+        frozen::check_not_frozen(&file, &request.allow_dirs)?;
         Ok(Some(Offline { file, size, parent_size }))
     }
 
