@@ -371,15 +371,16 @@ impl FlushEntry<'_> {
     }
 
     /// The flush has succeeded: from now on its entry may be counted.
-    pub async fn succeeded(self) -> Result<()> {
+    pub async fn succeeded(mut self) -> Result<()> {
         let record = Record { state: RecordState::Whole, ..self.record };
         let written = self.recorder.write_record(&record).await;
-        self.over();
+        self.is_over = true;
+        self.recorder.tail.flush_over(self.record.entry);
         written
     }
 
     /// The flush has failed: its entry becomes a mark that says so.
-    pub async fn failed(self, err: &Error) -> Result<()> {
+    pub async fn failed(mut self, err: &Error) -> Result<()> {
         let recorder = self.recorder;
         let mark = recorder.mark(format!("flush failed: {err}").as_bytes());
         let at = recorder.offset(self.record.log_sector);
@@ -390,13 +391,9 @@ impl FlushEntry<'_> {
             recorder.write_record(&record).await
         };
         write.await?;
-        self.over();
-        Ok(())
-    }
-
-    fn over(mut self) {
         self.is_over = true;
-        self.recorder.tail.flush_over(self.record.entry);
+        recorder.tail.flush_failed(self.record.entry);
+        Ok(())
     }
 }
 

@@ -176,11 +176,21 @@ impl Tail {
         self.state.lock().unwrap().countable()
     }
 
-    /// The flush with this entry has succeeded, or its entry is no flush any more. All flushes
-    /// before it are as good as over, too: it made durable what they were to.
+    /// The flush with this entry has succeeded. All flushes before it are as good as over, too: it
+    /// made durable what they were to.
     pub fn flush_over(&self, entry: u64) {
+        self.forget_flushes(|flush| flush <= entry);
+    }
+
+    /// The flush with this entry has failed, and its entry is no flush any more. Those before it are
+    /// under way as they were.
+    pub fn flush_failed(&self, entry: u64) {
+        self.forget_flushes(|flush| flush == entry);
+    }
+
+    fn forget_flushes(&self, are_over: impl Fn(u64) -> bool) {
         let mut state = self.state.lock().unwrap();
-        state.flushes.retain(|flush| *flush > entry);
+        state.flushes.retain(|flush| !are_over(*flush));
         for waiter in state.waiters.drain(..) {
             waiter.wake();
         }

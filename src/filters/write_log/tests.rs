@@ -347,6 +347,26 @@ fn a_flush_that_fails_becomes_a_mark() {
     assert!(words[1].starts_with("M:flush failed: ") && words[3] == "F", "{words:?}");
 }
 
+/// A later one that fails is no end of a flush that is still under way.
+#[test]
+fn a_flush_that_fails_says_nothing_of_one_before_it() {
+    let bed = Bed::new();
+    let filter = bed.open();
+    let sim = Sim::new(1);
+    sim.attach(&bed.disk);
+    let mut first = filter.flush();
+    while sim.pending() == 0 {
+        assert!(poll(&mut first).is_pending());
+    }
+    sim.detach(&bed.disk);
+    bed.disk.fail(Fault { op: Some(SimOp::Flush), after: 0, errno: libc::EIO, for_good: false });
+    block_on(filter.flush()).unwrap_err();
+    assert_eq!(filter.entries(), (0, 0), "a flush that is not over may be counted");
+    finish(&sim, &mut first).unwrap();
+    assert_eq!(filter.entries(), (2, 2));
+    assert_eq!(bed.words()[0], "F");
+}
+
 #[test]
 fn a_full_log_fails_requests_and_loses_nothing() {
     let bed = Bed::new();
