@@ -26,6 +26,9 @@
 //! no room for a part of it, nothing is lost: what was not written counts as changed again, and the
 //! next flush makes up for this one.
 //!
+//! A bit shows before the one who sets it has said that, so a flush begins by waiting for those who are
+//! about to: others may have completed by what they saw.
+//!
 //! Flushes run one at a time; whoever waited while one began and ended is served by it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -288,6 +291,9 @@ impl Shared {
     async fn flush_now(&self) -> Result<()> {
         let durability = &self.durability;
         let round = Round::begin(durability);
+        // A write to a sector whose bit another one is just setting may have completed by it, before
+        // that one says that something has changed, and where.
+        Keeper::settle(self).await;
         if !durability.changed.swap(false, Ordering::SeqCst) {
             self.data.flush().await?;
             round.end();

@@ -1,5 +1,8 @@
 //! What a guest has seen completed, and what is flushed, after the process was killed.
 
+use std::pin::pin;
+use std::task::{Context, Waker};
+
 use super::*;
 
 /// A job may fill the image while its guest comes.
@@ -35,10 +38,10 @@ fn bits_that_were_being_set_when_the_session_began_are_on_disk() {
     assert!(durability.is_settled(), "a kill would take them away");
 }
 
-/// A record finds no room, and before its bit is set a flush copies the page without it: that flush
-/// has made nothing good for those who see the bit then.
+/// A record finds no room, and before its bit is set a flush begins: that one makes nothing good for
+/// those who see the bit then without having it in its copy of the page.
 #[test]
-fn a_flush_beside_a_record_without_room_does_not_settle_it() {
+fn a_flush_beside_a_record_without_room_waits_for_its_bit() {
     let dir = state_dir();
     let file = SimFile::from_bytes("x.add-cow", new_file(200 * 512, false));
     let image = SimFile::from_bytes("disk.raw", vec![0; 200 * 512]);
@@ -50,11 +53,40 @@ fn a_flush_beside_a_record_without_room_does_not_settle_it() {
     let range = ByteRange { offset: 0, len: 512 };
     let full = (0..10_000).any(|_| durability.commit(range, || ()) == Committed::FlushFirst);
     assert!(full);
-    let committed = durability.commit(range, || block_on(shared.flush_all()).unwrap());
+    let mut flush = pin!(shared.flush_all());
+    let committed = durability.commit(range, || {
+        assert!(flush.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    });
     assert_eq!(committed, Committed::FlushFirst);
     assert!(durability.must_wait_for_bits(false));
-    block_on(shared.flush_all()).unwrap();
+    block_on(flush).unwrap();
     assert!(!durability.must_wait_for_bits(false));
+}
+
+/// A write to a sector whose bit another one is just setting has nothing to set itself, and may complete
+/// before that one has said what it did.
+#[test]
+fn a_flush_finds_bits_that_are_just_being_set() {
+    let file = SimFile::from_bytes("x.add-cow", new_file(200 * 512, true));
+    let image = SimFile::from_bytes("disk.raw", vec![0; 200 * 512]);
+    let disk = open_disk(&file, &image, backing_of(Some(&[9; 4096])), None);
+    let shared = &disk.format().shared;
+    let mut flush = pin!(disk.flush());
+    let mut is_flushed = false;
+    block_on(shared.pin(0)).unwrap();
+    let committed = shared.durability.commit(ByteRange { offset: 0, len: 512 }, || {
+        shared.pages.set(0, 1);
+        block_on(write(&disk, 0, &[7; 512])).unwrap();
+        is_flushed = flush.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready();
+    });
+    assert_eq!(committed, Committed::Done);
+    shared.pages.unpin(0);
+    if !is_flushed {
+        block_on(flush).unwrap();
+    }
+    let (file, image) = (file.after_power_cut(0), image.after_power_cut(0));
+    let disk = open_disk(&file, &image, backing_of(Some(&[9; 4096])), None);
+    assert_eq!(block_on(read(&disk, 0, 512)), [7; 512]);
 }
 
 #[test]
