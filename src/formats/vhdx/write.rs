@@ -398,14 +398,16 @@ impl Vhdx {
     async fn clear_block(&self, block: u64, discard: bool) -> Result<bool> {
         let index = self.geometry().payload_index(block);
         // Most of an empty disk is cleared without taking a lock.
-        if !self.needs_clearing(self.entry_at(index).await?, discard) {
-            return Ok(false);
+        let entry = self.entry_at(index).await?;
+        if !self.needs_clearing(entry, discard) {
+            // Somebody may have cleared it who still has to commit that.
+            return Ok(entry & UNSETTLED != 0);
         }
         let _alone = self.blocks.exclusive(ByteRange { offset: block, len: 1 }).await;
         loop {
             let entry = self.entry_at(index).await?;
             if !self.needs_clearing(entry, discard) {
-                return Ok(false);
+                return Ok(entry & UNSETTLED != 0);
             }
             let edit = Edit::Entry { index, value: payload::ZERO };
             let expect = [(index, entry)];
@@ -434,12 +436,13 @@ impl Vhdx {
     async fn clear_part(&self, block: u64, part: ByteRange, may_unmap: bool) -> Result<bool> {
         let index = self.geometry().payload_index(block);
         let whole = part == self.geometry().block_range(block);
-        match bat::state(self.entry_at(index).await?) {
+        let entry = self.entry_at(index).await?;
+        match bat::state(entry) {
             payload::FULLY_PRESENT | payload::PARTIALLY_PRESENT => {}
             // A whole block needs no place to be zeros.
             payload::NOT_PRESENT if whole => return self.clear_block(block, false).await,
             payload::NOT_PRESENT if self.geometry().has_parent => {}
-            _ => return Ok(false),
+            _ => return Ok(entry & UNSETTLED != 0),
         }
         let mut at = part;
         while !at.is_empty() {
