@@ -18,19 +18,45 @@ impl Qcow2 {
         while !at.is_empty() {
             let want = ByteRange { offset: at.offset, len: at.len.min(MAX_RUN) };
             let (mapping, run) = self.shallow(want).await?;
-            let zero = match mapping {
-                ShallowMapping::Zero { explicit, .. } => {
-                    explicit || !self.backing_shows(run.offset)
-                }
+            let is_zero = match mapping {
+                ShallowMapping::Zero { explicit: true, .. } => self.keep_zeros(run).await?,
+                ShallowMapping::Zero { .. } => !self.backing_shows(run.offset),
                 _ => false,
             };
-            if !zero {
+            if !is_zero {
                 let zeros = AlignedBuf::zeroed(run.len as usize, 4096);
                 self.write_out(run.offset, zeros.buffers()).await?;
             }
             at = ByteRange::between(run.end(), at.end());
         }
         Ok(())
+    }
+
+    /// Sees to it that a run of zeros, of which a kill may take away what made it zeros, survives that
+    /// by this request as well: who made it so need not be done. False if it is no such run any more.
+    async fn keep_zeros(&self, run: ByteRange) -> Result<bool> {
+        while self.is_pending(run) {
+            let guest = self.guest.exclusive(self.clusters(run)).await;
+            let (mapping, same) = self.shallow(run).await?;
+            if !matches!(mapping, ShallowMapping::Zero { explicit: true, .. }) || same != run {
+                return Ok(false);
+            }
+            let meta = self.meta.shared(ALL).await;
+            let promise = self.promise(0);
+            let is_promised = promise.is_some();
+            let must_checkpoint = promise.is_none_or(|promise| {
+                self.set_pending(run);
+                self.fulfil(promise, RECORD_ZERO, run, &[])
+            });
+            drop((meta, guest));
+            if must_checkpoint {
+                self.checkpoint().await?;
+            }
+            if is_promised {
+                break;
+            }
+        }
+        Ok(true)
     }
 
     /// Zeroes or discards a range.
@@ -86,8 +112,13 @@ impl Qcow2 {
         let (mapping, run) = self.shallow(chunk).await?;
         let mut host = None;
         let mut hazard = false;
+        let mut is_zero = false;
         match mapping {
-            ShallowMapping::Zero { explicit: true, .. } => return Ok(Some(run.len)),
+            ShallowMapping::Zero { explicit: true, .. } if !self.is_pending(run) => {
+                return Ok(Some(run.len));
+            }
+            // A kill may take it away, and who made it so need not be done.
+            ShallowMapping::Zero { explicit: true, .. } => is_zero = true,
             ShallowMapping::Zero { .. } if discard || !self.backing_shows(run.offset) => {
                 return Ok(Some(run.len));
             }
@@ -107,7 +138,7 @@ impl Qcow2 {
         if hazard {
             self.store.announce_hazard();
         }
-        let mut at = run;
+        let mut at = if is_zero { ByteRange::default() } else { run };
         while !at.is_empty() {
             let (start, len) = self
                 .image

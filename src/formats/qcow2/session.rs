@@ -76,6 +76,11 @@ impl Qcow2 {
         }
     }
 
+    /// Whether a kill would set any of the range back, were it not for the records in the keep.
+    pub(super) fn is_pending(&self, range: ByteRange) -> bool {
+        self.pending.lock().unwrap().overlaps(range)
+    }
+
     /// Keeps a promise, with meta held; true if a checkpoint must follow once it is released.
     pub(super) fn fulfil(
         &self,

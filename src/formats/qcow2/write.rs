@@ -105,7 +105,7 @@ impl Qcow2 {
     pub(super) fn may_write_through(&self, range: ByteRange, revocations: u64) -> bool {
         self.revocations.load(Ordering::SeqCst) == revocations
             && !self.has_claims.load(Ordering::Relaxed)
-            && !self.pending.lock().unwrap().overlaps(range)
+            && !self.is_pending(range)
     }
 
     /// A place that must be allocated, or whose writes must be recorded; `None` if a checkpoint is

@@ -1,6 +1,7 @@
 //! What completed survives the death of the process.
 
 use std::sync::mpsc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use super::*;
@@ -290,5 +291,38 @@ fn a_guest_comes_back_after_a_kill_while_the_disk_grows() {
         let back = block_on(driver.resume(Some(7)));
         back.unwrap_or_else(|err| panic!("killed after {stop} steps: {err}"));
         assert_eq!(block_on(read(&driver, 512, 512)), [1; 512]);
+    }
+}
+
+/// Without a keep, who zeroes a cluster completes once that is on disk, and not only who was the first.
+#[test]
+fn a_cluster_that_is_being_zeroed_is_not_yet_zero() {
+    let cluster = ByteRange { offset: 0, len: 65536 };
+    for range in [cluster, ByteRange { offset: 4096, len: 4096 }] {
+        let file = new_image(&backed(4 * cluster.len, cluster.len, false), Alignment::NONE);
+        let driver = open_image(&file, None, None);
+        driver.begin_session(1).unwrap();
+        block_on(write(&driver, 0, &vec![1; cluster.len as usize])).unwrap();
+        block_on(driver.flush()).unwrap();
+        let sim = Sim::new(0);
+        sim.attach(&file);
+        let mut first = Box::pin(async { driver.write_zeroes(cluster, false).await.unwrap() });
+        let mut killed = None;
+        let mut second = Box::pin(async {
+            driver.write_zeroes(range, false).await.unwrap();
+            killed = Some(file.after_kill());
+        });
+        let mut now = Context::from_waker(Waker::noop());
+        while !driver.format().is_dirty() {
+            sim.step();
+            assert!(first.as_mut().poll(&mut now).is_pending());
+        }
+        match second.as_mut().poll(&mut now) {
+            Poll::Ready(()) => drop(second),
+            Poll::Pending => sim.run(vec![first as SimTask<'_>, second as SimTask<'_>]),
+        }
+        let again = open_image(&killed.unwrap(), None, None);
+        let found = block_on(read(&again, range.offset, range.len));
+        assert!(found.iter().all(|byte| *byte == 0), "{range}");
     }
 }
