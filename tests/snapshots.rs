@@ -239,6 +239,7 @@ fn apply_overlay(path: &Path, format: ImageFormat, content: &mut [u64]) {
         keeps_space: true,
         backing: BackingChoice::Nothing,
         allow_dirs: Vec::new(),
+        metadata_cache: None,
         state_dir: StateDir::None,
         settled: None,
     };
