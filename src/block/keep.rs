@@ -58,7 +58,6 @@ use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use crate::block::open_gate;
 use crate::crc32c;
 use crate::error::{Error, ErrorKind, Result, ResultExt};
-
 use crate::io::{HostFile, SharedMemory};
 use crate::units::align_up;
 pub use session::{Keeper, begin_session};

@@ -14,8 +14,8 @@ const SHARED_WITH_GROUP: u32 = 0o660;
 /// Who may use the sockets of the disks.
 #[derive(Clone, Debug, Default, Args)]
 pub struct DiskSocketArgs {
-    /// Give the sockets of disks to this group (a name or a number), whose members may use them: that of
-    /// the front-end
+    /// Give the sockets of disks to this group (a name or a number), so that front-ends of other users
+    /// who belong to it may connect
     #[arg(id = "socket-group", long, value_name = "GROUP", conflicts_with = "fd")]
     group: Option<String>,
     /// Permissions of the sockets of disks, in octal; what the umask leaves if not given, with
