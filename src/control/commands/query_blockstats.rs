@@ -27,6 +27,7 @@ qapi! {
 qapi! {
     /// Counts since the export started, or the node was added. Of a node, requests that need no task are
     /// not counted, and failures in one sum.
+    #[derive(Default)]
     pub struct BlockDeviceStats {
         /// Bytes read.
         pub rd__bytes: u64,
@@ -86,9 +87,9 @@ qapi! {
         pub invalid__flush__operations: u64,
         /// 0.
         pub invalid__unmap__operations: u64,
-        /// Whether invalid requests count for times.
+        /// Whether invalid requests count for times: of an export they do.
         pub account__invalid: bool,
-        /// Whether failed requests count for times.
+        /// Whether failed requests count for times: of an export they do.
         pub account__failed: bool,
         /// Empty.
         pub timed__stats: Vec<BlockDeviceTimedStats>,
@@ -152,11 +153,13 @@ fn of_export(served: &Served) -> BlockStats {
             failed__wr__operations: totals.failed_writes,
             failed__flush__operations: totals.failed_flushes,
             failed__unmap__operations: totals.failed_discards,
+            account__invalid: true,
+            account__failed: true,
             x_vublk_errors: totals.errors,
             x_vublk_requests: Some(totals.requests),
             x_vublk_kicks: Some(totals.kicks),
             x_vublk_interrupts: Some(totals.interrupts),
-            ..nothing()
+            ..BlockDeviceStats::default()
         },
     }
 }
@@ -181,48 +184,7 @@ fn of_node(node: &Node) -> BlockStats {
             wr__operations: counters.writes.load(Ordering::Relaxed),
             flush__operations: counters.flushes.load(Ordering::Relaxed),
             x_vublk_errors: counters.errors.load(Ordering::Relaxed),
-            ..nothing()
+            ..BlockDeviceStats::default()
         },
-    }
-}
-
-fn nothing() -> BlockDeviceStats {
-    BlockDeviceStats {
-        rd__bytes: 0,
-        wr__bytes: 0,
-        zone__append__bytes: 0,
-        unmap__bytes: 0,
-        rd__operations: 0,
-        wr__operations: 0,
-        zone__append__operations: 0,
-        flush__operations: 0,
-        unmap__operations: 0,
-        rd__total__time__ns: 0,
-        wr__total__time__ns: 0,
-        zone__append__total__time__ns: 0,
-        flush__total__time__ns: 0,
-        unmap__total__time__ns: 0,
-        wr__highest__offset: 0,
-        rd__merged: 0,
-        wr__merged: 0,
-        zone__append__merged: 0,
-        unmap__merged: 0,
-        failed__rd__operations: 0,
-        failed__wr__operations: 0,
-        failed__zone__append__operations: 0,
-        failed__flush__operations: 0,
-        failed__unmap__operations: 0,
-        invalid__rd__operations: 0,
-        invalid__wr__operations: 0,
-        invalid__zone__append__operations: 0,
-        invalid__flush__operations: 0,
-        invalid__unmap__operations: 0,
-        x_vublk_errors: 0,
-        account__invalid: true,
-        account__failed: true,
-        timed__stats: Vec::new(),
-        x_vublk_requests: None,
-        x_vublk_kicks: None,
-        x_vublk_interrupts: None,
     }
 }
