@@ -381,15 +381,10 @@ fn open_format(
         (wants, _) => wants,
     };
     let request = FormatRequest {
-        node_name,
-        format,
-        access,
         keeps_space: inherited.keeps_space,
         backing,
-        allow_dirs: disks.layers.allow_dirs().to_vec(),
-        metadata_cache: disks.layers.metadata_cache,
-        state_dir: disks.layers.state_dir().clone(),
         settled,
+        ..disks.layers.format_request(node_name, format, access)
     };
     let image = blockdev::open_format(&protocol, &request)?;
     if let Some(backing) = image.node.backing() {

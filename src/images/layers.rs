@@ -75,6 +75,26 @@ impl Layers {
         &self.state_dir
     }
 
+    /// A request to open an image with what holds for all of them here, and on what it names.
+    pub fn format_request(
+        &self,
+        node_name: String,
+        format: ImageFormat,
+        access: Access,
+    ) -> FormatRequest {
+        FormatRequest {
+            node_name,
+            format,
+            access,
+            keeps_space: false,
+            backing: BackingChoice::AsNamed,
+            allow_dirs: self.allow_dirs.clone(),
+            metadata_cache: self.metadata_cache,
+            state_dir: self.state_dir.clone(),
+            settled: None,
+        }
+    }
+
     /// The layer of a node.
     pub fn of(&self, node: &Node) -> Option<&Layer> {
         self.layers.iter().find(|layer| layer.image.node.is_same(node))
@@ -520,19 +540,14 @@ impl Layers {
                     let image = self.of(&below.skip_filters().1)?.image.clone();
                     Some(Image { node: below, ..image })
                 });
+                let name = node.name().to_string();
                 let request = FormatRequest {
-                    node_name: node.name().to_string(),
-                    format: layer.image.format,
-                    access: Access::Write,
                     keeps_space: node.keeps_space(),
                     backing: match below {
                         Some(image) => BackingChoice::Image(Box::new(image)),
                         None => BackingChoice::Nothing,
                     },
-                    allow_dirs: self.allow_dirs.clone(),
-                    metadata_cache: self.metadata_cache,
-                    state_dir: self.state_dir.clone(),
-                    settled: None,
+                    ..self.format_request(name, layer.image.format, Access::Write)
                 };
                 blockdev::open_driver(new, &request)?
             };
@@ -615,17 +630,7 @@ mod tests {
         }
 
         fn format(&self, name: &str, format: ImageFormat, access: Access) -> FormatRequest {
-            FormatRequest {
-                node_name: name.into(),
-                format,
-                access,
-                keeps_space: false,
-                backing: BackingChoice::AsNamed,
-                allow_dirs: Vec::new(),
-                metadata_cache: None,
-                state_dir: StateDir::None,
-                settled: None,
-            }
+            self.layers.format_request(name.into(), format, access)
         }
 
         fn add(&mut self, name: &str, format: ImageFormat, access: Access) -> Node {

@@ -163,15 +163,10 @@ fn open_overlay(disks: &mut Disks, node: &Node, request: &OverlayRequest) -> Qmp
             request.file.display()
         )));
     }
+    let name = request.snapshot_node_name.clone().unwrap_or_else(crate::block::graph::auto_name);
     let image = blockdev::open_format(
         &protocol,
         &FormatRequest {
-            node_name: match &request.snapshot_node_name {
-                Some(name) => name.clone(),
-                None => crate::block::graph::auto_name(),
-            },
-            format: request.format,
-            access: Access::Write,
             keeps_space: node.keeps_space(),
             backing: match (request.exists, request.format) {
                 // It knows the image below as that was when it was made, and is told how it is now
@@ -179,10 +174,7 @@ fn open_overlay(disks: &mut Disks, node: &Node, request: &OverlayRequest) -> Qmp
                 (true, ImageFormat::Vhdx) => BackingChoice::Nothing,
                 _ => BackingChoice::Image(Box::new(below)),
             },
-            allow_dirs: disks.layers.allow_dirs().to_vec(),
-            metadata_cache: disks.layers.metadata_cache,
-            state_dir: disks.layers.state_dir().clone(),
-            settled: None,
+            ..disks.layers.format_request(name, request.format, Access::Write)
         },
     )?;
     let file = disks.layers.add_protocol(protocol, false)?;
