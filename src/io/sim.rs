@@ -683,6 +683,27 @@ impl Sim {
         self.run_until(tasks, |_| false);
     }
 
+    /// Runs `first` until it `is_half_way`, and then `second`: with the first, if it waits for anything,
+    /// else past it. Then the first is dropped where it stands.
+    ///
+    /// # Panics
+    /// If the first comes to its end before it is half way.
+    pub fn overtake<'a>(
+        &self,
+        mut first: SimTask<'a>,
+        is_half_way: impl Fn() -> bool,
+        mut second: SimTask<'a>,
+    ) {
+        let mut now = Context::from_waker(Waker::noop());
+        while !is_half_way() {
+            self.step();
+            assert!(first.as_mut().poll(&mut now).is_pending(), "it has come to its end");
+        }
+        if second.as_mut().poll(&mut now).is_pending() {
+            self.run(vec![first, second]);
+        }
+    }
+
     /// Runs the tasks until `stop`, called with the number of the step before each, says so; the
     /// tasks that are left are dropped where they stand. True if all came to their end.
     pub fn run_until(&self, tasks: Vec<SimTask<'_>>, mut stop: impl FnMut(u64) -> bool) -> bool {

@@ -10,7 +10,6 @@ use crate::block::Driver;
 use crate::io::sim::{Rng, Sim, SimFile, SimTask};
 use crate::io::{File, block_on};
 use crate::units::MIB;
-use std::task::{Context, Poll, Waker};
 
 const BLOCKS: u64 = 4;
 const SIZE: u64 = BLOCKS * MIB;
@@ -333,21 +332,13 @@ fn a_block_that_is_being_cleared_is_not_yet_clear() {
         block_on(write(&driver, 0, &vec![OLD; 1 << 20], true)).unwrap();
         let sim = Sim::new(0);
         sim.attach(&file);
-        let mut first = Box::pin(async { driver.write_zeroes(block, true).await.unwrap() });
+        let first = Box::pin(async { driver.write_zeroes(block, true).await.unwrap() });
         let mut killed = None;
-        let mut second = Box::pin(async {
+        let second = Box::pin(async {
             driver.write_zeroes(range, true).await.unwrap();
             killed = Some(file.after_kill());
         });
-        let mut now = Context::from_waker(Waker::noop());
-        while !driver.format().is_dirty() {
-            sim.step();
-            assert!(first.as_mut().poll(&mut now).is_pending());
-        }
-        match second.as_mut().poll(&mut now) {
-            Poll::Ready(()) => drop(second),
-            Poll::Pending => sim.run(vec![first as SimTask<'_>, second as SimTask<'_>]),
-        }
+        sim.overtake(first, || driver.format().is_dirty(), second);
         let again = open_image(&killed.unwrap(), None, None).unwrap();
         let found = block_on(read(&again, range.offset, range.len));
         assert!(found.iter().all(|byte| *byte == 0), "{range}");

@@ -1,7 +1,6 @@
 //! What completed survives the death of the process.
 
 use std::sync::mpsc;
-use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use super::*;
@@ -306,21 +305,13 @@ fn a_cluster_that_is_being_zeroed_is_not_yet_zero() {
         block_on(driver.flush()).unwrap();
         let sim = Sim::new(0);
         sim.attach(&file);
-        let mut first = Box::pin(async { driver.write_zeroes(cluster, false).await.unwrap() });
+        let first = Box::pin(async { driver.write_zeroes(cluster, false).await.unwrap() });
         let mut killed = None;
-        let mut second = Box::pin(async {
+        let second = Box::pin(async {
             driver.write_zeroes(range, false).await.unwrap();
             killed = Some(file.after_kill());
         });
-        let mut now = Context::from_waker(Waker::noop());
-        while !driver.format().is_dirty() {
-            sim.step();
-            assert!(first.as_mut().poll(&mut now).is_pending());
-        }
-        match second.as_mut().poll(&mut now) {
-            Poll::Ready(()) => drop(second),
-            Poll::Pending => sim.run(vec![first as SimTask<'_>, second as SimTask<'_>]),
-        }
+        sim.overtake(first, || driver.format().is_dirty(), second);
         let again = open_image(&killed.unwrap(), None, None);
         let found = block_on(read(&again, range.offset, range.len));
         assert!(found.iter().all(|byte| *byte == 0), "{range}");
