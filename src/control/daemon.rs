@@ -13,7 +13,7 @@ use super::events::Events;
 use super::inbox::Inbox;
 use super::job_events;
 use crate::error::{Result, ResultExt};
-use crate::jobs::{self, JobEvent, Jobs};
+use crate::jobs::{self, JobEvent, Jobs, VerbError};
 
 /// The state of the process that commands look at and change. It belongs to the main thread.
 #[derive(Debug)]
@@ -111,6 +111,14 @@ impl Daemon {
     /// All jobs.
     pub fn jobs(&self) -> &Jobs {
         &self.shared.jobs
+    }
+
+    /// Puts in force what a job has done that waits for this. Then it is over.
+    pub fn finalize_job(&mut self, id: &str) -> Result<(), VerbError> {
+        let result = self.shared.jobs.finalize(id, &mut self.disks.layers);
+        // What a guest stands on now may be larger.
+        self.disks.update_capacities();
+        result
     }
 
     /// Ends the process after what is being done.

@@ -154,6 +154,18 @@ impl Jobs {
         jobs.iter().map(|job| job.info()).collect()
     }
 
+    /// Puts in force what a job has done that waits for this, on the main thread. Then it is over: whoever
+    /// asked may dismiss it at once.
+    pub fn finalize(&self, id: &str, layers: &mut Layers) -> Result<(), VerbError> {
+        let job = self.find(id).ok_or(VerbError::NotFound)?;
+        let status = job.state().status;
+        if !Verb::Finalize.is_allowed(status) {
+            return Err(refused(id, status, Verb::Finalize));
+        }
+        job.finalize(layers);
+        Ok(())
+    }
+
     /// Obeys a verb that needs nothing but a name. For `Cancel`, what is done counts for nothing,
     /// however far the job is; see [`Jobs::cancel_gently`].
     pub fn apply(&self, id: &str, verb: Verb) -> Result<(), VerbError> {
@@ -188,7 +200,7 @@ impl Jobs {
                 state.cancelled = true;
                 job.settle(&mut state);
             }
-            Verb::Cancel | Verb::Finalize => {
+            Verb::Cancel => {
                 drop(state);
                 // The end of a job is the main thread's. It may have come there by itself.
                 let job = Arc::clone(&job);
@@ -197,17 +209,16 @@ impl Jobs {
                     if state.status != Status::Pending {
                         return;
                     }
-                    state.cancelled |= verb == Verb::Cancel;
+                    state.cancelled = true;
                     drop(state);
-                    match verb {
-                        Verb::Cancel => job.fail(&cancelled(), layers),
-                        _ => job.finalize(layers),
-                    }
+                    job.fail(&cancelled(), layers);
                 }));
                 return Ok(());
             }
             Verb::Dismiss => job.dismiss(&mut state),
-            Verb::SetSpeed | Verb::Change => unreachable!("{verb} needs more than a name"),
+            Verb::SetSpeed | Verb::Change | Verb::Finalize => {
+                unreachable!("{verb} needs more than a name")
+            }
         }
         drop(state);
         job.waiters().wake();

@@ -96,17 +96,27 @@ verb!(
     "Ends a block job that is ready; the guest goes over to the copy."
 );
 verb!(
-    BlockJobFinalize(BlockJobId.id),
-    "block-job-finalize",
-    Verb::Finalize,
-    "Puts in force what a block job has done."
-);
-verb!(
     BlockJobDismiss(BlockJobId.id),
     "block-job-dismiss",
     Verb::Dismiss,
     "Forgets a block job that is over."
 );
+
+pub struct BlockJobFinalize;
+
+impl MainCommand for BlockJobFinalize {
+    const NAME: &'static str = "block-job-finalize";
+    const DOC: &'static str =
+        "Puts in force what a block job has done; it is over when this is answered.";
+    type Arguments = BlockJobId;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: BlockJobId) -> QmpResult<Nothing> {
+        let id = block_job(daemon.shared(), &arguments.id)?;
+        daemon.finalize_job(id).map_err(|err| refusal(id, err))?;
+        Ok(Nothing {})
+    }
+}
 
 pub struct BlockJobCancel;
 

@@ -41,5 +41,19 @@ verb!(JobPause, "job-pause", Verb::Pause, "Has a job rest.");
 verb!(JobResume, "job-resume", Verb::Resume, "Has a job that rests go on.");
 verb!(JobCancel, "job-cancel", Verb::Cancel, "Ends a job; what it did does not count.");
 verb!(JobComplete, "job-complete", Verb::Complete, "Ends a job that is ready.");
-verb!(JobFinalize, "job-finalize", Verb::Finalize, "Puts in force what a job has done.");
 verb!(JobDismiss, "job-dismiss", Verb::Dismiss, "Forgets a job that is over.");
+
+pub struct JobFinalize;
+
+impl MainCommand for JobFinalize {
+    const NAME: &'static str = "job-finalize";
+    const DOC: &'static str =
+        "Puts in force what a job has done; it is over when this is answered.";
+    type Arguments = JobId;
+    type Returns = Nothing;
+
+    fn run(daemon: &mut Daemon, arguments: JobId) -> QmpResult<Nothing> {
+        daemon.finalize_job(&arguments.id).map_err(refusal)?;
+        Ok(Nothing {})
+    }
+}
