@@ -269,6 +269,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// Fixed properties.
     fn limits(&self) -> Limits;
 
+    /// The driver that this one stands in front of within a node, if it does. What this one does not say
+    /// of the image, its neighbours and what is kept for it, that one says.
+    fn covers(&self) -> Option<&dyn Driver> {
+        None
+    }
+
     /// Resolves a request to file extents without waiting, taking no lock that anybody holds for
     /// long and allocating nothing that grows with the request. Nothing that can be read may change
     /// by it, whether or not the plan is carried out: giving a block a place in memory that reads
@@ -345,7 +351,7 @@ pub trait Driver: Send + Sync + fmt::Debug {
 
     /// The nodes below this one, with the role each plays ("file", "backing").
     fn children(&self) -> Vec<(&'static str, Node)> {
-        Vec::new()
+        self.covers().map(Driver::children).unwrap_or_default()
     }
 
     /// Whether this is a filter: its one child, `file`, is the disk that it shows. For changes of the
@@ -375,14 +381,13 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// An overlay is about to be made. If overlays know this image by something that its next
     /// change would renew, it is renewed now, so that it stays from now on.
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
-        Box::pin(async { Ok(()) })
+        self.covers().map_or_else(nothing, Driver::prepare_for_overlay)
     }
 
     /// What overlays know this image by, as it is or `once_changed`; `None` if they know it by nothing
     /// that changes.
     fn identity(&self, once_changed: bool) -> Option<u128> {
-        let _ = once_changed;
-        None
+        self.covers()?.identity(once_changed)
     }
 
     /// The backing is about to change, where this layer hides it, and to have `identity` then (see
@@ -393,16 +398,17 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// # Errors
     /// If this layer cannot; then nothing has changed, and the backing must not.
     fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
-        let _ = identity;
-        Box::pin(async { Ok(()) })
+        self.covers().map_or_else(nothing, |covered| covered.follow_backing(identity))
     }
 
     /// The layer has no backing and is about to be put on one that has `identity`. If it holds nothing
     /// yet, and knows the image that it was made for by an earlier identity of that, it knows it by this
     /// one from now on; durable on return. Returns whether that is so.
     fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
-        let _ = identity;
-        Box::pin(async { Ok(false) })
+        match self.covers() {
+            Some(covered) => covered.adopt_backing(identity),
+            None => Box::pin(async { Ok(false) }),
+        }
     }
 
     /// Checks that [`Driver::rename_backing`] can be done, as far as that can be told before.
@@ -410,8 +416,7 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// # Errors
     /// What is in the way.
     fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        let _ = backing;
-        Box::pin(async { Ok(()) })
+        self.covers().map_or_else(nothing, |covered| covered.check_rename_backing(backing))
     }
 
     /// Has the image's own metadata name another backing file and its format, or none; durable on
@@ -421,7 +426,9 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// # Errors
     /// If this cannot be done here; then the old name stands.
     fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        let _ = backing;
+        if let Some(covered) = self.covers() {
+            return covered.rename_backing(backing);
+        }
         Box::pin(async move {
             Err(Error::unsupported(format!(
                 "{} images cannot be made to name another backing file here",
@@ -432,7 +439,7 @@ pub trait Driver: Send + Sync + fmt::Debug {
 
     /// Format-specific facts for `info`, as JSON; `null` if there are none.
     fn details(&self) -> serde_json::Value {
-        serde_json::Value::Null
+        self.covers().map(Driver::details).unwrap_or_default()
     }
 
     /// Decides what happens to metadata that outlived an earlier process (see
@@ -440,27 +447,30 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// write it saw completed, or (`None`) a new guest starts and only what was flushed counts.
     /// Called before the first request. Drivers that keep nothing have nothing to do.
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
-        let _ = nonce;
-        Box::pin(async { Ok(()) })
+        self.covers().map_or_else(nothing, |covered| covered.resume(nonce))
     }
 
     /// Starts a session of a guest whose writes must outlive this process; `nonce` names it. What is
     /// left to flush is flushed first, on this thread. Where that session runs already, it goes on
     /// as it is.
     fn begin_session(&self, nonce: u128) -> Result<()> {
-        let _ = nonce;
-        Ok(())
+        self.covers().map_or(Ok(()), |covered| covered.begin_session(nonce))
     }
 
     /// The keep of this driver, if it has one: completed writes may be there and nowhere else.
     fn keep(&self) -> Option<&Keep> {
-        None
+        self.covers()?.keep()
     }
 
     /// Flushes and leaves the image in its cleanest state. Nothing is called afterwards.
     fn close<'a>(&'a self) -> Fut<'a, ()> {
-        self.flush()
+        self.covers().map_or_else(|| self.flush(), Driver::close)
     }
+}
+
+/// Done.
+fn nothing<'a>() -> Fut<'a, ()> {
+    Box::pin(async { Ok(()) })
 }
 
 #[cfg(test)]

@@ -19,8 +19,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::block::Quiesced;
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
-use crate::block::{Keep, Node, Quiesced};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuf, Buffers, Fut};
 use crate::units::ByteRange;
@@ -88,6 +88,10 @@ impl Driver for GuessGuard {
         Limits { request_alignment: below.request_alignment.max(HEAD_LEN), ..below }
     }
 
+    fn covers(&self) -> Option<&dyn Driver> {
+        Some(self.below.as_ref())
+    }
+
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         match op {
             PlanOp::Write { .. } if range.offset < HEAD_LEN => Planned::NotNow,
@@ -134,36 +138,12 @@ impl Driver for GuessGuard {
     fn resize<'a>(&'a self, size: u64) -> Fut<'a, ()> {
         self.below.resize(size)
     }
-
-    fn children(&self) -> Vec<(&'static str, Node)> {
-        self.below.children()
-    }
-
-    fn details(&self) -> serde_json::Value {
-        self.below.details()
-    }
-
-    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
-        self.below.resume(nonce)
-    }
-
-    fn begin_session(&self, nonce: u128) -> Result<()> {
-        self.below.begin_session(nonce)
-    }
-
-    fn keep(&self) -> Option<&Keep> {
-        self.below.keep()
-    }
-
-    fn close<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.close()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::{NodeOptions, PlanExtent};
+    use crate::block::{Node, NodeOptions, PlanExtent};
     use crate::formats::raw::Raw;
     use crate::io::{HostFile, OpenOptions, block_on};
 

@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::bitmap::DirtyMap;
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
-use crate::block::{Keep, Node, NodeOptions, RangeGuard, RangeLock};
+use crate::block::{Node, NodeOptions, RangeGuard, RangeLock};
 use crate::error::Result;
 use crate::io::{AlignedBuf, Buffers, Fut, block_on};
 use crate::units::{ByteRange, MIB};
@@ -191,6 +191,10 @@ impl Driver for Intercept {
         self.below.limits()
     }
 
+    fn covers(&self) -> Option<&dyn Driver> {
+        Some(self.below.as_ref())
+    }
+
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         match op {
             PlanOp::Write { .. } => Planned::NotNow,
@@ -222,34 +226,6 @@ impl Driver for Intercept {
         self.below.block_status(range)
     }
 
-    fn children(&self) -> Vec<(&'static str, Node)> {
-        self.below.children()
-    }
-
-    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        self.below.check_rename_backing(backing)
-    }
-
-    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        self.below.rename_backing(backing)
-    }
-
-    fn details(&self) -> serde_json::Value {
-        self.below.details()
-    }
-
-    fn identity(&self, once_changed: bool) -> Option<u128> {
-        self.below.identity(once_changed)
-    }
-
-    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
-        self.below.follow_backing(identity)
-    }
-
-    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.prepare_for_overlay()
-    }
-
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
         Box::pin(self.settled(async move || self.below.resume(nonce).await))
     }
@@ -261,14 +237,6 @@ impl Driver for Intercept {
             self.below.flush().await?;
             self.below.begin_session(nonce)
         }))
-    }
-
-    fn keep(&self) -> Option<&Keep> {
-        self.below.keep()
-    }
-
-    fn close<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.close()
     }
 }
 

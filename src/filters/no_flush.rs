@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::block::driver::{BlockStatus, Driver, Limits, Plan, PlanOp, Planned};
-use crate::block::{Keep, Node, Quiesced};
+use crate::block::{Node, Quiesced};
 use crate::error::Result;
 use crate::io::{Buffers, Fut};
 use crate::units::ByteRange;
@@ -31,6 +31,10 @@ impl Driver for NoFlush {
 
     fn limits(&self) -> Limits {
         self.below.limits()
+    }
+
+    fn covers(&self) -> Option<&dyn Driver> {
+        Some(self.below.as_ref())
     }
 
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
@@ -78,10 +82,6 @@ impl Driver for NoFlush {
         self.below.refresh(quiesced)
     }
 
-    fn children(&self) -> Vec<(&'static str, Node)> {
-        self.below.children()
-    }
-
     fn is_behind(&self) -> bool {
         self.below.is_behind()
     }
@@ -89,49 +89,5 @@ impl Driver for NoFlush {
     fn on_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
         let below = self.below.on_backing(backing, quiesced)?;
         Ok(Arc::new(NoFlush { below }))
-    }
-
-    fn identity(&self, once_changed: bool) -> Option<u128> {
-        self.below.identity(once_changed)
-    }
-
-    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
-        self.below.follow_backing(identity)
-    }
-
-    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.prepare_for_overlay()
-    }
-
-    fn adopt_backing<'a>(&'a self, identity: u128) -> Fut<'a, bool> {
-        self.below.adopt_backing(identity)
-    }
-
-    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        self.below.check_rename_backing(backing)
-    }
-
-    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        self.below.rename_backing(backing)
-    }
-
-    fn details(&self) -> serde_json::Value {
-        self.below.details()
-    }
-
-    fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
-        self.below.resume(nonce)
-    }
-
-    fn begin_session(&self, nonce: u128) -> Result<()> {
-        self.below.begin_session(nonce)
-    }
-
-    fn keep(&self) -> Option<&Keep> {
-        self.below.keep()
-    }
-
-    fn close<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.close()
     }
 }

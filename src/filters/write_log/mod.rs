@@ -293,6 +293,10 @@ impl Driver for WriteLog {
         Limits { request_alignment: below.request_alignment.max(unit), ..below }
     }
 
+    fn covers(&self) -> Option<&dyn Driver> {
+        Some(self.below.as_ref())
+    }
+
     fn plan<'a>(&'a self, op: PlanOp, range: ByteRange, plan: &mut Plan<'a>) -> Planned {
         match op {
             PlanOp::Read => self.below.plan(op, range, plan),
@@ -342,22 +346,6 @@ impl Driver for WriteLog {
         self.below.refresh(quiesced)
     }
 
-    fn children(&self) -> Vec<(&'static str, Node)> {
-        self.below.children()
-    }
-
-    fn identity(&self, once_changed: bool) -> Option<u128> {
-        self.below.identity(once_changed)
-    }
-
-    fn follow_backing<'a>(&'a self, identity: u128) -> Fut<'a, ()> {
-        self.below.follow_backing(identity)
-    }
-
-    fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
-        self.below.prepare_for_overlay()
-    }
-
     fn is_behind(&self) -> bool {
         self.below.is_behind()
     }
@@ -365,18 +353,6 @@ impl Driver for WriteLog {
     fn on_backing(&self, backing: Option<Node>, quiesced: &Quiesced) -> Result<Arc<dyn Driver>> {
         let below = self.below.on_backing(backing, quiesced)?;
         Ok(Arc::new(WriteLog { below, recording: Arc::clone(&self.recording) }))
-    }
-
-    fn check_rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        self.below.check_rename_backing(backing)
-    }
-
-    fn rename_backing<'a>(&'a self, backing: Option<(&'a str, &'a str)>) -> Fut<'a, ()> {
-        self.below.rename_backing(backing)
-    }
-
-    fn details(&self) -> serde_json::Value {
-        self.below.details()
     }
 
     /// What the log says of the disk stays true: where a new guest would begin with what was flushed,
@@ -393,14 +369,6 @@ impl Driver for WriteLog {
             // The session that comes knows nothing of it.
             self.below.flush().await
         })
-    }
-
-    fn begin_session(&self, nonce: u128) -> Result<()> {
-        self.below.begin_session(nonce)
-    }
-
-    fn keep(&self) -> Option<&Keep> {
-        self.below.keep()
     }
 
     fn close<'a>(&'a self) -> Fut<'a, ()> {
