@@ -24,7 +24,8 @@
 //!
 //! # Limits
 //!
-//! Memory grows with the number of blocks in the file, 8 bytes for each.
+//! Memory grows with the number of blocks in the file, 8 bytes for each; with a repair also with what is
+//! to be repaired, 24 bytes for each.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -49,6 +50,10 @@ use crate::units::align_down;
 /// Most findings that are put into words.
 const MAX_FINDINGS: usize = 1000;
 
+/// How often a repair looks for what the one before has brought to light: behind a missing identifier nothing
+/// is seen.
+const ROUNDS: usize = 2;
+
 /// What was found.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
@@ -66,6 +71,17 @@ pub struct Found {
     pub fixed: u64,
     /// In words, up to a limit.
     pub findings: Vec<Finding>,
+    to_do: ToDo,
+}
+
+/// What a repair is to do, whether it is listed or not.
+#[derive(Clone, Debug, Default)]
+struct ToDo {
+    /// `None` if there is to be no repair.
+    repair: Option<Repair>,
+    remedies: Vec<Remedy>,
+    /// How many of them are for corruptions.
+    corruptions: u64,
 }
 
 /// How much a repair may do.
@@ -83,25 +99,28 @@ pub enum Repair {
 /// If the file cannot be read, or uses what is not known here.
 pub async fn check(file: &Arc<dyn File>, repair: Option<Repair>) -> Result<Found> {
     let name = || file.name().to_string();
-    let (mut first, structure) = look(file).await.context(name)?;
-    let Some(repair) = repair else { return Ok(first) };
-    first.findings.retain(|finding| finding.remedy.is_for(repair));
-    if first.findings.is_empty() {
-        return Ok(look(file).await.context(name)?.0);
+    let mut repaired = Vec::new();
+    let mut fixed = 0;
+    let mut rounds = 0..ROUNDS;
+    loop {
+        let (mut found, structure) = look(file, repair).await.context(name)?;
+        let to_do = std::mem::take(&mut found.to_do);
+        if to_do.remedies.is_empty() || rounds.next().is_none() {
+            found.fixed = fixed;
+            found.findings.splice(0..0, repaired);
+            return Ok(found);
+        }
+        mend(file, structure, &to_do.remedies).await.context(|| "repairing").context(name)?;
+        fixed += to_do.corruptions;
+        let is_repaired = |remedy: Remedy| repair.is_some_and(|repair| remedy.is_for(repair));
+        let listed = found.findings.into_iter().filter(|finding| is_repaired(finding.remedy));
+        repaired.extend(listed.map(|finding| Finding { is_fixed: true, ..finding }));
     }
-    mend(file, structure, &first.findings).await.context(|| "repairing").context(name)?;
-    let (mut second, _) = look(file).await.context(name)?;
-    for mut finding in first.findings {
-        finding.is_fixed = true;
-        second.fixed += u64::from(finding.is_corruption);
-        second.findings.insert(0, finding);
-    }
-    Ok(second)
 }
 
 /// Looks at everything, and returns what could be read of the structures.
-async fn look(file: &Arc<dyn File>) -> Result<(Found, Option<Structure>)> {
-    let mut found = Found::default();
+async fn look(file: &Arc<dyn File>, repair: Option<Repair>) -> Result<(Found, Option<Structure>)> {
+    let mut found = Found { to_do: ToDo { repair, ..ToDo::default() }, ..Found::default() };
     let is_whole = file.len()? >= PAGE;
     if is_whole && !disk::read(file, 0, PAGE).await?.starts_with(FILE_SIGNATURE) {
         match HeaderSlots::read(file).await {
@@ -159,11 +178,26 @@ impl Found {
     /// Says what is put into words only if it is listed: there may be millions.
     fn say_with(&mut self, is_corruption: bool, finding: impl FnOnce() -> Finding) {
         self.corruptions += u64::from(is_corruption);
-        // What can be repaired must be in the list to be repaired; a second run finds the rest.
-        if self.findings.len() < MAX_FINDINGS {
-            self.findings.push(finding());
-        } else if self.findings.len() == MAX_FINDINGS {
+        let is_listed = self.findings.len() < MAX_FINDINGS;
+        if self.findings.len() == MAX_FINDINGS {
             self.findings.push(Finding::more());
+        }
+        if !is_listed && self.to_do.repair.is_none() {
+            return;
+        }
+        let finding = finding();
+        self.to_do.add(&finding);
+        if is_listed {
+            self.findings.push(finding);
+        }
+    }
+}
+
+impl ToDo {
+    fn add(&mut self, finding: &Finding) {
+        if self.repair.is_some_and(|repair| finding.remedy.is_for(repair)) {
+            self.remedies.push(finding.remedy);
+            self.corruptions += u64::from(finding.is_corruption);
         }
     }
 }
@@ -277,7 +311,7 @@ impl Walk<'_> {
 async fn mend(
     file: &Arc<dyn File>,
     structure: Option<Structure>,
-    findings: &[Finding],
+    remedies: &[Remedy],
 ) -> Result<()> {
     let Some(structure) = structure else {
         // Nothing but the identifier is wrong: the headers are good.
@@ -286,18 +320,29 @@ async fn mend(
     };
     begin_change(file, &structure).await?;
     for (copy, offset) in REGION_TABLE_OFFSETS.into_iter().enumerate() {
-        if findings.iter().any(|finding| finding.remedy == Remedy::CopyRegionTable(copy)) {
+        if remedies.contains(&Remedy::CopyRegionTable(copy)) {
             disk::write(file, offset, &region::encode(&structure.regions.all)).await?;
             file.flush().await?;
         }
     }
-    for finding in findings {
-        let Remedy::SetEntry { index, value } = finding.remedy else { continue };
-        let page = structure.regions.bat.offset + align_down(index * 8, PAGE);
-        let at = (index % ENTRIES_PER_PAGE * 8) as usize;
+    let entry = |remedy: &Remedy| match *remedy {
+        Remedy::SetEntry { index, value } => Some((index, value)),
+        _ => None,
+    };
+    let entries: Vec<_> = remedies.iter().filter_map(entry).collect();
+    for entries in entries.chunk_by(|(one, _), (next, _)| page_of(*one) == page_of(*next)) {
+        let page = structure.regions.bat.offset + page_of(entries[0].0);
         let mut bytes = disk::read(file, page, PAGE).await?;
-        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        for (index, value) in entries {
+            let at = (index % ENTRIES_PER_PAGE * 8) as usize;
+            bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
         disk::write(file, page, &bytes).await?;
     }
     file.flush().await
+}
+
+/// Where in the BAT the page of an entry begins, in bytes.
+fn page_of(index: u64) -> u64 {
+    align_down(index * 8, PAGE)
 }

@@ -311,6 +311,35 @@ fn a_long_list_ends() {
     assert!(words(&found).ends_with("there is more, which is not listed\n"));
 }
 
+/// Good ones among bad ones that nobody can repair, and behind them.
+#[test]
+fn what_is_not_listed_is_repaired_all_the_same() {
+    let options = CreateOptions { block_size: MIB, ..CreateOptions::new(6 << 30) };
+    let mut content = image_with(&options);
+    // Without a meaning; then places for blocks that are not there.
+    (1..2000).for_each(|index| set_entry(&mut content, index, 4));
+    (2000..5000).for_each(|index| set_entry(&mut content, index, 0x40_0002));
+    // A sector bitmap, which nothing reads.
+    set_entry(&mut content, 4096, 0x40_0006);
+    let (found, after) = checked(&content, Some(Repair::All));
+    assert_eq!((found.corruptions, found.fixed), (1999, 1));
+    (2000..5000).for_each(|index| set_entry(&mut content, index, 2));
+    set_entry(&mut content, 4096, 0);
+    let bat = BAT..BAT + 6200 * 8;
+    assert!(after[bat.clone()] == content[bat]);
+}
+
+#[test]
+fn a_repair_goes_on_where_nothing_could_be_seen_before() {
+    let mut content = image();
+    content[0] = b'V';
+    set_entry(&mut content, 1, 0x40_0002);
+    let (found, after) = checked(&content, Some(Repair::All));
+    assert_eq!((found.corruptions, found.fixed), (0, 1));
+    assert_eq!(found.findings.iter().filter(|finding| finding.is_fixed).count(), 2);
+    assert_eq!(words(&checked(&after, None).0), "");
+}
+
 /// A repair of everything at once, cut off after each of its operations.
 #[test]
 fn a_repair_cut_short_can_be_repeated() {

@@ -73,7 +73,7 @@ impl Finding {
     /// That there are more than can be listed.
     pub(super) fn more() -> Finding {
         let what = "there is more, which is not listed".to_string();
-        let (place, meaning, repair) = (String::new(), "", "check again after a repair");
+        let (place, meaning, repair) = (String::new(), "", "as for those that are listed");
         let more = Finding::new(Remedy::None, what, place, meaning, repair);
         Finding { is_corruption: false, ..more }
     }
@@ -86,7 +86,7 @@ impl Finding {
             "the first 4096 bytes of the file".into(),
             "no program takes the file for a VHDX image. Its creation may have been cut short, or \
              the start of the file was overwritten",
-            "writes the identifier; then check again, because nothing else was looked at yet",
+            "writes the identifier, and then looks at everything else, which was not looked at yet",
         )
     }
 
