@@ -537,7 +537,7 @@ pub(super) fn open_driver(
 /// Opens a host file for a disk. Explains what only an operator of disks would be told.
 pub(super) fn open_host(path: &Path, options: OpenOptions) -> Result<HostFile> {
     HostFile::open(path, options).map_err(|err| match err.kind() {
-        ErrorKind::ReadOnly if options.write => {
+        ErrorKind::ReadOnly if options.write && err.errno().is_some() => {
             Error::new(err.kind(), format!("{err} (to open it for writing)"))
         }
         ErrorKind::PermissionDenied => {

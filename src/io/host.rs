@@ -143,6 +143,9 @@ impl HostFile {
     fn from_fd(fd: OwnedFd, path: PathBuf, name: String, options: OpenOptions) -> Result<Self> {
         let stat = rustix::fs::fstat(&fd)?;
         let kind = check_type(FileType::from_raw_mode(stat.st_mode))?;
+        if kind == HostKind::BlockDevice && options.write && is_read_only_device(fd.as_fd()) {
+            return Err(Error::new(ErrorKind::ReadOnly, "is a read-only block device"));
+        }
         let alignment = if options.direct {
             direct_alignment(fd.as_fd(), kind)?
         } else {
@@ -488,6 +491,17 @@ fn check_type(file_type: FileType) -> Result<HostKind> {
         FileType::Directory => Err(Error::invalid("is a directory, not an image")),
         _ => Err(Error::invalid("is neither a regular file nor a block device")),
     }
+}
+
+/// Whether a block device refuses writes, which the kernel says only of each write, not when the
+/// device is opened for them.
+fn is_read_only_device(fd: BorrowedFd<'_>) -> bool {
+    /// `_IO(0x12, 94)`.
+    const BLKROGET: libc::c_ulong = 0x125e;
+    let mut answer: libc::c_int = 0;
+    // SAFETY: the kernel writes one int, which lives until the call is over.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), BLKROGET as _, &mut answer) };
+    rc == 0 && answer != 0
 }
 
 /// What O_DIRECT demands of this file.

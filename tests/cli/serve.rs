@@ -112,6 +112,28 @@ fn the_exit_code_tells_whether_another_start_may_succeed() {
     assert!(unit.lines().any(|line| line == "RestartPreventExitStatus=2 78"));
 }
 
+/// The host opens such a device for writing all the same, and then refuses each write.
+#[test]
+fn a_device_that_cannot_be_written_to_is_not_served_as_if_it_could() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    File::create(d.join("backing")).unwrap().set_len(1 << 20).unwrap();
+    let Some(device) = LoopDevice::read_only(&d.join("backing")) else { return };
+    let line = fails(d, &["serve", "--socket-path", "s", "-f", "raw", device.name()], 78);
+    assert_eq!(line, format!("{}: is a read-only block device", device.name()));
+    let control = d.join("control");
+    let name = device.name();
+    let node = |more| format!("driver=host_device,node-name=disk,filename={name},{more}");
+    let options = node("auto-read-only=on");
+    let args = ["--control", control.to_str().unwrap(), "--blockdev", &options];
+    let backend = Setup::new(&args).many().start();
+    let nodes = Qmp::connect(&control).ok("query-named-block-nodes", json!({}));
+    assert_eq!(nodes[0]["ro"], true, "{nodes}\n{}", backend.log());
+    drop(backend);
+    let backend = Setup::new(&["--read-only"]).image(device.path()).start();
+    assert_eq!(backend.qemu().read(0, 0, 512).unwrap(), [0; 512]);
+}
+
 /// What changes the size of a device is the host's; what makes it known is said.
 #[test]
 fn a_device_that_has_grown_is_looked_at_on_sighup() {

@@ -14,8 +14,17 @@ impl LoopDevice {
 
     /// The same, with logical blocks of this size.
     pub fn with_blocks(file: &Path, block_size: u32) -> Option<LoopDevice> {
-        let size = block_size.to_string();
-        let output = Command::new("losetup").args(["-f", "--show", "-b", &size]).arg(file).output();
+        LoopDevice::with(&["-b", &block_size.to_string()], file)
+    }
+
+    /// The same, which refuses writes.
+    pub fn read_only(file: &Path) -> Option<LoopDevice> {
+        LoopDevice::with(&["-r"], file)
+    }
+
+    fn with(options: &[&str], file: &Path) -> Option<LoopDevice> {
+        let output =
+            Command::new("losetup").args(["-f", "--show"]).args(options).arg(file).output();
         let Some(output) = output.ok().filter(|output| output.status.success()) else {
             super::skip("no loop device can be made");
             return None;
