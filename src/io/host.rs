@@ -663,8 +663,17 @@ impl File for HostFile {
             if inner.is_empty() {
                 return Ok(());
             }
-            let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            match reactor::fallocate(self, punch, inner).await {
+            let discarded = match self.kind {
+                HostKind::Regular => {
+                    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                    reactor::fallocate(self, punch, inner).await
+                }
+                // To punch a hole into a device is to zero it. Many can discard and not zero, and the
+                // kernel finds out when it has dropped what was still to be written there: then what
+                // is found is older than what was discarded.
+                HostKind::BlockDevice => reactor::discard(self, inner).await,
+            };
+            match discarded {
                 Err(err) if err.kind() == ErrorKind::Unsupported => Ok(()),
                 other => other,
             }

@@ -531,6 +531,11 @@ pub(super) async fn fallocate(file: &HostFile, mode: i32, range: ByteRange) -> R
     simple(file, OpCode::Allocate { mode }, range, None).await
 }
 
+/// Discards a range of a block device.
+pub(super) async fn discard(file: &HostFile, range: ByteRange) -> Result<()> {
+    simple(file, OpCode::Discard, range, None).await
+}
+
 /// Syncs the file, and says in `turn` how that has ended, whether or not somebody still waits for it.
 pub(super) async fn fdatasync(file: &HostFile, turn: Arc<FlushTurn>) -> Result<()> {
     simple(file, OpCode::Sync, ByteRange::default(), Some(turn)).await

@@ -181,6 +181,41 @@ fn a_device_that_fails_fails_its_requests() {
     assert!(backend.terminate().success(), "{}", backend.log());
 }
 
+/// Many devices can discard and not zero (LVM's thin volumes, encrypted ones, most SATA disks). Over tmpfs, a
+/// loop device becomes one with the first zeroes that it cannot make.
+#[test]
+fn a_device_that_cannot_zero_is_discarded_all_the_same() {
+    use std::os::unix::fs::MetadataExt;
+    const MB: u32 = 1 << 20;
+    for args in [["--aio", "threads"], ["--cache", "none"], ["--cache", "writeback"]] {
+        let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
+        let backing = dir.path().join("backing");
+        let Some(device) = LoopDevice::new(&backing, 16 << 20) else { return };
+        let backend = Setup::new(&args).image(device.path()).start();
+        let mut session = backend.qemu();
+        session.write_zeroes(0, 8 << 20, u64::from(MB), false).unwrap();
+        let name = device.path().file_name().unwrap().to_str().unwrap();
+        let limit = format!("/sys/block/{name}/queue/write_zeroes_max_bytes");
+        if std::fs::read_to_string(limit).is_ok_and(|limit| limit.trim() != "0") {
+            return skip("the loop devices of this kernel can zero whatever they are over");
+        }
+        session.write(0, 0, &vec![1; MB as usize]).unwrap();
+        session.flush(0).unwrap();
+        let space = || std::fs::metadata(&backing).unwrap().blocks() * 512;
+        let before = space();
+        session.write(0, 0, &vec![2; MB as usize]).unwrap();
+        session.discard(0, 0, u64::from(MB)).unwrap();
+        // Not what was there before the last write.
+        let now = session.read(0, 0, MB).unwrap();
+        assert!(now.iter().all(|byte| *byte == 0), "{args:?}: {:?}", &now[..16]);
+        assert_eq!(space(), before - u64::from(MB), "{args:?}");
+        // What is unmapped while it is zeroed reads as zeros, too.
+        session.write(0, 0, &vec![3; MB as usize]).unwrap();
+        session.write_zeroes(0, 0, u64::from(MB), true).unwrap();
+        assert!(session.read(0, 0, MB).unwrap() == vec![0; MB as usize], "{args:?}");
+    }
+}
+
 /// A block device of 64 MiB on a host that has 8 MiB for it: what is too much is lost when the page
 /// cache is written back.
 struct NoRoom {

@@ -50,6 +50,8 @@ pub enum OpCode {
         /// `FALLOC_FL_*`.
         mode: i32,
     },
+    /// BLKDISCARD, of a block device. A call like any other, which a ring has done by the threads.
+    Discard,
 }
 
 /// One operation on a file.
@@ -64,7 +66,7 @@ pub struct Op {
     pub file_id: u32,
     /// Where in the file, in bytes.
     pub offset: u64,
-    /// How many bytes ([`OpCode::Allocate`] only).
+    /// How many bytes ([`OpCode::Allocate`] and [`OpCode::Discard`] only).
     pub len: u64,
     /// The memory of a transfer: at most [`MAX_IOVECS`] parts.
     pub iovs: *const libc::iovec,
@@ -227,6 +229,9 @@ unsafe fn transfer(call: libc::c_long, op: &Op, flags: libc::c_int) -> isize {
     unsafe { libc::syscall(call, op.fd, op.iovs, n, low, high, flags) as isize }
 }
 
+/// `_IO(0x12, 119)`.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+
 /// Performs a blocking transfer of the iovecs; the system call's result, errors negative.
 ///
 /// # Safety
@@ -244,6 +249,9 @@ pub unsafe fn blocking(op: &Op) -> i32 {
                 OpCode::Sync => libc::fdatasync(op.fd) as isize,
                 OpCode::Allocate { mode } => {
                     libc::fallocate(op.fd, mode, offset, op.len as libc::off_t) as isize
+                }
+                OpCode::Discard => {
+                    libc::ioctl(op.fd, BLKDISCARD as _, &[op.offset, op.len]) as isize
                 }
             }
         };

@@ -1,4 +1,5 @@
-//! The engine on a pool of blocking threads, for hosts that refuse io_uring.
+//! The engine on a pool of blocking threads, for hosts that refuse io_uring, and for what a ring cannot
+//! do.
 //!
 //! One pool serves all engines of the process; it grows with the load and its threads end after
 //! idling. What a file may occupy of it is limited, and nothing else: a disk that hangs holds up its
@@ -73,6 +74,14 @@ impl Done {
         drain(self.wake.as_raw_fd());
         // Not a store, which could sink below the look at the events.
         self.signalled.swap(false, Ordering::AcqRel);
+    }
+
+    /// Whether there is an event, on the engine's thread. If there is none, the next one wakes it.
+    fn is_any(&self) -> bool {
+        if self.signalled.load(Ordering::Acquire) {
+            self.calm();
+        }
+        !self.events.lock().unwrap().is_empty()
     }
 
     /// Moves all events to `out`, on the engine's thread.
@@ -272,6 +281,22 @@ impl ThreadsEngine {
     /// See [`super::Engine::enters`].
     pub fn enters(&self) -> u64 {
         self.enters
+    }
+
+    /// Becomes readable when an operation ends, for an engine that sleeps elsewhere.
+    pub(super) fn wake_fd(&self) -> RawFd {
+        self.done.wake.as_raw_fd()
+    }
+
+    /// Whether an operation has ended that was not reaped. If none has, the descriptor tells of the
+    /// next one.
+    pub(super) fn has_done(&self) -> bool {
+        self.done.is_any()
+    }
+
+    /// [`ThreadsEngine::reap`] without a look at watches.
+    pub(super) fn reap_done(&self, out: &mut Vec<Event>) {
+        self.done.take(out);
     }
 }
 

@@ -5,6 +5,8 @@
 //!   anything to enter for. Older kernels get a plain ring.
 //! * Files are registered at first use, which saves a reference count per operation.
 //! * The ring's own descriptor is registered, which saves one per enter.
+//! * Discards of block devices, which most kernels' rings do not know, are done by the pool of the
+//!   [`ThreadsEngine`]. The ring watches its descriptor.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, opcode, squeue, types};
 
-use super::{ASYNC, Event, Op, OpCode, WATCH};
+use super::{ASYNC, Event, Op, OpCode, ThreadsEngine, WATCH, blocking};
 use crate::error::{Error, Result, ResultExt};
 
 /// Operations queued before the kernel must be entered. A worker takes at most a small batch at a
@@ -41,6 +43,8 @@ pub struct UringEngine {
     aside: Vec<Event>,
     /// Watches whose poll is among the completions taken as ended, and which are still wanted.
     ended: Vec<u64>,
+    /// Does what the ring cannot. Made when there is something.
+    beside: Option<ThreadsEngine>,
     /// What the halves borrow from. The last field: dropped after them.
     _ring: RingBox,
 }
@@ -72,6 +76,8 @@ impl Drop for RingBox {
 
 /// User number of operations whose events nobody wants.
 const IGNORE: u64 = u64::MAX;
+/// User number of the watch on what is done beside the ring; nobody else's.
+const BESIDE: u64 = WATCH | ((WATCH - 2) & !ASYNC);
 
 impl UringEngine {
     /// Makes a ring for the calling thread, with room for so many completions (a power of two);
@@ -117,6 +123,7 @@ impl UringEngine {
             watches: Vec::new(),
             aside: Vec::new(),
             ended: Vec::new(),
+            beside: None,
             _ring: ring,
         })
     }
@@ -127,6 +134,10 @@ impl UringEngine {
     /// As there.
     #[inline]
     pub unsafe fn push(&mut self, op: &Op, user: u64) {
+        if op.code == OpCode::Discard {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.push_beside(op, user) };
+        }
         // An asynchronous operation has a reference to its file, and nobody calls `forget_files`
         // before it lets go of that: a registration would keep the file open, and locked.
         let slot = if user & ASYNC == 0 { self.slot_of(op) } else { None };
@@ -135,6 +146,29 @@ impl UringEngine {
             None => build(op, types::Fd(op.fd)),
         };
         self.push_entry(entry.user_data(user));
+    }
+
+    /// Has the pool of threads do the operation.
+    ///
+    /// # Safety
+    /// As [`super::Engine::push`].
+    #[cold]
+    unsafe fn push_beside(&mut self, op: &Op, user: u64) {
+        if self.beside.is_none() {
+            let Ok(beside) = ThreadsEngine::new() else {
+                // Out of descriptors: then it is done right here.
+                // SAFETY: passed on to the caller.
+                let result = unsafe { blocking(op) };
+                return self.aside.push(Event { user, result });
+            };
+            self.watch(beside.wake_fd(), BESIDE);
+            self.beside = Some(beside);
+        }
+        if let Some(beside) = &mut self.beside {
+            // SAFETY: passed on to the caller.
+            unsafe { beside.push(op, user) };
+            beside.submit();
+        }
     }
 
     #[inline]
@@ -225,7 +259,10 @@ impl UringEngine {
     /// See [`super::Engine::wait`].
     pub fn wait(&mut self) {
         self.cq.sync();
-        self.enter(u32::from(self.cq.is_empty() && self.aside.is_empty()));
+        let is_empty = self.cq.is_empty()
+            && self.aside.is_empty()
+            && !self.beside.as_ref().is_some_and(ThreadsEngine::has_done);
+        self.enter(is_empty.into());
     }
 
     /// Enters the kernel: submits everything queued, processes completions, waits for `want`.
@@ -256,6 +293,10 @@ impl UringEngine {
             out.append(&mut self.aside);
         }
         self.collect(out);
+        // After that: what the descriptor has told of is here.
+        if let Some(beside) = &self.beside {
+            beside.reap_done(out);
+        }
         if !self.ended.is_empty() {
             self.rearm();
         }
@@ -276,6 +317,17 @@ impl UringEngine {
                     Some(reported) => result = reported,
                     None => continue,
                 }
+            }
+            if user == BESIDE {
+                if result < 0
+                    && let Some(beside) = &self.beside
+                {
+                    // Nothing else would tell of it.
+                    let fd = beside.wake_fd();
+                    self.watches.push(Watch { user, fd, failures: 0, failed: None });
+                    self.ended.push(user);
+                }
+                continue;
             }
             out.push(Event { user, result });
         }
@@ -385,6 +437,7 @@ mod types_use {
                             .offset(op.offset)
                             .mode(mode)
                             .build(),
+                        OpCode::Discard => unreachable!("done beside the ring"),
                     }
                 }
             }
@@ -465,5 +518,33 @@ mod tests {
         engine.watch(kick.as_raw_fd(), USER + 1);
         assert_eq!(next(&mut engine).map(|event| event.user), Some(USER + 1));
         assert_eq!(next(&mut engine), None);
+    }
+
+    #[test]
+    fn what_is_done_beside_the_ring_wakes_it() {
+        let Ok(mut engine) = UringEngine::new(256) else { return };
+        let (iovs, n_iovs) = (std::ptr::null(), 0);
+        let nowhere =
+            Op { code: OpCode::Discard, fd: -1, file_id: 0, offset: 0, len: 0, iovs, n_iovs };
+        let mut events = Vec::new();
+        for user in 0..2000 {
+            // Some end before the ring sleeps, and some while it does.
+            let count = 1 + user % 3;
+            for part in 0..count {
+                let code = if part == 1 { OpCode::Sync } else { OpCode::Discard };
+                // SAFETY: the operation refers to nothing.
+                unsafe { engine.push(&Op { code, ..nowhere }, ASYNC | user << 2 | part) };
+            }
+            while events.len() < count as usize {
+                engine.wait();
+                engine.reap(&mut events);
+            }
+            events.sort_by_key(|event: &Event| event.user);
+            for (part, event) in events.drain(..).enumerate() {
+                let expected =
+                    Event { user: ASYNC | user << 2 | part as u64, result: -libc::EBADF };
+                assert_eq!(event, expected);
+            }
+        }
     }
 }
