@@ -195,6 +195,8 @@ impl Request {
         self.data.clear();
         self.data_len = 0;
         self.segments.clear();
+        // Of no kind that is counted, until that is known.
+        self.kind = Kind::GetId;
         self.status = last_byte(chain.writable());
         if self.status.is_none() {
             // Nothing could be told about it, so nothing may be done either.
@@ -223,11 +225,13 @@ impl Request {
         let writable = chain.writable_len() - 1;
         match header[0] as u32 {
             VIRTIO_BLK_T_IN => {
+                self.kind = Kind::Read { offset: 0 };
                 let range = limits.range(sector, data_len(writable)?)?;
                 self.kind = Kind::Read { offset: range.offset };
                 self.take_data(chain.writable(), 0, writable)
             }
             VIRTIO_BLK_T_OUT => {
+                self.kind = Kind::Write { offset: 0 };
                 if limits.read_only {
                     return Err(Status::IoErr);
                 }
@@ -779,5 +783,25 @@ mod tests {
         assert_eq!(p.ask(OUT, 0, &[(data, 8192, false)]), Parsed::Submit);
         p.request.mark_dirty(&p.guest.memory, &log);
         assert_eq!(marked(), [p.status / 4096]);
+    }
+
+    /// A request that is refused is counted as one of its kind, not as whatever its place held before.
+    #[test]
+    fn what_is_refused_is_of_its_own_kind() {
+        let mut place = Place::new();
+        let data = place.data;
+        let beyond = 1 << 40;
+        for (kind, is_its_own) in [
+            (VIRTIO_BLK_T_IN, (|kind| matches!(kind, Kind::Read { .. })) as fn(Kind) -> bool),
+            (VIRTIO_BLK_T_OUT, |kind| matches!(kind, Kind::Write { .. })),
+            (99, |kind| kind == Kind::GetId),
+        ] {
+            for before in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+                let part = |kind| [(data, 512, kind == VIRTIO_BLK_T_IN)];
+                assert_eq!(place.ask(before, 0, &part(before)), Parsed::Submit);
+                assert!(matches!(place.ask(kind, beyond, &part(kind)), Parsed::Done(_)));
+                assert!(is_its_own(place.request.kind), "{kind}: {:?}", place.request.kind);
+            }
+        }
     }
 }
