@@ -47,7 +47,9 @@ impl DirtyLog {
         let bytes = self.mapping.len() as u64;
         if last / 8 >= bytes && !self.falls_short.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "the front-end's dirty log ends with page {} of the guest's memory, and page {last}                  was written, too; a migration that goes by this log loses what was written there:                  cancel it",
+                "the front-end's dirty log ends with page {} of the guest's memory, and page {last} \
+                 was written, too; a migration that goes by this log loses what was written there: \
+                 cancel it",
                 (bytes * 8).saturating_sub(1)
             );
         }
