@@ -28,6 +28,11 @@ fn an_image_truncated_under_us_fails_reads_beyond_its_end() {
         assert_eq!(session.read(0, 8 << 20, 4096).unwrap(), [0; 4096]);
         session.write(0, 8 << 20, &[1; 4096]).unwrap();
         backend.assert_lives();
+        drop(session);
+        assert!(backend.terminate().success());
+        // What failed moved nothing.
+        let served = "reads=4 writes=1 flushes=0 bytes_read=8192 bytes_written=4096 errors=2 ";
+        assert!(backend.log().contains(served), "{args:?}: {}", backend.log());
     }
 }
 

@@ -164,19 +164,20 @@ impl Worker {
         // SAFETY: the ring keeps the memory of this request mapped until `release_table` below.
         let len = unsafe { slot.request.finish(status) };
         self.counts.requests.add(1);
+        let moved = if status == Status::Ok { slot.request.data_len } else { 0 };
         match slot.request.kind {
             Kind::Read { .. } => {
                 self.counts.reads.add(1);
-                self.counts.bytes_read.add(slot.request.data_len);
+                self.counts.bytes_read.add(moved);
             }
             Kind::Write { .. } => {
                 self.counts.writes.add(1);
-                self.counts.bytes_written.add(slot.request.data_len);
+                self.counts.bytes_written.add(moved);
             }
             Kind::Flush => self.counts.flushes.add(1),
             Kind::Discard => {
                 self.counts.discards.add(1);
-                let segments = slot.request.segments.iter();
+                let segments = slot.request.segments.iter().filter(|_| status == Status::Ok);
                 self.counts.bytes_discarded.add(segments.map(|segment| segment.range.len).sum());
             }
             Kind::WriteZeroes | Kind::GetId => {}
