@@ -28,9 +28,27 @@ pub struct Boot<'a> {
     behind_port: bool,
     own_program: bool,
     mailbox: bool,
+    firmware: Option<Firmware>,
     incoming: Option<PathBuf>,
     deadline: Duration,
 }
+
+/// What reads the first sectors of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Firmware {
+    /// SeaBIOS.
+    Bios,
+    /// EDK II, as Debian has it.
+    Efi,
+}
+
+/// Where Debian puts EDK II: the program, and the template of its variables.
+pub const EDK_II: [&str; 2] =
+    ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"];
+
+/// What our kernel is told.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet loglevel=1 tsc=reliable mitigations=off \
+    random.trust_cpu=on no_timer_check nokaslr apparmor=0 audit=0 8250.nr_uarts=1";
 
 impl<'a> Boot<'a> {
     /// A guest that runs `job`, a shell script under `set -e`. `name` tells this boot's files from
@@ -45,6 +63,7 @@ impl<'a> Boot<'a> {
             behind_port: false,
             own_program: false,
             mailbox: false,
+            firmware: None,
             incoming: None,
             deadline: Duration::from_secs(BOOT_DEADLINE_S),
         }
@@ -86,6 +105,36 @@ impl<'a> Boot<'a> {
         self
     }
 
+    /// Has the machine's firmware boot from the disk, which [`Boot::write_disk`] has made, with the drivers
+    /// that firmware has. Otherwise QEMU loads the kernel.
+    pub fn by_firmware(mut self, firmware: Firmware) -> Self {
+        self.firmware = Some(firmware);
+        self
+    }
+
+    /// Makes a raw disk of so many bytes that either firmware boots: GRUB, which says `@@grub` and its
+    /// platform, our kernel, and the job.
+    pub fn write_disk(&self, path: &Path, size: u64) {
+        let root = self.scratch.file(&format!("{}.root", self.name));
+        let boot = root.join("boot");
+        std::fs::create_dir_all(boot.join("grub")).expect("a directory");
+        let version = std::fs::read_to_string(super::images().join("kernel/version"));
+        let version = version.expect("integration/setup writes it");
+        let kernel = format!("kernel/boot/vmlinuz-{}", version.trim());
+        std::fs::copy(super::images().join(kernel), boot.join("vmlinuz")).expect("a kernel");
+        self.write_initrd(&boot.join("initrd.cpio"));
+        let menu = format!(
+            "serial\nterminal_input serial\nterminal_output serial\nset timeout=0\n\
+             echo \"@@grub $grub_platform\"\nlinux /boot/vmlinuz {COMMAND_LINE}\n\
+             initrd /boot/initrd.cpio\nboot\n"
+        );
+        std::fs::write(boot.join("grub/grub.cfg"), menu).expect("a menu");
+        super::run("grub-mkrescue", &["-o", text(path), text(&root)]);
+        std::fs::remove_dir_all(&root).expect("removed");
+        let disk = File::options().write(true).open(path).expect("the disk");
+        disk.set_len(size).expect("a longer disk");
+    }
+
     /// Takes over the guest whose state was saved in a file, instead of booting.
     pub fn incoming(mut self, state: &Path) -> Self {
         self.incoming = Some(state.to_owned());
@@ -95,10 +144,8 @@ impl<'a> Boot<'a> {
     /// Starts QEMU with `backend`'s disk as `/dev/vda`. Waits for a free slot first.
     pub fn start(self, backend: &Backend) -> Guest {
         let slot = Slot::take();
-        let initrd = self.scratch.file(&format!("{}.cpio", self.name));
-        self.write_initrd(&initrd);
         let control = self.scratch.socket(&format!("{}.qmp", self.name));
-        let device = device(backend, self.behind_port);
+        let mut device = device(backend, self.behind_port);
 
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]);
@@ -114,13 +161,13 @@ impl<'a> Boot<'a> {
         command.args(["-smp", &self.cpus.to_string(), "-m", "512M"]);
         command.args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"]);
         command.args(["-machine", "q35,memory-backend=memory"]);
-        command.arg("-kernel").arg(super::images().join("vmlinux"));
-        command.arg("-initrd").arg(&initrd);
-        command.args([
-            "-append",
-            "console=ttyS0 panic=-1 quiet loglevel=1 tsc=reliable mitigations=off \
-             random.trust_cpu=on no_timer_check nokaslr apparmor=0 audit=0 8250.nr_uarts=1",
-        ]);
+        match self.firmware {
+            None => self.load_kernel(&mut command),
+            Some(firmware) => {
+                device["bootindex"] = 0.into();
+                self.load_firmware(firmware, &mut command);
+            }
+        }
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", text(&control))]);
         // `reconnect-ms` makes QEMU wait for the socket at its start too.
         let chardev =
@@ -190,6 +237,25 @@ impl<'a> Boot<'a> {
         let mut guest = self.start(backend);
         guest.finish();
         guest
+    }
+
+    fn load_kernel(&self, command: &mut Command) {
+        let initrd = self.scratch.file(&format!("{}.cpio", self.name));
+        self.write_initrd(&initrd);
+        command.arg("-kernel").arg(super::images().join("vmlinux"));
+        command.arg("-initrd").arg(&initrd);
+        command.args(["-append", COMMAND_LINE]);
+    }
+
+    fn load_firmware(&self, firmware: Firmware, command: &mut Command) {
+        if firmware == Firmware::Efi {
+            let [program, template] = EDK_II;
+            let variables = self.scratch.file(&format!("{}.variables", self.name));
+            std::fs::copy(template, &variables).expect("EDK II's variables");
+            let flash = "if=pflash,format=raw";
+            command.args(["-drive", &format!("{flash},readonly=on,file={program}")]);
+            command.args(["-drive", &format!("{flash},file={}", text(&variables))]);
+        }
     }
 
     fn write_initrd(&self, path: &Path) {

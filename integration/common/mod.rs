@@ -111,16 +111,24 @@ pub fn has_program(name: &str) -> bool {
 /// Tells whether guests can be booted here. If not, says so in a line that begins with `SKIP:`,
 /// or panics when `VUBLK_REQUIRE_GUESTS` is set: what CI prepared must not be skipped silently.
 pub fn can_boot(test: &str) -> bool {
-    let mut missing = Vec::new();
-    if !has_program("qemu-system-x86_64") {
-        missing.push("qemu-system-x86_64".to_string());
-    }
-    for name in ["vmlinux", "base.cpio"] {
-        let path = images().join(name);
-        if !path.exists() {
-            missing.push(path.display().to_string());
-        }
-    }
+    are_there(
+        test,
+        &["qemu-system-x86_64"],
+        &[images().join("vmlinux"), images().join("base.cpio")],
+    )
+}
+
+/// The same for what guests need to boot from a disk.
+pub fn can_make_bootable(test: &str) -> bool {
+    let edk_ii = guest::EDK_II.map(PathBuf::from);
+    are_there(test, &["grub-mkrescue", "xorriso", "mformat"], &edk_ii)
+}
+
+fn are_there(test: &str, programs: &[&str], files: &[PathBuf]) -> bool {
+    let mut missing: Vec<String> = Vec::new();
+    missing.extend(programs.iter().filter(|name| !has_program(name)).map(|name| name.to_string()));
+    let absent = files.iter().filter(|path| !path.exists());
+    missing.extend(absent.map(|path| path.display().to_string()));
     if missing.is_empty() {
         return true;
     }
