@@ -9,12 +9,12 @@
 mod common;
 mod vhdx;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::scratch::{allocated, fill_with_noise, text};
 use common::{Backend, Boot, Disk, Guest, Program, Scratch, load, run, vublk};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
@@ -451,78 +451,125 @@ e2fsck -fn /dev/vda >/tmp/check 2>&1 || { cat /tmp/check; exit 1; }
     check_on_host("ext4", &image);
 }
 
+/// A guest with load that is about to be moved, and what is to be found of it afterwards.
+struct Traveller {
+    scratch: Scratch,
+    image: PathBuf,
+    job: String,
+    /// What the guest's page cache holds of the image: offset, length and checksum.
+    cached: (u64, u64, u64),
+}
+
+impl Traveller {
+    fn new() -> Traveller {
+        let scratch = Scratch::new();
+        let image = scratch.raw("disk.raw", 64 * MIB);
+        // The guest reads this part into its page cache while its memory is being sent.
+        let (offset, length) = (load::REGION, 32 * MIB);
+        fill_with_noise(&image, offset, length);
+        let sum = load::file_checksum(&image, offset, length as usize);
+        let seed = load::seed();
+        println!("VUBLK_TEST_SEED={seed}");
+        let job = load::job(4, 512, seed);
+        Traveller { scratch, image, job, cached: (offset, length, sum) }
+    }
+
+    fn disk(&self) -> Disk {
+        Disk::raw(&self.image).queues(2)
+    }
+
+    fn boot<'a>(&'a self, name: &'a str) -> Boot<'a> {
+        Boot::new(&self.scratch, name, self.job.clone()).with_own_program().cpus(2)
+    }
+
+    /// Boots the guest, and sends it there while it reads and writes.
+    fn send(&self, backend: &mut Backend, uri: &str) {
+        let mut source = self.boot("source").start(backend);
+        source.expect("load-started");
+        ping(&mut source, backend, 1);
+        let end = source.end();
+        let mut qmp = source.qmp();
+        // Slow at first, and with a pause too short to end in, so that it is under way while the
+        // guest reads, however slow that is.
+        let slow = json!({"max-bandwidth": 2 * MIB, "downtime-limit": 1});
+        qmp.run("migrate-set-parameters", slow, end);
+        qmp.run("migrate", json!({"uri": uri}), end);
+        let sent = |answer: Value| answer["ram"]["transferred"].as_u64();
+        while sent(qmp.run("query-migrate", json!({}), end)) < Some(4 * MIB) {
+            assert!(Instant::now() < end, "the migration does not begin");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let (offset, length, _) = self.cached;
+        source.tell(&format!("cache {offset} {length}"));
+        source.expect("cached");
+        ping(&mut source, backend, 2);
+        let fast = json!({"max-bandwidth": 4096 * MIB, "downtime-limit": 2000});
+        qmp.run("migrate-set-parameters", fast, end);
+        loop {
+            let answer = qmp.run("query-migrate", json!({}), end);
+            match answer["status"].as_str() {
+                Some("completed") => break,
+                Some("failed" | "cancelled") | None => panic!("the migration failed: {answer}"),
+                Some(_) => assert!(Instant::now() < end, "the migration does not end: {answer}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        qmp.run("quit", json!({}), end);
+        source.await_exit();
+        drop(source);
+        backend.assert_alive();
+    }
+
+    /// The guest runs on, has what it had, and its load ends without an error.
+    fn arrive(&self, mut target: Guest, backend: &mut Backend) {
+        // What is sent to the serial port before its state is loaded would be lost.
+        let end = target.end();
+        let mut qmp = target.qmp();
+        while qmp.run("query-status", json!({}), end)["status"] != "running" {
+            assert!(Instant::now() < end, "the guest does not run on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        ping(&mut target, backend, 3);
+        let (offset, length, sum) = self.cached;
+        target.tell(&format!("sum {offset} {length}"));
+        assert_eq!(target.expect("sum"), format!("{sum:016x}"), "the guest's page cache");
+        target.tell("stop");
+        let done = target.expect("load-done");
+        target.finish();
+        backend.assert_stops();
+        assert_eq!(word(&done), region_checksum(&self.image));
+    }
+}
+
 /// The guest is saved to a file while it runs with load, and continued by another QEMU: every page
 /// that the back-end writes must be in the migration's log, and the rings must go on where they
-/// stopped.
-///
-/// Two back-ends never write to one image, so the second QEMU connects to the same back-end after
-/// the first has left.
+/// stopped. The second QEMU connects to the same back-end after the first has left.
 #[test]
 fn guest_migrates_through_a_file_under_load() {
     need_guests!("guest_migrates_through_a_file_under_load");
-    let scratch = Scratch::new();
-    let image = scratch.raw("disk.raw", 64 * MIB);
-    // The guest reads this part into its page cache while its memory is being saved.
-    let (offset, length) = (load::REGION, 32 * MIB);
-    fill_with_noise(&image, offset, length);
-    let expected = load::file_checksum(&image, offset, length as usize);
+    let traveller = Traveller::new();
+    let mut backend = Backend::start(&traveller.scratch, &traveller.disk());
+    let uri = format!("file:{}", text(&traveller.scratch.file("state")));
+    traveller.send(&mut backend, &uri);
+    let target = traveller.boot("target").incoming(&uri).start(&backend);
+    traveller.arrive(target, &mut backend);
+}
 
-    let seed = load::seed();
-    println!("VUBLK_TEST_SEED={seed}");
-    let mut backend = Backend::start(&scratch, &Disk::raw(&image).queues(2));
-    let job = load::job(4, 512, seed);
-    let boot = |name| Boot::new(&scratch, name, job.clone()).with_own_program().cpus(2);
-    let state = scratch.file("state");
-
-    let mut source = boot("source").start(&backend);
-    source.expect("load-started");
-    ping(&mut source, &mut backend, 1);
-    let end = source.end();
-    let mut qmp = source.qmp();
-    // Slow at first, and with a pause too short to end in, so that the save is under way while the
-    // guest reads, however slow that is.
-    let slow = json!({"max-bandwidth": 2 * MIB, "downtime-limit": 1});
-    qmp.run("migrate-set-parameters", slow, end);
-    qmp.run("migrate", json!({"uri": format!("file:{}", text(&state))}), end);
-    while qmp.run("query-migrate", json!({}), end)["ram"]["transferred"].as_u64() < Some(4 * MIB) {
-        assert!(Instant::now() < end, "the save does not begin");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    source.tell(&format!("cache {offset} {length}"));
-    source.expect("cached");
-    ping(&mut source, &mut backend, 2);
-    let fast = json!({"max-bandwidth": 4096 * MIB, "downtime-limit": 2000});
-    qmp.run("migrate-set-parameters", fast, end);
-    loop {
-        let answer = qmp.run("query-migrate", json!({}), end);
-        match answer["status"].as_str() {
-            Some("completed") => break,
-            Some("failed" | "cancelled") | None => panic!("the save failed: {answer}"),
-            Some(_) => assert!(Instant::now() < end, "the save does not end: {answer}"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    qmp.run("quit", json!({}), end);
-    source.await_exit();
-    drop(source);
-    backend.assert_alive();
-
-    let mut target = boot("target").incoming(&state).start(&backend);
-    // What is sent to the serial port before its state is loaded would be lost.
-    let end = target.end();
-    let mut qmp = target.qmp();
-    while qmp.run("query-status", json!({}), end)["status"] != "running" {
-        assert!(Instant::now() < end, "the saved guest does not run");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    ping(&mut target, &mut backend, 3);
-    target.tell(&format!("sum {offset} {length}"));
-    assert_eq!(target.expect("sum"), format!("{expected:016x}"), "the guest's page cache");
-    target.tell("stop");
-    let done = target.expect("load-done");
-    target.finish();
-    backend.assert_stops();
-    assert_eq!(word(&done), region_checksum(&image));
+/// The guest moves to another QEMU and another back-end on the same raw image, as between hosts that share
+/// it.
+#[test]
+fn guest_migrates_to_another_backend_under_load() {
+    need_guests!("guest_migrates_to_another_backend_under_load");
+    need_vublk!("guest_migrates_to_another_backend_under_load", "has other options");
+    let traveller = Traveller::new();
+    let mut here = Backend::start(&traveller.scratch, &traveller.disk());
+    let beyond = Scratch::new();
+    let mut there = Backend::start(&beyond, &traveller.disk().unlocked());
+    let uri = format!("unix:{}", text(&traveller.scratch.socket("migration")));
+    let target = traveller.boot("target").incoming(&uri).start(&there);
+    traveller.send(&mut here, &uri);
+    here.assert_stops();
+    traveller.arrive(target, &mut there);
 }
 
 // ---- what the guest is told -----------------------------------------------------------------

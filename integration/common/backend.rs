@@ -96,6 +96,12 @@ impl Disk {
         self
     }
 
+    /// Neither takes nor respects locks of the image.
+    pub fn unlocked(mut self) -> Disk {
+        self.options.push("--no-lock".into());
+        self
+    }
+
     /// Serves up to this many queues.
     pub fn queues(mut self, queues: u32) -> Disk {
         self.queues = queues;

@@ -29,7 +29,7 @@ pub struct Boot<'a> {
     own_program: bool,
     mailbox: bool,
     firmware: Option<Firmware>,
-    incoming: Option<PathBuf>,
+    incoming: Option<String>,
     deadline: Duration,
 }
 
@@ -135,9 +135,10 @@ impl<'a> Boot<'a> {
         disk.set_len(size).expect("a longer disk");
     }
 
-    /// Takes over the guest whose state was saved in a file, instead of booting.
-    pub fn incoming(mut self, state: &Path) -> Self {
-        self.incoming = Some(state.to_owned());
+    /// Takes over the guest whose state comes from there, instead of booting: a file that it was saved
+    /// in, or a socket that it will be sent to, as `migrate` names it (`file:…`, `unix:…`).
+    pub fn incoming(mut self, uri: &str) -> Self {
+        self.incoming = Some(uri.to_owned());
         self
     }
 
@@ -189,8 +190,8 @@ impl<'a> Boot<'a> {
             });
             command.args(["-device", &device_line(&device)]);
         }
-        if let Some(state) = &self.incoming {
-            command.args(["-incoming", &format!("file:{}", text(state))]);
+        if let Some(uri) = &self.incoming {
+            command.args(["-incoming", uri]);
         }
 
         let log = self.scratch.file(&format!("{}.qemu", self.name));
