@@ -103,6 +103,12 @@ pub trait Format: Send + Sync + fmt::Debug {
     /// Where the range lies, from its start on; may answer for less than all of it.
     fn map<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent>;
 
+    /// The same for who only wants to know: the range may begin and end anywhere, and nothing is read by
+    /// the answer.
+    fn look<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent> {
+        self.map(range)
+    }
+
     /// Holds the mapping still: while the guard lives, extents got from [`Format::map`] stay valid.
     fn read_guard<'a>(&'a self) -> Fut<'a, Box<dyn Guard + 'a>> {
         Box::pin(async { Ok(Box::new(()) as Box<dyn Guard>) })
@@ -393,7 +399,7 @@ impl<F: Format + 'static> Driver for FormatDriver<F> {
     fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
         Box::pin(async move {
             let _still = self.format.read_guard().await?;
-            let extent = self.format.map(range).await?;
+            let extent = self.format.look(range).await?;
             let run = extent.range.intersect(&range);
             let status = |kind, host, compressed| BlockStatus {
                 range: run,

@@ -151,6 +151,39 @@ fn qcow2_chains_are_seen_as_qemu_img_sees_them() {
 }
 
 #[test]
+fn a_map_may_begin_and_end_anywhere() {
+    if !have("qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    ok(d, &["create", "-f", "qcow2", "base", "1M"]);
+    tool_ok(d, "qemu-io", &["-c", "write 64k 64k", "base"]);
+    ok(d, &["create", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top"]);
+    tool_ok(d, "qemu-io", &["-c", "write 256k 64k", "top"]);
+    for part in [["-s", "100000", "-l", "2M"], ["-s", "0", "-l", "100001"], ["-s", "7", "-l", "1"]]
+    {
+        let args = [&["map", "--output=json"], &part[..], &["top"]].concat();
+        let theirs = comparable(&tool_ok(d, "qemu-img", &args));
+        assert_eq!(comparable(&ok(d, &args)), theirs, "{part:?}");
+    }
+
+    // Clusters that are smaller than the sectors of the backing file.
+    ok(d, &["create", "-f", "vhdx", "-o", "logical_sector_size=4096", "large", "1M"]);
+    let small = ["-o", "cluster_size=512"];
+    ok(
+        d,
+        &[&["create", "-f", "qcow2"], &small[..], &["-b", "large", "-F", "vhdx", "top"]].concat(),
+    );
+    ok(d, &["create", "data", "512"]);
+    std::fs::write(d.join("data"), [1; 512]).unwrap();
+    ok(d, &["convert", "-n", "-O", "qcow2", "data", "top"]);
+    let map = comparable(&ok(d, &["map", "--output=json", "top"]));
+    let rest = map.iter().find(|e| e["start"] == 512).unwrap_or_else(|| panic!("{map:?}"));
+    assert_eq!((&rest["depth"], &rest["zero"]), (&1.into(), &true.into()), "{map:?}");
+}
+
+#[test]
 fn qcow2_keeps_holes_and_finds_differences() {
     if !have("qemu-img") {
         return;

@@ -402,7 +402,14 @@ impl Format for Qcow2 {
     fn map<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent> {
         Box::pin(async move {
             let (mapping, run) = self.shallow(range).await?;
-            Ok(Extent { range: run, kind: self.extent_kind(mapping, run) })
+            Ok(Extent { range: run, kind: self.kind_to_read(mapping, run) })
+        })
+    }
+
+    fn look<'a>(&'a self, range: ByteRange) -> Fut<'a, Extent> {
+        Box::pin(async move {
+            let (mapping, run) = self.shallow(range).await?;
+            Ok(Extent { range: run, kind: self.extent_kind(mapping) })
         })
     }
 

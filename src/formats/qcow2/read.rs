@@ -18,22 +18,30 @@ impl Qcow2 {
         self.backing.read().unwrap().as_ref().is_some_and(|backing| offset < backing.size())
     }
 
-    pub(super) fn extent_kind(
+    /// How the adapter is to read a run. It hands its own requests down; those that the backing would
+    /// refuse are read by us.
+    pub(super) fn kind_to_read(
         &self,
         mapping: ShallowMapping<'_, Store>,
-        range: ByteRange,
+        run: ByteRange,
     ) -> ExtentKind {
+        match self.extent_kind(mapping) {
+            ExtentKind::Backing if !self.backing_takes(run) => ExtentKind::Opaque,
+            kind => kind,
+        }
+    }
+
+    fn backing_takes(&self, range: ByteRange) -> bool {
+        self.backing().is_none_or(|backing| range.is_aligned(backing.limits().request_alignment))
+    }
+
+    pub(super) fn extent_kind(&self, mapping: ShallowMapping<'_, Store>) -> ExtentKind {
         match mapping {
             ShallowMapping::Raw { offset, .. } => {
                 let file = Arc::new(Data { disk: Arc::clone(&self.disk) });
                 ExtentKind::Data { file, offset }
             }
             ShallowMapping::Zero { explicit: false, .. } => match self.backing() {
-                // The adapter hands its own requests down; those that the backing would refuse
-                // are read by us.
-                Some(backing) if !range.is_aligned(backing.limits().request_alignment) => {
-                    ExtentKind::Opaque
-                }
                 Some(_) => ExtentKind::Backing,
                 None => ExtentKind::Zero { explicit: false },
             },
