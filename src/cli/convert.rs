@@ -96,7 +96,7 @@ pub struct ConvertArgs {
 
 pub fn run(args: &ConvertArgs) -> Result<u8> {
     if is_help(&args.options) {
-        output::print(&options_help(args.target_format))?;
+        output::print(&options_help(args.target_format, |_| true))?;
         return Ok(DONE);
     }
     let (Some(source_path), Some(target_path)) = (&args.source, &args.target) else {

@@ -44,7 +44,7 @@ pub struct CreateArgs {
 
 pub fn run(args: &CreateArgs) -> Result<u8> {
     if is_help(&args.options) {
-        output::print(&options_help(args.format))?;
+        output::print(&options_help(args.format, |_| true))?;
         return Ok(DONE);
     }
     let path = args.file.clone().ok_or_else(|| Error::invalid("which file is to be created?"))?;

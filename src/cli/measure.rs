@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::block::{Node, StatusKind};
-use crate::cli::options::{Output, ReadArgs, parse_options, take_option};
+use crate::cli::options::{Output, ReadArgs, is_help, options_help, parse_options, take_option};
 use crate::cli::size::parse_size;
 use crate::cli::{DONE, output};
 use crate::error::{Error, Result, ResultExt};
@@ -25,7 +25,7 @@ pub struct MeasureArgs {
     /// Format of the new image
     #[arg(short = 'O', long = "target-format", value_name = "FORMAT", default_value = "raw")]
     target_format: ImageFormat,
-    /// Options of the target's format that matter for its size, key=value,key=value
+    /// Options of the target's format that matter for its size, key=value,key=value; -o help lists them
     #[arg(short = 'o', long = "options", value_name = "OPTIONS")]
     options: Vec<String>,
     /// Calculate for an empty disk of this size
@@ -35,7 +35,7 @@ pub struct MeasureArgs {
     #[arg(long, value_enum, default_value_t)]
     output: Output,
     /// Calculate for this image's content
-    #[arg(value_name = "FILE", required_unless_present = "size")]
+    #[arg(value_name = "FILE", required_unless_present_any = ["size", "options"])]
     file: Option<PathBuf>,
 }
 
@@ -49,18 +49,21 @@ struct Measured {
 }
 
 pub fn run(args: &MeasureArgs) -> Result<u8> {
+    let format = args.target_format;
+    if is_help(&args.options) {
+        output::print(&options_help(format, |name| matters(format, name)))?;
+        return Ok(DONE);
+    }
     let mut options = parse_options(&args.options)?;
-    let is_vhdx = args.target_format == ImageFormat::Vhdx;
+    if let Some((name, _)) = options.iter().find(|(name, _)| !matters(format, name)) {
+        return Err(Error::invalid(format!(
+            "option '{name}' does not change the size of {format} images"
+        )));
+    }
+    let is_vhdx = format == ImageFormat::Vhdx;
     let of_vhdx = if is_vhdx { std::mem::take(&mut options) } else { Vec::new() };
     let cluster_size = take_option(&mut options, "cluster_size");
     let refcount_bits = take_option(&mut options, "refcount_bits");
-    let is_qcow2 = args.target_format == ImageFormat::Qcow2;
-    if let Some((name, _)) = options.first() {
-        return Err(Error::invalid(format!("option '{name}' does not change the size")));
-    }
-    if !is_qcow2 && (cluster_size.is_some() || refcount_bits.is_some()) {
-        return Err(Error::invalid(format!("format {} has no such option", args.target_format)));
-    }
     let image = match &args.file {
         Some(file) => Some(images::open(&args.read.request(file))?),
         None => None,
@@ -71,7 +74,7 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
         (None, None) => return Err(Error::invalid("give a FILE or --size SIZE")),
     };
     images::create::check_size(size)?;
-    let measured = match args.target_format {
+    let measured = match format {
         // What is made has whole sectors.
         ImageFormat::Raw => {
             let size = size.next_multiple_of(SECTOR_SIZE);
@@ -131,6 +134,15 @@ pub fn run(args: &MeasureArgs) -> Result<u8> {
         ))?,
     }
     Ok(DONE)
+}
+
+/// Whether an option may be given, because it can change the size.
+fn matters(format: ImageFormat, name: &str) -> bool {
+    match format {
+        ImageFormat::Qcow2 => matches!(name, "cluster_size" | "refcount_bits"),
+        ImageFormat::Vhdx => !matches!(name, "size" | "backing_file" | "backing_fmt"),
+        _ => false,
+    }
 }
 
 /// How many bytes of clusters hold some data of a disk.

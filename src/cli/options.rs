@@ -187,10 +187,11 @@ pub fn is_help(texts: &[String]) -> bool {
     texts.iter().any(|text| matches!(text.as_str(), "help" | "?"))
 }
 
-/// The text for `-o help`.
-pub fn options_help(format: ImageFormat) -> String {
+/// The text for `-o help`, with the options of the format that `is_taken` says are.
+pub fn options_help(format: ImageFormat, is_taken: impl Fn(&str) -> bool) -> String {
     let mut text = format!("Supported {format} options:\n");
-    for (name, meaning) in crate::images::create::options(format) {
+    let options = crate::images::create::options(format);
+    for (name, meaning) in options.iter().filter(|(name, _)| is_taken(name)) {
         text += &format!("  {name}=<value> - {meaning}\n");
     }
     text

@@ -191,6 +191,10 @@ pub(super) fn named_backing(request: &CreateRequest) -> Result<(Option<&str>, Op
     };
     let file = only_one("backing file", request.backing.as_deref(), option("backing_file"))?;
     if let Some(file) = file {
+        if file.is_empty() {
+            let name = request.path.display();
+            return Err(Error::invalid(format!("{name}: the name of the backing file is empty")));
+        }
         // Where the operator says that it is not looked at, it may be for others, who can open it.
         let is_address = request.backing_unchecked || crash_state::is_name(file);
         let check = if is_address { open_gate::check_printable } else { open_gate::check_new_name };

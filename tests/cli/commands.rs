@@ -33,6 +33,15 @@ fn create_makes_sparse_files_of_the_right_size() {
     ok(d, &["create", "b", "8K"]);
     assert_eq!(std::fs::read(d.join("b")).unwrap(), [0; 8192]);
     assert!(ok(d, &["create", "-o", "help"]).contains("preallocation"));
+    let help = ok(d, &["measure", "-O", "qcow2", "-o", "help"]);
+    assert!(help.contains("cluster_size") && !help.contains("preallocation"), "{help}");
+    let help = ok(d, &["measure", "-O", "vhdx", "-o", "help"]);
+    assert!(help.contains("block_size") && !help.contains("backing_file"), "{help}");
+    for format in ["raw", "vhdx", "add-cow"] {
+        let args = ["measure", "-O", format, "-o", "backing_file=b", "--size", "1M"];
+        let line = fails(d, &args, 1);
+        assert!(line.contains("'backing_file' does not change the size of"), "{line}");
+    }
 }
 
 #[test]

@@ -144,6 +144,40 @@ fn a_create_that_fails_half_way_leaves_no_half_made_file() {
 }
 
 #[test]
+fn an_empty_name_is_no_backing_file() {
+    let dir = tempfile::tempdir().unwrap();
+    for format in ["qcow2", "vhdx", "add-cow"] {
+        let args = ["create", "-f", format, "-b", "", "-F", format, "x", "1M"];
+        is_refused(dir.path(), &args, "the name of the backing file is empty");
+        let unchecked = [&args[..], &["-u"]].concat();
+        is_refused(dir.path(), &unchecked, "the name of the backing file is empty");
+    }
+}
+
+#[test]
+fn a_read_only_device_is_refused_before_anything_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("backing"), vec![0xee; 1 << 20]).unwrap();
+    std::fs::write(d.join("from"), vec![1; 1 << 20]).unwrap();
+    let Some(device) = LoopDevice::read_only(&d.join("backing")) else { return };
+    let name = device.name();
+    let why = format!("{name}: the device is read-only");
+    for args in [
+        &["create", "-f", "raw", name, "1M"][..],
+        &["create", "-f", "qcow2", name, "1M"],
+        &["convert", "-f", "raw", "from", name],
+        &["convert", "-n", "-f", "raw", "from", name],
+    ] {
+        let line = fails(d, args, 1);
+        assert!(line.contains(&why) && !line.contains("is gone"), "{args:?}: {line}");
+    }
+    let serve = ["serve", "--socket-path", "s", "-f", "raw", name];
+    assert!(fails(d, &serve, 78).contains("the device is read-only"));
+    ok(d, &["map", "-f", "raw", name]);
+}
+
+#[test]
 fn qcow2_images_are_made_on_block_devices() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
