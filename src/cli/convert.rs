@@ -186,8 +186,8 @@ fn open_target(args: &ConvertArgs, source: &Image, path: &std::path::Path) -> Re
     Ok(target)
 }
 
-/// Refuses a source with a tail that direct I/O does not take, on one side or the other. One that the
-/// target's unit is too large for is filled up with zeros, if there is room.
+/// Refuses a source with a tail that direct I/O does not take, on one side or the other. One that is
+/// shorter than the target's unit is completed by what the target has there, if there is room.
 fn check_end(source: &Image, target_align: u64, target_size: u64) -> Result<()> {
     let from = source.node.limits();
     let is_whole = from.size.is_multiple_of(from.request_alignment);
@@ -223,6 +223,8 @@ struct Copy<'a> {
     target: &'a Node,
     /// Whether the target reads as zeros where nothing was written yet.
     target_is_zero: bool,
+    /// Whether the target may hold something behind the end of the source.
+    target_existed: bool,
     /// Whether the target shows its backing file where nothing is written.
     target_has_backing: bool,
     /// The node of the source's chain that reads as the target's backing file: what no layer above it
@@ -263,6 +265,7 @@ impl<'a> Copy<'a> {
             source: &source.node,
             target: &target.node,
             target_is_zero: created_zero || args.target_is_zero,
+            target_existed: args.no_create,
             target_has_backing,
             common_base: if target_has_backing { common_base(source, target)? } else { None },
             sparse_size,
@@ -344,6 +347,16 @@ impl<'a> Copy<'a> {
     async fn copy(&self, chunk: ByteRange) -> Result<()> {
         let whole = self.in_target(chunk);
         let mut buf = AlignedBuf::zeroed(whole.len as usize, self.memory_align);
+        if self.ends_within_a_unit(chunk) {
+            let last = ByteRange::between(align_down(chunk.end(), self.align), whole.end());
+            let bytes = buf.buffers();
+            self.target
+                .read(last.offset, bytes.slice(last.offset - chunk.offset, last.len))
+                .await
+                .context(|| format!("reading {last} of the target"))?;
+            let sectors = chunk.len.next_multiple_of(SECTOR_SIZE);
+            bytes.slice(chunk.len, sectors - chunk.len).fill_zero();
+        }
         self.source
             .read(chunk.offset, buf.buffers().slice(0, chunk.len))
             .await
@@ -368,10 +381,22 @@ impl<'a> Copy<'a> {
         Ok(())
     }
 
-    async fn zero(&self, range: ByteRange) -> Result<()> {
+    async fn zero(&self, mut range: ByteRange) -> Result<()> {
+        if self.ends_within_a_unit(range) {
+            let whole_units = align_down(range.end(), self.align).max(range.offset);
+            self.copy(ByteRange::between(whole_units, range.end())).await?;
+            range = ByteRange::between(range.offset, whole_units);
+        }
         self.make_zero(range).await?;
         self.progress.advance(range.len);
         Ok(())
+    }
+
+    /// Whether the target holds something of its own in the unit in which the source ends. A source has
+    /// whole sectors.
+    fn ends_within_a_unit(&self, range: ByteRange) -> bool {
+        let sectors = range.end().next_multiple_of(SECTOR_SIZE);
+        self.target_existed && self.in_target(range).end() > sectors
     }
 
     /// The range with what the target's unit demands beyond the end of the source.

@@ -313,3 +313,26 @@ fn a_conversion_that_fails_says_so_in_one_line() {
     assert!(error.starts_with("vublk: converting from to to (which is incomplete): "), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
 }
+
+/// The sectors of the target may be larger than those of the source.
+#[test]
+fn what_lies_behind_the_source_stays_in_an_existing_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    std::fs::write(d.join("old"), vec![0xee; 1 << 20]).unwrap();
+    for (data, size) in
+        [(512, 512), (4608, 4608), (4096, 4608), (4096, 40960), (0, 512), (100, 100), (0, 100)]
+    {
+        let from = File::create(d.join("from")).unwrap();
+        from.write_all_at(&vec![7; data], 0).unwrap();
+        from.set_len(size).unwrap();
+        let large = ["-O", "vhdx", "-o", "logical_sector_size=4096"];
+        ok(d, &[&["convert", "-f", "raw"], &large[..], &["old", "target"]].concat());
+        ok(d, &["convert", "-n", "-f", "raw", "-O", "vhdx", "from", "target"]);
+        ok(d, &["convert", "-f", "vhdx", "target", "is"]);
+        let mut wanted = vec![7; data];
+        wanted.resize((size as usize).next_multiple_of(512), 0);
+        wanted.resize(1 << 20, 0xee);
+        assert!(std::fs::read(d.join("is")).unwrap() == wanted, "{data} of {size}");
+    }
+}
