@@ -162,7 +162,7 @@ fn a_read_only_device_is_refused_before_anything_is_done() {
     std::fs::write(d.join("from"), vec![1; 1 << 20]).unwrap();
     let Some(device) = LoopDevice::read_only(&d.join("backing")) else { return };
     let name = device.name();
-    let why = format!("{name}: the device is read-only");
+    let why = format!("{name}: is a read-only block device");
     for args in [
         &["create", "-f", "raw", name, "1M"][..],
         &["create", "-f", "qcow2", name, "1M"],
@@ -173,7 +173,7 @@ fn a_read_only_device_is_refused_before_anything_is_done() {
         assert!(line.contains(&why) && !line.contains("is gone"), "{args:?}: {line}");
     }
     let serve = ["serve", "--socket-path", "s", "-f", "raw", name];
-    assert!(fails(d, &serve, 78).contains("the device is read-only"));
+    assert!(fails(d, &serve, 78).contains("is a read-only block device"));
     ok(d, &["map", "-f", "raw", name]);
 }
 
