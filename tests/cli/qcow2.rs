@@ -520,6 +520,35 @@ fn rebase_keeps_the_disk_as_qemu_img_has_it() {
     }
     tool_ok(d, "qemu-img", &["check", "-q", "ours"]);
     tool_ok(d, "qemu-img", &["compare", "-q", "ours", "theirs"]);
+    // Of one that had none, whose header is full of names for features.
+    for options in ["compat=v3", "compat=0.10", "cluster_size=1024"] {
+        for (image, by) in [("ours", "vublk"), ("theirs", "qemu-img")] {
+            let create = ["create", "-q", "-f", "qcow2", "-o", options, image, "4M"];
+            match by {
+                "vublk" if options != "compat=0.10" => ok(d, &create),
+                _ => tool_ok(d, "qemu-img", &create),
+            };
+            tool_ok(d, "qemu-io", &["-c", "write -P 7 1M 64k", image]);
+            for name in ["new", "old"] {
+                ok(d, &["rebase", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "raw", image]);
+                let info = json(&tool_ok(d, "qemu-img", &["info", "--output=json", image]));
+                assert_eq!(info["backing-filename"], name);
+                assert_eq!(info["backing-filename-format"], "raw");
+                tool_ok(d, "qemu-img", &["check", "-q", image]);
+            }
+            // The disk is what QEMU reads.
+            let mut expected = std::fs::read(d.join("old")).unwrap();
+            expected[1 << 20..][..64 << 10].fill(7);
+            for convert in [true, false] {
+                let args = ["convert", "-q", "-f", "qcow2", "-O", "raw", image, "after"];
+                match convert {
+                    true => ok(d, &args),
+                    false => tool_ok(d, "qemu-img", &args),
+                };
+                assert!(std::fs::read(d.join("after")).unwrap() == expected, "{options}");
+            }
+        }
+    }
     let err = fails(d, &["rebase", "-f", "qcow2", "-b", "ours", "-F", "qcow2", "ours"], 1);
     assert!(err.contains("cannot be its own backing file"), "{err}");
 }

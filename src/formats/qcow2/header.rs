@@ -385,13 +385,13 @@ impl Header {
     }
 }
 
-/// How a header is made to name another backing file. Everything but the name itself changes within
-/// the first sector, which a disk writes whole or not at all.
+/// How a header is made to name another backing file. What counts at once changes within the first sector,
+/// which a disk writes whole or not at all; what nobody looks at yet is written before.
 #[derive(Debug)]
 pub(super) struct Renaming {
-    /// Where nobody looks yet: the new name.
-    pub name: Option<(u64, Vec<u8>)>,
-    /// The extension with the format, if that changes.
+    /// The new name; and the format, where the image has no backing file so far.
+    pub before: Vec<(u64, Vec<u8>)>,
+    /// The extension with the format, if that changes while there is a backing file.
     pub format: Option<(u64, Vec<u8>)>,
     /// The fields that point to the name.
     pub field: [u8; field::BACKING_LEN],
@@ -431,7 +431,8 @@ impl Renaming {
             start => start..start + be32(cluster, field::BACKING + 8) as usize,
         };
         let Some(backing) = backing else {
-            return Ok(Renaming { name: None, format: None, field: [0; field::BACKING_LEN] });
+            let field = [0; field::BACKING_LEN];
+            return Ok(Renaming { before: Vec::new(), format: None, field });
         };
         let mut format = Vec::new();
         let name = backing.format.as_deref().unwrap_or("raw");
@@ -452,8 +453,15 @@ impl Renaming {
                 (at, format)
             }
         };
+        let mut before = Vec::new();
         let format = match cluster.get(place..place + bytes.len()) {
             Some(old) if old == bytes => None,
+            // Without a name the format is of nothing. (Behind the table of feature names it lies beyond
+            // the first sector.)
+            Some(_) if old_name.is_empty() => {
+                before.push((place as u64, bytes));
+                None
+            }
             Some(_) if place + bytes.len() <= SECTOR => Some((place as u64, bytes)),
             _ => return Err(no_room()),
         };
@@ -468,7 +476,8 @@ impl Renaming {
         let mut field = [0; field::BACKING_LEN];
         field[..8].copy_from_slice(&(start as u64).to_be_bytes());
         field[8..].copy_from_slice(&(name.len() as u32).to_be_bytes());
-        Ok(Renaming { name: Some((start as u64, name.to_vec())), format, field })
+        before.push((start as u64, name.to_vec()));
+        Ok(Renaming { before, format, field })
     }
 }
 

@@ -1,7 +1,8 @@
 //! Naming another backing file, while the image is in use.
 //!
 //! The new name is written to where no header points yet, and made durable. Then the fields that
-//! point to it, and the format with them, change in one sector. imago keeps the header that it has
+//! point to it, and the format with them, change in one sector. Of an image without a backing file the format
+//! means nothing, and goes with the name. imago keeps the header that it has
 //! read, and writes it again when a table moves; the [store](super::store) sees to it that what it
 //! says of the backing file stays what it is now.
 
@@ -20,8 +21,10 @@ impl Qcow2 {
     pub(super) async fn rename(&self, backing: Option<Backing>) -> Result<()> {
         self.check_writable()?;
         let change = self.renaming(backing.as_ref()).await?;
-        if let Some((at, name)) = &change.name {
-            self.store.write(*at, name).await?;
+        for (at, bytes) in &change.before {
+            self.store.write(*at, bytes).await?;
+        }
+        if !change.before.is_empty() {
             self.checkpoint().await?;
         }
         {
