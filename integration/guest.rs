@@ -451,6 +451,57 @@ e2fsck -fn /dev/vda >/tmp/check 2>&1 || { cat /tmp/check; exit 1; }
     check_on_host("ext4", &image);
 }
 
+/// Memory is plugged into the guest while it writes, holds what it reads from the disk, and is pulled out
+/// again: the back-end is told of regions that come and go under its requests.
+#[test]
+fn memory_is_plugged_in_and_pulled_out_under_load() {
+    need_guests!("memory_is_plugged_in_and_pulled_out_under_load");
+    let scratch = Scratch::new();
+    let image = scratch.raw("disk.raw", 64 * MIB);
+    let (offset, length) = (load::REGION, 32 * MIB);
+    fill_with_noise(&image, offset, length);
+    let expected = load::file_checksum(&image, offset, length as usize);
+    let seed = load::seed();
+    println!("VUBLK_TEST_SEED={seed}");
+    let mut backend = Backend::start(&scratch, &Disk::raw(&image).queues(2));
+    // Movable memory is what Linux takes first for its page cache, and what can be pulled out.
+    let job = format!(
+        "echo online_movable >/sys/devices/system/memory/auto_online_blocks\n{}",
+        load::job(2, 512, seed)
+    );
+    let boot = Boot::new(&scratch, "plug", job).with_own_program().cpus(2).memory_slots();
+    let mut guest = boot.start(&backend);
+    guest.expect("load-started");
+    let end = guest.end();
+    let mut qmp = guest.qmp();
+    for round in 0..4 {
+        let (size, memory) = (128 * MIB, format!("memory-{round}"));
+        let backing = json!({
+            "qom-type": "memory-backend-memfd", "id": memory, "size": size, "share": true,
+        });
+        qmp.run("object-add", backing, end);
+        qmp.run("device_add", json!({"driver": "pc-dimm", "id": "more", "memdev": memory}), end);
+        ping(&mut guest, &mut backend, 2 * round);
+        let plugged = qmp.run("query-memory-size-summary", json!({}), end);
+        assert_eq!(plugged["plugged-memory"], size);
+        let (at, piece) = (offset + u64::from(round) * length / 4, length / 4);
+        guest.tell(&format!("cache {at} {piece}"));
+        guest.expect("cached");
+        qmp.run("device_del", json!({"id": "more"}), end);
+        qmp.await_event("DEVICE_DELETED", end, |data| data["device"] == "more");
+        qmp.run("object-del", json!({"id": memory}), end);
+        ping(&mut guest, &mut backend, 2 * round + 1);
+    }
+    // Linux has moved what it had read there to other memory.
+    guest.tell(&format!("sum {offset} {length}"));
+    assert_eq!(guest.expect("sum"), format!("{expected:016x}"));
+    guest.tell("stop");
+    let done = guest.expect("load-done");
+    guest.finish();
+    backend.assert_stops();
+    assert_eq!(word(&done), region_checksum(&image));
+}
+
 /// A guest with load that is about to be moved, and what is to be found of it afterwards.
 struct Traveller {
     scratch: Scratch,

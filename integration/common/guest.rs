@@ -26,6 +26,7 @@ pub struct Boot<'a> {
     cpus: u32,
     reboots: bool,
     behind_port: bool,
+    memory_slots: bool,
     own_program: bool,
     mailbox: bool,
     firmware: Option<Firmware>,
@@ -61,6 +62,7 @@ impl<'a> Boot<'a> {
             cpus: 1,
             reboots: false,
             behind_port: false,
+            memory_slots: false,
             own_program: false,
             mailbox: false,
             firmware: None,
@@ -90,6 +92,12 @@ impl<'a> Boot<'a> {
     /// Puts the disk behind a port that it can be pulled out of.
     pub fn behind_port(mut self) -> Self {
         self.behind_port = true;
+        self
+    }
+
+    /// Leaves room for more memory, which is plugged in while the guest runs.
+    pub fn memory_slots(mut self) -> Self {
+        self.memory_slots = true;
         self
     }
 
@@ -159,7 +167,8 @@ impl<'a> Boot<'a> {
             // Without RDRAND the tools that draw a UUID wait seconds for the guest's entropy.
             command.args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"]);
         }
-        command.args(["-smp", &self.cpus.to_string(), "-m", "512M"]);
+        let memory = if self.memory_slots { "512M,slots=4,maxmem=4G" } else { "512M" };
+        command.args(["-smp", &self.cpus.to_string(), "-m", memory]);
         command.args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"]);
         command.args(["-machine", "q35,memory-backend=memory"]);
         match self.firmware {
