@@ -444,6 +444,38 @@ fn the_active_layer_is_committed_to_other_formats() {
     active("vhdx", "vhdx");
 }
 
+/// A guest whose machine is started, or started again, while the job runs.
+#[test]
+fn a_guest_comes_while_a_job_runs() {
+    for top in ["add-cow", "qcow2", "vhdx"] {
+        let below = if top == "vhdx" { "vhdx" } else { "raw" };
+        let mut host = start(top, below);
+        let mut qmp = host.qmp();
+        qmp.ok("block-commit", json!({"device": "disk"}));
+        until(&mut qmp, "BLOCK_JOB_READY");
+        let mut guest = host.guest(&format!("a guest comes to a commit of {top}"));
+        guest.work(Duration::from_millis(20));
+        qmp.ok("block-job-complete", json!({"device": "disk"}));
+        while_writing(&mut guest, || until(&mut qmp, "null"));
+        guest.verify();
+        host.stop(&mut guest);
+        host.is_disk(&guest, below, "base");
+    }
+    for top in ["add-cow", "qcow2"] {
+        let mut host = start(top, "raw");
+        let mut qmp = host.qmp();
+        qmp.ok("block-stream", json!({"device": "disk", "speed": 65536}));
+        until(&mut qmp, "running");
+        let mut guest = host.guest(&format!("a guest comes to a stream of {top}"));
+        guest.work(Duration::from_millis(20));
+        qmp.ok("block-job-set-speed", json!({"device": "disk", "speed": 0}));
+        while_writing(&mut guest, || until(&mut qmp, "null"));
+        guest.verify();
+        host.stop(&mut guest);
+        host.is_disk(&guest, top, "disk");
+    }
+}
+
 /// What is served after a kill: the same as before, or what that says its disk has gone on in.
 struct Served {
     image: PathBuf,

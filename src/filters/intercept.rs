@@ -148,11 +148,6 @@ impl Intercept {
         let _change = self.enter(range).await;
         self.below.discard(range).await
     }
-
-    /// Has the driver below do something that must not meet a change of the job's.
-    async fn settled<T>(&self, work: impl AsyncFnOnce() -> Result<T>) -> Result<T> {
-        self.alone(ALL, work()).await
-    }
 }
 
 /// A change under way. Marks its range when it is over.
@@ -227,16 +222,20 @@ impl Driver for Intercept {
     }
 
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
-        Box::pin(self.settled(async move || self.below.resume(nonce).await))
+        // It must not meet a change of the job's.
+        Box::pin(self.alone(ALL, async move { self.below.resume(nonce).await }))
     }
 
     /// A session starts with nothing left to flush, and a job that fills the disk leaves something
     /// at any time: so it is kept away, and what it left is flushed.
     fn begin_session(&self, nonce: u128) -> Result<()> {
-        block_on(self.settled(async || {
-            self.below.flush().await?;
-            self.below.begin_session(nonce)
-        }))
+        let (_alone, flushed) = block_on(async {
+            let alone = self.in_flight.exclusive(ALL).await;
+            (alone, self.below.flush().await)
+        });
+        flushed?;
+        // Blocks by itself, which no future may.
+        self.below.begin_session(nonce)
     }
 }
 
