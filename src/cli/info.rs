@@ -93,14 +93,14 @@ fn human(info: &Value) -> String {
         lines.push(format!("    file length: {} ({len} bytes)", human_size(len)));
         lines.push(format!("    disk size: {}", human_size(size(&node["actual-size"]))));
     }
-    printable(&(lines.join("\n") + "\n"))
+    lines.iter().map(|line| printable(line) + "\n").collect()
 }
 
-/// Without what a terminal would take for a command: names and texts come from the image.
-fn printable(text: &str) -> String {
-    let is_command = |c: char| c.is_control() && c != '\n';
-    let shown = |c: char| if is_command(c) { c.escape_default().to_string() } else { c.into() };
-    text.chars().map(shown).collect()
+/// A line without what a terminal would take for a command, and that stays one: names and texts come from
+/// the image.
+fn printable(line: &str) -> String {
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    line.chars().map(shown).collect()
 }
 
 /// Writes an object as indented lines, `key: value`.
@@ -138,5 +138,16 @@ mod tests {
         let info = serde_json::json!({ "filename": "a\u{1b}[31mb\u{9b}ü" });
         let said = human(&info);
         assert!(said.starts_with("image: a\\u{1b}[31mb\\u{9b}ü\n"), "{said:?}");
+    }
+
+    #[test]
+    fn no_name_makes_a_line_of_its_own() {
+        let info = serde_json::json!({
+            "filename": "a", "format": "qcow2", "backing-filename": "b\nfile format: raw",
+        });
+        let said = human(&info);
+        let formats: Vec<_> = said.lines().filter(|line| line.starts_with("file format")).collect();
+        assert_eq!(formats, ["file format: qcow2"], "{said}");
+        assert!(said.contains("backing file: b\\nfile format: raw"), "{said}");
     }
 }
