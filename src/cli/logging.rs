@@ -5,7 +5,7 @@
 //! `VUBLK_LOG`, else from the command. Either is a level (`info`), or a list of levels by part of
 //! the program (`warn,vublk::device=debug`).
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
 use tracing_subscriber::Layer;
@@ -56,7 +56,7 @@ pub fn init(args: &LogArgs, default: LevelFilter, ends_with_error: bool) -> Resu
         targets = without_unfinished(targets);
     }
     let layer = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(|| OneLine(std::io::stderr()))
         .with_ansi(std::io::stderr().is_terminal());
     let registry = tracing_subscriber::registry();
     // Fails only if something was set before, which a test in this process may have done.
@@ -69,6 +69,33 @@ pub fn init(args: &LogArgs, default: LevelFilter, ends_with_error: bool) -> Resu
         ),
     };
     Ok(())
+}
+
+/// Has each event stay one line: names in it come from images and clients, and may hold anything. Events
+/// are written whole, and other commands to a terminal are taken out of them before.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        let line = event.strip_suffix(b"\n").unwrap_or(event);
+        if !line.iter().any(|byte| b"\n\r".contains(byte)) {
+            return self.0.write(event);
+        }
+        let mut escaped = Vec::with_capacity(event.len() + 16);
+        for byte in line {
+            match byte {
+                b'\n' => escaped.extend(b"\\n"),
+                b'\r' => escaped.extend(b"\\r"),
+                byte => escaped.push(*byte),
+            }
+        }
+        escaped.extend(&event[line.len()..]);
+        self.0.write_all(&escaped).map(|()| event.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
 }
 
 fn parse_level(origin: &str, text: &str) -> Result<Targets> {

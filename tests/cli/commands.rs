@@ -217,6 +217,20 @@ fn log_lines_come_as_text_or_json() {
     assert!(run(&["info", "a"], "loud").starts_with("vublk: VUBLK_LOG: 'loud' is not a log level"));
 }
 
+/// Names come from images and from clients of the control socket.
+#[test]
+fn no_name_makes_a_log_line_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "a\n2026-01-01T00:00:00Z ERROR vublk: forged\r\u{1b}[2K";
+    ok(dir.path(), &["create", name, "1M"]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vublk"));
+    command.args(["resize", name, "1M"]).current_dir(dir.path()).env_remove("VUBLK_LOG");
+    let text = String::from_utf8(command.output().unwrap().stderr).unwrap();
+    assert!(text.contains("forged"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.trim_end_matches('\n').chars().all(|c| !c.is_control()), "{text:?}");
+}
+
 #[test]
 fn completions_and_manual_pages_are_made() {
     let dir = tempfile::tempdir().unwrap();
