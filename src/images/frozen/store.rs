@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::block::open_gate;
@@ -110,7 +111,10 @@ fn take_beside(file: &HostFile, attribute: &str) -> Result<()> {
 
 fn get_beside(file: &HostFile, attribute: &str) -> Option<Vec<u8>> {
     let mut content = Vec::new();
-    let mark = std::fs::File::open(beside(file, attribute)).ok()?;
+    // A FIFO that somebody put there keeps nobody waiting.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mark = rustix::fs::open(beside(file, attribute), flags, Mode::empty()).ok()?;
+    let mark = std::fs::File::from(mark);
     mark.take((MAX_MARK + 128) as u64).read_to_end(&mut content).ok()?;
     content.strip_prefix(head(file).ok()?.as_bytes()).map(<[u8]>::to_vec)
 }

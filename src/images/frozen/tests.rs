@@ -227,6 +227,25 @@ fn an_image_without_attributes_has_its_mark_beside_it() {
     });
 }
 
+/// Whoever may write to the directory may put anything there, and must not stop those who look.
+#[test]
+fn nobody_waits_for_what_is_no_mark() {
+    without_attributes(|dir| {
+        let base = image(dir);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            beside(&base, ATTRIBUTE),
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        let (told, found) = std::sync::mpsc::channel();
+        std::thread::spawn(move || told.send(overlay_of(&base)));
+        assert_eq!(found.recv_timeout(Duration::from_secs(60)), Ok(None));
+    });
+}
+
 /// Each thread stands for a process: it has opened the image for itself.
 fn all_change_one_mark_at_once(dir: &Path) {
     const ROUNDS: usize = 60;
