@@ -204,7 +204,7 @@ impl Failure {
     }
 
     fn write_text(&self, text: &mut String) -> std::fmt::Result {
-        writeln!(text, "{}: {}", self.state, self.verdict)?;
+        writeln!(text, "{}: {}", self.state, printable(&self.verdict))?;
         if self.found_as != self.state {
             writeln!(text, "  found as {}", self.found_as)?;
         }
@@ -215,7 +215,7 @@ impl Failure {
         }
         for (which, mark) in [("before", &self.mark_before), ("after", &self.mark_after)] {
             if let Some(mark) = mark {
-                writeln!(text, "  mark {which}: {mark}")?;
+                writeln!(text, "  mark {which}: {}", printable(mark))?;
             }
         }
         let is_ordered = self.writes.iter().any(|row| row.order.is_some());
@@ -236,7 +236,7 @@ impl Failure {
             writeln!(text, "{kind:<14} {fate}")?;
         }
         for line in self.output.lines() {
-            writeln!(text, "  | {line}")?;
+            writeln!(text, "  | {}", printable(line))?;
         }
         writeln!(text, "  again: {}", self.reproduce)?;
         writeln!(text, "  serve: {}", self.serve)
@@ -309,7 +309,9 @@ impl Report {
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
         let write = || {
-            let mut file = std::fs::File::create(&new)?;
+            // Of somebody who was killed; and a link that somebody put there is not followed.
+            let _ = std::fs::remove_file(&new);
+            let mut file = std::fs::File::create_new(&new)?;
             file.write_all(&bytes)?;
             // A rename may be on the disk before the data is.
             file.sync_data()?;
@@ -397,6 +399,13 @@ impl Report {
     }
 }
 
+/// A line without what a terminal would take for a command: a checker prints what it finds on a disk.
+pub fn printable(line: &str) -> String {
+    let is_command = |c: char| c.is_control() && c != '\t';
+    let shown = |c: char| if is_command(c) { c.escape_default().to_string() } else { c.into() };
+    line.chars().map(shown).collect()
+}
+
 /// A text without the two characters that XML does not have and that nobody else takes out.
 fn for_xml(text: &str) -> String {
     text.replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}")
@@ -422,10 +431,37 @@ mod tests {
     fn what_cannot_be_kept_leaves_nothing_behind() {
         let dir = tempfile::tempdir().unwrap();
         let (path, new) = (dir.path().join("r.json"), dir.path().join("r.json.new"));
-        std::os::unix::fs::symlink("/dev/full", &new).unwrap();
+        std::fs::create_dir(&path).unwrap();
         let err = Report::new(subject()).save(&path).unwrap_err().to_string();
-        assert!(err.contains("r.json: No space left on device"), "{err}");
-        assert!(!new.is_symlink() && !path.exists());
+        assert!(err.contains("r.json: Is a directory"), "{err}");
+        assert!(!new.exists());
+    }
+
+    #[test]
+    fn a_link_that_somebody_has_put_in_the_way_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, victim) = (dir.path().join("r.json"), dir.path().join("victim"));
+        std::fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join("r.json.new")).unwrap();
+        Report::new(subject()).save(&path).unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+        assert!(path.symlink_metadata().unwrap().is_file());
+        Report::load(&path).unwrap();
+    }
+
+    #[test]
+    fn nothing_that_a_checker_prints_is_a_command_to_the_terminal() {
+        let failure = serde_json::json!({
+            "state": "E0", "found-as": "E0", "shrunk": true, "dropped": 0, "torn": 0, "flaky": false,
+            "verdict": "bad", "output": "one\n\u{1b}]0;two\u{7}\tthree", "writes": [],
+            "mark-before": "m\nE1: good", "mark-after": null, "reproduce": "again",
+        });
+        let mut report = Report::new(subject());
+        report.failures.push(serde_json::from_value(failure).unwrap());
+        let text = report.to_text();
+        assert!(text.chars().all(|c| "\n\t".contains(c) || !c.is_control()), "{text:?}");
+        assert!(text.contains("  | one\n  | \\u{1b}]0;two\\u{7}\tthree\n"), "{text}");
+        assert!(!text.lines().any(|line| line == "E1: good"), "{text}");
     }
 
     /// XML 1.0 has most control characters in no form, and neither U+FFFE nor U+FFFF.

@@ -21,7 +21,7 @@ use crate::crash::check::{Bounds, Checker, Verdict, quoted};
 use crate::crash::enumerate::{self, Reach};
 use crate::crash::explore::{self, Plan, Watch};
 use crate::crash::fuse::Reads;
-use crate::crash::report::{Report, Subject};
+use crate::crash::report::{Report, Subject, printable};
 use crate::crash::stage::Stage;
 use crate::crash::stop::Stop;
 use crate::crash::{History, StateName, orphans};
@@ -425,7 +425,10 @@ fn check_one(
     };
     let good = verdict == Verdict::Good;
     match args.output {
-        ReportOutput::Human => output::print(&format!("{printed}{name}: {how}\n"))?,
+        ReportOutput::Human => {
+            let printed: String = printed.lines().map(|line| printable(line) + "\n").collect();
+            output::print(&format!("{printed}{name}: {how}\n"))?;
+        }
         _ => output::print_json(&json!({
             "state": name.to_string(), "good": good, "verdict": how, "output": printed,
         }))?,
