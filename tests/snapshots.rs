@@ -586,6 +586,28 @@ fn differencing_vhdx_images_are_prepared_before_the_guest_writes() {
     }
 }
 
+/// Others who may not read the disk must not read what the guest writes from now on either.
+#[test]
+fn what_is_made_of_a_disk_is_no_more_open_than_the_disk() {
+    use std::os::unix::fs::PermissionsExt;
+    let rights = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for (format, overlay) in [("raw", "qcow2"), ("raw", "add-cow"), ("vhdx", "vhdx")] {
+        let host = Host::with_disk(format, DISK);
+        let mut qmp = host.qmp();
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(host.path("disk"), private).unwrap();
+        let (overlay_file, log) = (host.path("overlay"), host.path("w.log"));
+        qmp.ok("x-vublk-log-start", json!({"device": "disk", "log": log}));
+        qmp.ok("x-vublk-log-stop", json!({"device": "disk"}));
+        host.snapshot(&mut qmp, "overlay", overlay);
+        let mut made = vec![overlay_file, log.clone(), host.path("w.log.sidecar")];
+        made.extend((overlay == "add-cow").then(|| host.path("overlay.raw")));
+        for path in made {
+            assert_eq!(rights(&path), 0o600, "{}", path.display());
+        }
+    }
+}
+
 /// Images that qemu-img reads as we do.
 #[test]
 fn qemu_reads_the_chain() {

@@ -65,6 +65,9 @@ pub struct Recording {
 pub fn record(image: &Image, below: Arc<dyn Driver>, request: &RecordRequest) -> Result<Recording> {
     check_is_written(image, &*below)?;
     let (log, is_new) = open_log(request)?;
+    if is_new {
+        log.open_no_wider_than(&image.file);
+    }
     let recording = record_to(image, below, &log, &request.options);
     if recording.is_err() && is_new {
         let _ = std::fs::remove_file(&request.log);
@@ -105,6 +108,9 @@ pub fn record_to(
     };
     let (sidecar, is_new) =
         open_sidecar(&sidecar, image, log).context(|| format!("{name}: its sidecar"))?;
+    if is_new {
+        sidecar.open_no_wider_than(&image.file);
+    }
     if options.locking != Locking::Off {
         lock_for_writing(&sidecar).context(|| format!("{name}: its sidecar"))?;
     }

@@ -386,6 +386,23 @@ impl HostFile {
         rustix::fs::fstat(&self.fd).is_ok_and(|stat| stat.st_nlink == 0)
     }
 
+    /// Takes from a file that was just made, and is to hold what `other` holds, the rights of the group
+    /// and of others that `other` does not give. File systems without rights of their own get a line in
+    /// the log.
+    pub fn open_no_wider_than(&self, other: &HostFile) {
+        const NOT_THE_OWNERS: u32 = 0o077;
+        let rights = |file: &HostFile| rustix::fs::fstat(&file.fd).map(|stat| stat.st_mode & 0o777);
+        let narrow = |own: u32, allowed: u32| match own & (allowed | !NOT_THE_OWNERS) {
+            narrow if narrow == own => Ok(()),
+            narrow => rustix::fs::fchmod(&self.fd, Mode::from_raw_mode(narrow)),
+        };
+        let narrowed = rights(self).and_then(|own| narrow(own, rights(other)?));
+        if let Err(err) = narrowed {
+            let (name, other) = (&self.name, &other.name);
+            tracing::warn!("{name}: may be open to more users than {other}: {err}");
+        }
+    }
+
     /// When the file was last written to, in nanoseconds since 1970; 0 for block devices, whose
     /// writers leave no trace, and where the host does not say.
     pub fn modified_ns(&self) -> i64 {

@@ -4,6 +4,7 @@
 //! Its files belong to the action ([`Created`]) until that is done, and go if it is not.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::Snapshot;
 use super::barrier::Action;
@@ -81,6 +82,8 @@ pub struct NewOverlay {
 /// The file of an overlay.
 struct NewOverlayFile {
     image: images::Prepared,
+    /// That of the disk.
+    below: Arc<HostFile>,
     /// Whether there was no such file before.
     is_new: bool,
 }
@@ -138,6 +141,10 @@ impl NewOverlayFile {
         if request.format == ImageFormat::AddCow {
             // One that was there already has been refused.
             created.new.push(data_file(path));
+        }
+        for path in &created.new {
+            let file = HostFile::open(path, crate::io::OpenOptions::default())?;
+            file.open_no_wider_than(&self.below);
         }
         Ok(sync_with_directory(path)?)
     }
@@ -239,7 +246,7 @@ fn prepare_file(disks: &Disks, node: &Node, request: &OverlayRequest) -> QmpResu
         let unit = file.alignment().request;
         disks.graph().check_unit(node, node_name, unit)?;
     }
-    Ok(NewOverlayFile { image, is_new })
+    Ok(NewOverlayFile { image, below: below.file, is_new })
 }
 
 /// The file that holds the data of a new add-cow image.
