@@ -409,12 +409,27 @@ impl PidFile {
     fn write(path: &Path) -> Result<PidFile> {
         let what = || format!("pid file {}", path.display());
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).context(what)?;
-        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("{}: another process that is alive has written it", what()),
-            ));
+        let file = loop {
+            let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644)).context(what)?;
+            if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("{}: another process that is alive has written it", what()),
+                ));
+            }
+            // Who had it locked may have removed it.
+            if is_at(&file, path) {
+                break file;
+            }
+        };
+        let mut content = [0; 24];
+        let len = rustix::io::pread(&file, &mut content, 0).context(what)?;
+        let number = content[..len].strip_suffix(b"\n").unwrap_or(&content[..len]);
+        if len == content.len() || !number.iter().all(u8::is_ascii_digit) {
+            return Err(Error::invalid(format!(
+                "{}: holds something else than the number of a process; it is not touched",
+                what()
+            )));
         }
         rustix::fs::ftruncate(&file, 0).context(what)?;
         let text = format!("{}\n", std::process::id());
@@ -425,7 +440,17 @@ impl PidFile {
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        if is_at(&self.file, &self.path) {
+            let _ = std::fs::remove_file(&self.path);
+        }
         let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
+}
+
+/// Whether the open file is the one at this path.
+fn is_at(file: &OwnedFd, path: &Path) -> bool {
+    match (rustix::fs::fstat(file), rustix::fs::lstat(path)) {
+        (Ok(open), Ok(there)) => (open.st_dev, open.st_ino) == (there.st_dev, there.st_ino),
+        _ => false,
     }
 }

@@ -65,6 +65,31 @@ fn a_process_without_a_client_ends_at_once() {
     assert!(backend.terminate().success());
 }
 
+/// A name that was mistyped, or a hard link that somebody has put there.
+#[test]
+fn a_pidfile_takes_the_place_of_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pidfile, other) = (dir.path().join("pid"), dir.path().join("other"));
+    for content in ["precious", "123\nprecious", "1".repeat(100).as_str()] {
+        std::fs::write(&pidfile, content).unwrap();
+        let mut refused = Setup::new(&["--pidfile", pidfile.to_str().unwrap()]).prepare();
+        refused.spawn();
+        assert!(!refused.wait_end().success());
+        assert!(refused.log().contains("holds something else"), "{}", refused.log());
+        assert_eq!(std::fs::read_to_string(&pidfile).unwrap(), content);
+    }
+    // That of one that was killed does not matter.
+    std::fs::write(&pidfile, "123456\n").unwrap();
+    let mut backend = Backend::start(&["--pidfile", pidfile.to_str().unwrap()]);
+    backend.qemu();
+    assert_eq!(std::fs::read_to_string(&pidfile).unwrap(), format!("{}\n", backend.pid()));
+    // One that has taken its place is not ours.
+    std::fs::write(&other, "1\n").unwrap();
+    std::fs::rename(&other, &pidfile).unwrap();
+    assert!(backend.terminate().success());
+    assert_eq!(std::fs::read_to_string(&pidfile).unwrap(), "1\n");
+}
+
 #[test]
 fn the_pidfile_names_the_process_and_guards_it() {
     let dir = tempfile::tempdir().unwrap();
