@@ -20,7 +20,7 @@
 
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use super::connection::{self, Ended, Stop};
@@ -126,11 +126,7 @@ impl ServerSocket {
         let bound = Bound { path: path.to_owned(), identity: (meta.dev(), meta.ino()) };
         if let Some(rights) = rights {
             // Nobody can connect before listen.
-            if let Some(group) = rights.group {
-                rustix::fs::chown(path, None, Some(group))
-                    .context(|| format!("{}: group {}", what(), group.as_raw()))?;
-            }
-            rustix::fs::chmod(path, Mode::from_raw_mode(rights.mode & 0o777)).context(what)?;
+            give_rights(path, rights).context(what)?;
         }
         rustix::net::listen(&fd, BACKLOG).context(what)?;
         Ok(ServerSocket {
@@ -209,6 +205,24 @@ impl std::fmt::Display for ServerSocket {
     }
 }
 
+/// Gives the socket at `path` its rights. The directory may belong to somebody else, and he may have put
+/// something else there by now: a link is not followed, and nothing but a socket is touched.
+fn give_rights(path: &Path, rights: SocketRights) -> Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let there = rustix::fs::open(path, flags, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&there)?.st_mode) != FileType::Socket {
+        return Err(Error::invalid("is not a socket any more"));
+    }
+    if let Some(group) = rights.group {
+        rustix::fs::chownat(&there, "", None, Some(group), AtFlags::EMPTY_PATH)
+            .context(|| format!("group {}", group.as_raw()))?;
+    }
+    // The only name by which older kernels change the mode of what is open like this.
+    let name = format!("/proc/self/fd/{}", there.as_raw_fd());
+    rustix::fs::chmod(name, Mode::from_raw_mode(rights.mode & 0o777))?;
+    Ok(())
+}
+
 /// Whether a socket listens; else it is connected.
 ///
 /// # Errors
@@ -258,7 +272,10 @@ fn lock_directory(path: &Path) -> Result<Option<OwnedFd>> {
 }
 
 /// Removes a socket at `path` that nobody listens on.
-fn remove_stale(path: &Path) -> Result<()> {
+///
+/// # Errors
+/// Somebody does, or it is no socket.
+pub(crate) fn remove_stale(path: &Path) -> Result<()> {
     let shown = path.display();
     let meta = match std::fs::symlink_metadata(path) {
         Ok(meta) => meta,
@@ -560,6 +577,25 @@ mod tests {
         assert!(path.exists());
         drop(third);
         assert!(!path.exists());
+    }
+
+    /// The directory may belong to whoever the socket is for.
+    #[test]
+    fn what_was_put_in_the_place_of_the_socket_keeps_its_rights() {
+        let dir = directory();
+        let (path, victim) = (dir.path().join("socket"), dir.path().join("victim"));
+        std::fs::write(&victim, "secret").unwrap();
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(&victim, private).unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        let rights = SocketRights { mode: 0o666, group: Some(rustix::process::getegid()) };
+        for _ in 0..2 {
+            let err = give_rights(&path, rights).unwrap_err().to_string();
+            assert!(err.contains("is not a socket any more"), "{err}");
+            assert_eq!(std::fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o600);
+            std::fs::remove_file(&path).unwrap();
+            std::fs::hard_link(&victim, &path).unwrap();
+        }
     }
 
     #[test]
