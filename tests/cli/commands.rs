@@ -253,6 +253,18 @@ fn completions_and_manual_pages_are_made() {
     }
 }
 
+/// Of a back-end that is started, a socket that was left is removed first. A file is no socket.
+#[test]
+fn a_file_in_the_place_of_a_socket_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("disk.raw"), "precious").unwrap();
+    let args = ["bench", "--start", "true", "--socket-path", "disk.raw"];
+    let output = vublk(dir.path(), &args);
+    let err = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(err.contains("disk.raw exists and is not a socket"), "{err}");
+    assert_eq!(std::fs::read(dir.path().join("disk.raw")).unwrap(), b"precious");
+}
+
 #[test]
 fn the_machine_is_measured_without_a_back_end() {
     let dir = tempfile::tempdir().unwrap();

@@ -9,6 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::args::BenchArgs;
 use super::session_options;
+use crate::device::server::remove_stale;
 use crate::error::{Error, Result, ResultExt};
 use crate::frontend::{Client, Session, Wire};
 
@@ -52,7 +53,7 @@ impl Child {
                 socket_path.display()
             )));
         }
-        let _ = std::fs::remove_file(socket_path);
+        remove_stale(socket_path)?;
         let begin = Instant::now();
         let mut child = Command::new(program)
             .args(rest)
@@ -104,7 +105,7 @@ impl Child {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        let _ = std::fs::remove_file(&self.path);
+        let _ = remove_stale(&self.path);
         Ok(())
     }
 }
