@@ -1,6 +1,7 @@
 //! Crash states as disks: served, exported, compared, looked at, and put together on the control
 //! socket.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -167,7 +168,12 @@ fn whole(session: &mut Session) -> Vec<u8> {
 fn a_state_is_served_and_what_is_written_is_forgotten() {
     let dir = bed();
     let d = dir.path();
-    std::fs::create_dir(d.join("tmp")).unwrap();
+    // As a process leaves it that was killed before its overlay was open.
+    let left = d.join("tmp/vublk-state-0123456789abcdef0123456789abcdef");
+    std::fs::create_dir_all(&left).unwrap();
+    std::fs::set_permissions(&left, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::write(left.join("overlay"), "").unwrap();
+    std::fs::write(left.join("overlay.raw"), "").unwrap();
     for (name, content) in states() {
         let args = ["--log", "w.log", "--base", "base.img", "--state", name].map(|arg| {
             if arg.ends_with(".log") || arg.ends_with(".img") {

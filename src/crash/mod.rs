@@ -54,7 +54,7 @@ pub mod name;
 pub mod orphans;
 pub mod overlay;
 pub mod report;
-mod scratch;
+pub mod scratch;
 pub mod shrink;
 pub mod simulated;
 pub mod stage;

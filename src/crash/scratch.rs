@@ -18,10 +18,10 @@ const TRIES: u32 = 100;
 
 /// See the [module](self). Dropping it removes it, if nothing is left in it.
 #[derive(Debug)]
-pub(super) struct Scratch {
+pub struct Scratch {
     dir: PathBuf,
     /// The directory, locked.
-    _lock: OwnedFd,
+    lock: OwnedFd,
 }
 
 impl Scratch {
@@ -40,7 +40,7 @@ impl Scratch {
             DirBuilder::new().mode(0o700).create(&dir).context(context)?;
             // Until it is locked, it is a leftover to others.
             if let Some(lock) = lock_left(&dir) {
-                return Ok(Scratch { dir, _lock: lock });
+                return Ok(Scratch { dir, lock });
             }
             let _ = std::fs::remove_dir(&dir);
         }
@@ -54,6 +54,11 @@ impl Scratch {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.dir
+    }
+
+    /// The same, open.
+    pub fn dir(&self) -> &OwnedFd {
+        &self.lock
     }
 }
 

@@ -10,12 +10,14 @@
 //! the operator names, or one whose files have no names any more once they are open, so that nothing
 //! is left however the process ends.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::block::{Node, NodeOptions, graph};
+use crate::crash::scratch::Scratch;
 use crate::crash::{CrashState, History, StateName};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::formats::addcow;
@@ -25,6 +27,9 @@ use crate::images::{Access, CreateRequest, Image, ImageFormat, OpenRequest, Stat
 use crate::io::{File, HostFile, OpenOptions, block_on};
 use crate::write_log::Log;
 
+/// What the files of an overlay without a name of the operator's are called until they are open.
+const OVERLAY: &str = "overlay";
+const OVERLAY_DATA: &str = "overlay.raw";
 /// What a name that stands for a state begins with.
 const PREFIX: &str = "json:";
 
@@ -199,7 +204,7 @@ fn overlay(state: Image, of: &OpenRequest, path: Option<&Path>) -> Result<Image>
         }
         None => {
             let dir = TemporaryDir::make()?;
-            let path = dir.0.join("overlay");
+            let path = dir.0.path().join(OVERLAY);
             make_overlay(&path, &named, state.node.size())?;
             open_over(&overlay_request(&path, of), state)
         }
@@ -251,30 +256,25 @@ fn absolute(path: &Path) -> Result<String> {
     text.ok_or_else(|| Error::invalid(format!("{}: is not UTF-8", path.display())))
 }
 
-/// A directory that is removed, with what is in it, when this is dropped. What is open stays open.
-struct TemporaryDir(PathBuf);
+/// A directory for an overlay. It is removed, with the overlay's files, when this is dropped. What is open
+/// stays open. What a killed process has left, the next one removes.
+struct TemporaryDir(Scratch);
 
 impl TemporaryDir {
     fn make() -> Result<TemporaryDir> {
-        use std::os::unix::fs::DirBuilderExt;
-        let base = std::env::temp_dir();
-        for number in 0..1000 {
-            let dir = base.join(format!("vublk-state-{}-{number}", std::process::id()));
-            match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
-                Ok(()) => return Ok(TemporaryDir(dir)),
-                Err(err) if err.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(err) => return Err(Error::from(err).context(dir.display().to_string())),
-            }
-        }
-        Err(Error::new(ErrorKind::Busy, format!("{}: is full of our leftovers", base.display())))
+        Scratch::new("vublk-state-", |_, dir| remove_overlay(dir)).map(TemporaryDir)
     }
 }
 
 impl Drop for TemporaryDir {
     fn drop(&mut self) {
-        if let Err(err) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!("{}: cannot be removed: {err}", self.0.display());
-        }
+        remove_overlay(self.0.dir());
+    }
+}
+
+fn remove_overlay(dir: &OwnedFd) {
+    for name in [OVERLAY, OVERLAY_DATA] {
+        let _ = rustix::fs::unlinkat(dir, name, rustix::fs::AtFlags::empty());
     }
 }
 
