@@ -3,7 +3,8 @@
 //! An image is untrusted: its backing and data file names may be anybody's text. A name found in
 //! an image is opened only if the file it leads to lies below
 //!
-//! * the directory of the image that the operator named, or
+//! * the directory of the image that the operator named, unless that is a device, which has all others of
+//!   the host beside it, or
 //! * a directory given with `--allow-dir`.
 //!
 //! Symbolic links and `..` are resolved before the comparison, and the caller compares once more
@@ -12,6 +13,7 @@
 //! may be in it once ([`Chain`]).
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result, ResultExt};
@@ -36,9 +38,12 @@ impl OpenGate {
     /// If one of `allow_dirs` is not a directory.
     pub fn new(image: &Path, allow_dirs: &[PathBuf]) -> Result<OpenGate> {
         let mut allowed = Vec::with_capacity(allow_dirs.len() + 1);
-        // A directory that cannot be resolved allows nothing; opening the image itself will say
-        // what is wrong with it.
-        allowed.extend(directory_of(image).canonicalize().ok());
+        let is_device = std::fs::metadata(image).is_ok_and(|it| it.file_type().is_block_device());
+        if !is_device {
+            // A directory that cannot be resolved allows nothing; opening the image itself will say
+            // what is wrong with it.
+            allowed.extend(directory_of(image).canonicalize().ok());
+        }
         for dir in allow_dirs {
             let resolved =
                 dir.canonicalize().context(|| format!("--allow-dir {}", dir.display()))?;

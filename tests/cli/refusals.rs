@@ -3,8 +3,22 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use crate::common::{fails, have, ok, vublk};
+use crate::common::{LoopDevice, fails, have, ok, vublk};
 use crate::json;
+
+/// All devices of the host are beside a device, and none of them is its image's to give away.
+#[test]
+fn an_image_on_a_device_names_no_other_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let Some(secret) = LoopDevice::new(&d.join("secret"), 4 << 20) else { return };
+    let Some(top) = LoopDevice::new(&d.join("top"), 4 << 20) else { return };
+    let (top, secret) = (top.name(), secret.name());
+    ok(d, &["create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", top, "1M"]);
+    let err = fails(d, &["map", "-f", "qcow2", top], 1);
+    assert!(err.contains("--allow-dir /dev"), "{err}");
+    ok(d, &["map", "-f", "qcow2", "--allow-dir", "/dev", top]);
+}
 
 #[test]
 fn create_refuses_what_makes_no_sense() {
