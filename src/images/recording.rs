@@ -111,10 +111,25 @@ pub fn record_to(
     if is_new {
         sidecar.open_no_wider_than(&image.file);
     }
-    if options.locking != Locking::Off {
-        lock_for_writing(&sidecar).context(|| format!("{name}: its sidecar"))?;
+    let path = sidecar.path().to_path_buf();
+    let recording = record_with(image, below, log, sidecar, options);
+    if recording.is_err() && is_new {
+        let _ = std::fs::remove_file(path);
     }
-    let unwanted = is_new.then(|| sidecar.path().to_path_buf());
+    recording
+}
+
+/// The same with a sidecar that is open.
+fn record_with(
+    image: &Image,
+    below: Arc<dyn Driver>,
+    log: &Arc<HostFile>,
+    sidecar: HostFile,
+    options: &RecordOptions,
+) -> Result<Recording> {
+    if options.locking != Locking::Off {
+        lock_for_writing(&sidecar).context(|| format!("{}: its sidecar", log.name()))?;
+    }
     let subject = Subject {
         below,
         image: ImageIdentity {
@@ -128,13 +143,9 @@ pub fn record_to(
         block_size: options.block_size,
     };
     let log = Arc::clone(log) as Arc<dyn File>;
-    let opening = write_log::open(subject, log, Arc::new(sidecar), options.settings);
-    let recording =
-        block_on(opening).map(|(filter, began)| Recording { filter: Arc::new(filter), began });
-    if let (Err(_), Some(path)) = (&recording, unwanted) {
-        let _ = std::fs::remove_file(path);
-    }
-    recording
+    let (filter, began) =
+        block_on(write_log::open(subject, log, Arc::new(sidecar), options.settings))?;
+    Ok(Recording { filter: Arc::new(filter), began })
 }
 
 /// Where is noted what is under way on its way to a log; nowhere if that is not possible.
@@ -289,34 +300,50 @@ mod tests {
     use crate::images::{self, OpenRequest};
     use crate::io::AlignedBuf;
 
+    fn disk(path: &Path) -> Image {
+        std::fs::write(path, vec![0; 65536]).unwrap();
+        let request = OpenRequest {
+            access: Access::Write,
+            format: Some(ImageFormat::Raw),
+            ..OpenRequest::read(path)
+        };
+        images::open(&request).unwrap()
+    }
+
+    fn request(log: PathBuf, state_dir: StateDir) -> RecordRequest {
+        let options = RecordOptions {
+            sidecar: None,
+            locking: Locking::Off,
+            state_dir,
+            block_size: Some(512),
+            settings: Settings::default(),
+        };
+        RecordRequest { log, cache: CacheMode::Writeback, lock_wait: Duration::ZERO, options }
+    }
+
+    #[test]
+    fn a_recording_that_does_not_begin_leaves_no_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = disk(&dir.path().join("disk.raw"));
+        // Not a directory.
+        let state_dir = StateDir::Required(dir.path().join("disk.raw"));
+        let request = request(dir.path().join("w.log"), state_dir);
+        assert!(record(&image, image.node.driver(), &request).is_err());
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
     /// A format may write to its file when it is closed, which is after the log has ended.
     #[test]
     fn an_image_that_was_changed_by_closing_it_is_still_the_logs() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, log) = (dir.path().join("disk.raw"), dir.path().join("w.log"));
-        std::fs::write(&path, vec![0; 65536]).unwrap();
+        let path = dir.path().join("disk.raw");
+        let image = disk(&path);
+        let request = request(dir.path().join("w.log"), StateDir::None);
         let change_file = |seconds| {
             let file = std::fs::File::options().write(true).open(&path).unwrap();
             let then = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
             file.set_modified(then).unwrap();
-        };
-        let image = images::open(&OpenRequest {
-            access: Access::Write,
-            format: Some(ImageFormat::Raw),
-            ..OpenRequest::read(&path)
-        });
-        let image = image.unwrap();
-        let request = RecordRequest {
-            log,
-            cache: CacheMode::Writeback,
-            lock_wait: Duration::ZERO,
-            options: RecordOptions {
-                sidecar: None,
-                locking: Locking::Off,
-                state_dir: StateDir::None,
-                block_size: Some(512),
-                settings: Settings::default(),
-            },
         };
         let record = || record(&image, image.node.driver(), &request);
         let filter = record().unwrap().filter;
