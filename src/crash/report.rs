@@ -310,7 +310,10 @@ impl Report {
         new.push(".new");
         let write = || {
             // Of somebody who was killed; and a link that somebody put there is not followed.
-            let _ = std::fs::remove_file(&new);
+            match std::fs::remove_file(&new) {
+                Err(err) if err.kind() != std::io::ErrorKind::NotFound => return Err(err),
+                _ => {}
+            }
             let mut file = std::fs::File::create_new(&new)?;
             file.write_all(&bytes)?;
             // A rename may be on the disk before the data is.
