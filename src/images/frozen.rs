@@ -275,7 +275,10 @@ fn is_gone(path: &Path) -> bool {
 /// Kind [`InvalidArgument`](ErrorKind::InvalidArgument), with the image to serve instead: nobody else
 /// will change that, so it is of no use to try again.
 pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
-    check_not_frozen(file, allow_dirs)?;
+    let frozen = check_not_frozen(file, allow_dirs);
+    if frozen.is_err() && !only_left_stand_on(file) {
+        return frozen;
+    }
     let name = file.name();
     if let Some(target) = moved_to(file) {
         let shown = target.display();
@@ -286,10 +289,18 @@ pub fn check(file: &HostFile, allow_dirs: &[PathBuf]) -> Result<()> {
                  old"
             )));
         }
-        tracing::warn!("{name}: the image {shown} that the disk had moved to is gone");
-        take(file, MOVED);
+        if frozen.is_ok() {
+            tracing::warn!("{name}: the image {shown} that the disk had moved to is gone");
+            take(file, MOVED);
+        }
     }
-    Ok(())
+    frozen
+}
+
+/// Whether nothing that needs the image is where its disk goes on.
+fn only_left_stand_on(file: &HostFile) -> bool {
+    let overlays = overlays(file, ATTRIBUTE);
+    overlays.iter().all(|overlay| overlay.is_left || !overlay.needs(file))
 }
 
 /// The same, but for an image that its disk has left: what it holds may be given up.

@@ -177,6 +177,30 @@ fn a_mark_names_all_overlays_that_need_the_image() {
     assert_eq!(get(&base, ATTRIBUTE), None);
 }
 
+/// A stream took the one overlay out, a second one the image itself: what still stands on it is not where
+/// the disk is.
+#[test]
+fn an_image_that_its_disk_has_left_names_that_before_what_was_left_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = image(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    for name in ["left", "top"] {
+        std::fs::write(path(name), "x").unwrap();
+    }
+    mark(&base, &path("left"));
+    Turn::wait(&base).mark_over(&path("top"), &path("left"));
+    unmark(&base, &path("top"));
+    mark_moved(&base, &path("top"));
+    let refused = || check(&base, &[]).unwrap_err().to_string();
+    let goes_on = format!("goes on in {};", path("top").display());
+    assert!(refused().contains(&goes_on), "{}", refused());
+    // Where it goes on is gone: then what was left is in the way.
+    std::fs::remove_file(path("top")).unwrap();
+    assert!(refused().contains("still stands on it"), "{}", refused());
+    std::fs::remove_file(path("left")).unwrap();
+    check(&base, &[]).unwrap();
+}
+
 #[test]
 fn a_mark_that_does_not_fit_stays_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
