@@ -12,12 +12,23 @@ const DISK: u64 = 1 << 20;
 
 /// A daemon that was killed: its guest has seen a write completed that is in a keep and nowhere else.
 fn killed(format: &'static str) -> (Host, Session) {
+    let (mut host, guest) = served(format, "raw");
+    host.backend.kill();
+    (host, guest)
+}
+
+/// A daemon whose guest has seen a write completed, on a disk above another.
+fn served(format: &'static str, below: &str) -> (Host, Session) {
     let mut host = Host::with_base(DISK);
-    ok(host.dir.path(), &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"]);
+    let dir = host.dir.path();
+    if below != "raw" {
+        ok(dir, &["convert", "-q", "-f", "raw", "-O", below, "base", "converted"]);
+        std::fs::rename(dir.join("converted"), dir.join("base")).unwrap();
+    }
+    ok(dir, &["create", "-q", "-f", format, "-b", "base", "-F", below, "disk"]);
     host.backend = host.setup(format, "disk", &[]).start();
     let mut guest = host.backend.qemu();
     guest.write(0, 0, &sector(1)).unwrap();
-    host.backend.kill();
     (host, guest)
 }
 
@@ -134,6 +145,54 @@ fn what_is_kept_stays_until_the_guest_is_back() {
         host.backend.spawn();
         drop(host.qmp());
         assert!(host.backend.terminate().success());
+        host.backend.spawn();
+        comes_back(&host, &mut guest);
+        ends(&mut host, &mut guest);
+    }
+}
+
+/// Nothing was kept any more when the daemon was killed, because the guest had flushed. What is done with
+/// the disk before that guest is back is not in its way.
+#[test]
+fn a_guest_that_had_flushed_comes_back_whatever_was_done_meanwhile() {
+    let snapshot = |host: &Host| {
+        let file = host.path("new");
+        host.qmp().ok("blockdev-snapshot-sync", json!({"device": "disk", "snapshot-file": file}));
+    };
+    let stream = |host: &Host| {
+        let mut qmp = host.qmp();
+        qmp.ok("block-stream", json!({"device": "disk"}));
+        qmp.wait_for_jobs();
+    };
+    let commit = |host: &Host| {
+        let mut qmp = host.qmp();
+        qmp.ok("block-commit", json!({"device": "disk"}));
+        qmp.complete_job();
+    };
+    let changes: [(&str, &dyn Fn(&Host)); 4] = [
+        ("nothing", &|_| ()),
+        ("a snapshot", &snapshot),
+        ("a stream", &stream),
+        ("a commit", &commit),
+    ];
+    for format in ["add-cow", "qcow2"] {
+        for (what, change) in changes {
+            eprintln!("{format}, {what}");
+            let (mut host, mut guest) = served(format, "qcow2");
+            guest.flush(0).unwrap();
+            host.backend.kill();
+            host.backend.spawn();
+            change(&host);
+            comes_back(&host, &mut guest);
+            ends(&mut host, &mut guest);
+        }
+        // And a restart that is one too many.
+        let (mut host, mut guest) = served(format, "qcow2");
+        guest.flush(0).unwrap();
+        host.backend.kill();
+        host.backend.spawn();
+        drop(host.qmp());
+        assert!(host.backend.terminate().success(), "{}", host.backend.log());
         host.backend.spawn();
         comes_back(&host, &mut guest);
         ends(&mut host, &mut guest);

@@ -468,13 +468,16 @@ impl Graph {
             Parent::Root(root) => root.replace_node(to.clone(), quiesced).map(drop),
             Parent::Node(node, "backing") => node.set_backing(Some(to.clone()), quiesced),
             Parent::Node(node, _) if node.driver().is_filter() => {
-                let before = node.backing();
+                let (before, driver) = (node.backing(), node.driver());
                 node.set_backing(Some(to.clone()), quiesced)?;
-                let renew =
-                    || self.roots_on(node).iter().try_for_each(|r| r.renew_session(quiesced));
-                if let Err(err) = renew() {
+                let renew = |before: &dyn crate::block::Driver| {
+                    let mut roots = self.roots_on(node).into_iter();
+                    roots.try_for_each(|root| root.renew_session(before, quiesced))
+                };
+                if let Err(err) = renew(&*driver) {
+                    let driver = node.driver();
                     node.set_backing(before, quiesced)?;
-                    renew()?;
+                    renew(&*driver)?;
                     return Err(err);
                 }
                 Ok(())

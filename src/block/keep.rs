@@ -126,6 +126,8 @@ struct State {
     reserved: u64,
     /// The file as memory, from `begin` on: records may be appended.
     memory: Option<SharedMemory>,
+    /// Whether the guest of the session may come back, though nothing but its name is here.
+    is_borne: bool,
 }
 
 impl State {
@@ -300,9 +302,23 @@ impl Keep {
         self.begin_locked(&mut state, nonce).context(|| self.path.display().to_string())
     }
 
+    /// Bears the name of a session that may go on here, and records nothing: who has flushed, and was
+    /// left by an earlier process, is not there yet.
+    pub fn bear(&self, nonce: u128) -> Result<()> {
+        let mut state = self.lock();
+        if state.nonce != Some(nonce) {
+            let begun = self.begin_locked(&mut state, nonce);
+            state.memory = None;
+            begun.context(|| self.path.display().to_string())?;
+        }
+        state.is_borne = true;
+        Ok(())
+    }
+
     fn begin_locked(&self, state: &mut State, nonce: u128) -> Result<()> {
         if state.nonce == Some(nonce) {
             self.clear(state)?;
+            state.is_borne = false;
             if state.memory.is_none() {
                 state.memory = Some(self.map()?);
             }
@@ -554,9 +570,10 @@ impl Keep {
     }
 
     /// Removes the file: the image was closed in order and nothing needs to be kept. What an
-    /// earlier process kept for a guest that has not come back stays where it is.
+    /// earlier process kept for a guest that has not come back stays where it is, and be it but that
+    /// guest's name: without it, the guest would be refused.
     pub fn discard(&self) -> Result<()> {
-        if self.awaited().is_some() {
+        if self.awaited().is_some() || self.lock().is_borne {
             tracing::info!(path = %self.path.display(), "kept for a guest that has not come back");
             return Ok(());
         }
@@ -634,7 +651,8 @@ impl Owner {
             return None;
         }
         let active = usize::from(halves[1].generation > halves[0].generation);
-        Some((State { nonce: Some(nonce), halves, active, reserved: 0, memory: None }, capacity))
+        let state = State { nonce: Some(nonce), halves, active, ..State::default() };
+        Some((state, capacity))
     }
 }
 

@@ -47,15 +47,19 @@ struct RootInner {
 /// A guest's session.
 struct Session {
     nonce: u128,
-    /// Hears whether completed writes may be in a keep only.
-    note_kept: Box<dyn Fn(bool) + Send>,
+    /// Hears whether completed writes may be in a keep only. Absent while the guest has not come back to
+    /// this process: then it counts on finding its name.
+    note_kept: Option<Box<dyn Fn(bool) + Send>>,
 }
 
 impl Session {
     /// Starts or continues it on a driver.
     fn begin(&self, driver: &dyn Driver) -> Result<()> {
+        let Some(note_kept) = &self.note_kept else {
+            return driver.keep().map_or(Ok(()), |keep| keep.bear(self.nonce));
+        };
         driver.begin_session(self.nonce)?;
-        (self.note_kept)(driver.keep().and_then(Keep::session) == Some(self.nonce));
+        note_kept(driver.keep().and_then(Keep::session) == Some(self.nonce));
         Ok(())
     }
 }
@@ -122,17 +126,41 @@ impl Root {
         if let Some(session) = &*session {
             session.begin(&*node.driver())?;
         }
-        Ok(std::mem::replace(&mut *self.inner.node.write().unwrap(), node))
+        let is_awaited = session.as_ref().is_some_and(|session| session.note_kept.is_none());
+        let new = node.driver();
+        let before = std::mem::replace(&mut *self.inner.node.write().unwrap(), node);
+        if is_awaited {
+            leave(&*before.driver(), &*new);
+        }
+        Ok(before)
     }
 
-    /// The node has another driver now, and the guest's session, if one runs, goes on there.
+    /// The node has another driver than `before` now, and the guest's session, if one runs, goes on there.
     ///
     /// # Errors
     /// If the new driver cannot keep a session.
-    pub fn renew_session(&self, _quiesced: &Quiesced) -> Result<()> {
-        match &*self.inner.session.lock().unwrap() {
-            Some(session) => session.begin(&*self.node().driver()),
-            None => Ok(()),
+    pub fn renew_session(&self, before: &dyn Driver, _quiesced: &Quiesced) -> Result<()> {
+        let session = self.inner.session.lock().unwrap();
+        let Some(session) = &*session else { return Ok(()) };
+        let now = self.node().driver();
+        session.begin(&*now)?;
+        if session.note_kept.is_none() {
+            leave(before, &*now);
+        }
+        Ok(())
+    }
+
+    /// A guest of an earlier process may still come back to this disk, though nothing is kept for it but
+    /// its name, because it had flushed. Whatever becomes of the disk meanwhile, it is to find that name.
+    pub fn await_guest(&self) {
+        let mut known = self.inner.session.lock().unwrap();
+        let driver = self.node().driver();
+        let named = driver.keep().filter(|keep| !keep.is_recording() && keep.awaited().is_none());
+        if let Some(nonce) = named.and_then(Keep::session) {
+            let session = Session { nonce, note_kept: None };
+            if session.begin(&*driver).is_ok() {
+                *known = Some(session);
+            }
         }
     }
 
@@ -153,7 +181,7 @@ impl Root {
         nonce: u128,
         note_kept: impl Fn(bool) + Send + 'static,
     ) -> Result<()> {
-        let session = Session { nonce, note_kept: Box::new(note_kept) };
+        let session = Session { nonce, note_kept: Some(Box::new(note_kept)) };
         // Whoever changes the graph finds it either known here, or not begun anywhere.
         let mut known = self.inner.session.lock().unwrap();
         session.begin(&*self.node().driver())?;
@@ -164,14 +192,35 @@ impl Root {
     /// The guest has gone, and everything that it saw completed is durable: nothing needs to be
     /// kept for it any more.
     pub fn end_session(&self) {
-        if let Some(session) = self.inner.session.lock().unwrap().take() {
-            (session.note_kept)(false);
+        let mut known = self.inner.session.lock().unwrap();
+        // One that has not come back has nothing to do with whoever has gone.
+        if let Some(note_kept) = known.as_ref().and_then(|session| session.note_kept.as_ref()) {
+            note_kept(false);
+            *known = None;
         }
     }
 
-    /// The session that runs.
+    /// The session of a guest of an earlier process that has not come back ([`Root::await_guest`]).
+    pub fn awaited(&self) -> Option<u128> {
+        let known = self.inner.session.lock().unwrap();
+        known.as_ref().filter(|session| session.note_kept.is_none()).map(|session| session.nonce)
+    }
+
+    /// The session that runs, or is awaited.
     pub fn session(&self) -> Option<u128> {
         self.inner.session.lock().unwrap().as_ref().map(|session| session.nonce)
+    }
+}
+
+/// A disk whose guest may still come back has gone from one driver to another: what names that guest is
+/// there, and no more here.
+fn leave(before: &dyn Driver, now: &dyn Driver) {
+    let Some(keep) = before.keep() else { return };
+    if now.keep().is_some_and(|now| std::ptr::eq(now, keep)) || keep.is_recording() {
+        return;
+    }
+    if let Err(err) = keep.forget() {
+        tracing::warn!("{}: {err}", keep.path().display());
     }
 }
 

@@ -222,9 +222,13 @@ impl Export {
     pub fn new(name: impl Into<String>, root: Root, options: ExportOptions) -> Export {
         let node = root.node();
         let config = ConfigSpace::new(&config_params(&node, &options));
+        let read_only = options.read_only || node.limits().read_only;
+        if !read_only {
+            root.await_guest();
+        }
         Export {
             name: name.into(),
-            read_only: options.read_only || node.limits().read_only,
+            read_only,
             root,
             options,
             config: Mutex::new(config),

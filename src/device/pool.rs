@@ -195,7 +195,9 @@ impl Pool {
     fn check_kept(&self, nonce: u128) -> Result<()> {
         let driver = self.export.node().driver();
         let keep = driver.keep();
-        if keep.and_then(Keep::session) == Some(nonce) {
+        // Where nothing is kept for a guest, its disk may have gone on in an image that has no keep.
+        let awaited = self.export.root.awaited();
+        if keep.and_then(Keep::session).or(awaited.filter(|_| keep.is_none())) == Some(nonce) {
             return Ok(());
         }
         let found = match keep {

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::images::lock::lock;
 use crate::images::open::guess;
 use crate::images::request::{Access, OpenRequest, StateDir};
-use crate::images::{ImageFormat, Locking, frozen, open};
+use crate::images::{Image, ImageFormat, Locking, frozen, open};
 use crate::io::{File, HostFile, OpenOptions, block_on};
 
 /// The name of the attribute of an image that says where something may be kept of it, if that is not
@@ -118,6 +118,22 @@ pub(super) fn settle(request: &OpenRequest) -> Result<Option<u128>> {
         Keep::open_for(dir, &file, format.name())?.begin(session)?;
     }
     Ok(Some(session))
+}
+
+/// Removes what an earlier process kept of an image that a snapshot has frozen below `top`, if nothing is
+/// left to be redone: its guest comes back to `top`, whose keep bears its name.
+pub(super) fn forget_below(request: &OpenRequest, top: &HostFile, below: &Image) {
+    let (StateDir::IfPossible(dir) | StateDir::Required(dir)) = &request.settle_in else { return };
+    let file = &below.file;
+    if !matches!(look(dir, file, below.format), Ok(Some((_, false))))
+        || !frozen::is_frozen_below(file, top.path())
+    {
+        return;
+    }
+    let forgotten = Keep::open_for(dir, file, below.format.name()).and_then(|keep| keep.forget());
+    if let Err(err) = forgotten {
+        tracing::warn!("{}: what was kept of it stays: {err}", file.name());
+    }
 }
 
 /// The session that an earlier process has kept in `dir` for an image, and whether there are records

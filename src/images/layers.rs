@@ -342,7 +342,7 @@ impl Layers {
         });
         for root in self.graph.roots_on(node) {
             // A raw file keeps nothing, so this cannot fail; it says that nothing is kept.
-            root.renew_session(quiesced)?;
+            root.renew_session(&*old, quiesced)?;
         }
         frozen::mark_moved(&image.file, data.path());
         if let Err(err) = block_on(old.close()) {

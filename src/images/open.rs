@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::images::cache_mode::CacheMode;
 use crate::images::crash_state::{self, Named};
 use crate::images::drivers::{open_qcow2, open_raw, open_vhdx, warn_if_whole};
-use crate::images::kept::{check_settled, open_keep, settle};
+use crate::images::kept::{check_settled, forget_below, open_keep, settle};
 use crate::images::lock::{Locking, lock};
 use crate::images::parents::backing_names;
 use crate::images::request::{Access, OpenRequest, StateDir};
@@ -339,7 +339,10 @@ impl Opening<'_> {
         {
             // The predecessor died while it put this image on the one below: nothing was written to
             // this one, and what the guest relies on has just been redone there.
-            keep.begin(nonce)?;
+            keep.bear(nonce)?;
+        }
+        if let (Some(_), Some(below)) = (&keep, &self.backing) {
+            forget_below(self.request, &self.file, below);
         }
         Ok(keep)
     }
