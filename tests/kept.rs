@@ -199,6 +199,25 @@ fn a_guest_that_had_flushed_comes_back_whatever_was_done_meanwhile() {
     }
 }
 
+/// What was kept of an image that a snapshot froze before the kill is nobody's once the overlay is served.
+#[test]
+fn nothing_stays_of_an_image_below_the_one_that_its_guest_comes_back_to() {
+    for format in ["add-cow", "qcow2"] {
+        let (mut host, mut guest) = served(format, "raw");
+        for name in ["between", "over"] {
+            host.snapshot(&mut host.qmp(), name, "qcow2");
+            guest.write(0, 512, &sector(2)).unwrap();
+            guest.flush(0).unwrap();
+        }
+        host.backend.kill();
+        let again = host.setup("qcow2", "over", &[]).start();
+        let _before = std::mem::replace(&mut host.backend, again);
+        guest.path.clone_from(&host.backend.socket);
+        comes_back(&host, &mut guest);
+        ends(&mut host, &mut guest);
+    }
+}
+
 /// With the directory that is the default, and with another that the image is marked with.
 #[test]
 fn commands_that_write_wait_for_the_guest() {

@@ -120,19 +120,19 @@ pub(super) fn settle(request: &OpenRequest) -> Result<Option<u128>> {
     Ok(Some(session))
 }
 
-/// Removes what an earlier process kept of an image that a snapshot has frozen below `top`, if nothing is
-/// left to be redone: its guest comes back to `top`, whose keep bears its name.
+/// Removes what an earlier process kept of images that snapshots have frozen below `top`, one below the
+/// other, where nothing is left to be redone: their guest comes back to `top`, whose keep bears its name.
 pub(super) fn forget_below(request: &OpenRequest, top: &HostFile, below: &Image) {
-    let (StateDir::IfPossible(dir) | StateDir::Required(dir)) = &request.settle_in else { return };
-    let file = &below.file;
-    if !matches!(look(dir, file, below.format), Ok(Some((_, false))))
-        || !frozen::is_frozen_below(file, top.path())
-    {
-        return;
-    }
-    let forgotten = Keep::open_for(dir, file, below.format.name()).and_then(|keep| keep.forget());
-    if let Err(err) = forgotten {
-        tracing::warn!("{}: what was kept of it stays: {err}", file.name());
+    let (StateDir::IfPossible(dir) | StateDir::Required(dir)) = &request.state_dir else { return };
+    let (mut top, mut below) = (top, Some(below));
+    while let Some(image) = below.filter(|image| frozen::is_frozen_below(&image.file, top.path())) {
+        if matches!(look(dir, &image.file, image.format), Ok(Some((_, false)))) {
+            let keep = Keep::open_for(dir, &image.file, image.format.name());
+            if let Err(err) = keep.and_then(|keep| keep.forget()) {
+                tracing::warn!("{}: what was kept of it stays: {err}", image.name());
+            }
+        }
+        (top, below) = (&image.file, image.backing.as_deref());
     }
 }
 
