@@ -155,6 +155,7 @@ fn what_is_kept_stays_until_the_guest_is_back() {
 /// the disk before that guest is back is not in its way.
 #[test]
 fn a_guest_that_had_flushed_comes_back_whatever_was_done_meanwhile() {
+    type Change = fn(&Host);
     let snapshot = |host: &Host| {
         let file = host.path("new");
         host.qmp().ok("blockdev-snapshot-sync", json!({"device": "disk", "snapshot-file": file}));
@@ -169,12 +170,8 @@ fn a_guest_that_had_flushed_comes_back_whatever_was_done_meanwhile() {
         qmp.ok("block-commit", json!({"device": "disk"}));
         qmp.complete_job();
     };
-    let changes: [(&str, &dyn Fn(&Host)); 4] = [
-        ("nothing", &|_| ()),
-        ("a snapshot", &snapshot),
-        ("a stream", &stream),
-        ("a commit", &commit),
-    ];
+    let changes: [(&str, Change); 4] =
+        [("nothing", |_| ()), ("a snapshot", snapshot), ("a stream", stream), ("a commit", commit)];
     for format in ["add-cow", "qcow2"] {
         for (what, change) in changes {
             eprintln!("{format}, {what}");
