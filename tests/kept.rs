@@ -196,6 +196,41 @@ fn a_guest_that_had_flushed_comes_back_whatever_was_done_meanwhile() {
     }
 }
 
+/// Flushes are ignored, and nothing is kept for a guest without a region for requests in flight: so what
+/// it had written was in memory only when a snapshot froze it. The next guest has seen it all the same.
+#[test]
+fn what_a_guest_without_a_session_has_left_in_a_frozen_image_survives_a_kill_of_the_next() {
+    for format in ["add-cow", "qcow2"] {
+        let mut host = Host::with_base(DISK);
+        ok(host.dir.path(), &["create", "-q", "-f", format, "-b", "base", "-F", "raw", "disk"]);
+        let start = |host: &Host, format: &str, image: &str| {
+            let path = |name: &str| host.path(name).to_str().unwrap().to_string();
+            let (socket, state) = (path("vu.sock"), host.state.path().to_str().unwrap());
+            let disk = format!("{format},node-name=disk,cache.no-flush=on,file.driver=file");
+            let disk = format!("{disk},file.filename={}", path(image));
+            let export = "vhost-user-blk,id=disk,node-name=disk,writable=on,addr.type=unix";
+            let export = format!("{export},addr.path={socket}");
+            let control = path("control.sock");
+            let args = ["--state-dir", state, "--control", &control, "--blockdev", &disk];
+            let mut backend =
+                Setup::new(&[&args[..], &["--export", &export]].concat()).many().start();
+            backend.socket = socket.into();
+            backend
+        };
+        host.backend = start(&host, format, "disk");
+        let mut first = host.backend.open(SessionOptions::new(Personality::Firecracker));
+        first.write(0, 0, &sector(1)).unwrap();
+        host.snapshot(&mut host.qmp(), "over", "qcow2");
+        drop(first);
+        let mut second = host.backend.qemu();
+        assert!(second.read(0, 0, 512).unwrap() == sector(1));
+        host.backend.kill();
+        host.backend = start(&host, "qcow2", "over");
+        comes_back(&host, &mut second);
+        ends(&mut host, &mut second);
+    }
+}
+
 /// What was kept of an image that a snapshot froze before the kill is nobody's once the overlay is served.
 #[test]
 fn nothing_stays_of_an_image_below_the_one_that_its_guest_comes_back_to() {

@@ -384,6 +384,13 @@ pub trait Driver: Send + Sync + fmt::Debug {
         self.covers().map_or_else(nothing, Driver::prepare_for_overlay)
     }
 
+    /// An overlay was put on this layer, and nothing is written to it any more. It has been flushed; where
+    /// that means nothing, what is in memory only is written all the same: nothing is kept of it for the
+    /// guests that are still to come.
+    fn freeze<'a>(&'a self) -> Fut<'a, ()> {
+        self.covers().map_or_else(nothing, Driver::freeze)
+    }
+
     /// What overlays know this image by, as it is or `once_changed`; `None` if they know it by nothing
     /// that changes.
     fn identity(&self, once_changed: bool) -> Option<u128> {

@@ -345,6 +345,7 @@ impl Node {
         let Some(below) = self.inner.owed.lock().unwrap().clone() else { return Ok(()) };
         // It may owe one itself.
         Box::pin(below.flush()).await?;
+        below.driver().freeze().await?;
         let mut owed = self.inner.owed.lock().unwrap();
         if owed.as_ref().is_some_and(|owed| owed.is_same(&below)) {
             *owed = None;

@@ -66,6 +66,10 @@ impl Driver for NoFlush {
         Box::pin(async { Ok(()) })
     }
 
+    fn freeze<'a>(&'a self) -> Fut<'a, ()> {
+        self.below.flush()
+    }
+
     fn block_status<'a>(&'a self, range: ByteRange) -> Fut<'a, BlockStatus> {
         self.below.block_status(range)
     }

@@ -347,6 +347,10 @@ impl Driver for Fault {
         Box::pin(async move { self.below().driver().follow_backing(identity).await })
     }
 
+    fn freeze<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async move { self.below().driver().freeze().await })
+    }
+
     /// The snapshot is of what the guest has written, wherever it is.
     fn prepare_for_overlay<'a>(&'a self) -> Fut<'a, ()> {
         Box::pin(async move {

@@ -96,6 +96,10 @@ impl Driver for Stand {
         Box::pin(async { self.file.driver().prepare_for_overlay().await })
     }
 
+    fn freeze<'a>(&'a self) -> Fut<'a, ()> {
+        Box::pin(async { self.file.driver().freeze().await })
+    }
+
     fn resume<'a>(&'a self, nonce: Option<u128>) -> Fut<'a, ()> {
         Box::pin(async move { self.file.driver().resume(nonce).await })
     }
