@@ -12,6 +12,8 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::backend::{Backend, Program};
 use super::cpio::Archive;
 use super::qmp::Qmp;
@@ -46,6 +48,10 @@ pub enum Firmware {
 /// Where Debian puts EDK II: the program, and the template of its variables.
 pub const EDK_II: [&str; 2] =
     ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"];
+
+/// What QEMU 10.0 says when it fails now and then under TCG with several processors, while the guest
+/// sets up its devices.
+const QEMU_BUG: &str = "iotlb_to_section: Assertion";
 
 /// What our kernel is told.
 const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet loglevel=1 tsc=reliable mitigations=off \
@@ -208,7 +214,7 @@ impl<'a> Boot<'a> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(File::create(&log).expect("a log file"));
         let started = Instant::now();
-        let mut child = command.spawn().expect("QEMU starts");
+        let mut child = self.spawn(&mut command, &log);
 
         let (sender, lines) = channel();
         let serial = BufReader::new(child.stdout.take().expect("a pipe"));
@@ -239,6 +245,31 @@ impl<'a> Boot<'a> {
             said: HashMap::new(),
             slot: Some(slot),
         }
+    }
+
+    /// Starts QEMU, again if it ends with [`QEMU_BUG`] before the guest has said anything.
+    fn spawn(&self, command: &mut Command, log: &Path) -> Child {
+        for _ in 0..3 {
+            let mut child = command.spawn().expect("QEMU starts");
+            let serial = child.stdout.as_ref().expect("a pipe");
+            let mut fds = [PollFd::new(serial, PollFlags::IN)];
+            let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+            let end = Instant::now() + self.deadline;
+            // One that takes over a guest is silent until that is there.
+            while self.incoming.is_none() && fds[0].revents().is_empty() && Instant::now() < end {
+                let _ = poll(&mut fds, Some(&second));
+            }
+            let has_spoken = fds[0].revents().contains(PollFlags::IN);
+            if fds[0].revents().is_empty() || has_spoken {
+                return child;
+            }
+            if !std::fs::read_to_string(log).is_ok_and(|said| said.contains(QEMU_BUG)) {
+                return child;
+            }
+            let _ = child.wait();
+            super::announce(&format!("{}: QEMU has ended by itself ({QEMU_BUG})", self.name));
+        }
+        command.spawn().expect("QEMU starts")
     }
 
     /// Starts the guest, waits for its end, and asserts that the job succeeded and that the kernel
