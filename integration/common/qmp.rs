@@ -81,6 +81,19 @@ impl Qmp {
         }
     }
 
+    /// Waits for an event of one of these names, and returns its name. Earlier events are dropped.
+    pub fn await_any<'a>(&mut self, names: &[&'a str], end: Instant) -> &'a str {
+        loop {
+            let event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.read(end),
+            };
+            if let Some(name) = names.iter().find(|name| event["event"] == **name) {
+                return name;
+            }
+        }
+    }
+
     fn read(&mut self, end: Instant) -> Value {
         let mut line = Vec::new();
         loop {
