@@ -13,6 +13,7 @@ use super::events::Events;
 use super::inbox::Inbox;
 use super::job_events;
 use crate::error::{Result, ResultExt};
+use crate::images::Layers;
 use crate::jobs::{self, JobEvent, Jobs, VerbError};
 
 /// The state of the process that commands look at and change. It belongs to the main thread.
@@ -115,10 +116,16 @@ impl Daemon {
 
     /// Puts in force what a job has done that waits for this. Then it is over.
     pub fn finalize_job(&mut self, id: &str) -> Result<(), VerbError> {
-        let result = self.shared.jobs.finalize(id, &mut self.disks.layers);
+        let jobs = self.jobs().clone();
+        self.for_job(|layers| jobs.finalize(id, layers))
+    }
+
+    /// Does something of a job's to the images.
+    fn for_job<T>(&mut self, work: impl FnOnce(&mut Layers) -> T) -> T {
+        let done = work(&mut self.disks.layers);
         // What a guest stands on now may be larger.
         self.disks.update_capacities();
-        result
+        done
     }
 
     /// Ends the process after what is being done.
@@ -180,11 +187,7 @@ impl jobs::Listener for JobNews {
     }
 
     fn on_main(&self, task: jobs::MainTask) {
-        self.mailbox.leave(Box::new(move |daemon| {
-            task(&mut daemon.disks.layers);
-            // What a guest stands on now may be larger.
-            daemon.disks.update_capacities();
-        }));
+        self.mailbox.leave(Box::new(move |daemon| daemon.for_job(task)));
     }
 }
 
