@@ -71,6 +71,7 @@ pub mod frontend;
 pub mod images;
 pub mod io;
 pub mod jobs;
+pub mod terminal;
 pub mod units;
 pub mod write_log;
 

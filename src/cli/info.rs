@@ -14,6 +14,7 @@ use crate::cli::{DONE, output};
 use crate::error::Result;
 use crate::images::info::describe;
 use crate::images::{self, Locking, OpenRequest};
+use crate::terminal::printable;
 
 /// Show what an image is
 #[derive(Debug, Args)]
@@ -94,13 +95,6 @@ fn human(info: &Value) -> String {
         lines.push(format!("    disk size: {}", human_size(size(&node["actual-size"]))));
     }
     lines.iter().map(|line| printable(line) + "\n").collect()
-}
-
-/// A line without what a terminal would take for a command, and that stays one: names and texts come from
-/// the image.
-fn printable(line: &str) -> String {
-    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
-    line.chars().map(shown).collect()
 }
 
 /// Writes an object as indented lines, `key: value`.

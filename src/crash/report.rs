@@ -11,6 +11,7 @@ use crate::crash::history::History;
 use crate::crash::name::{Kept, StateName};
 use crate::error::{Error, Result, ResultExt};
 use crate::io::block_on;
+use crate::terminal::printable;
 use crate::write_log::Kind;
 use crate::write_log::sidecar::Sidecar;
 
@@ -400,13 +401,6 @@ impl Report {
         report.add_test_suite(suite);
         report.to_string().map_err(|err| Error::invalid(format!("JUnit: {err}")))
     }
-}
-
-/// A line without what a terminal would take for a command: a checker prints what it finds on a disk.
-pub fn printable(line: &str) -> String {
-    let is_command = |c: char| c.is_control() && c != '\t';
-    let shown = |c: char| if is_command(c) { c.escape_default().to_string() } else { c.into() };
-    line.chars().map(shown).collect()
 }
 
 /// A text without the two characters that XML does not have and that nobody else takes out.

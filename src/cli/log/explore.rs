@@ -21,13 +21,14 @@ use crate::crash::check::{Bounds, Checker, Verdict, quoted};
 use crate::crash::enumerate::{self, Reach};
 use crate::crash::explore::{self, Plan, Watch};
 use crate::crash::fuse::Reads;
-use crate::crash::report::{Report, Subject, printable};
+use crate::crash::report::{Report, Subject};
 use crate::crash::stage::Stage;
 use crate::crash::stop::Stop;
 use crate::crash::{History, StateName, orphans};
 use crate::error::{Error, Result};
 use crate::images::{self, ImageFormat, OpenRequest};
 use crate::io::{HostFile, OpenOptions, block_on};
+use crate::terminal::printable;
 use crate::units::SECTOR_SIZE;
 use crate::write_log::{Start, sidecar};
 
